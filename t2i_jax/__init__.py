@@ -1,0 +1,3 @@
+"""Text-to-image training and sampling in JAX: pure Flax modules, one training loop, exact resume."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,50 @@
+"""Errors a user can act on: what happened, where, and the fix; each kind has its own exit code."""
+
+
+class Error(Exception):
+    """One clear error. `str` reads "<what> (at <where>). Fix: <fix>"; no traceback is shown unless --debug."""
+
+    exit_code = 70
+
+    def __init__(self, what: str, *, where: str, fix: str):
+        super().__init__(f"{what} (at {where}). Fix: {fix}")
+        self.what, self.where, self.fix = what, where, fix
+
+
+class ConfigError(Error, ValueError):
+    """A config, flag or mismatch that another start would not cure."""
+
+    exit_code = 78
+
+
+class DataError(Error, ValueError):
+    """Bad data, weights or checkpoint."""
+
+    exit_code = 65
+
+
+class StorageError(Error, OSError):
+    """A disk that is full, read-only or failing."""
+
+    exit_code = 74
+
+
+class NonFiniteError(Error, ArithmeticError):
+    """Too many steps with a non-finite loss or gradient."""
+
+    exit_code = 76
+
+
+class Preempted(Error):
+    """Stopped by a signal after saving; start again to go on."""
+
+    exit_code = 75
+
+
+def nearest(name: str, known) -> str:
+    """A hint for a misspelt name: ' Did you mean "x"?' or the whole list when nothing is near."""
+    import difflib
+
+    known = sorted(map(str, known))
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {known}"

@@ -1,0 +1,68 @@
+"""The contract every family fulfils: networks, losses run in order, and named predictions."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from t2i_jax import errors
+
+Nets = Mapping[str, Mapping[str, Any]]  # net name -> Linen variables {"params": …, "batch_stats": …}
+
+
+class Aux(NamedTuple):
+    """What a loss returns beside its scalar.
+
+    metrics: name -> scalar, logged as "<first net>/<name>".
+    mutated: net -> {collection: new value}, e.g. an EMA codebook or batch statistics.
+    """
+
+    metrics: Mapping[str, Any] = {}
+    mutated: Mapping[str, Mapping[str, Any]] = {}
+
+
+class Loss(NamedTuple):
+    """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` and nothing else.
+
+    The scalar is the weighted mean over the batch: examples of weight 0 in `batch["weight"]` count nothing.
+    """
+
+    nets: tuple[str, ...]
+    fn: Callable
+
+
+class Objective(NamedTuple):
+    """A family.
+
+    init:    `(key, batch) -> Nets`, every network, trainable and frozen.
+    losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
+    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in [-1, 1].
+
+    `batch` holds image_BHWC f32 in [-1, 1], text_BL int32, mask_BL bool, index_B int32 (the slot in the global
+    batch, or the picture's number when sampling: the source of all per-example noise) and weight_B f32.
+    """
+
+    init: Callable
+    losses: tuple[Loss, ...]
+    predict: Mapping[str, Callable]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """Names of the nets some loss updates, in the order of their first mention."""
+        return tuple(dict.fromkeys(name for loss in self.losses for name in loss.nets))
+
+
+def plugin(kind: str, name: str):
+    """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
+    package = importlib.import_module(f"t2i_jax.{kind}")
+    known = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    if name not in known:
+        raise errors.ConfigError(
+            f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)
+        )
+    return importlib.import_module(f"t2i_jax.{kind}.{name}")
+
+
+def make(config) -> Objective:
+    """The objective that `config.objective` names."""
+    return plugin("objectives", config.objective).make(config)
