@@ -1,13 +1,13 @@
 """The contract every family fulfils: networks, losses run in order, and named predictions."""
 
-import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from t2i_jax import errors
+from t2i_jax import plugins
 
-Nets = Mapping[str, Mapping[str, Any]]  # net name -> Linen variables {"params": …, "batch_stats": …}
+Nets = Mapping[
+    str, Mapping[str, Any]
+]  # net name -> Linen variables {"params": …, "batch_stats": …}
 
 
 class Aux(NamedTuple):
@@ -52,17 +52,6 @@ class Objective(NamedTuple):
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.nets))
 
 
-def plugin(kind: str, name: str):
-    """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
-    package = importlib.import_module(f"t2i_jax.{kind}")
-    known = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    if name not in known:
-        raise errors.ConfigError(
-            f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)
-        )
-    return importlib.import_module(f"t2i_jax.{kind}.{name}")
-
-
 def make(config) -> Objective:
     """The objective that `config.objective` names."""
-    return plugin("objectives", config.objective).make(config)
+    return plugins.load("objectives", config.objective).make(config)
