@@ -1,6 +1,7 @@
-"""Families, data sources, encoders and evaluators are found by file name."""
+"""Families, data sources, encoders and evaluators are found by file name; options are checked at the door."""
 
 import importlib
+import inspect
 import pkgutil
 
 from t2i_jax import errors
@@ -15,3 +16,23 @@ def load(kind: str, name: str):
             f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)
         )
     return importlib.import_module(f"t2i_jax.{kind}.{name}")
+
+
+def call(fn, *args, where: str, options):
+    """`fn(*args, **options)`; a keyword that fn does not take is an error naming its nearest one."""
+    check_options(fn, options, where=where, given=len(args))
+    return fn(*args, **options)
+
+
+def check_options(fn, options, *, where: str, given: int = 0) -> None:
+    """ConfigError unless fn, after `given` positional arguments, takes every keyword in `options`."""
+    parameters = inspect.signature(fn).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][given:]
+    known = [name for name in known if name not in ("parent", "name")]  # Linen's own fields
+    for name in options:
+        if name not in known:
+            raise errors.ConfigError(
+                f"unknown option {name!r}", where=where, fix=errors.nearest(name, known)
+            )

@@ -1,0 +1,78 @@
+"""Every key the training loop reads, with its default; a config is this plus its own assignments."""
+
+import ml_collections
+
+from t2i_jax import errors
+
+
+def base() -> ml_collections.ConfigDict:
+    """The default experiment: no objective, no data; a config file fills these in."""
+    config = ml_collections.ConfigDict()
+    config.objective = ""  # t2i_jax/objectives/<name>.py
+    config.seed = 0
+    config.res = 32  # pictures are res × res pixels
+    config.steps = 1000  # optimiser steps in all
+    config.batch_size = 64  # global, over all devices and processes
+    config.accumulate = 1  # micro-batches per loss and step
+
+    config.data = dict(source="shapes")  # t2i_jax/data/<source>.py and its options
+    config.augment = ()  # names of t2i_jax/data/transforms.py
+    config.bad_budget = 0.01  # share of broken examples that stops the run
+    config.text_length = 32  # tokens a caption is padded or cut to
+    config.load = dict()  # net -> where its weights come from: {"text": "minilm"}
+    config.allow_random = False  # frozen nets without a source: only :debug configs
+    config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
+
+    config.model = dict()  # backbone=t2i_jax/models/<name>.py and its sizes
+    config.loss = dict()  # the objective's own numbers
+    config.optim = dict()  # net -> dict(name=…, learning_rate=…, …), see t2i_jax/optim.py
+    config.ema = dict()  # net -> decay of its parameters' moving average
+    config.mesh = dict(data=-1)  # axis -> devices; -1: all that are left
+    config.init_from = ""  # a run or exported model whose nets start this one
+
+    config.sample = dict()  # default options of predict["sample"]
+    config.prompts = ()  # drawn every sample_every steps into samples/
+    config.evaluators = dict()  # t2i_jax/evaluators/<name>.py -> its options
+    config.log_every = 50
+    config.save_every = 500
+    config.sample_every = 500
+    config.eval_every = 0
+    config.keep = 2  # checkpoints kept
+    return config
+
+
+def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
+    """'debug,res=64' -> known options overwritten, each cast to its default's type."""
+    options = ml_collections.ConfigDict(known)
+    for part in filter(None, (arg or "").split(",")):
+        name, eq, value = part.partition("=")
+        if name not in known:
+            raise errors.ConfigError(
+                f"unknown config option {name!r}",
+                where=f"--config=…:{arg}",
+                fix=errors.nearest(name, known),
+            )
+        default = known[name]
+        if isinstance(default, bool):
+            options[name] = value.lower() in ("true", "1", "yes") if eq else True
+        else:
+            try:
+                options[name] = type(default)(value)
+            except ValueError as e:
+                raise errors.ConfigError(
+                    f"option {name}={value!r} is no {type(default).__name__}",
+                    where=f"--config=…:{arg}",
+                    fix=f"for example {name}={default!r}",
+                ) from e
+    return options
+
+
+def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """The same experiment on a laptop in seconds: tiny, random text encoder, nothing fetched."""
+    config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
+    config.load, config.allow_random, config.cache = {}, True, ""
+    config.text_length = 16
+    config.log_every, config.save_every, config.sample_every = 2, 3, 0
+    config.eval_every, config.evaluators = 0, {}
+    config.prompts = config.prompts[:2]
+    return config

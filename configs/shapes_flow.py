@@ -1,0 +1,36 @@
+"""Flow matching on shapes, 32 px.   python train.py --config=configs/shapes_flow.py --workdir=runs/flow   (:debug for seconds)"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = common.base()
+    config.objective = "flow"
+    config.data = dict(source="shapes", size=16384)
+    config.steps = 1650
+    config.load = dict(text="minilm")
+    config.cache = "encode"
+    config.text_length = 32
+    config.model = dict(backbone="unet")
+    config.loss = dict(prediction="v", text_dropout=0.1)
+    config.sample = dict(guidance=3.0, steps=12, sampler="heun")
+    config.optim = dict(
+        model=dict(
+            name="adamw",
+            learning_rate=2e-3,
+            warmup=100,
+            decay="cosine",
+            b2=0.95,
+            weight_decay=0.0,
+            clip=1.0,
+        )
+    )
+    config.ema = dict(model=0.998)
+    config.prompts = (
+        "a red circle above a blue square on a white background",
+        "a small green star at the top left on a black background",
+        "a large yellow ring on a grey background",
+        "a purple triangle to the left of an orange cross",
+    )
+    return common.shrink(config) if arg.debug else config

@@ -1,0 +1,77 @@
+"""Draws pictures.   python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background" """
+
+from absl import flags
+
+from t2i_jax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "builtin:<name> or an exported model's folder."
+)
+STEP = flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default.")
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Prompts, one a line, or JSONL.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What to be guided away from.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Same seed, same pictures, whatever the batch size.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "out", "Where pictures go; nothing is overwritten.")
+GRID = flags.DEFINE_bool("grid", False, "Also write all pictures as one.")
+FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format.")
+METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into PNG files.")
+STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
+REPRODUCE = flags.DEFINE_string("reproduce", None, "A PNG of ours, to be drawn again.")
+OPTIONS = {  # only those given are passed on; a family refuses what it does not know
+    "guidance": flags.DEFINE_float("guidance", None, "Guidance scale."),
+    "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
+    "sampler": flags.DEFINE_string("sampler", None, "Sampler, such as heun or euler."),
+    "temperature": flags.DEFINE_float("temperature", None, "Token models."),
+    "top_k": flags.DEFINE_integer("top_k", None, "Token models."),
+    "top_p": flags.DEFINE_float("top_p", None, "Token models."),
+    "truncation": flags.DEFINE_float("truncation", None, "GANs."),
+}
+
+
+def main():
+    from t2i_jax import errors, pipeline, requests
+
+    given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
+    default = requests.Request(
+        prompt="",
+        seed=SEED.value,
+        count=NUM_IMAGES.value,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        options=tuple(sorted(given.items())),
+    )
+    source = WORKDIR.value or CHECKPOINT.value
+    wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]
+    if PROMPTS_FILE.value:
+        wanted += requests.read_file(PROMPTS_FILE.value, default)
+    if REPRODUCE.value:
+        request, model = requests.from_picture(REPRODUCE.value)
+        source = source or (model if model.startswith("builtin:") else None)
+        wanted.append(request)
+    if not wanted:
+        raise errors.ConfigError(
+            "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
+        )
+    if not source:
+        raise errors.ConfigError(
+            "no model",
+            where="the command line",
+            fix="add --workdir=… or --checkpoint=builtin:shapes",
+        )
+    pipe = pipeline.Pipeline.load(source, step=STEP.value)
+    drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
+    for path in requests.save(
+        drawn,
+        OUTPUT_DIR.value,
+        grid=GRID.value,
+        metadata=METADATA.value,
+        extension=FORMAT.value,
+    ):
+        print(path)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,64 @@
+"""Command lines: flags parsed, errors shown as one line with their exit code, tracebacks on --debug."""
+
+import os
+import sys
+
+from absl import flags, logging
+
+from t2i_jax import errors
+
+_DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
+
+
+def run(main, *, required=(), argv=None) -> None:
+    """Parses the flags, runs `main()` and exits with the code the error asks for."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    argv = sys.argv if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO)
+        logging.set_stderrthreshold(logging.INFO)
+        _parse(argv, required)
+        main()
+    except errors.Error as e:
+        if debug:
+            raise
+        _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted (at the terminal). Fix: start the same command again to go on", 75)
+    except Exception as e:
+        if debug:
+            raise
+        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
+        _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
+
+
+def _parse(argv, required) -> None:
+    try:
+        rest = flags.FLAGS(argv)
+    except errors.Error:
+        raise
+    except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
+        cause = e.__cause__ if isinstance(e.__cause__, errors.Error) else None
+        if cause:
+            raise cause from e
+        raise errors.ConfigError(
+            str(e).strip().strip("'\"").replace("\n", " ")[:600],
+            where="the command line",
+            fix="see --help for the flags, and the config file for its keys",
+        ) from e
+    if rest[1:]:
+        raise errors.ConfigError(
+            f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"
+        )
+    for name in required:
+        if not flags.FLAGS[name].value:
+            raise errors.ConfigError(
+                f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
+            )
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"t2i_jax: {text}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,53 @@
+"""Judges a model.   python -m t2i_jax.evaluate --checkpoint=builtin:shapes --evaluators=shapes"""
+
+import json
+import time
+
+from absl import flags
+
+from t2i_jax import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", None, "builtin:<name> or an exported model's folder."
+)
+STEP = flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default.")
+EVALUATORS = flags.DEFINE_list("evaluators", ["shapes"], "Files of t2i_jax/evaluators.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures to draw and judge.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
+GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
+STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.")
+SAMPLER = flags.DEFINE_string("sampler", None, "Sampler.")
+
+
+def main():
+    from t2i_jax import errors, pipeline
+
+    source = WORKDIR.value or CHECKPOINT.value
+    if not source:
+        raise errors.ConfigError(
+            "no model",
+            where="the command line",
+            fix="add --workdir=… or --checkpoint=builtin:shapes",
+        )
+    pipe = pipeline.Pipeline.load(source, step=STEP.value)
+    options = {"guidance": GUIDANCE.value, "steps": STEPS.value, "sampler": SAMPLER.value}
+    options = {name: value for name, value in options.items() if value is not None}
+    result = {"model": source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
+    for name in EVALUATORS.value:
+        started = time.perf_counter()
+        found = pipe.evaluate(
+            name,
+            num_images=NUM_IMAGES.value,
+            batch_size=BATCH_SIZE.value,
+            seed=SEED.value,
+            **options,
+        )
+        result |= {f"{name}/{k}": v for k, v in found.items()}
+        result[f"{name}/seconds"] = round(time.perf_counter() - started, 1)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,90 @@
+"""Optax optimisers from a config; learning rates read the training step, never an own counter."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import optax
+
+from t2i_jax import errors, plugins
+
+
+class Optimiser(NamedTuple):
+    """init: params -> state.   update: (grads, state, params, step) -> (updates, state).
+
+    A net that several losses of one step train is updated by each of them at the same `step`, so a
+    schedule counts steps of the loop and not calls.
+    """
+
+    init: Callable
+    update: Callable
+    learning_rate: Callable  # step -> scalar
+
+
+def make(spec, *, steps: int, where: str) -> Optimiser:
+    """The optimiser a config describes.
+
+    Args:
+      spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate, and
+        optionally warmup (steps, linear from 0), decay ("constant", "cosine" or "linear", to
+        `final` × learning_rate at `steps`), clip (global gradient norm); all else goes to the function.
+      steps: length of the run.
+    Raises:
+      ConfigError: an unknown name or option, a learning rate that is not positive.
+    """
+    spec = dict(spec)
+    name, peak = spec.pop("name", "adamw"), spec.pop("learning_rate", None)
+    fn = getattr(optax, name, None) or getattr(optax.contrib, name, None)
+    if not callable(fn):
+        raise errors.ConfigError(
+            f"optax has no optimiser {name!r}", where=where, fix="use adamw, adam, lion, muon, …"
+        )
+    if not isinstance(peak, float | int) or not 0 < peak < float("inf"):
+        raise errors.ConfigError(
+            f"learning_rate is {peak!r}", where=where, fix="give a positive number, such as 1e-3"
+        )
+    clip = spec.pop("clip", None)
+    schedule = plugins.call(
+        _schedule, peak, steps, where=where, options=_take(spec, ("warmup", "decay", "final"))
+    )
+    plugins.check_options(fn, spec, where=where)
+    inner = optax.inject_hyperparams(fn, static_args=tuple(spec))(learning_rate=peak, **spec)
+
+    def update(grads, state, params, step):
+        if clip is not None:
+            grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        rate = {"learning_rate": schedule(step).astype(jnp.float32)}
+        state = state._replace(hyperparams={**state.hyperparams, **rate})
+        return inner.update(grads, state, params)
+
+    return Optimiser(inner.init, update, schedule)
+
+
+def _take(spec: dict, names):
+    return {name: spec.pop(name) for name in names if name in spec}
+
+
+def _schedule(peak, steps, *, warmup=0, decay="constant", final=0.0):
+    shapes = {
+        "constant": lambda x: jnp.ones_like(x),
+        "linear": lambda x: 1 - x * (1 - final),
+        "cosine": lambda x: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
+    }
+    if decay not in shapes:
+        raise errors.ConfigError(
+            f"unknown decay {decay!r}", where="config.optim", fix=errors.nearest(decay, shapes)
+        )
+
+    def learning_rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        ramp = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        share = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        return peak * ramp * shapes[decay](share)
+
+    return learning_rate
+
+
+def ema_decay(decay, step):
+    """min(decay, (1 + n)/(10 + n)): the warm-up keeps early averages from remembering the start."""
+    n = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n))

@@ -1,0 +1,240 @@
+"""What to draw: prompts from flags or files, checked; pictures written with what remakes them."""
+
+import json
+import pathlib
+import shlex
+from typing import NamedTuple
+
+import numpy as np
+from absl import logging
+
+import t2i_jax
+from t2i_jax import errors, images
+
+PROMPT_LIMIT = 10_000  # characters
+COUNT_LIMIT = 100_000
+_LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
+
+
+class Request(NamedTuple):
+    """`count` pictures of one prompt, numbered from `first` under `seed`; options go to the family."""
+
+    prompt: str
+    seed: int
+    count: int = 1
+    negative_prompt: str | None = None
+    options: tuple[tuple[str, object], ...] = ()
+    first: int = 0
+
+
+def check(request: Request, where: str) -> Request:
+    """The request itself, or a ConfigError: empty, overlong or broken prompts, bad counts and seeds."""
+    for text in filter(None.__ne__, (request.prompt, request.negative_prompt)):
+        if not isinstance(text, str):
+            raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
+        if len(text) > PROMPT_LIMIT:
+            raise errors.ConfigError(
+                f"a prompt has {len(text):,} characters",
+                where=where,
+                fix=f"shorten it; {PROMPT_LIMIT:,} is the limit",
+            )
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise errors.ConfigError(
+                "a prompt is not valid Unicode", where=where, fix="write it in UTF-8"
+            )
+    if not request.prompt.strip():
+        raise errors.ConfigError("a prompt is empty", where=where, fix="say what to draw")
+    if not isinstance(request.count, int) or not 1 <= request.count <= COUNT_LIMIT:
+        raise errors.ConfigError(
+            f"num_images is {request.count!r}", where=where, fix=f"give 1 to {COUNT_LIMIT:,}"
+        )
+    if not isinstance(request.seed, int) or not 0 <= request.seed < 2**32:
+        raise errors.ConfigError(
+            f"seed is {request.seed!r}", where=where, fix="give a whole number from 0 to 2³² − 1"
+        )
+    return request
+
+
+def read_file(path, default: Request) -> list[Request]:
+    """Requests of a file, one a line: plain prompts, with `--n --d --l --s` behind them, or JSONL.
+
+    A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling options.
+    Empty lines and lines that start with # are passed over.
+    """
+    path = pathlib.Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise errors.ConfigError(
+            f"cannot read the prompts: {e}", where=str(path), fix="give a UTF-8 text file"
+        ) from e
+    found = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}:{number}"
+        if not line.strip() or line.startswith("#"):
+            continue
+        values = _json_line(line, where) if line.lstrip().startswith("{") else _plain(line, where)
+        options = dict(default.options)
+        request = default._replace(prompt=values.pop("prompt", ""))
+        request = request._replace(
+            negative_prompt=values.pop("negative_prompt", request.negative_prompt),
+            seed=values.pop("seed", request.seed),
+            count=values.pop("num_images", request.count),
+            options=tuple(sorted((options | values).items())),
+        )
+        found.append(check(request, where))
+    if not found:
+        raise errors.ConfigError("no prompt in the file", where=str(path), fix="one prompt a line")
+    return found
+
+
+def _json_line(line, where):
+    try:
+        return dict(json.loads(line))
+    except (json.JSONDecodeError, TypeError, ValueError) as e:
+        raise errors.ConfigError(
+            f"not a JSON object: {e}", where=where, fix='write {"prompt": "…"}'
+        ) from e
+
+
+def _plain(line, where):
+    prompt, *flags = line.strip().split(" --")
+    values = {"prompt": prompt}
+    for flag in flags:
+        letter, _, text = flag.partition(" ")
+        if letter not in _LETTERS:
+            raise errors.ConfigError(
+                f"unknown option --{letter}", where=where, fix="use --n, --d, --l or --s"
+            )
+        name, text = _LETTERS[letter], " ".join(shlex.split(text)) if letter != "n" else text
+        try:
+            values[name] = {"seed": int, "steps": int, "guidance": float}.get(name, str)(text)
+        except ValueError as e:
+            raise errors.ConfigError(
+                f"--{letter} is {text!r}", where=where, fix="give a number"
+            ) from e
+    return values
+
+
+def from_picture(path) -> tuple[Request, str]:
+    """The request that made a picture, and the model's name, out of its metadata."""
+    try:
+        found = images.read_metadata(path)
+    except (OSError, ValueError) as e:
+        raise errors.DataError(
+            f"cannot read it: {e}", where=str(path), fix="give a PNG that sample.py wrote"
+        ) from e
+    needed = {"prompt": str, "seed": int, "index": int, "options": dict, "model": str}
+    if not found or any(not isinstance(found.get(k), t) for k, t in needed.items()):
+        raise errors.DataError(
+            "the picture holds no settings of ours",
+            where=str(path),
+            fix="give a PNG that sample.py wrote with --metadata",
+        )
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in found["options"].items()}
+    request = Request(
+        found["prompt"],
+        found["seed"],
+        1,
+        found.get("negative_prompt"),
+        tuple(sorted(options.items())),
+        found["index"],
+    )
+    return check(request, str(path)), found["model"]
+
+
+def draw(pipe, requests, *, batch_size: int, strict: bool = False):
+    """Draws all requests, those with equal settings together.   -> [(picture u8_HWC, metadata), …]
+
+    Raises:
+      ConfigError: an option the family does not take; with `strict`, a prompt longer than the model reads.
+    """
+    for request in requests:
+        pipe.predictor.check("sample", **dict(request.options))
+    cuts = _cut(pipe, requests, strict)
+    groups: dict[tuple, list[int]] = {}
+    for i, r in enumerate(requests):
+        groups.setdefault((r.seed, r.negative_prompt, r.options), []).append(i)
+    drawn = {}
+    for (seed, negative, options), members in groups.items():
+        jobs = [(i, k) for i in members for k in range(requests[i].count)]
+        pictures = pipe(
+            [requests[i].prompt for i, _ in jobs],
+            seed=seed,
+            index=np.array([requests[i].first + k for i, k in jobs]),
+            negative=negative,
+            batch_size=batch_size,
+            **dict(options),
+        )
+        drawn |= dict(zip(jobs, pictures, strict=True))
+    out = []
+    for i, k in sorted(drawn):
+        r = requests[i]
+        settings = pipe.predictor.check("sample", **dict(r.options))
+        metadata = {
+            "prompt": r.prompt,
+            "negative_prompt": r.negative_prompt,
+            "seed": r.seed,
+            "index": r.first + k,
+            "options": settings,
+            "model": _public_name(pipe.source),
+            "step": pipe.step,
+            "t2i_jax": t2i_jax.__version__,
+        }
+        if cuts.get(r.prompt):
+            metadata["cut"] = cuts[r.prompt]
+        out.append((drawn[i, k], metadata))
+    return out
+
+
+def _cut(pipe, requests, strict):
+    prompts = sorted({r.prompt for r in requests})
+    cuts = dict(zip(prompts, pipe.predictor.tokenize(prompts)[2], strict=True))
+    for prompt, cut in cuts.items():
+        if cut:
+            text = f"the model reads {pipe.config.text_length} tokens; cut off: {cut[:200]!r}"
+            if strict:
+                raise errors.ConfigError(text, where=f"prompt {prompt[:60]!r}…", fix="shorten it")
+            logging.warning("%s", text)
+    return cuts
+
+
+def _public_name(source: str) -> str:
+    """builtin:name, or the folder's name: pictures tell nobody where a run lies."""
+    return source if source.startswith("builtin:") else pathlib.Path(source).resolve().name
+
+
+def parameters_text(metadata: dict, size: int) -> str:
+    """The settings in the form that existing picture viewers show."""
+    lines = [metadata["prompt"].replace("\n", " ")]
+    if metadata["negative_prompt"]:
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    options = metadata["options"]
+    names = {"steps": "Steps", "sampler": "Sampler", "guidance": "CFG scale"}
+    shown = [f"{label}: {options[name]}" for name, label in names.items() if name in options]
+    shown += [f"Seed: {metadata['seed']}", f"Size: {size}x{size}", f"Model: {metadata['model']}"]
+    return "\n".join([*lines, ", ".join(shown)])
+
+
+def save(
+    drawn, folder, *, grid: bool, metadata: bool, extension: str = "png"
+) -> list[pathlib.Path]:
+    """Writes the pictures as {number:05d}_s{seed}.<extension>, never over an existing file."""
+    folder = pathlib.Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        number, paths = images.next_index(folder), []
+        for i, (picture, info) in enumerate(drawn):
+            path = folder / f"{number + i:05d}_s{info['seed']}.{extension}"
+            text = parameters_text(info, picture.shape[0]) if metadata else None
+            images.save(path, picture, info if metadata else None, text)
+            paths.append(path)
+        if grid:
+            path = folder / f"{number + len(drawn):05d}_grid.{extension}"
+            images.save(path, images.grid(np.stack([picture for picture, _ in drawn])))
+            paths.append(path)
+    except OSError as e:
+        raise errors.StorageError(
+            f"cannot write pictures: {e.strerror}", where=str(folder), fix="choose --output_dir"
+        ) from e
+    return paths

@@ -1,0 +1,186 @@
+"""Where nets come from: exported models (safetensors), runs, and pretrained encoders, by one name."""
+
+import json
+import pathlib
+
+import jax
+import ml_collections
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax import traverse_util
+
+from t2i_jax import checkpoint, errors, images, objective
+
+BUILTIN = pathlib.Path(__file__).parent / "builtin"
+
+
+def locate(source: str) -> pathlib.Path:
+    """The folder of a run or an exported model: `builtin:name` or a path.
+
+    Raises:
+      ConfigError: there is no such folder, or it holds neither checkpoints nor an exported model.
+    """
+    if source.startswith("builtin:"):
+        folder = BUILTIN / source.removeprefix("builtin:")
+        known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
+        if folder.name not in known or folder.parent != BUILTIN:
+            name = source.removeprefix("builtin:")
+            raise errors.ConfigError(
+                f"no built-in model {name!r}", where=source, fix=errors.nearest(name, known)
+            )
+        return folder
+    folder = pathlib.Path(source)
+    if not folder.is_dir():
+        raise errors.ConfigError(
+            "no such folder",
+            where=str(folder),
+            fix="give the --workdir of a run, the folder of an exported model, or builtin:shapes",
+        )
+    if not (folder / "config.json").exists():
+        raise errors.ConfigError(
+            "no config.json there",
+            where=str(folder),
+            fix="give the folder that train.py wrote (its --workdir) or t2i_jax.export made",
+        )
+    return folder
+
+
+def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
+    """The config of a run: plain values from its config.json."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise errors.DataError(
+            f"not JSON: {e}", where=str(path), fix="restore the file from a copy of the run"
+        ) from e
+    if not isinstance(values, dict) or "objective" not in values:
+        raise errors.DataError(
+            "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
+        )
+    return ml_collections.ConfigDict(values)
+
+
+def abstract_batch(config, batch_size: int | None = None):
+    """Shapes and types of a batch, without data."""
+    b = batch_size or config.batch_size
+    shapes = {
+        "image": ((b, config.res, config.res, 3), "float32"),
+        "text": ((b, config.text_length), "int32"),
+        "mask": ((b, config.text_length), "bool"),
+        "index": ((b,), "int32"),
+        "weight": ((b,), "float32"),
+    }
+    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
+
+
+def abstract_nets(family: objective.Objective, config):
+    """net -> shapes of its variables, trained and frozen."""
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return jax.eval_shape(family.init, key, abstract_batch(config))
+
+
+def frozen(family: objective.Objective, config):
+    """The nets no loss trains, filled from `config.load`; numpy or device arrays, not yet placed.
+
+    Raises:
+      ConfigError: `config.load` names an unknown net, or a frozen net has no source.
+    """
+    shapes = abstract_nets(family, config)
+    for name in config.load:
+        if name not in shapes:
+            raise errors.ConfigError(
+                f"objective {config.objective!r} has no net {name!r}",
+                where="config.load",
+                fix=errors.nearest(name, shapes),
+            )
+    nets = {}
+    for name in shapes:
+        if name in family.trained:
+            continue
+        if name in config.load:
+            nets[name] = load_net(config.load[name], name, shapes[name])
+        elif config.allow_random:
+            key = jax.random.key(config.seed)
+            batch = abstract_batch(config, 1)
+            zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
+            nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
+        else:
+            raise errors.ConfigError(
+                f"frozen net {name!r} has no weights",
+                where="config.load",
+                fix=f"set config.load.{name} to a checkpoint, or train with a :debug config",
+            )
+    return nets
+
+
+def load_net(source: str, name: str, target):
+    """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
+    if source.startswith("builtin:") or _is_ours(pathlib.Path(source)):
+        return load_trained(locate(source), {name: target}, step=None)[name]
+    from t2i_jax.text import encoder
+
+    return encoder.load(source, target)
+
+
+def _is_ours(folder: pathlib.Path) -> bool:
+    return (folder / "config.json").exists() and "objective" in json.loads(
+        (folder / "config.json").read_text()
+    )
+
+
+def load_trained(folder: pathlib.Path, targets, *, step: int | None):
+    """Trained nets (averaged where the run averages them) with the shapes of `targets`."""
+    if (folder / "model.safetensors").exists():
+        return _read_exported(folder / "model.safetensors", targets)
+    config = read_config(folder)
+    checkpoints = checkpoint.Checkpoints(folder, create=False)
+    step = checkpoints.choose(step)
+    placed = jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(
+            s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        ),
+        targets,
+    )
+    ema = [name for name in config.ema if name in targets]
+    nets = checkpoints.restore_nets(step, placed, ema)
+    checkpoints.close()
+    return nets
+
+
+def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") -> None:
+    """Writes model.safetensors, config.json and README.md: what sampling needs and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    flat = traverse_util.flatten_dict(dict(nets), sep="/")
+    tensors = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
+    images.write_whole(folder / "model.safetensors", safetensors.numpy.save(tensors))
+    images.write_whole(folder / "config.json", to_json(config).encode())
+    images.write_whole(folder / "README.md", card.encode())
+
+
+def to_json(config) -> str:
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _read_exported(path: pathlib.Path, targets):
+    try:
+        flat = safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise errors.DataError(
+            f"not a whole safetensors file: {e}", where=str(path), fix="copy or export it again"
+        ) from e
+    wanted = traverse_util.flatten_dict(targets, sep="/")
+    bad = [
+        f"{name}: want {wanted[name].shape}, found {flat[name].shape if name in flat else None}"
+        for name in wanted
+        if name not in flat or flat[name].shape != wanted[name].shape
+    ]
+    if bad:
+        raise errors.DataError(
+            f"{len(bad)} tensors do not fit: " + "; ".join(bad[:10]),
+            where=str(path),
+            fix="use the config.json exported with it",
+        )
+    cast = {name: flat[name].astype(wanted[name].dtype) for name in wanted}
+    return traverse_util.unflatten_dict(cast, sep="/")
