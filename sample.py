@@ -1,4 +1,6 @@
-"""Draws pictures.   python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background" """
+"""Draws pictures.   python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white
+background"
+"""
 
 from absl import flags
 
@@ -33,7 +35,7 @@ OPTIONS = {  # only those given are passed on; a family refuses what it does not
 
 
 def main():
-    from t2i_jax import errors, pipeline, requests
+    from t2i_jax import errors, requests
 
     given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     default = requests.Request(
@@ -61,6 +63,8 @@ def main():
             where="the command line",
             fix="add --workdir=… or --checkpoint=builtin:shapes",
         )
+    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+
     pipe = pipeline.Pipeline.load(source, step=STEP.value)
     drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
     for path in requests.save(

@@ -20,7 +20,7 @@ setup(
     packages=find_packages(include=["t2i_jax", "t2i_jax.*"]),
     package_data={"t2i_jax": ["builtin/*/*"]},
     install_requires=[
-        # 0.10.2 is silently wrong on CPU (jax#39103), 0.11.0 crashes on high-rank reductions (jax#39257)
+        # 0.10.2 is silently wrong on CPU (jax#39103); 0.11.0 crashes reducing many axes (#39257)
         "jax>=0.10.1,!=0.10.2,!=0.11.0",
         "absl-py",
         "array_record",

@@ -1,4 +1,4 @@
-"""Every key the training loop reads, with its default; a config is this plus its own assignments."""
+"""Every key the training loop reads, and its default; a config adds its own assignments."""
 
 import ml_collections
 

@@ -1,4 +1,6 @@
-"""Flow matching on shapes, 32 px.   python train.py --config=configs/shapes_flow.py --workdir=runs/flow   (:debug for seconds)"""
+"""Flow matching on shapes, 32 px.   python train.py --config=configs/shapes_flow.py
+--workdir=runs/flow   (:debug for seconds)
+"""
 
 from configs import common
 

@@ -1,3 +1,3 @@
-"""Text-to-image training and sampling in JAX: pure Flax modules, one training loop, exact resume."""
+"""Text-to-image training and sampling in JAX: pure modules, one loop, exact resume."""
 
 __version__ = "0.1.0"

@@ -12,9 +12,11 @@ FORMAT = 1
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, in `<workdir>/checkpoints/<updates done>/{params,ema,opt,meta}`.
+    """The checkpoints of one workdir, in `<workdir>/checkpoints/<updates
+    done>/{params,ema,opt,meta}`.
 
-    `params` holds the trained nets with all their collections, `opt` the optimiser states and counters,
+    `params` holds the trained nets with all their collections, `opt` the optimiser states and
+    counters,
     `ema` the averaged parameters and `meta` plain JSON, so that a sampler reads only what it needs.
     """
 
@@ -48,7 +50,7 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, state: State, meta: dict) -> None:
-        """Copies the state off the devices and returns; the files are written behind the training."""
+        """Copies the state off the devices and returns; files are written behind the training."""
         step = int(state.step)
         if step in self._manager.all_steps():
             return

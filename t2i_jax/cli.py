@@ -1,4 +1,6 @@
-"""Command lines: flags parsed, errors shown as one line with their exit code, tracebacks on --debug."""
+"""Command lines: flags parsed, errors shown as one line with their exit code, tracebacks on
+--debug.
+"""
 
 import os
 import sys

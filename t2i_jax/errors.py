@@ -2,7 +2,9 @@
 
 
 class Error(Exception):
-    """One clear error. `str` reads "<what> (at <where>). Fix: <fix>"; no traceback is shown unless --debug."""
+    """One clear error. `str` reads "<what> (at <where>). Fix: <fix>"; no traceback is shown unless
+    --debug.
+    """
 
     exit_code = 70
 

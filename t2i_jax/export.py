@@ -1,4 +1,4 @@
-"""Exports a run for sampling.   python -m t2i_jax.export --workdir=runs/flow --output=models/flow"""
+"""Exports a run.   python -m t2i_jax.export --workdir=runs/flow --output=models/flow"""
 
 import pathlib
 

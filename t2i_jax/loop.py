@@ -235,7 +235,9 @@ class Interrupt:
 
 
 def _first_state(init, config, checkpoints, mesh, batches, source, workdir):
-    """The newest checkpoint's state, else fresh nets (perhaps from config.init_from).   -> state, step"""
+    """The newest checkpoint's state, else fresh nets (perhaps from config.init_from).   -> state,
+    step
+    """
     arguments = (jax.random.key(config.seed), weights.abstract_batch(config))
     whole = sharding.replicated(mesh)
     target = jax.tree.map(

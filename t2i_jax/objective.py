@@ -22,9 +22,11 @@ class Aux(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` and nothing else.
+    """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` and
+    nothing else.
 
-    The scalar is the weighted mean over the batch: examples of weight 0 in `batch["weight"]` count nothing.
+    The scalar is the weighted mean over the batch: examples of weight 0 in `batch["weight"]` count
+    nothing.
     """
 
     nets: tuple[str, ...]
@@ -36,10 +38,13 @@ class Objective(NamedTuple):
 
     init:    `(key, batch) -> Nets`, every network, trainable and frozen.
     losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
-    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in [-1, 1].
+    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in [-1,
+    1].
 
-    `batch` holds image_BHWC f32 in [-1, 1], text_BL int32, mask_BL bool, index_B int32 (the slot in the global
-    batch, or the picture's number when sampling: the source of all per-example noise) and weight_B f32.
+    `batch` holds image_BHWC f32 in [-1, 1], text_BL int32, mask_BL bool, index_B int32 (the slot in
+    the global
+    batch, or the picture's number when sampling: the source of all per-example noise) and weight_B
+    f32.
     """
 
     init: Callable

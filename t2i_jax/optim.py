@@ -25,9 +25,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     """The optimiser a config describes.
 
     Args:
-      spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate, and
+      spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
+      and
         optionally warmup (steps, linear from 0), decay ("constant", "cosine" or "linear", to
-        `final` × learning_rate at `steps`), clip (global gradient norm); all else goes to the function.
+        `final` × learning_rate at `steps`), clip (global gradient norm); all else goes to the
+        function.
       steps: length of the run.
     Raises:
       ConfigError: an unknown name or option, a learning rate that is not positive.

@@ -17,7 +17,8 @@ STEPS_LIMIT = 10_000
 class Predictor:
     """An objective's predictions as host functions of captions, compiled once per static option.
 
-    Options that are integers, strings or booleans are static; floats and tuples of floats are arrays, so
+    Options that are integers, strings or booleans are static; floats and tuples of floats are
+    arrays, so
     that another guidance scale compiles nothing.
     """
 
@@ -45,7 +46,8 @@ class Predictor:
         """All options of a prediction with defaults filled in.
 
         Raises:
-          ConfigError: the prediction or an option is unknown to this family, or a number is not finite,
+          ConfigError: the prediction or an option is unknown to this family, or a number is not
+          finite,
             negative, or out of bounds.
         """
         if name not in self.objective.predict:
@@ -106,7 +108,8 @@ class Predictor:
           nets: net -> variables, all that the family has.
           captions: B strings.
           seed: 0 … 2³² − 1.
-          index: B integers, the picture's number under this seed (default 0 … B − 1). Noise depends on
+          index: B integers, the picture's number under this seed (default 0 … B − 1). Noise depends
+          on
             (seed, index) alone, never on the batch size or on the other captions.
           negative: a caption to be guided away from, or None.
           batch_size: pictures per compiled call.

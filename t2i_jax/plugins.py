@@ -1,4 +1,6 @@
-"""Families, data sources, encoders and evaluators are found by file name; options are checked at the door."""
+"""Families, data sources, encoders and evaluators are found by file name; options are checked at
+the door.
+"""
 
 import importlib
 import inspect
@@ -19,13 +21,13 @@ def load(kind: str, name: str):
 
 
 def call(fn, *args, where: str, options):
-    """`fn(*args, **options)`; a keyword that fn does not take is an error naming its nearest one."""
+    """`fn(*args, **options)`; a keyword fn does not take is an error naming the nearest one."""
     check_options(fn, options, where=where, given=len(args))
     return fn(*args, **options)
 
 
 def check_options(fn, options, *, where: str, given: int = 0) -> None:
-    """ConfigError unless fn, after `given` positional arguments, takes every keyword in `options`."""
+    """ConfigError unless fn, after `given` positional arguments, takes every keyword."""
     parameters = inspect.signature(fn).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return

@@ -17,7 +17,9 @@ _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"} 
 
 
 class Request(NamedTuple):
-    """`count` pictures of one prompt, numbered from `first` under `seed`; options go to the family."""
+    """`count` pictures of one prompt, numbered from `first` under `seed`; options go to the
+    family.
+    """
 
     prompt: str
     seed: int
@@ -28,8 +30,8 @@ class Request(NamedTuple):
 
 
 def check(request: Request, where: str) -> Request:
-    """The request itself, or a ConfigError: empty, overlong or broken prompts, bad counts and seeds."""
-    for text in filter(None.__ne__, (request.prompt, request.negative_prompt)):
+    """The request itself; ConfigError for empty, overlong or broken prompts, counts and seeds."""
+    for text in (request.prompt, request.negative_prompt or ""):
         if not isinstance(text, str):
             raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
         if len(text) > PROMPT_LIMIT:
@@ -58,7 +60,8 @@ def check(request: Request, where: str) -> Request:
 def read_file(path, default: Request) -> list[Request]:
     """Requests of a file, one a line: plain prompts, with `--n --d --l --s` behind them, or JSONL.
 
-    A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling options.
+    A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling
+    options.
     Empty lines and lines that start with # are passed over.
     """
     path = pathlib.Path(path)
@@ -147,7 +150,8 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
     """Draws all requests, those with equal settings together.   -> [(picture u8_HWC, metadata), …]
 
     Raises:
-      ConfigError: an option the family does not take; with `strict`, a prompt longer than the model reads.
+      ConfigError: an option the family does not take; with `strict`, a prompt longer than the model
+      reads.
     """
     for request in requests:
         pipe.predictor.check("sample", **dict(request.options))

@@ -29,12 +29,12 @@ def make_mesh(axes) -> jax.sharding.Mesh:
 
 
 def check_batch(batch_size: int, accumulate: int, mesh) -> None:
-    """A batch that does not divide over devices and micro-batches is refused, with what would fit."""
+    """Refuses a batch that does not divide over devices and micro-batches; says what would fit."""
     unit = mesh.size * accumulate
     if batch_size < 1 or accumulate < 1 or batch_size % unit:
         fits = [unit * k for k in sorted({max(batch_size // unit, 1), batch_size // unit + 1})]
         raise errors.ConfigError(
-            f"batch_size {batch_size} does not divide into {mesh.size} devices × accumulate {accumulate}",
+            f"batch_size {batch_size} does not divide by {mesh.size} devices × {accumulate} parts",
             where="config.batch_size",
             fix=f"use one of {fits}",
         )

@@ -12,9 +12,11 @@ from t2i_jax.objective import Objective
 
 
 class State(NamedTuple):
-    """All that a step changes; with the config and the step number it determines the rest of the run.
+    """All that a step changes; with the config and the step number it determines the rest of the
+    run.
 
-    step: int32, updates done.   nets: trained net -> Linen variables.   opt: net -> optimiser state.
+    step: int32, updates done.   nets: trained net -> Linen variables.   opt: net -> optimiser
+    state.
     ema: net -> averaged params.   skipped: int32, steps in a row dropped as non-finite.
     """
 
@@ -41,7 +43,8 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
     """`update(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
-    fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite changes
+    fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
+    changes
     nothing but the step number and `skipped`; metrics say so.
     """
 
@@ -81,7 +84,7 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
 
 
 def _gradients(loss, nets, batch, key, step, accumulate):
-    """Value, aux and gradients of one loss, its micro-batches weighted by their examples' weights."""
+    """Value, aux and gradients of one loss; micro-batches count by their examples' weights."""
 
     def scalar(params, nets, batch):
         seen = {**nets, **{name: {**nets[name], "params": params[name]} for name in params}}
@@ -92,7 +95,8 @@ def _gradients(loss, nets, batch, key, step, accumulate):
     if accumulate == 1:
         (value, aux), grads = grad(params, nets, batch)
         return value, aux, grads
-    # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code. Strided
+    # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
+    # Strided
     # slices keep every device's share of the batch where it is.
     total, parts, mutated = batch["weight"].sum(), [], {}
     for m in range(accumulate):

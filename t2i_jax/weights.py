@@ -1,4 +1,4 @@
-"""Where nets come from: exported models (safetensors), runs, and pretrained encoders, by one name."""
+"""Where nets come from: exported models, runs and pretrained encoders, by one name."""
 
 import json
 import pathlib

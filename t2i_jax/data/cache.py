@@ -16,8 +16,8 @@ def precompute(encode, source, tokenize, *, batch_size: int = 64):
       source: its captions are read once.
       tokenize: captions -> (text_BL, mask_BL, cut).
     Returns:
-      For the loader: record numbers -> float16 token states BLD (zero beyond a caption's end) and pooled
-      BD. States are stored ragged.
+      For the loader: record numbers -> float16 token states BLD (zero beyond a caption's end) and
+      pooled BD. States are stored ragged.
     """
     started = time.perf_counter()
     row_of, row_of_record = {}, np.zeros(len(source), np.int64)

@@ -1,0 +1,21 @@
+"""Flow matching on OpenMoji drawings and their names, 32 px.
+
+pip install "t2i_jax[emoji]"
+python train.py --config=configs/openmoji_flow.py --workdir=runs/openmoji   (:debug for seconds)
+"""
+
+from configs import common, shapes_flow
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = shapes_flow.get_config()
+    config.data = dict(source="openmoji")
+    config.text_length = 24
+    config.prompts = (
+        "red heart",
+        "grinning face",
+        "woman astronaut with dark skin tone",
+        "slice of pizza",
+    )
+    return common.shrink(config) if arg.debug else config

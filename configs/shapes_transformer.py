@@ -1,0 +1,16 @@
+"""shapes_flow with the transformer, the backbone that scales.
+
+python train.py --config=configs/shapes_transformer.py --workdir=runs/transformer   (:debug for
+seconds)
+"""
+
+from configs import common, shapes_flow
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = shapes_flow.get_config()
+    config.model = dict(backbone="transformer")
+    config.loss.prediction = "x"
+    config.optim.model.learning_rate = 1e-3
+    return common.shrink(config) if arg.debug else config
