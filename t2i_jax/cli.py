@@ -2,6 +2,7 @@
 --debug.
 """
 
+import logging as std_logging
 import os
 import sys
 
@@ -21,6 +22,7 @@ def run(main, *, required=(), argv=None) -> None:
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
         logging.set_stderrthreshold(logging.INFO)
+        logging.get_absl_handler().addFilter(_of_interest)
         _parse(argv, required)
         main()
     except errors.Error as e:
@@ -34,6 +36,11 @@ def run(main, *, required=(), argv=None) -> None:
             raise
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
         _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
+
+
+def _of_interest(record) -> bool:
+    """Our own messages, and everybody's warnings."""
+    return record.levelno > std_logging.INFO or "orbax" not in record.pathname
 
 
 def _parse(argv, required) -> None:

@@ -306,6 +306,7 @@ def _prepare(workdir: pathlib.Path, config) -> None:
             f"cannot write there: {e.strerror}", where=str(workdir), fix="choose another --workdir"
         ) from e
     handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
+    handler.addFilter(lambda record: "orbax" not in record.pathname)
     logger = logging.get_absl_logger()
     for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
         logger.removeHandler(old)

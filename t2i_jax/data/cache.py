@@ -5,6 +5,8 @@ import time
 import numpy as np
 from absl import logging
 
+from t2i_jax.data import transforms
+
 BUCKET = 8  # captions are encoded at lengths that are multiples of this
 
 
@@ -24,7 +26,7 @@ def precompute(encode, source, tokenize, *, batch_size: int = 64):
     for record in range(len(source)):
         try:
             caption = source[record]["caption"]
-        except ValueError:  # a broken example: the loader gives its slot weight 0
+        except transforms.BadExample:  # the loader gives its slot weight 0
             caption = ""
         row_of_record[record] = row_of.setdefault(caption, len(row_of))
     text_NL, mask_NL, _ = tokenize(list(row_of))

@@ -1,0 +1,330 @@
+"""Coloured shapes with captions: a small world in which every word of a caption can be checked.
+
+One or two objects out of 8 colours × 6 shapes × 2 sizes × 9 places on 3 backgrounds; two objects stand in
+a relation. Pictures are exact coverages of signed distances, so any resolution is anti-aliased alike, and
+an example is a function of (seed, split, index) alone.
+"""
+
+import hashlib
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from t2i_jax import errors
+
+VERSION = 1  # of pictures and captions: part of the fingerprint
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 150, 50),
+    "blue": (30, 70, 220),
+    "yellow": (245, 215, 30),
+    "orange": (250, 130, 20),
+    "purple": (130, 40, 160),
+    "pink": (255, 140, 190),
+    "cyan": (40, 200, 220),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+SIZES = {"small": 0.26, "large": 0.40}  # diameter, as a share of the picture's side
+CENTRES = (0.22, 0.5, 0.78)  # of the three rows and columns
+JITTER = 0.02
+POSITIONS = (
+    *("top left", "top", "top right"),
+    *("left", "center", "right"),
+    *("bottom left", "bottom", "bottom right"),
+)  # row by row
+RELATIONS = ("above", "below", "left of", "right of")
+BACKGROUNDS = {"white": (255, 255, 255), "black": (10, 10, 10), "grey": (150, 150, 150)}
+HELD_OUT = frozenset(
+    {
+        *(("red", "triangle"), ("green", "ring"), ("blue", "star"), ("yellow", "square")),
+        *(("orange", "circle"), ("purple", "cross"), ("pink", "star"), ("cyan", "triangle")),
+    }
+)  # colour–shape pairs that training never shows
+SPLITS = {"train": 65_536, "test": 4096, "heldout": 4096}
+
+
+class Object(NamedTuple):
+    """One shape; size, row and column are None where a caption does not say them."""
+
+    colour: str
+    shape: str
+    size: str | None = None
+    cell: int | None = None  # 0 … 8, row by row
+    offset: tuple[float, float] = (0.0, 0.0)  # of the centre, as a share of the side
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """x, y as shares of the picture's side."""
+        return (
+            CENTRES[self.cell % 3] + self.offset[0],
+            CENTRES[self.cell // 3] + self.offset[1],
+        )
+
+
+class Scene(NamedTuple):
+    """What is in a picture, or what a caption says of it (None: not said)."""
+
+    objects: tuple[Object, ...]
+    background: str | None = None
+    relation: str | None = None  # of the first object to the second
+
+
+def scene(split: str, seed: int, index: int) -> Scene:
+    """The scene of an example."""
+    return _scene(_generator(split, seed, index), split)
+
+
+def _generator(split, seed, index):
+    return np.random.Generator(
+        np.random.Philox(key=[seed, (list(SPLITS).index(split) << 48) + index])
+    )
+
+
+def _scene(rng, split) -> Scene:
+    background = _pick(rng, tuple(BACKGROUNDS))
+    pairs = [_pair(rng, held_out=split == "heldout")]
+    if index_is_pair := rng.random() < 0.5:
+        pairs.append(_pair(rng, held_out=False))
+        pairs = [pairs[i] for i in rng.permutation(2)]
+    sizes = [_pick(rng, tuple(SIZES)) for _ in pairs]
+    offsets = [tuple(np.round(rng.uniform(-JITTER, JITTER, 2), 4).tolist()) for _ in pairs]
+    if not index_is_pair:
+        cells, relation = [int(rng.integers(9))], None
+    else:
+        cells, relation = _related_cells(rng, both_small=set(sizes) == {"small"})
+    objects = tuple(
+        Object(colour, shape, size, cell, offset)
+        for (colour, shape), size, cell, offset in zip(pairs, sizes, cells, offsets, strict=True)
+    )
+    return Scene(objects, background, relation)
+
+
+def _pick(rng, choices):
+    return choices[int(rng.integers(len(choices)))]
+
+
+def _pair(rng, *, held_out: bool):
+    if held_out:
+        return _pick(rng, sorted(HELD_OUT))
+    while (pair := (_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES))) in HELD_OUT:
+        pass
+    return pair
+
+
+def _related_cells(rng, *, both_small: bool):
+    """Two cells and the relation of the first to the second.
+
+    Along the relation's axis they are two cells apart, or one where both objects are small; across it at
+    most one less than that, so that the relation is never in doubt and nothing overlaps.
+    """
+    relation = _pick(rng, RELATIONS)
+    gap = 2 if not both_small else int(rng.integers(1, 3))
+    first = int(rng.integers(3 - gap))
+    along = (first, first + gap)
+    while abs(np.subtract(*(across := rng.integers(3, size=2)))) > gap - 1:
+        pass
+    if relation in ("below", "right of"):
+        along = along[::-1]
+    if relation in ("above", "below"):
+        return [int(row * 3 + column) for row, column in zip(along, across, strict=True)], relation
+    return [int(row * 3 + column) for row, column in zip(across, along, strict=True)], relation
+
+
+# --- pictures ---------------------------------------------------------------------------------------
+
+
+def render(scene: Scene, res: int) -> np.ndarray:
+    """Draws a scene.   -> uint8 (res, res, 3)"""
+    image = np.empty((res, res, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
+    for thing in scene.objects:
+        alpha = coverage(thing.shape, thing.centre, SIZES[thing.size], res)[..., None]
+        image += alpha * (np.array(COLOURS[thing.colour], np.float32) - image)
+    return np.round(image).astype(np.uint8)
+
+
+def coverage(shape: str, centre, diameter: float, res: int) -> np.ndarray:
+    """Share of each pixel that a shape covers.   -> float32 (res, res) in [0, 1]"""
+    grid = (np.arange(res, dtype=np.float32) + 0.5) / res
+    x, y = np.meshgrid(grid - centre[0], grid - centre[1])
+    return np.clip(0.5 - _DISTANCES[shape](x, y, diameter / 2) * res, 0, 1)
+
+
+def _circle(x, y, r):
+    return np.sqrt(x * x + y * y) - r
+
+
+def _square(x, y, r):
+    return np.maximum(np.abs(x), np.abs(y)) - 0.88 * r
+
+
+def _triangle(x, y, r):
+    side = (2 * np.abs(x) - y - r) / np.sqrt(5, dtype=np.float32)  # as high as it is wide, tip up
+    return np.maximum(side, np.abs(y) - r)
+
+
+def _star(x, y, r):
+    """Five points, one up: the distance to the line of the nearest edge."""
+    sector = 2 * np.pi / 5
+    angle = np.arctan2(x, -y)  # 0 at the upper point
+    angle = np.abs((angle + sector / 2) % sector - sector / 2)
+    radius = np.sqrt(x * x + y * y)
+    tip = np.array([1.1 * r, 0.0])
+    edge = 0.5 * r * np.array([np.cos(sector / 2), np.sin(sector / 2)]) - tip
+    outward = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    across = (radius * np.cos(angle) - tip[0]) * outward[0]
+    return (across + radius * np.sin(angle) * outward[1]).astype(np.float32)
+
+
+def _cross(x, y, r):
+    x, y = np.abs(x), np.abs(y)
+    return np.minimum(np.maximum(x - r, y - r / 3), np.maximum(x - r / 3, y - r))
+
+
+def _ring(x, y, r):
+    return np.abs(np.sqrt(x * x + y * y) - 0.78 * r) - 0.22 * r
+
+
+_DISTANCES = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "ring": _ring,
+}
+
+# --- captions ---------------------------------------------------------------------------------------
+
+_PLACES = {p: f"in the {p} corner" if " " in p else f"at the {p}" for p in POSITIONS}
+_PLACES["center"] = "in the center"
+_LINKS = {
+    "above": ("above", "over"),
+    "below": ("below", "under"),
+    "left of": ("to the left of", "left of"),
+    "right of": ("to the right of", "right of"),
+}
+
+
+def caption(scene: Scene, rng) -> str:
+    """A natural caption: colours, shapes and relation always, sizes and place at times.
+
+    The background is said in about 70 % of captions, a size in half, a single object's place in half.
+    """
+    things = []
+    for thing in scene.objects:
+        size = thing.size if rng.random() < 0.5 else None
+        things.append(_noun(rng, thing._replace(size=size)))
+    if scene.relation:
+        text = f"{things[0]} {_pick(rng, _LINKS[scene.relation])} {things[1]}"
+    else:
+        place = _PLACES[POSITIONS[scene.objects[0].cell]]
+        text = f"{things[0]} {place}" if rng.random() < 0.5 else things[0]
+    opening = rng.random()
+    if opening < 0.15:
+        text = f"a picture of {text}"
+    elif opening < 0.3 and not scene.relation:
+        text = f"there is {text}"
+    if rng.random() < 0.7:
+        ground = f"{_article(scene.background)} {scene.background} background"
+        text = f"{text} on {ground}" if rng.random() < 0.75 else f"on {ground}, {text}"
+    return text
+
+
+def _noun(rng, thing: Object) -> str:
+    if thing.size and rng.random() < 0.15:
+        return f"{_article(thing.size)} {thing.size} {thing.shape} in {thing.colour}"
+    words = [thing.size, thing.colour, thing.shape] if thing.size else [thing.colour, thing.shape]
+    return f"{_article(words[0])} {' '.join(words)}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+_NOUN = (
+    rf"an? (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?"
+    rf"(?:(?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
+    rf"|(?P<shape_{{0}}>{'|'.join(SHAPES)}) in (?P<colour_{{0}}>{'|'.join(COLOURS)}))"
+)
+_WORDS = {phrase: relation for relation, phrases in _LINKS.items() for phrase in phrases}
+_GROUND = rf"on an? (?P<{{}}>{'|'.join(BACKGROUNDS)}) background"
+_GRAMMAR = re.compile(
+    rf"(?:{_GROUND.format('ground1')},? )?(?:a picture of |there is )?{_NOUN.format(1)}"
+    rf"(?: (?P<link>{'|'.join(sorted(_WORDS, key=len, reverse=True))}) {_NOUN.format(2)}"
+    rf"| (?:at|in) the (?P<place>{'|'.join(sorted(POSITIONS, key=len, reverse=True))})(?: corner)?)?"
+    rf"(?:,? {_GROUND.format('ground2')})?\.?"
+)
+
+
+def parse(caption: str) -> Scene:
+    """What a caption of this world says; the inverse of `caption`, None for what is not said.
+
+    Raises:
+      ConfigError: the caption is not of this world.
+    """
+    match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()))
+    if not match:
+        raise errors.ConfigError(
+            "not a caption of coloured shapes",
+            where=f"caption {caption[:80]!r}",
+            fix='write for example "a small red circle above a blue square on a white background"',
+        )
+    said = match.groupdict()
+    objects = [
+        Object(
+            said[f"colour{n}"] or said[f"colour_{n}"],
+            said[f"shape{n}"] or said[f"shape_{n}"],
+            said[f"size{n}"],
+        )
+        for n in ("1", "2")
+        if said[f"shape{n}"] or said[f"shape_{n}"]
+    ]
+    if said["place"]:
+        objects[0] = objects[0]._replace(cell=POSITIONS.index(said["place"]))
+    relation = _WORDS[said["link"]] if said["link"] else None
+    return Scene(tuple(objects), said["ground1"] or said["ground2"], relation)
+
+
+# --- the source -------------------------------------------------------------------------------------
+
+
+class Source:
+    """Examples {"image": uint8 (res, res, 3), "caption": str}, drawn when asked for."""
+
+    def __init__(self, split: str, res: int, size: int, seed: int):
+        self._split, self._res, self._size, self._seed = split, res, size, seed
+        name = f"shapes v{VERSION} {split} {res} {size} {seed}"
+        self.fingerprint = hashlib.sha256(name.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: int) -> dict:
+        if not 0 <= index < self._size:
+            raise IndexError(index)
+        rng = _generator(self._split, self._seed, int(index))
+        drawn = _scene(rng, self._split)
+        return {"image": render(drawn, self._res), "caption": caption(drawn, rng)}
+
+
+def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: int = 0) -> Source:
+    """The data set.
+
+    Args:
+      split: "train"; "test", the same pairs of colour and shape; "heldout", one object of a held-out pair.
+      res: pixels a side.
+      size: number of examples (65,536 in "train", 4,096 in the others).
+      seed: another seed, another data set.
+    """
+    if split not in SPLITS:
+        raise errors.ConfigError(
+            f"no split {split!r}", where="data source shapes", fix=errors.nearest(split, SPLITS)
+        )
+    size = SPLITS[split] if size is None else size
+    if size < 1 or res < 8:
+        raise errors.ConfigError(
+            f"size {size}, res {res}", where="data source shapes", fix="size ≥ 1 and res ≥ 8"
+        )
+    return Source(split, res, size, seed)

@@ -1,0 +1,131 @@
+"""Parts that several networks share.   B batch · T tokens · D width · H W pixels · C channels"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2i_jax.models import attention
+
+
+def flat(fn, x):
+    """Applies fn to all leading axes as one: XLA:CPU runs products on (N, D) much faster."""
+    return fn(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
+
+
+class Dense(nn.Module):
+    """x·W + b on flattened leading axes; params float32, computes in `dtype`."""
+
+    features: int
+    use_bias: bool = True
+    zero: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        dense = nn.Dense(self.features, self.use_bias, dtype=self.dtype, kernel_init=init)
+        return flat(dense, x)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) over the last axis in float32, with a learned scale unless `scale` is False."""
+
+    scale: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
+        if self.scale:
+            wide = wide * self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        return wide.astype(x.dtype)
+
+
+def modulate(x, shift_BD, scale_BD):
+    """x·(1 + scale) + shift, per example (DiT, arXiv:2212.09748)."""
+    shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+    return x * (1 + scale_BD.reshape(shape)) + shift_BD.reshape(shape)
+
+
+def gate(x, gate_BD):
+    return x * gate_BD.reshape(x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+
+
+class TimeText(nn.Module):
+    """Time and pooled text as one vector: sinusoids of t in [0, 1], two layers each.   -> BD"""
+
+    width: int
+    frequencies: int = 128
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, t_B, pooled_BD):
+        rates = np.exp(np.linspace(0, np.log(1000.0), self.frequencies // 2)).astype(np.float32)
+        angle_BF = t_B[:, None] * rates * 2 * np.pi / 10
+        waves_BF = jnp.concatenate([jnp.sin(angle_BF), jnp.cos(angle_BF)], -1)
+        h_BD = Dense(self.width, dtype=self.dtype, name="time")(waves_BF)
+        h_BD = h_BD + Dense(self.width, dtype=self.dtype, name="text")(RMSNorm()(pooled_BD))
+        return Dense(self.width, dtype=self.dtype, name="mix")(nn.silu(h_BD))
+
+
+class TextTokens(nn.Module):
+    """Caption states at the network's width, behind one learned null token that is always valid.
+
+    (seq_BLE, mask_BL) -> (tokens_BSD, mask_BS), S = L + 1. A caption whose mask is all False is thereby
+    the learned null condition.
+    """
+
+    width: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, seq_BLE, mask_BL):
+        b = seq_BLE.shape[0]
+        tokens_BLD = Dense(self.width, dtype=self.dtype, name="project")(RMSNorm()(seq_BLE))
+        null_D = self.param("null", nn.initializers.normal(0.02), (self.width,))
+        null_B1D = jnp.broadcast_to(null_D.astype(tokens_BLD.dtype), (b, 1, self.width))
+        mask_BS = jnp.concatenate([jnp.ones((b, 1), bool), mask_BL], 1)
+        return jnp.concatenate([null_B1D, tokens_BLD], 1), mask_BS
+
+
+class KeysValues(nn.Module):
+    """The keys (normalised, as qk-norm asks) and values of a token sequence.   -> (k_BSNH, v_BSNH)"""
+
+    width: int
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BSD):
+        k_BSD, v_BSD = jnp.split(
+            Dense(2 * self.width, use_bias=False, dtype=self.dtype, name="kv")(x_BSD), 2, -1
+        )
+        k_BSNH = RMSNorm(name="k_norm")(attention.split_heads(k_BSD, self.heads))
+        return k_BSNH, attention.split_heads(v_BSD, self.heads)
+
+
+def space_to_depth(x_BHWC, n: int = 2):
+    """n × n pixels become channels."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h // n, n, w // n, n, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // n, w // n, n * n * c)
+
+
+def depth_to_space(x_BHWC, n: int = 2):
+    """The inverse of space_to_depth."""
+    b, h, w, c = x_BHWC.shape
+    x = x_BHWC.reshape(b, h, w, n, n, c // (n * n)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * n, w * n, c // (n * n))
+
+
+def positions_2d(h: int, w: int, width: int):
+    """Fixed sines and cosines of row and column, both mapped to [0, 1].   -> (h·w, width) numpy"""
+    rates = np.exp(np.linspace(0, np.log(32.0), width // 4))
+
+    def waves(n):
+        angle = ((np.arange(n) + 0.5) / n)[:, None] * rates * np.pi
+        return np.concatenate([np.sin(angle), np.cos(angle)], -1)
+
+    rows, columns = np.broadcast_arrays(waves(h)[:, None], waves(w)[None, :])
+    return np.concatenate([rows, columns], -1).reshape(h * w, -1).astype(np.float32)

@@ -1,0 +1,134 @@
+"""A U-shaped hybrid: convolutions at two scales, attention over picture and text at the lower one.
+
+B batch · H W pixels · C channels · T picture tokens · S text tokens · D width · N heads
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax.models import attention, layers
+from t2i_jax.text.condition import Cond
+
+
+class Conv(nn.Module):
+    """3 × 3 or 1 × 1, stride 1, NHWC: what XLA:CPU runs fast, also inside loops and backwards."""
+
+    features: int
+    size: int = 3
+    zero: bool = False
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        init = nn.initializers.zeros if self.zero else nn.initializers.lecun_normal()
+        size = (self.size, self.size)
+        return nn.Conv(self.features, size, dtype=self.dtype, kernel_init=init)(x_BHWC)
+
+
+class Residual(nn.Module):
+    """norm, modulate, conv, norm, conv, gated by time and text."""
+
+    width: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BHWC, c_BD):
+        if x_BHWC.shape[-1] != self.width:
+            x_BHWC = layers.Dense(self.width, dtype=self.dtype, name="skip")(x_BHWC)
+        mod = layers.Dense(2 * self.width, zero=True, dtype=self.dtype, name="modulation")(c_BD)
+        shift_BD, scale_BD = jnp.split(mod, 2, -1)
+        h = Conv(self.width, dtype=self.dtype, name="conv1")(nn.silu(layers.RMSNorm()(x_BHWC)))
+        h = layers.modulate(layers.RMSNorm(scale=False)(h), shift_BD, scale_BD)
+        return x_BHWC + Conv(self.width, zero=True, dtype=self.dtype, name="conv2")(nn.silu(h))
+
+
+class Attention(nn.Module):
+    """Picture tokens look at picture and text tokens in one softmax; qk-norm.
+
+    The text's keys and values come in ready, so that a sampler computes them once.
+    """
+
+    width: int
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BHWC, c_BD, text_kv, mask_BS):
+        b, h, w, d = x_BHWC.shape
+        mod = layers.Dense(2 * d, zero=True, dtype=self.dtype, name="modulation")(c_BD)
+        shift_BD, scale_BD = jnp.split(mod, 2, -1)
+        x_BTD = layers.modulate(layers.RMSNorm(scale=False)(x_BHWC), shift_BD, scale_BD)
+        x_BTD = x_BTD.reshape(b, h * w, d)
+        q_BTD = layers.Dense(d, use_bias=False, dtype=self.dtype, name="query")(x_BTD)
+        q_BTNH = layers.RMSNorm(name="q_norm")(attention.split_heads(q_BTD, self.heads))
+        k_BTNH, v_BTNH = layers.KeysValues(d, self.heads, dtype=self.dtype, name="picture")(x_BTD)
+        k_BSNH, v_BSNH = text_kv
+        mask = jnp.concatenate([jnp.ones((b, h * w), bool), mask_BS], 1)
+        out_BTNH = attention.attention(
+            q_BTNH,
+            jnp.concatenate([k_BTNH, k_BSNH], 1),
+            jnp.concatenate([v_BTNH, v_BSNH], 1),
+            mask_BS=mask,
+        )
+        out = layers.Dense(d, zero=True, dtype=self.dtype, name="out")(
+            attention.merge_heads(out_BTNH)
+        )
+        return x_BHWC + out.reshape(x_BHWC.shape)
+
+
+class Backbone(nn.Module):
+    """x_BHWC in, C channels of the same size out; H and W divisible by 4.
+
+    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side of the U.
+    """
+
+    channels: int = 3
+    stem: int = 32
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    dtype: str = "float32"
+
+    def setup(self):
+        d, n, kind = self.width, self.depth, dict(dtype=self.dtype)
+        self.condition = layers.TimeText(d, **kind)
+        self.text = layers.TextTokens(d, **kind)
+        self.kvs = [layers.KeysValues(d, self.heads, **kind) for _ in range(2 * n)]
+        self.enter = Conv(self.stem, **kind)
+        self.down = [Residual(self.stem, **kind) for _ in range(n)]
+        self.shrink = layers.Dense(d, **kind)
+        self.blocks = [Residual(d, **kind) for _ in range(2 * n)]
+        self.attentions = [Attention(d, self.heads, **kind) for _ in range(2 * n)]
+        self.grow = layers.Dense(4 * self.stem, **kind)
+        self.up = [Residual(self.stem, **kind) for _ in range(n)]
+        self.leave_norm = layers.RMSNorm()
+        self.leave = Conv(4 * self.channels, zero=True, **kind)
+
+    def text_kv(self, cond: Cond):
+        """Keys and values of the text for every attention, and the mask they share."""
+        tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
+        return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
+
+    def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
+        kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
+        c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
+        h = self.enter(layers.space_to_depth(x_BHWC))
+        outer = []
+        for block in self.down:
+            h = block(h, c_BD)
+            outer.append(h)
+        h = self.shrink(layers.space_to_depth(h))
+        _, rows, columns, d = h.shape
+        h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d).astype(h.dtype)
+        inner = []
+        for i, (block, attend) in enumerate(zip(self.blocks, self.attentions, strict=True)):
+            if i >= self.depth:
+                h = h + inner.pop()
+            h = attend(block(h, c_BD), c_BD, kvs[i], mask_BS)
+            if i < self.depth:
+                inner.append(h)
+        h = layers.depth_to_space(self.grow(h))
+        for block in self.up:
+            h = block(jnp.concatenate([h, outer.pop()], -1), c_BD)
+        h = self.leave(nn.silu(self.leave_norm(h)))
+        return layers.depth_to_space(h).astype(jnp.float32)

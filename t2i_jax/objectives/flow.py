@@ -1,0 +1,136 @@
+"""Flow matching: a network learns the velocity from noise to picture.
+
+Rectified flow z_t = (1 − t)·x + t·ε with velocity v = ε − x (arXiv:2209.03003, 2210.02747), times
+logit-normal (arXiv:2403.03206), text by cross-attention, captions dropped for guidance.
+
+B batch · H W pixels · C channels · L text length · D width · S solver steps
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t2i_jax import errors, losses, plugins, randomness
+from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.sampling import guidance as guide
+from t2i_jax.sampling import ode
+from t2i_jax.text import encoder
+from t2i_jax.text.condition import Cond
+
+TIME_FLOOR = 0.05  # x-prediction divides by t; JiT clamps here (arXiv:2511.13720)
+HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
+
+
+class Options(NamedTuple):
+    """config.loss. prediction: what the network's output means, "v" or "x"; both train the velocity."""
+
+    prediction: str = "v"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    text_dropout: float = 0.1
+
+
+def make(config) -> Objective:
+    """Nets "model" (trained) and "text" (frozen); predictions sample, encode, loss_at_times."""
+    options = plugins.call(Options, where="config.loss", options=config.loss)
+    if options.prediction not in ("v", "x"):
+        raise errors.ConfigError(
+            f"prediction is {options.prediction!r}", where="config.loss", fix="use 'v' or 'x'"
+        )
+    sizes = dict(config.model)
+    backbone = plugins.load("models", sizes.pop("backbone", "unet"))
+    model = plugins.call(backbone.Backbone, where="config.model", options=sizes)
+    text = encoder.make(config.load.get("text"))
+    shape_HWC = (config.res, config.res, 3)
+
+    def init(key, batch):
+        key_model, key_text = jax.random.split(key)
+        text_variables = text.init(key_text, batch["text"], batch["mask"])
+        cond = text.apply(text_variables, batch["text"], batch["mask"])
+        t_B = jnp.zeros(batch["text"].shape[0])
+        image_BHWC = jnp.zeros((t_B.shape[0], *shape_HWC))
+        return {"model": model.init(key_model, image_BHWC, t_B, cond), "text": text_variables}
+
+    def encode(nets, batch, key=None) -> Cond:
+        """Caption states: from the cache where the batch brings them, else from the encoder."""
+        if "cond_seq" in batch:
+            seq_BLD, pooled_BD = batch["cond_seq"], batch["cond_pooled"]
+            return Cond(seq_BLD.astype(jnp.float32), batch["mask"], pooled_BD.astype(jnp.float32))
+        return text.apply(nets["text"], batch["text"], batch["mask"])
+
+    def velocity(nets, z_BHWC, t_B, cond, text_kv=None):
+        out_BHWC = model.apply(nets["model"], z_BHWC, t_B, cond, text_kv)
+        if options.prediction == "v":
+            return out_BHWC
+        return (z_BHWC - out_BHWC) / jnp.maximum(t_B, TIME_FLOOR)[:, None, None, None]
+
+    def loss_at(nets, batch, cond, noise_BHWC, t_B):
+        t = t_B[:, None, None, None]
+        z_BHWC = (1 - t) * batch["image"] + t * noise_BHWC
+        target_BHWC = noise_BHWC - batch["image"]
+        if options.prediction == "x":  # the clamp must not show in the target
+            target_BHWC = (z_BHWC - batch["image"]) / jnp.maximum(t, TIME_FLOOR)
+        return losses.squared_error(velocity(nets, z_BHWC, t_B, cond), target_BHWC)
+
+    def loss(nets, batch, key, step):
+        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 3)
+        noise_BHWC = randomness.normal_each(keys[0], shape_HWC)
+        t_B = jax.nn.sigmoid(
+            options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
+        )
+        drop_B = jax.vmap(lambda k: jax.random.uniform(k))(keys[2]) < options.text_dropout
+        cond = drop(encode(nets, batch), drop_B)
+        value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
+        return losses.weighted_mean(value_B, batch["weight"]), Aux()
+
+    def loss_at_times(nets, batch, key):
+        """The velocity loss of a batch at eight fixed times.   -> (8,)"""
+        keys_B = randomness.per_example(key, batch["index"])
+        noise_BHWC, cond = randomness.normal_each(keys_B, shape_HWC), encode(nets, batch)
+
+        def at(t):
+            value_B = loss_at(nets, batch, cond, noise_BHWC, jnp.full(keys_B.shape, t))
+            return losses.weighted_mean(value_B, batch["weight"])
+
+        return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
+
+    def sample(nets, batch, key, *, guidance=3.0, steps=12, sampler="heun", interval=(0.0, 1.0)):
+        """Pictures for captions.   -> image_BHWC in [-1, 1]
+
+        Args:
+          guidance: scale of classifier-free guidance, 1 is none.
+          steps: solver steps; heun calls the network twice in each.
+          sampler: "euler" or "heun".
+          interval: times between which guidance acts, 1 is noise and 0 the picture.
+        """
+        if sampler not in ode.SOLVERS:
+            raise errors.ConfigError(
+                f"unknown sampler {sampler!r}",
+                where="--sampler",
+                fix=errors.nearest(sampler, ode.SOLVERS),
+            )
+        cond = encode(nets, batch)
+        null = drop(cond, jnp.ones(batch["index"].shape, bool))
+        if "negative_text" in batch:
+            null = text.apply(nets["text"], batch["negative_text"], batch["negative_mask"])
+        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
+        text_kv = model.apply(nets["model"], both, method="text_kv")
+
+        def both_velocities(z_2BHWC, t_2B):
+            return velocity(nets, z_2BHWC, t_2B, both, text_kv)
+
+        keys_B = randomness.per_example(key, batch["index"])
+        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
+        field = guide.cfg(both_velocities, guidance, interval)
+        image_BHWC = ode.SOLVERS[sampler](field, noise_BHWC, jnp.linspace(1.0, 0.0, steps + 1))
+        return jnp.clip(image_BHWC, -1, 1)
+
+    predict = {"sample": sample, "encode": encode, "loss_at_times": loss_at_times}
+    return Objective(init, (Loss(("model",), loss),), predict)
+
+
+def drop(cond: Cond, drop_B) -> Cond:
+    """The null condition, no valid token and a zero pooled vector, where drop_B is True."""
+    mask_BL = cond.mask_BL & ~drop_B[:, None]
+    return Cond(cond.seq_BLD, mask_BL, jnp.where(drop_B[:, None], 0, cond.pooled_BD))

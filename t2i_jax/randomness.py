@@ -1,0 +1,19 @@
+"""Noise that belongs to an example and not to its place on a device or in a batch."""
+
+import jax
+
+
+def per_example(key, index_B):
+    """One key per example: fold_in(key, index). The mesh and the batch size cannot change it.   -> B"""
+    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+
+
+def split_each(keys_B, n: int):
+    """n independent keys per example.   -> tuple of n key arrays B"""
+    keys_BN = jax.vmap(lambda key: jax.random.split(key, n))(keys_B)
+    return tuple(keys_BN[:, i] for i in range(n))
+
+
+def normal_each(keys_B, shape):
+    """Standard normal noise, one draw per example.   -> B + shape"""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)

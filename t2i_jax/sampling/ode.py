@@ -1,0 +1,33 @@
+"""Solvers of dx/dt = velocity(x, t) along a grid of times: functions of functions.
+
+x_BHWC state · ts_S times from noise (1) to data (0), S − 1 steps
+"""
+
+import jax
+
+
+def euler(velocity, x_BHWC, ts_S):
+    """First order: one call of `velocity(x_BHWC, t)` a step; exact where velocity is constant."""
+
+    def step(x_BHWC, t_pair):
+        t, t_next = t_pair
+        return x_BHWC + (t_next - t) * velocity(x_BHWC, t), None
+
+    return jax.lax.scan(step, x_BHWC, (ts_S[:-1], ts_S[1:]))[0]
+
+
+def heun(velocity, x_BHWC, ts_S):
+    """Second order: two calls a step, the last step is Euler's (Karras et al. 2022, alg. 1)."""
+
+    def step(x_BHWC, t_pair):
+        t, t_next = t_pair
+        v_BHWC = velocity(x_BHWC, t)
+        ahead_BHWC = x_BHWC + (t_next - t) * v_BHWC
+        mean_BHWC = 0.5 * (v_BHWC + velocity(ahead_BHWC, t_next))
+        return x_BHWC + (t_next - t) * mean_BHWC, None
+
+    x_BHWC, _ = jax.lax.scan(step, x_BHWC, (ts_S[:-2], ts_S[1:-1]))
+    return euler(velocity, x_BHWC, ts_S[-2:])
+
+
+SOLVERS = {"euler": euler, "heun": heun}
