@@ -83,19 +83,15 @@ def _generator(split, seed, index):
 
 def _scene(rng, split) -> Scene:
     background = _pick(rng, tuple(BACKGROUNDS))
-    pairs = [_pair(rng, held_out=split == "heldout")]
-    if index_is_pair := rng.random() < 0.5:
-        pairs.append(_pair(rng, held_out=False))
-        pairs = [pairs[i] for i in rng.permutation(2)]
-    sizes = [_pick(rng, tuple(SIZES)) for _ in pairs]
-    offsets = [tuple(np.round(rng.uniform(-JITTER, JITTER, 2), 4).tolist()) for _ in pairs]
-    if not index_is_pair:
-        cells, relation = [int(rng.integers(9))], None
-    else:
-        cells, relation = _related_cells(rng, both_small=set(sizes) == {"small"})
+    kinds, cells, relation = [_pair(rng, held_out=split == "heldout")], [int(rng.integers(9))], None
+    if rng.random() < 0.5:
+        kinds.insert(int(rng.integers(2)), _pair(rng, held_out=False))
+        cells, relation = _related_cells(rng)
+    sizes = [_pick(rng, tuple(SIZES)) for _ in kinds]
+    offsets = [tuple(np.round(rng.uniform(-JITTER, JITTER, 2), 4).tolist()) for _ in kinds]
     objects = tuple(
         Object(colour, shape, size, cell, offset)
-        for (colour, shape), size, cell, offset in zip(pairs, sizes, cells, offsets, strict=True)
+        for (colour, shape), size, cell, offset in zip(kinds, sizes, cells, offsets, strict=True)
     )
     return Scene(objects, background, relation)
 
@@ -112,23 +108,20 @@ def _pair(rng, *, held_out: bool):
     return pair
 
 
-def _related_cells(rng, *, both_small: bool):
+def _related_cells(rng):
     """Two cells and the relation of the first to the second.
 
-    Along the relation's axis they are two cells apart, or one where both objects are small; across it at
-    most one less than that, so that the relation is never in doubt and nothing overlaps.
+    They are two cells apart along the relation's axis and at most one across it, so that the relation
+    is never in doubt and nothing overlaps.
     """
     relation = _pick(rng, RELATIONS)
-    gap = 2 if not both_small else int(rng.integers(1, 3))
-    first = int(rng.integers(3 - gap))
-    along = (first, first + gap)
-    while abs(np.subtract(*(across := rng.integers(3, size=2)))) > gap - 1:
+    along = (0, 2) if relation in ("above", "left of") else (2, 0)
+    while abs(np.subtract(*(across := rng.integers(3, size=2)))) > 1:
         pass
-    if relation in ("below", "right of"):
-        along = along[::-1]
+    pairs = zip(along, across.tolist(), strict=True)
     if relation in ("above", "below"):
-        return [int(row * 3 + column) for row, column in zip(along, across, strict=True)], relation
-    return [int(row * 3 + column) for row, column in zip(across, along, strict=True)], relation
+        return [row * 3 + column for row, column in pairs], relation
+    return [row * 3 + column for column, row in pairs], relation
 
 
 # --- pictures ---------------------------------------------------------------------------------------
