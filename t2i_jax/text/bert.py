@@ -1,192 +1,158 @@
-"""BERT's encoder (arXiv:1810.04805) in plain Linen, and the names its checkpoints use.
+"""BERT, arXiv:1810.04805.   B batch · L text length · D width · N = B·L tokens · H head width"""
 
-B batch · L text length · D width · N heads · H head width
-"""
+import functools
 
 import flax.linen as nn
-import numpy as np
+import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors
 from t2i_jax.models import attention
-from t2i_jax.text import hf
-from t2i_jax.text.condition import Cond, masked_mean
+from t2i_jax.text import condition, hf
 
-_ACTIVATIONS = {
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: nn.gelu(x, approximate=True),
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
     "relu": nn.relu,
-    "silu": nn.silu,
 }
 
+NAMES = hf.Names(
+    tensors={
+        "word": "embeddings.word_embeddings",
+        "position": "embeddings.position_embeddings",
+        "segment": "embeddings.token_type_embeddings",
+        "norm": "embeddings.LayerNorm",
+        "layer_{}/qkv": (
+            "encoder.layer.{}.attention.self.query",
+            "encoder.layer.{}.attention.self.key",
+            "encoder.layer.{}.attention.self.value",
+        ),
+        "layer_{}/out": "encoder.layer.{}.attention.output.dense",
+        "layer_{}/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+        "layer_{}/up": "encoder.layer.{}.intermediate.dense",
+        "layer_{}/down": "encoder.layer.{}.output.dense",
+        "layer_{}/mlp_norm": "encoder.layer.{}.output.LayerNorm",
+    },
+    prefix="bert.",
+    ignored=("embeddings.position_ids", "pooler.*", "cls.*", "classifier.*", "qa_outputs.*"),
+)
 
-class Layer(nn.Module):
-    """One block, norms after the sums, on flattened tokens."""
-
-    heads: int
-    hidden: int
-    activation: str
-    epsilon: float
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x_ND, mask_BL):
-        d, kind = x_ND.shape[-1], dict(dtype=self.dtype)
-        qkv_N3D = nn.Dense(3 * d, name="qkv", **kind)(x_ND)
-        qkv = qkv_N3D.reshape(*mask_BL.shape, 3, self.heads, d // self.heads)
-        out_BLNH = attention.attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2], mask_BS=mask_BL)
-        out_ND = nn.Dense(d, name="out", **kind)(out_BLNH.reshape(-1, d))
-        x_ND = nn.LayerNorm(self.epsilon, name="norm_attention", **kind)(x_ND + out_ND)
-        h = _ACTIVATIONS[self.activation](nn.Dense(self.hidden, name="enter", **kind)(x_ND))
-        h = nn.Dense(d, name="leave", **kind)(h)
-        return nn.LayerNorm(self.epsilon, name="norm_mlp", **kind)(x_ND + h)
-
-
-class Bert(nn.Module):
-    """Token ids and mask -> Cond: last hidden states, the mask, their masked mean.
-
-    A row without a valid token gives finite states and a zero pooled vector.
-    """
-
-    vocab: int = 30522
-    width: int = 384
-    depth: int = 6
-    heads: int = 12
-    hidden: int = 1536
-    positions: int = 512
-    types: int = 2
-    activation: str = "gelu"
-    epsilon: float = 1e-12
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, text_BL, mask_BL) -> Cond:
-        b, length = text_BL.shape
-        if length > self.positions:
-            raise errors.ConfigError(
-                f"captions of {length} tokens, the encoder has {self.positions} positions",
-                where="config.text_length",
-                fix=f"use at most {self.positions}",
-            )
-        kind = dict(dtype=self.dtype, embedding_init=nn.initializers.normal(0.02))
-        x_BLD = nn.Embed(self.vocab, self.width, name="word", **kind)(text_BL)
-        x_BLD = x_BLD + nn.Embed(self.positions, self.width, name="position", **kind)(
-            jnp.arange(length)
-        )
-        x_BLD = x_BLD + nn.Embed(self.types, self.width, name="type", **kind)(jnp.int32(0))
-        x_ND = nn.LayerNorm(self.epsilon, dtype=self.dtype, name="norm")(
-            x_BLD.reshape(b * length, self.width)
-        )
-        for i in range(self.depth):
-            if not self.is_initializing():  # kept only where apply(…, mutable="hidden") asks
-                self.sow("hidden", "states", x_ND.reshape(b, length, -1))
-            layer = Layer(
-                self.heads,
-                self.hidden,
-                self.activation,
-                self.epsilon,
-                self.dtype,
-                name=f"layer_{i}",
-            )
-            x_ND = layer(x_ND, mask_BL)
-        seq_BLD = x_ND.reshape(b, length, -1).astype(jnp.float32)
-        return Cond(seq_BLD, mask_BL, masked_mean(seq_BLD, mask_BL))
-
-
-_IGNORED_FIELDS = {  # fields that do not change what the encoder computes
-    *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype", "use_cache"),
-    *("gradient_checkpointing", "hidden_dropout_prob", "attention_probs_dropout_prob"),
-    *("initializer_range", "pad_token_id", "classifier_dropout", "_name_or_path", "id2label"),
-    *("label2id", "bos_token_id", "eos_token_id", "directionality", "problem_type"),
-    *("return_dict", "output_attentions", "output_hidden_states", "tie_word_embeddings"),
-    *("chunk_size_feed_forward", "pooler_fc_size", "pooler_num_attention_heads"),
-    *("pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),
-}
-_FIXED_FIELDS = {  # fields of which we implement one value
-    "position_embedding_type": "absolute",
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "cross_attention_hidden_size": None,
-}
-_SIZES = {
+_FIELDS = {  # config.json -> ours
     "vocab_size": "vocab",
     "hidden_size": "width",
     "num_hidden_layers": "depth",
     "num_attention_heads": "heads",
-    "intermediate_size": "hidden",
-    "max_position_embeddings": "positions",
-    "type_vocab_size": "types",
-    "hidden_act": "activation",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "max_length",
+    "type_vocab_size": "segments",
     "layer_norm_eps": "epsilon",
+    "hidden_act": "activation",
+}
+_IMPLEMENTED = {  # fields of config.json that change the network, and the one value we have
+    "position_embedding_type": "absolute",
+    "is_decoder": False,
+    "add_cross_attention": False,
 }
 
 
+class Layer(nn.Module):
+    """One block, norms after the sums, on flattened tokens: products of ND are faster than BLD."""
+
+    heads: int
+    mlp_width: int
+    epsilon: float
+    activation: str
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_ND, mask_BL):
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        norm = functools.partial(
+            nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False
+        )
+        width = x_ND.shape[-1]
+        qkv = dense(3 * width, name="qkv")(x_ND).reshape(*mask_BL.shape, 3, self.heads, -1)
+        q_BLNH, k_BLNH, v_BLNH = (qkv[:, :, i] for i in range(3))
+        seen_BLNH = attention.attention(q_BLNH, k_BLNH, v_BLNH, mask_BS=mask_BL)
+        out_ND = dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
+        x_ND = norm(name="attention_norm")(x_ND + out_ND)
+        up_NM = ACTIVATIONS[self.activation](dense(self.mlp_width, name="up")(x_ND))
+        return norm(name="mlp_norm")(x_ND + dense(width, name="down")(up_NM))
+
+
+class Bert(nn.Module):
+    """A BERT encoder without pooler and dropout; `dtype` computes, parameters stay float32."""
+
+    vocab: int = 30522
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_width: int = 3072
+    max_length: int = 512
+    segments: int = 2
+    epsilon: float = 1e-12
+    activation: str = "gelu"
+    dtype: str = "float32"
+
+    @nn.compact
+    def states(self, text_BL, mask_BL) -> list[jax.Array]:
+        """BLD after the embeddings and after every layer; only valid tokens mean anything."""
+        if text_BL.shape[1] > self.max_length:
+            raise errors.ConfigError(
+                f"captions have {text_BL.shape[1]} tokens, the encoder {self.max_length} positions",
+                where="config.text_length",
+                fix=f"set it to {self.max_length} or less",
+            )
+        embed = functools.partial(nn.Embed, features=self.width)
+        position_LD = embed(self.max_length, name="position")(jnp.arange(text_BL.shape[1]))
+        segment_D = embed(self.segments, name="segment")(jnp.int32(0))
+        x_BLD = embed(self.vocab, name="word")(text_BL) + position_LD + segment_D
+        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
+        states = [norm(x_BLD.reshape(-1, self.width))]
+        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
+        for i in range(self.depth):
+            states.append(Layer(*sizes, name=f"layer_{i}")(states[-1], mask_BL))
+        return [x_ND.reshape(x_BLD.shape) for x_ND in states]
+
+    def __call__(self, text_BL, mask_BL) -> condition.Cond:
+        """The last layer's states, zero where the mask is False, and their mean."""
+        seq_BLD = self.states(text_BL, mask_BL)[-1] * mask_BL[..., None]
+        return condition.Cond(seq_BLD, mask_BL, condition.masked_mean(seq_BLD, mask_BL))
+
+
 def from_config(config: dict, *, dtype: str = "float32") -> Bert:
-    """The module that a checkpoint's config.json describes.
+    """The encoder that a checkpoint's config.json describes.
 
     Raises:
-      ConfigError: a field, or a field's value, that is not implemented.
+      ConfigError: a field asks for something not implemented, or is no sensible size.
     """
-    for field, value in config.items():
-        known = field in _IGNORED_FIELDS or field in _SIZES
-        if not known and not (field in _FIXED_FIELDS and value == _FIXED_FIELDS[field]):
+    for field, value in _IMPLEMENTED.items():
+        if config.get(field, value) != value:
             raise errors.ConfigError(
-                f"BERT with {field} = {value!r} is not implemented",
-                where="the checkpoint's config.json",
-                fix=f"use a checkpoint with {field} = {_FIXED_FIELDS.get(field, 'unset')!r}",
+                f"{field} {config[field]!r} is not implemented",
+                where=hf.CONFIG,
+                fix=f"use a checkpoint with {field} {value!r}",
             )
-    if config.get("hidden_act", "gelu") not in _ACTIVATIONS:
+    fields = {}
+    for theirs, ours in _FIELDS.items():
+        default = getattr(Bert, ours)
+        value = fields[ours] = config.get(theirs, default)
+        if type(value) is not type(default) or (not isinstance(value, str) and value <= 0):
+            raise errors.ConfigError(
+                f"{theirs} is {value!r}", where=hf.CONFIG, fix=f"it should be like {default!r}"
+            )
+    if fields["activation"] not in ACTIVATIONS:
         raise errors.ConfigError(
-            f"BERT with hidden_act = {config['hidden_act']!r} is not implemented",
-            where="the checkpoint's config.json",
-            fix=f"use one of {sorted(_ACTIVATIONS)}",
+            f"hidden_act {fields['activation']!r} is not implemented",
+            where=hf.CONFIG,
+            fix=errors.nearest(fields["activation"], ACTIVATIONS),
         )
-    return Bert(
-        **{ours: config[field] for field, ours in _SIZES.items() if field in config}, dtype=dtype
-    )
-
-
-def _kernel(*weights):
-    """torch keeps (out, in); several are joined along out."""
-    return np.concatenate([w.T for w in weights], 1)
-
-
-def _joined(*biases):
-    return np.concatenate(biases)
-
-
-_LAYER = "encoder.layer.{}."
-_QKV = [f"{_LAYER}attention.self.{part}" for part in ("query", "key", "value")]
-
-
-def _dense(ours, theirs):
-    return [
-        hf.Name(f"params/{ours}/kernel", f"{theirs}.weight", _kernel),
-        hf.Name(f"params/{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-def _norm(ours, theirs):
-    return [
-        hf.Name(f"params/{ours}/scale", f"{theirs}.weight"),
-        hf.Name(f"params/{ours}/bias", f"{theirs}.bias"),
-    ]
-
-
-NAMES = hf.Names(
-    prefixes=("bert.",),
-    rules=[
-        hf.Name("params/word/embedding", "embeddings.word_embeddings.weight"),
-        hf.Name("params/position/embedding", "embeddings.position_embeddings.weight"),
-        hf.Name("params/type/embedding", "embeddings.token_type_embeddings.weight"),
-        *_norm("norm", "embeddings.LayerNorm"),
-        hf.Name("params/layer_{}/qkv/kernel", [f"{name}.weight" for name in _QKV], _kernel),
-        hf.Name("params/layer_{}/qkv/bias", [f"{name}.bias" for name in _QKV], _joined),
-        *_dense("layer_{}/out", f"{_LAYER}attention.output.dense"),
-        *_norm("layer_{}/norm_attention", f"{_LAYER}attention.output.LayerNorm"),
-        *_dense("layer_{}/enter", f"{_LAYER}intermediate.dense"),
-        *_dense("layer_{}/leave", f"{_LAYER}output.dense"),
-        *_norm("layer_{}/norm_mlp", f"{_LAYER}output.LayerNorm"),
-    ],
-    ignored=(r"pooler\..*", r"cls\..*", r"embeddings\.position_ids"),
-)
+    if fields["width"] % fields["heads"]:
+        raise errors.ConfigError(
+            f"hidden_size {fields['width']} is no multiple of num_attention_heads "
+            f"{fields['heads']}",
+            where=hf.CONFIG,
+            fix="use the config.json that was saved with the weights",
+        )
+    return Bert(**fields, dtype=dtype)

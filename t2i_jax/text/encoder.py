@@ -1,35 +1,39 @@
-"""The text encoder a config names: its module from the checkpoint's config.json, its weights."""
+"""Text encoders by source: the module that a checkpoint's config.json names, and its parameters."""
+
+import flax.linen as nn
 
 from t2i_jax import errors, plugins
-from t2i_jax.text import bert, hf
+from t2i_jax.text import bert, hf, tokenize
 
 
-def make(source: str | None, *, dtype: str = "float32"):
-    """A Linen module `(text_BL, mask_BL) -> Cond`.
+def make(source: str | None, *, dtype: str = "float32") -> nn.Module:
+    """A module `(text_BL, mask_BL) -> Cond` for `source` (see hf.locate), still without weights.
 
-    Args:
-      source: a checkpoint (see hf.locate), or None: a tiny BERT over bytes, for :debug configs and tests.
-      dtype: what it computes in; its parameters are float32.
+    None makes the small random encoder of bytes that debug configs use.
     """
     if source is None:
-        return bert.Bert(vocab=260, width=32, depth=1, heads=2, hidden=64, dtype=dtype)
-    config = hf.read_config(hf.locate(source))
-    return _family(config).from_config(config, dtype=dtype)
-
-
-def load(source: str, target):
-    """The checkpoint's weights in the tree of `target`, the module's variables or their shapes."""
-    folder = hf.locate(source)
-    return hf.load(folder, target, _family(hf.read_config(folder)).NAMES)
-
-
-def _family(config: dict):
-    name = config.get("model_type", "")
-    module = plugins.load("text", name)
-    if not hasattr(module, "from_config"):
-        raise errors.ConfigError(
-            f"no text encoder of model_type {name!r}",
-            where="config.json",
-            fix="use a BERT checkpoint",
+        return bert.Bert(
+            vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
         )
-    return module
+    config, family = _read(hf.locate(source))
+    return family.from_config(config, dtype=dtype)
+
+
+def load(source: str, abstract_variables):
+    """Variables {"params": …} of the encoder `make(source)`, in the shapes and types given."""
+    folder = hf.locate(source)
+    _, family = _read(folder)
+    return {"params": hf.load(folder, abstract_variables["params"], family.NAMES)}
+
+
+def _read(folder):
+    config = hf.read_json(folder / hf.CONFIG)
+    model_type = str(config.get("model_type"))
+    family = plugins.load("text", model_type.replace("-", "_"))
+    if not hasattr(family, "from_config"):
+        raise errors.ConfigError(
+            f"model_type {model_type!r} is no text encoder",
+            where=str(folder / hf.CONFIG),
+            fix="use a checkpoint of an encoder in t2i_jax/text/, such as bert",
+        )
+    return config, family

