@@ -280,6 +280,12 @@ def parse(caption: str) -> Scene:
     return Scene(tuple(objects), said["ground1"] or said["ground2"], relation)
 
 
+def example_caption(split: str, seed: int, index: int) -> str:
+    """The caption of an example, without drawing it."""
+    rng = _generator(split, seed, index)
+    return caption(_scene(rng, split), rng)
+
+
 # --- the source -------------------------------------------------------------------------------------
 
 
