@@ -2,9 +2,15 @@
 
 position = step × batch_size + slot; epoch and place in it follow by division; the record is a keyed
 permutation of (seed, epoch). A broken example keeps its slot with weight 0, so no other slot moves.
+
+B examples of this process · H W pixels · C channels · L text length
 """
 
 import collections
+import contextlib
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -16,12 +22,20 @@ from grain.experimental import index_shuffle
 from t2i_jax import errors
 from t2i_jax.data import transforms
 
-MIN_BAD = 3  # so many broken examples are never too many
+FEW = 3  # broken examples pass whatever the budget, unless it is 0
+JUDGED = 1000  # records (or all, where fewer) that a share of broken ones is taken of, at least
+WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
+THREADS = min(8, os.cpu_count() or 1)
 
 
 class Batch(NamedTuple):
-    """arrays: image_BHWC, text_BL, mask_BL, index_B, weight_B (numpy); records: which ones, int64 B;
-    bad: (slot, record, reason) of broken examples."""
+    """One process's share of a global batch.
+
+    arrays: "image" float32 BHWC in [-1, 1]; "text" int32 BL; "mask" bool BL; "index" int32 B, the
+      slot in the global batch; "weight" float32 B; and what `extra` adds. All numpy.
+    records: the examples' numbers in the source, int64 B.
+    bad: (slot, record, reason) of each broken example: weight 0, zeros, an empty caption.
+    """
 
     arrays: dict
     records: np.ndarray
@@ -31,17 +45,17 @@ class Batch(NamedTuple):
 class Loader:
     """`loader.batch(step) -> Batch`, and the same read ahead in the background by `iterate`.
 
+    A source smaller than a batch repeats within it: positions go on into the next epoch.
+
     Args:
-      source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint.
-      tokenize: captions -> (text_BL, mask_BL, cut).
-      batch_size: over all processes; each makes its own slice of the slots.
+      source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
+      tokenize: captions -> (text_BL, mask_BL, cut), cut being what each caption lost.
+      batch_size: over all processes; each makes its own contiguous slice of the slots.
       res: side of the square pictures.
       seed: of the order and the augmentation.
-      augment: names of transforms.AUGMENTATIONS.
-      bad_budget: share of the records seen that may be broken before the run stops.
+      augment: names of transforms.AUGMENTATIONS, applied in this order.
+      bad_budget: share of broken examples at which `iterate` stops; see there.
       extra: record numbers -> more arrays for the batch, such as cached caption states.
-
-    A source smaller than a batch repeats within it: positions go on into the next epoch.
     """
 
     def __init__(
@@ -62,7 +76,7 @@ class Loader:
             raise errors.DataError(
                 "no examples", where="config.data", fix="give a source with some"
             )
-        if batch_size % process_count:
+        if batch_size < 1 or batch_size % process_count:
             raise errors.ConfigError(
                 f"batch_size {batch_size} does not divide by {process_count} processes",
                 where="config.batch_size",
@@ -76,49 +90,36 @@ class Loader:
                     fix=errors.nearest(name, transforms.AUGMENTATIONS),
                 )
         self.extra = extra
+        self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`
         self._source, self._tokenize = source, tokenize
         self._batch_size, self._res, self._seed = batch_size, res, seed
         self._augment = [transforms.AUGMENTATIONS[name] for name in augment]
         share = batch_size // process_count
-        self._slots = np.arange(process_index * share, (process_index + 1) * share)
-        self._budget, self._seen, self._reasons = bad_budget, set(), {}
+        self._slots = range(process_index * share, (process_index + 1) * share)
+        self._budget = bad_budget
+        self._seen = np.zeros(len(source), bool)
         self._told_cut = False
-
-    def records(self, step: int) -> list[int]:
-        """The records of this process's slots, in order; exact at any size of step."""
-        n, found = len(self._source), []
-        for slot in self._slots.tolist():
-            epoch, place = divmod(int(step) * self._batch_size + slot, n)
-            found.append(_permuted(place, n, self._seed, epoch))
-        return found
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same whenever it is asked for."""
-        records = self.records(step)
+        positions = [int(step) * self._batch_size + slot for slot in self._slots]
+        records = [self._record(position) for position in positions]
         b, res = len(records), self._res
         image_BHWC = np.zeros((b, res, res, 3), np.float32)
         weight_B, captions, bad = np.ones(b, np.float32), [""] * b, []
-        for row, record in enumerate(records):
+        for row, (position, record) in enumerate(zip(positions, records, strict=True)):
             try:
-                example = self._source[record]
-                image = transforms.square(example["image"], res)
-                if not isinstance(example["caption"], str):
-                    raise transforms.BadExample(f"caption is {type(example['caption']).__name__}")
+                image_BHWC[row], captions[row] = self._example(position, record)
             except transforms.BadExample as e:
                 weight_B[row] = 0
-                bad.append((int(self._slots[row]), record, str(e)))
-                continue
-            position = int(step) * self._batch_size + int(self._slots[row])
-            for augment in self._augment:
-                image = augment(image, np.random.default_rng((self._seed, position)))
-            image_BHWC[row], captions[row] = transforms.to_float(image), example["caption"]
+                bad.append((self._slots[row], record, str(e)))
         text_BL, mask_BL, cut = self._tokenize(captions)
         self._tell_cut(captions, cut)
         arrays = {
             "image": image_BHWC,
             "text": text_BL,
             "mask": mask_BL,
-            "index": self._slots.astype(np.int32),
+            "index": np.array(self._slots, np.int32),
             "weight": weight_B,
         }
         records = np.array(records, np.int64)
@@ -126,34 +127,73 @@ class Loader:
             arrays |= self.extra(records)
         return Batch(arrays, records, bad)
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches start … stop − 1 in order, made ahead in the background.
+    def iterate(self, start: int, stop: int | None = None) -> Iterator[Batch]:
+        """Batches start … stop − 1 in order, made ahead in the background; without stop, for ever.
+
+        Broken records are counted once each, by each process among its own, as they come; those
+        met are in `quarantine`.
 
         Raises:
-          DataError: over `bad_budget` of the distinct records so far are broken, and more than three.
+          DataError: too many examples are broken: more than `bad_budget` of the records seen,
+            where at least 1000 (or all, of a smaller source) count as seen, and more than three
+            (unless the budget is 0); or every example of the source.
+          StorageError: an example could not be read, four times within six seconds.
         """
-        stream = (
-            grain.MapDataset.range(start, stop)
-            .map(self.batch)
-            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
-        )
-        for batch in stream:
-            self._count(batch)
-            yield batch
+        reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2)
+        stop = sys.maxsize if stop is None else stop
+        steps = grain.MapDataset.range(start, stop)
+        with contextlib.closing(iter(steps.map(self.batch).to_iter_dataset(reading))) as batches:
+            for step, batch in enumerate(batches, start):
+                self._count(step, batch)
+                yield batch
 
-    def _count(self, batch: Batch) -> None:
-        if len(self._seen) < len(self._source):
-            self._seen.update(batch.records.tolist())
-        self._reasons.update({record: reason for _, record, reason in batch.bad})
-        broken, seen = len(self._reasons), len(self._seen)
-        if batch.bad and broken > max(MIN_BAD, self._budget * seen):
-            top = collections.Counter(r.split(":")[0] for r in self._reasons.values()).most_common(
-                3
-            )
+    def _record(self, position: int) -> int:
+        n = len(self._source)
+        epoch, place = divmod(position, n)
+        key = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
+        return int(index_shuffle(place, max_index=n - 1, seed=key, rounds=4))
+
+    def _example(self, position: int, record: int):
+        example = self._read(record)
+        caption, image_HWC = example["caption"], example["image"]
+        if not isinstance(caption, str):
+            raise transforms.BadExample(f"caption is no text: {type(caption).__name__}")
+        image_HWC = transforms.square(image_HWC, self._res)
+        rng = np.random.default_rng((self._seed, position))
+        for augment in self._augment:
+            image_HWC = augment(image_HWC, rng)
+        return transforms.to_float(image_HWC), caption
+
+    def _read(self, record: int) -> dict:
+        for wait in (*WAITS, None):
+            try:
+                return self._source[record]
+            except OSError as e:
+                if wait is None:
+                    raise errors.StorageError(
+                        f"cannot be read: {e}",
+                        where=f"record {record}",
+                        fix="check the disk or network that holds the data",
+                    ) from e
+                logging.warning("record %d: %s; trying again in %g s", record, e, wait)
+                time.sleep(wait)
+
+    def _count(self, step: int, batch: Batch) -> None:
+        self._seen[batch.records] = True
+        for slot, record, reason in batch.bad:
+            self.quarantine.setdefault(record, (step, slot, reason))
+        broken, n = len(self.quarantine), len(self._source)
+        if not batch.bad:
+            return
+        seen = int(self._seen.sum())
+        allowed = self._budget * max(seen, min(n, JUDGED))
+        if broken == n or broken > max(allowed, FEW if self._budget else 0):
+            kinds = (reason.split(":")[0] for *_, reason in self.quarantine.values())
+            top = collections.Counter(kinds).most_common(3)
             raise errors.DataError(
                 f"{broken} of {seen} examples are broken: "
-                + "; ".join(f"{reason} ({count})" for reason, count in top),
-                where=f"records {sorted(self._reasons)[:5]} …",
+                + "; ".join(f"{kind} ({count})" for kind, count in top),
+                where=f"records {sorted(self.quarantine)[:5]}",
                 fix="mend or remove them, or raise config.bad_budget",
             )
 
@@ -164,9 +204,3 @@ class Loader:
                 logging.warning(
                     "captions are cut to fit, the first: %r loses %r", caption[:80], rest[:80]
                 )
-
-
-def _permuted(place: int, n: int, seed: int, epoch: int) -> int:
-    """Element `place` of the permutation of range(n) that (seed, epoch) names."""
-    key = int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-    return int(index_shuffle(place, max_index=n - 1, seed=key, rounds=4)) if n > 1 else 0

@@ -89,6 +89,19 @@ class TextTokens(nn.Module):
         return jnp.concatenate([null_B1D, tokens_BLD], 1), mask_BS
 
 
+class Queries(nn.Module):
+    """The queries of a token sequence, normalised (qk-norm, arXiv:2302.05442).   -> q_BTNH"""
+
+    width: int
+    heads: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD):
+        q_BTD = Dense(self.width, use_bias=False, dtype=self.dtype, name="q")(x_BTD)
+        return RMSNorm(name="norm")(attention.split_heads(q_BTD, self.heads))
+
+
 class KeysValues(nn.Module):
     """The keys (normalised, as qk-norm asks) and values of a token sequence.   -> (k_BSNH, v_BSNH)"""
 

@@ -59,8 +59,7 @@ class Attention(nn.Module):
         shift_BD, scale_BD = jnp.split(mod, 2, -1)
         x_BTD = layers.modulate(layers.RMSNorm(scale=False)(x_BHWC), shift_BD, scale_BD)
         x_BTD = x_BTD.reshape(b, h * w, d)
-        q_BTD = layers.Dense(d, use_bias=False, dtype=self.dtype, name="query")(x_BTD)
-        q_BTNH = layers.RMSNorm(name="q_norm")(attention.split_heads(q_BTD, self.heads))
+        q_BTNH = layers.Queries(d, self.heads, dtype=self.dtype, name="query")(x_BTD)
         k_BTNH, v_BTNH = layers.KeysValues(d, self.heads, dtype=self.dtype, name="picture")(x_BTD)
         k_BSNH, v_BSNH = text_kv
         mask = jnp.concatenate([jnp.ones((b, h * w), bool), mask_BS], 1)
@@ -86,7 +85,7 @@ class Backbone(nn.Module):
     stem: int = 32
     width: int = 128
     depth: int = 2
-    heads: int = 4
+    heads: int = 2
     dtype: str = "float32"
 
     def setup(self):

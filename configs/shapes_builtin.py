@@ -1,0 +1,16 @@
+"""The model that ships as builtin:shapes: shapes_flow, trained for longer on more examples.
+
+python train.py --config=configs/shapes_builtin.py --workdir=runs/builtin
+"""
+
+from configs import common, shapes_flow
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = shapes_flow.get_config()
+    config.data = dict(source="shapes", size=65_536)
+    config.steps = 6000
+    config.ema = dict(model=0.9995)
+    config.save_every = 250
+    return common.shrink(config) if arg.debug else config

@@ -1,0 +1,88 @@
+"""A diffusion transformer with cross-attention to the caption: the backbone that scales.
+
+AdaLN-zero from time and pooled text (DiT, arXiv:2212.09748), qk-norm, SwiGLU, fixed 2-D positions.
+
+B batch · H W pixels · C channels · T picture tokens · S text tokens · D width · N heads
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax.models import attention, layers
+from t2i_jax.text.condition import Cond
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, SwiGLU; each modulated and gated by time and text."""
+
+    width: int
+    heads: int
+    hidden: int
+    dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x_BTD, c_BD, text_kv, mask_BS):
+        d, kind = self.width, dict(dtype=self.dtype)
+        mod_B9D = layers.Dense(9 * d, zero=True, name="modulation", **kind)(c_BD)
+        mods = jnp.split(mod_B9D, 9, -1)
+
+        def enter(x_BTD, i):
+            return layers.modulate(layers.RMSNorm(scale=False)(x_BTD), mods[i], mods[i + 1])
+
+        h = enter(x_BTD, 0)
+        q_BTNH = layers.Queries(d, self.heads, name="query", **kind)(h)
+        k_BTNH, v_BTNH = layers.KeysValues(d, self.heads, name="picture", **kind)(h)
+        h = attention.merge_heads(attention.attention(q_BTNH, k_BTNH, v_BTNH))
+        x_BTD = x_BTD + layers.gate(layers.Dense(d, name="out", **kind)(h), mods[2])
+
+        q_BTNH = layers.Queries(d, self.heads, name="cross_query", **kind)(enter(x_BTD, 3))
+        h = attention.merge_heads(attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS))
+        x_BTD = x_BTD + layers.gate(layers.Dense(d, name="cross_out", **kind)(h), mods[5])
+
+        h = layers.Dense(2 * self.hidden, name="mlp_enter", **kind)(enter(x_BTD, 6))
+        a, b = jnp.split(h, 2, -1)
+        h = layers.Dense(d, name="mlp_leave", **kind)(nn.silu(a) * b)
+        return x_BTD + layers.gate(h, mods[8])
+
+
+class Backbone(nn.Module):
+    """x_BHWC in, C channels of the same size out; H and W divisible by `patch`."""
+
+    channels: int = 3
+    patch: int = 4
+    width: int = 192
+    depth: int = 6
+    heads: int = 6
+    mlp_ratio: float = 8 / 3  # SwiGLU of the size of a four-fold MLP
+    dtype: str = "float32"
+
+    def setup(self):
+        d, kind = self.width, dict(dtype=self.dtype)
+        hidden = int(d * self.mlp_ratio)
+        self.condition = layers.TimeText(d, **kind)
+        self.text = layers.TextTokens(d, **kind)
+        self.kvs = [layers.KeysValues(d, self.heads, **kind) for _ in range(self.depth)]
+        self.embed = layers.Dense(d, **kind)
+        self.blocks = [Block(d, self.heads, hidden, **kind) for _ in range(self.depth)]
+        self.leave_modulation = layers.Dense(2 * d, zero=True, **kind)
+        self.leave_norm = layers.RMSNorm()
+        self.leave = layers.Dense(self.patch**2 * self.channels, zero=True, **kind)
+
+    def text_kv(self, cond: Cond):
+        """Keys and values of the text for every block, and the mask they share."""
+        tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
+        return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
+
+    def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
+        kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
+        c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
+        patches = layers.space_to_depth(x_BHWC, self.patch)
+        b, rows, columns, _ = patches.shape
+        x_BTD = self.embed(patches).reshape(b, rows * columns, self.width)
+        x_BTD = x_BTD + layers.positions_2d(rows, columns, self.width).astype(x_BTD.dtype)
+        for block, text_kv in zip(self.blocks, kvs, strict=True):
+            x_BTD = block(x_BTD, c_BD, text_kv, mask_BS)
+        shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
+        x_BTD = layers.modulate(self.leave_norm(x_BTD), shift_BD, scale_BD)
+        out = self.leave(x_BTD).reshape(b, rows, columns, -1)
+        return layers.depth_to_space(out, self.patch).astype(jnp.float32)

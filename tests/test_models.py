@@ -1,0 +1,119 @@
+"""Both backbones keep the same promises."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from t2i_jax.models import attention, layers, transformer, unet
+from t2i_jax.text.condition import Cond
+
+TINY = {
+    "transformer": transformer.Backbone(width=16, depth=2, heads=2),
+    "unet": unet.Backbone(stem=8, width=16, depth=1, heads=2),
+}
+
+
+def inputs(b=2, length=5, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    cond = Cond(
+        jax.random.normal(keys[0], (b, length, 12)),
+        jnp.arange(length)[None] < jnp.array([[3], [5]])[:b],
+        jax.random.normal(keys[1], (b, 12)),
+    )
+    return jax.random.normal(keys[2], (b, 16, 16, 3)), jnp.linspace(0.2, 0.9, b), cond
+
+
+@pytest.fixture(scope="module", params=TINY)
+def net(request):
+    """A backbone whose zero-initialised layers are not zero, as after training."""
+    module = TINY[request.param]
+    variables = jax.jit(module.init)(jax.random.key(0), *inputs())
+    leaves, tree = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return module, jax.tree.unflatten(tree, moved), jax.jit(module.apply)
+
+
+def test_a_fresh_network_predicts_zero():
+    for module in TINY.values():
+        variables = jax.jit(module.init)(jax.random.key(0), *inputs())
+        assert not np.any(jax.jit(module.apply)(variables, *inputs()))
+
+
+def test_text_keys_and_values_computed_before_give_the_same(net):
+    module, variables, apply = net
+    x, t, cond = inputs()
+    before = module.apply(variables, cond, method="text_kv")
+    np.testing.assert_allclose(
+        apply(variables, x, t, cond), apply(variables, x, t, cond, before), atol=1e-5
+    )
+
+
+def test_padding_of_the_text_changes_nothing(net):
+    _, variables, apply = net
+    x, t, cond = inputs()
+    other = cond._replace(seq_BLD=jnp.where(cond.mask_BL[..., None], cond.seq_BLD, 1e3))
+    np.testing.assert_allclose(apply(variables, x, t, cond), apply(variables, x, t, other), atol=1e-5)
+
+
+def test_text_and_time_reach_every_part_of_the_picture(net):
+    _, variables, apply = net
+    x, t, cond = inputs()
+    out = apply(variables, x, t, cond)
+    for other in (
+        apply(variables, x, t, cond._replace(seq_BLD=cond.seq_BLD + 1)),
+        apply(variables, x, t, cond._replace(pooled_BD=-cond.pooled_BD)),
+        apply(variables, x, t + 0.05, cond),
+    ):
+        assert (np.abs(out - other).max(axis=(1, 2, 3)) > 1e-4).all()
+
+
+def test_a_caption_without_tokens_is_finite_and_like_no_other(net):
+    _, variables, apply = net
+    x, t, cond = inputs()
+    null = cond._replace(mask_BL=jnp.zeros_like(cond.mask_BL))
+    out = apply(variables, x, t, null)
+    assert np.isfinite(out).all()
+    assert np.abs(out - apply(variables, x, t, cond)).max() > 1e-4
+
+
+def test_examples_do_not_see_each_other(net):
+    _, variables, apply = net
+    x, t, cond = inputs()
+    moved = apply(variables, x.at[1].add(1.0), t, cond)
+    np.testing.assert_allclose(apply(variables, x, t, cond)[0], moved[0], atol=1e-5)
+
+
+def test_space_to_depth_and_back():
+    x = np.random.default_rng(0).random((2, 8, 8, 3))
+    np.testing.assert_array_equal(layers.depth_to_space(layers.space_to_depth(x, 4), 4), x)
+    np.testing.assert_array_equal(layers.space_to_depth(x, 2)[0, 0, 0, :3], x[0, 0, 0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_and_its_gradient_are_the_textbook_formula(masked):
+    keys = jax.random.split(jax.random.key(0), 3)
+    q, k, v = (jax.random.normal(key, (2, n, 3, 8)) for key, n in zip(keys, (4, 6, 6), strict=True))
+    mask = jnp.arange(6)[None] < jnp.array([[2], [6]]) if masked else None
+
+    def formula(q, k, v):
+        score = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(8)
+        if masked:
+            score = jnp.where(mask[:, None, None], score, -1e9)
+        return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(score), v)
+
+    def ours(q, k, v):
+        return attention.attention(q, k, v, mask_BS=mask)
+
+    np.testing.assert_allclose(ours(q, k, v), formula(q, k, v), atol=1e-5)
+    for a, b in zip(
+        *(jax.grad(lambda *x, f=f: jnp.sin(f(*x)).sum(), (0, 1, 2))(q, k, v) for f in (ours, formula)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_attention_with_every_key_masked_is_finite():
+    q = jnp.ones((1, 2, 1, 4))
+    assert np.isfinite(attention.attention(q, q, q, mask_BS=jnp.zeros((1, 2), bool))).all()
