@@ -1,0 +1,253 @@
+"""The stream of batches: a pure function of the step, exactly once, whatever breaks."""
+
+import collections
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from t2i_jax import errors
+from t2i_jax.data import loader, transforms
+
+
+class Source:
+    """Pictures of one colour that name their record; `broken` ones raise."""
+
+    fingerprint = "test"
+
+    def __init__(self, n, broken=()):
+        self._n, self._broken = n, frozenset(broken)
+
+    def __len__(self):
+        return self._n
+
+    def __getitem__(self, i):
+        if i in self._broken:
+            raise transforms.BadExample(f"broken picture: number {i}")
+        return {"image": np.full((4, 4, 3), i % 251, np.uint8), "caption": f"record {i}"}
+
+
+def tokenize(captions):
+    text_BL = np.zeros((len(captions), 12), np.int32)
+    for row, caption in enumerate(captions):
+        text_BL[row, : len(caption[:12])] = [ord(c) for c in caption[:12]]
+    return text_BL, text_BL > 0, [caption[12:] for caption in captions]
+
+
+def make(source, batch_size=8, seed=3, **options):
+    return loader.Loader(source, tokenize, batch_size=batch_size, res=4, seed=seed, **options)
+
+
+def records(batches):
+    return np.concatenate([batch.records for batch in batches]).tolist()
+
+
+def assert_same(a, b):
+    assert a.arrays.keys() == b.arrays.keys()
+    for name, array in a.arrays.items():
+        np.testing.assert_array_equal(array, b.arrays[name], err_msg=name)
+    assert a.records.tolist() == b.records.tolist()
+    assert a.bad == b.bad
+
+
+def test_a_batch_has_the_arrays_of_the_contract():
+    batch = make(Source(20)).batch(0)
+    kinds = {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()}
+    assert kinds == {
+        "image": ((8, 4, 4, 3), "float32"),
+        "text": ((8, 12), "int32"),
+        "mask": ((8, 12), "bool"),
+        "index": ((8,), "int32"),
+        "weight": ((8,), "float32"),
+    }
+    assert batch.records.dtype == np.int64
+    pixels = np.round((batch.arrays["image"][:, 0, 0, 0] + 1) * 127.5)
+    assert pixels.tolist() == batch.records.tolist()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    used = make(Source(50), augment=("flip",))
+    for step in (9, 0, 4):
+        used.batch(step)
+    assert_same(used.batch(3), make(Source(50), augment=("flip",)).batch(3))
+    assert records([used.batch(3)]) != records([used.batch(4)])
+    assert records([used.batch(3)]) != records([make(Source(50), seed=4).batch(3)])
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_each_epoch_holds_every_record_once_whatever_the_processes(processes):
+    n, steps, whole = 52, 26, make(Source(52))  # 26 steps of 8 are four epochs of 52
+    shares = [make(Source(n), process_index=i, process_count=processes) for i in range(processes)]
+    found, index = [], []
+    for step in range(steps):
+        batches = [share.batch(step) for share in shares]
+        found += records(batches)
+        index += np.concatenate([b.arrays["index"] for b in batches]).tolist()
+    assert found == records(whole.batch(step) for step in range(steps))
+    assert index == list(range(8)) * steps
+    epochs = [found[i : i + n] for i in range(0, len(found), n)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_positions_beyond_32_and_64_bits_are_exact():
+    n, step = 7, 2**70
+    found = records(make(Source(n), batch_size=7).batch(step + i) for i in range(3))
+    assert [sorted(found[i : i + n]) for i in (0, n, 2 * n)] == [list(range(n))] * 3
+
+    class Endless(Source):
+        def __len__(self):
+            return 2**33
+
+    many = make(Source(1))
+    many._source = Endless(2**33)
+    assert max(records([many.batch(0)])) > 2**31
+
+
+def test_iterate_gives_the_batches_in_order_from_any_step():
+    stream = make(Source(30, broken=[4]), augment=("flip",))
+    for start, stop in ((0, 12), (5, 9), (7, 7), (2**40, 2**40 + 2)):
+        got = list(stream.iterate(start, stop))
+        assert len(got) == stop - start
+        for step, batch in enumerate(got, start):
+            assert_same(batch, make(Source(30, broken=[4]), augment=("flip",)).batch(step))
+
+
+def test_iterate_without_an_end_stops_its_threads_when_closed():
+    def workers():
+        return [t for t in threading.enumerate() if "prefetch" in t.name]
+
+    stream = make(Source(30)).iterate(0)
+    next(stream)
+    assert workers()
+    stream.close()
+    deadline = time.monotonic() + 5
+    while workers() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not workers()
+
+
+def test_an_unexpected_error_reaches_the_consumer_at_its_step():
+    class Faulty(Source):
+        def __getitem__(self, i):
+            if i == 5:
+                raise RuntimeError("a bug in the source")
+            return super().__getitem__(i)
+
+    step = next(s for s in range(8) if 5 in make(Source(64)).batch(s).records)
+    batches = make(Faulty(64)).iterate(0, 8)
+    for _ in range(step):
+        next(batches)
+    with pytest.raises(RuntimeError, match="a bug in the source"):
+        next(batches)
+
+
+def test_a_broken_example_keeps_its_slot_and_moves_nobody():
+    good, bad = make(Source(40)), make(Source(40, broken=[7, 20]))
+    for step in range(5):
+        a, b = good.batch(step), bad.batch(step)
+        hit = np.isin(a.records, [7, 20])
+        assert a.records.tolist() == b.records.tolist()
+        assert b.arrays["weight"].tolist() == (1.0 - hit).tolist()
+        assert [(slot, record) for slot, record, _ in b.bad] == [
+            (slot, record) for slot, record in enumerate(a.records) if record in (7, 20)
+        ]
+        for name in ("image", "text", "mask"):
+            np.testing.assert_array_equal(a.arrays[name][~hit], b.arrays[name][~hit])
+            assert not b.arrays[name][hit].any()
+
+
+def test_a_caption_that_is_no_string_is_a_broken_example():
+    class Listed(Source):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | ({"caption": ["a", "b"]} if i == 2 else {})
+
+    bad = [entry for step in range(3) for entry in make(Listed(24)).batch(step).bad]
+    assert [(record, reason) for _, record, reason in bad] == [(2, "caption is no text: list")]
+
+
+def test_too_many_broken_examples_stop_the_run_with_the_reasons():
+    stream = make(Source(400, broken=range(0, 400, 20)))
+    with pytest.raises(errors.DataError, match=r"5 of \d+ examples are broken: broken picture \(5"):
+        collections.deque(stream.iterate(0, 50), maxlen=0)
+    assert len(stream.quarantine) == 5
+    step, slot, reason = stream.quarantine[sorted(stream.quarantine)[0]]
+    assert (slot, reason) in [(s, r) for s, _, r in stream.batch(step).bad]
+
+
+@pytest.mark.parametrize(
+    ("n", "broken", "budget", "stops"),
+    [
+        (64, 3, 0.01, False),  # a few always pass
+        (64, 4, 0.01, True),
+        (64, 4, 0.1, False),
+        (64, 1, 0.0, True),  # a budget of nothing means nothing
+        (2000, 10, 0.01, False),
+        (2000, 40, 0.01, True),
+        (2, 2, 0.5, True),  # nothing to learn from
+    ],
+)
+def test_the_budget_counts_distinct_records(n, broken, budget, stops):
+    stream = make(Source(n, broken=range(broken)), bad_budget=budget).iterate(0, 2 * n // 8 + 1)
+    if stops:
+        with pytest.raises(errors.DataError, match="are broken"):
+            collections.deque(stream, maxlen=0)
+    else:
+        collections.deque(stream, maxlen=0)
+
+
+def test_a_source_smaller_than_a_batch_repeats_epoch_by_epoch():
+    found = records(make(Source(3)).batch(step) for step in range(3))  # 24 = eight epochs
+    assert [sorted(found[i : i + 3]) for i in range(0, 24, 3)] == [[0, 1, 2]] * 8
+    assert records([make(Source(1)).batch(5)]) == [0] * 8
+
+
+def test_a_failed_read_is_tried_again_then_named(monkeypatch):
+    monkeypatch.setattr(loader, "WAITS", (0.0, 0.0))
+
+    class Flaky(Source):
+        failures = 2
+
+        def __getitem__(self, i):
+            if i == 5 and self.failures:
+                self.failures -= 1
+                raise OSError(5, "Input/output error")
+            return super().__getitem__(i)
+
+    source = Flaky(8)
+    assert_same(make(source).batch(0), make(Source(8)).batch(0))
+    source.failures = 3
+    with pytest.raises(errors.StorageError, match=r"Input/output error \(at record 5"):
+        make(source).batch(0)
+
+
+def test_a_cut_caption_is_told_once(caplog):
+    class Long(Source):
+        def __getitem__(self, i):
+            return super().__getitem__(i) | {"caption": "twelve lettr and the rest"}
+
+    stream = make(Long(20))
+    with caplog.at_level("WARNING"):
+        stream.batch(0), stream.batch(1)
+    assert caplog.text.count("loses ' and the rest'") == 1
+
+
+def test_extra_arrays_follow_the_records():
+    stream = make(Source(20), extra=lambda records: {"double": 2 * records})
+    batch = stream.batch(1)
+    assert batch.arrays["double"].tolist() == (2 * batch.records).tolist()
+
+
+@pytest.mark.parametrize(
+    ("n", "options", "message"),
+    [
+        (0, {}, "no examples"),
+        (9, {"process_count": 3}, "does not divide by 3 processes"),
+        (9, {"batch_size": 0}, "batch_size 0"),
+        (9, {"augment": ("flop",)}, "did you mean 'flip'"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(n, options, message):
+    with pytest.raises(errors.Error, match=message):
+        make(Source(n), **options)
