@@ -106,8 +106,8 @@ class Bert(nn.Module):
             )
         embed = functools.partial(nn.Embed, features=self.width)
         position_LD = embed(self.max_length, name="position")(jnp.arange(text_BL.shape[1]))
-        segment_D = embed(self.segments, name="segment")(jnp.int32(0))
-        x_BLD = embed(self.vocab, name="word")(text_BL) + position_LD + segment_D
+        segment_1D = embed(self.segments, name="segment")(jnp.zeros(1, jnp.int32))
+        x_BLD = embed(self.vocab, name="word")(text_BL) + position_LD + segment_1D
         norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
         states = [norm(x_BLD.reshape(-1, self.width))]
         sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)

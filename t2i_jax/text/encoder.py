@@ -28,8 +28,9 @@ def load(source: str, abstract_variables):
 
 def _read(folder):
     config = hf.read_json(folder / hf.CONFIG)
-    model_type = str(config.get("model_type"))
-    family = plugins.load("text", model_type.replace("-", "_"))
+    model_type = config.get("model_type")
+    named = isinstance(model_type, str)
+    family = plugins.load("text", model_type.replace("-", "_")) if named else None
     if not hasattr(family, "from_config"):
         raise errors.ConfigError(
             f"model_type {model_type!r} is no text encoder",

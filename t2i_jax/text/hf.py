@@ -26,6 +26,8 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
+FLOATS = ("F64", "F32", "F16", "BF16")
+HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
 SHOWN = 10  # tensors named in one message
 
 
@@ -99,6 +101,8 @@ def load(folder: pathlib.Path, abstract_params, names: Names):
             has = tuple(found[source].get_shape()) if source in found else "none"
             if has != shape:
                 problems.append(f"{source}: want {shape}, found {has}")
+            elif (kind := found[source].get_dtype()) not in FLOATS:
+                problems.append(f"{source}: want one of {', '.join(FLOATS)}, found {kind}")
     for source in sorted(found.keys() - used):
         if not any(fnmatch.fnmatchcase(source, pattern) for pattern in names.ignored):
             has = tuple(found[source].get_shape())
@@ -197,8 +201,12 @@ def _tensors(folder, names):
                 fix="take the checkpoint from a source you trust",
             )
         try:
+            with (folder / file).open("rb") as start:
+                header = int.from_bytes(start.read(8), "little")
+            if header > HEADER_BYTES:  # so that hostile ones take neither time nor memory
+                raise ValueError(f"a header of {header:,} bytes")
             tensors = safetensors.safe_open(folder / file, framework="np")
-        except (safetensors.SafetensorError, OSError) as e:
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise errors.DataError(
                 f"not a whole safetensors file: {e}",
                 where=str(folder / file),

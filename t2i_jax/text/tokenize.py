@@ -14,9 +14,10 @@ from t2i_jax.text import hf
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
 MARKS = 4  # combining marks kept on one character
 BYTES_VOCAB = 260  # padding, start, end, one spare, 256 bytes
+VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
 FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.txt", "vocab.json", "merges.txt"),
+    *VOCABULARIES,
+    *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
 
 
@@ -54,10 +55,15 @@ class Tokenizer:
         mask_BL = np.zeros(text_BL.shape, bool)
         cut = []
         for row, (ids, start) in enumerate(self._encode(texts)):
-            kept = [*self._before, *ids[: self._room], *self._after] if ids else []
-            text_BL[row, : len(kept)] = kept
-            mask_BL[row, : len(kept)] = True
-            lost = texts[row][start(self._room) :] if len(ids) > self._room else ""
+            kept, lost = len(ids), ""
+            if kept > self._room:
+                end, kept = start(self._room), self._room
+                while kept and start(kept - 1) >= end:  # no half characters
+                    kept -= 1
+                lost = texts[row][end:]
+            ids = [*self._before, *ids[:kept], *self._after] if kept else []
+            text_BL[row, : len(ids)] = ids
+            mask_BL[row, : len(ids)] = True
             lost = f"{lost} {normalise(captions[row][CHARACTERS:])}".strip()
             cut.append(lost or None)
         return Tokens(text_BL, mask_BL, cut)
@@ -164,12 +170,14 @@ def _open(folder):
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
+    files = [name for name in FILES if (folder / name).is_file()]
     try:
+        if not set(files) & set(VOCABULARIES):  # transformers would make up an empty one
+            raise ValueError("no vocabulary")
         return transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as e:  # of many kinds; its Rust half raises bare Exception
-        files = [name for name in FILES if (folder / name).is_file()]
         raise errors.DataError(
             f"no tokenizer opens: {str(e).partition(chr(10))[0][:300]}; looked for "
             f"{', '.join(FILES)}; found {', '.join(files) or 'none'}",
