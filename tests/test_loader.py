@@ -12,7 +12,7 @@ from t2i_jax.data import loader, transforms
 
 
 class Source:
-    """Pictures of one colour that name their record; `broken` ones raise."""
+    """Pictures whose left columns name their record, the right ones black; `broken` ones raise."""
 
     fingerprint = "test"
 
@@ -25,7 +25,9 @@ class Source:
     def __getitem__(self, i):
         if i in self._broken:
             raise transforms.BadExample(f"broken picture: number {i}")
-        return {"image": np.full((4, 4, 3), i % 251, np.uint8), "caption": f"record {i}"}
+        image_HWC = np.zeros((4, 4, 3), np.uint8)
+        image_HWC[:, :2] = i % 200 + 1
+        return {"image": image_HWC, "caption": f"record {i}"}
 
 
 def tokenize(captions):
@@ -63,7 +65,7 @@ def test_a_batch_has_the_arrays_of_the_contract():
     }
     assert batch.records.dtype == np.int64
     pixels = np.round((batch.arrays["image"][:, 0, 0, 0] + 1) * 127.5)
-    assert pixels.tolist() == batch.records.tolist()
+    assert pixels.tolist() == (batch.records + 1).tolist()
 
 
 def test_a_batch_depends_on_seed_and_step_alone():
@@ -73,6 +75,17 @@ def test_a_batch_depends_on_seed_and_step_alone():
     assert_same(used.batch(3), make(Source(50), augment=("flip",)).batch(3))
     assert records([used.batch(3)]) != records([used.batch(4)])
     assert records([used.batch(3)]) != records([make(Source(50), seed=4).batch(3)])
+
+
+def test_augmentation_differs_between_the_epochs_of_a_record():
+    stream = make(Source(8), augment=("flip",))
+    left_is_black = lambda step: (stream.batch(step).arrays["image"][:, 0, 0, 0] == -1).tolist()
+    sides = {
+        (record, side)
+        for s in range(20)
+        for record, side in zip(records([stream.batch(s)]), left_is_black(s), strict=True)
+    }
+    assert sides == {(record, side) for record in range(8) for side in (True, False)}
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -114,18 +127,20 @@ def test_iterate_gives_the_batches_in_order_from_any_step():
             assert_same(batch, make(Source(30, broken=[4]), augment=("flip",)).batch(step))
 
 
-def test_iterate_without_an_end_stops_its_threads_when_closed():
-    def workers():
-        return [t for t in threading.enumerate() if "prefetch" in t.name]
-
-    stream = make(Source(30)).iterate(0)
-    next(stream)
-    assert workers()
-    stream.close()
+def no_threads_left():
+    workers = lambda: [t for t in threading.enumerate() if "prefetch" in t.name]
     deadline = time.monotonic() + 5
     while workers() and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not workers()
+    return not workers()
+
+
+def test_iterate_without_an_end_stops_its_threads_when_closed():
+    stream = make(Source(30)).iterate(0)
+    next(stream)
+    assert any("prefetch" in t.name for t in threading.enumerate())
+    stream.close()
+    assert no_threads_left()
 
 
 def test_an_unexpected_error_reaches_the_consumer_at_its_step():
@@ -169,11 +184,13 @@ def test_a_caption_that_is_no_string_is_a_broken_example():
 
 def test_too_many_broken_examples_stop_the_run_with_the_reasons():
     stream = make(Source(400, broken=range(0, 400, 20)))
-    with pytest.raises(errors.DataError, match=r"5 of \d+ examples are broken: broken picture \(5"):
-        collections.deque(stream.iterate(0, 50), maxlen=0)
+    message = r"5 of \d+ examples are broken: broken picture \(5\)"
+    with pytest.raises(errors.DataError, match=message) as caught:
+        collections.deque(stream.iterate(3, 50), maxlen=0)
+    assert no_threads_left(), caught
     assert len(stream.quarantine) == 5
-    step, slot, reason = stream.quarantine[sorted(stream.quarantine)[0]]
-    assert (slot, reason) in [(s, r) for s, _, r in stream.batch(step).bad]
+    for record, (step, slot, reason) in stream.quarantine.items():
+        assert (slot, record, reason) in stream.batch(step).bad
 
 
 @pytest.mark.parametrize(
