@@ -46,14 +46,14 @@ def _of_interest(record) -> bool:
 def _parse(argv, required) -> None:
     try:
         rest = flags.FLAGS(argv)
-    except errors.Error:
-        raise
+        for name in required:  # a config file that failed to load says so only when it is used
+            getattr(flags.FLAGS[name].value, "lock", None)
     except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
-        cause = e.__cause__ if isinstance(e.__cause__, errors.Error) else None
-        if cause:
-            raise cause from e
+        *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
+        if "ConfigError: " in last:
+            raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         raise errors.ConfigError(
-            str(e).strip().strip("'\"").replace("\n", " ")[:600],
+            last.strip("'\"")[:600],
             where="the command line",
             fix="see --help for the flags, and the config file for its keys",
         ) from e

@@ -8,8 +8,8 @@ class Error(Exception):
 
     exit_code = 70
 
-    def __init__(self, what: str, *, where: str, fix: str):
-        super().__init__(f"{what} (at {where}). Fix: {fix}")
+    def __init__(self, what: str, *, where: str = "", fix: str = ""):
+        super().__init__(f"{what} (at {where}). Fix: {fix}" if where else what)
         self.what, self.where, self.fix = what, where, fix
 
 
