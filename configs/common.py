@@ -72,6 +72,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
     config.load, config.allow_random, config.cache = {}, True, ""
     config.text_length = 16
+    config.model.update(width=16, depth=1, heads=2)
     config.log_every, config.save_every, config.sample_every = 2, 3, 0
     config.eval_every, config.evaluators = 0, {}
     config.prompts = config.prompts[:2]

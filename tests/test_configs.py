@@ -1,0 +1,87 @@
+"""Every config trains, resumes and predicts as :debug; every objective keeps the contract."""
+
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs import common
+from t2i_jax import errors, loop, objective, pipeline, weights
+
+ROOT = pathlib.Path(__file__).parent.parent
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+CONFIGS = [name for name in CONFIGS if name not in ("__init__", "common")]
+TRAINED = ("folder_flow", "shapes_transformer")  # one of each kind; test_loop has shapes_flow
+OBJECTIVES = sorted(p.stem for p in (ROOT / "t2i_jax" / "objectives").glob("[!_]*.py"))
+
+
+def debug(name):
+    return importlib.import_module(f"configs.{name}").get_config("debug")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve captioned pictures in a folder."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    with (folder / "metadata.jsonl").open("w") as f:
+        for i in range(12):
+            Image.fromarray(rng.integers(0, 255, (20, 24, 3), np.uint8)).save(folder / f"{i}.png")
+            f.write(json.dumps({"file_name": f"{i}.png", "text": f"picture {i}"}) + "\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_a_config_trains_resumes_and_predicts(name, tmp_path, pictures):
+    config = debug(name)
+    if config.data.source == "folder":
+        config.data.path = str(pictures)
+    config.steps = 3
+    loop.train(config, tmp_path)
+    config.steps = 4
+    loop.train(config, tmp_path)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert steps == [1, 2, 3, 4]
+    images = pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=2)
+    assert images.shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_has_the_common_keys_and_one_optimiser_per_trained_net(name):
+    config = debug(name)
+    assert set(config) == set(common.base())
+    assert (ROOT / "t2i_jax" / "data" / f"{config.data.source}.py").exists()
+    family = objective.make(config)
+    assert set(config.optim) == set(family.trained)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_keeps_the_contract(name):
+    config = next(c for c in map(debug, CONFIGS) if c.objective == name)
+    family = objective.make(config)
+    shapes = weights.abstract_nets(family, config)
+    assert set(family.trained) <= set(shapes)
+    assert all("params" in net for net in shapes.values())
+    batch = weights.abstract_batch(config)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    for loss in family.losses:
+        step = jax.ShapeDtypeStruct((), "int32")
+        value, aux = jax.eval_shape(loss.fn, shapes, batch, key, step)
+        assert value.shape == ()
+        assert all(metric.shape == () for metric in aux.metrics.values())
+        assert set(aux.mutated) <= set(shapes)
+    if "sample" in family.predict:
+        sample = jax.eval_shape(family.predict["sample"], shapes, batch, key)
+        assert sample.shape == (config.batch_size, config.res, config.res, 3)
+
+
+def test_an_unknown_option_of_a_config_names_the_nearest():
+    with pytest.raises(errors.ConfigError, match="did you mean 'res'"):
+        common.parse_arg("rse=3", res=32)
+    with pytest.raises(errors.ConfigError, match="is no int"):
+        common.parse_arg("res=big", res=32)
+    assert common.parse_arg("debug,res=64", debug=False, res=32) == {"debug": True, "res": 64}
