@@ -173,15 +173,6 @@ def test_a_broken_example_keeps_its_slot_and_moves_nobody():
             assert not b.arrays[name][hit].any()
 
 
-def test_a_caption_that_is_no_string_is_a_broken_example():
-    class Listed(Source):
-        def __getitem__(self, i):
-            return super().__getitem__(i) | ({"caption": ["a", "b"]} if i == 2 else {})
-
-    bad = [entry for step in range(3) for entry in make(Listed(24)).batch(step).bad]
-    assert [(record, reason) for _, record, reason in bad] == [(2, "caption is no text: list")]
-
-
 def test_too_many_broken_examples_stop_the_run_with_the_reasons():
     stream = make(Source(400, broken=range(0, 400, 20)))
     message = r"5 of \d+ examples are broken: broken picture \(5\)"
