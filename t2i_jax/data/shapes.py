@@ -1,8 +1,8 @@
 """Coloured shapes with captions: a small world in which every word of a caption can be checked.
 
-One or two objects out of 8 colours × 6 shapes × 2 sizes × 9 places on 3 backgrounds; two objects stand in
-a relation. Pictures are exact coverages of signed distances, so any resolution is anti-aliased alike, and
-an example is a function of (seed, split, index) alone.
+One or two objects out of 8 colours × 6 shapes × 2 sizes × 9 places on 3 backgrounds; two objects
+stand in a relation. Pictures are coverages of signed distances, so any resolution is anti-aliased
+alike, and an example is a function of (seed, split, index) alone.
 """
 
 import hashlib
@@ -111,8 +111,8 @@ def _pair(rng, *, held_out: bool):
 def _related_cells(rng):
     """Two cells and the relation of the first to the second.
 
-    They are two cells apart along the relation's axis and at most one across it, so that the relation
-    is never in doubt and nothing overlaps.
+    They are two cells apart along the relation's axis and at most one across it, so that the
+    relation is never in doubt and nothing overlaps.
     """
     relation = _pick(rng, RELATIONS)
     along = (0, 2) if relation in ("above", "left of") else (2, 0)
@@ -124,7 +124,7 @@ def _related_cells(rng):
     return [row * 3 + column for column, row in pairs], relation
 
 
-# --- pictures ---------------------------------------------------------------------------------------
+# --- pictures -------------------------------------------------------------------------------------
 
 
 def render(scene: Scene, res: int) -> np.ndarray:
@@ -188,7 +188,7 @@ _DISTANCES = {
     "ring": _ring,
 }
 
-# --- captions ---------------------------------------------------------------------------------------
+# --- captions -------------------------------------------------------------------------------------
 
 _PLACES = {p: f"in the {p} corner" if " " in p else f"at the {p}" for p in POSITIONS}
 _PLACES["center"] = "in the center"
@@ -203,7 +203,8 @@ _LINKS = {
 def caption(scene: Scene, rng) -> str:
     """A natural caption: colours, shapes and relation always, sizes and place at times.
 
-    The background is said in about 70 % of captions, a size in half, a single object's place in half.
+    The background is said in about 70 % of captions, a size in half, a single object's place in
+    half.
     """
     things = []
     for thing in scene.objects:
@@ -246,7 +247,8 @@ _GROUND = rf"on an? (?P<{{}}>{'|'.join(BACKGROUNDS)}) background"
 _GRAMMAR = re.compile(
     rf"(?:{_GROUND.format('ground1')},? )?(?:a picture of |there is )?{_NOUN.format(1)}"
     rf"(?: (?P<link>{'|'.join(sorted(_WORDS, key=len, reverse=True))}) {_NOUN.format(2)}"
-    rf"| (?:at|in) the (?P<place>{'|'.join(sorted(POSITIONS, key=len, reverse=True))})(?: corner)?)?"
+    rf"| (?:at|in) the (?P<place>{'|'.join(sorted(POSITIONS, key=len, reverse=True))})"
+    r"(?: corner)?)?"
     rf"(?:,? {_GROUND.format('ground2')})?\.?"
 )
 
@@ -258,7 +260,7 @@ def parse(caption: str) -> Scene:
       ConfigError: the caption is not of this world.
     """
     match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()))
-    if not match:
+    if not match or (match["ground1"] and match["ground2"]):
         raise errors.ConfigError(
             "not a caption of coloured shapes",
             where=f"caption {caption[:80]!r}",
@@ -280,13 +282,7 @@ def parse(caption: str) -> Scene:
     return Scene(tuple(objects), said["ground1"] or said["ground2"], relation)
 
 
-def example_caption(split: str, seed: int, index: int) -> str:
-    """The caption of an example, without drawing it."""
-    rng = _generator(split, seed, index)
-    return caption(_scene(rng, split), rng)
-
-
-# --- the source -------------------------------------------------------------------------------------
+# --- the source -----------------------------------------------------------------------------------
 
 
 class Source:
@@ -303,16 +299,25 @@ class Source:
     def __getitem__(self, index: int) -> dict:
         if not 0 <= index < self._size:
             raise IndexError(index)
+        drawn, text = self._example(index)
+        return {"image": render(drawn, self._res), "caption": text}
+
+    def captions(self) -> list[str]:
+        """All captions, without drawing a picture."""
+        return [self._example(index)[1] for index in range(self._size)]
+
+    def _example(self, index) -> tuple[Scene, str]:
         rng = _generator(self._split, self._seed, int(index))
         drawn = _scene(rng, self._split)
-        return {"image": render(drawn, self._res), "caption": caption(drawn, rng)}
+        return drawn, caption(drawn, rng)
 
 
 def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: int = 0) -> Source:
     """The data set.
 
     Args:
-      split: "train"; "test", the same pairs of colour and shape; "heldout", one object of a held-out pair.
+      split: "train"; "test", the same pairs of colour and shape; "heldout", one object of a pair
+        that training never shows.
       res: pixels a side.
       size: number of examples (65,536 in "train", 4,096 in the others).
       seed: another seed, another data set.
@@ -322,8 +327,10 @@ def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: 
             f"no split {split!r}", where="data source shapes", fix=errors.nearest(split, SPLITS)
         )
     size = SPLITS[split] if size is None else size
-    if size < 1 or res < 8:
+    if size < 1 or res < 8 or seed < 0:
         raise errors.ConfigError(
-            f"size {size}, res {res}", where="data source shapes", fix="size ≥ 1 and res ≥ 8"
+            f"size {size}, res {res}, seed {seed}",
+            where="data source shapes",
+            fix="give size ≥ 1, res ≥ 8 and seed ≥ 0",
         )
     return Source(split, res, size, seed)

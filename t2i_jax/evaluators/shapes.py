@@ -1,111 +1,150 @@
-"""A judge that needs no network: reads coloured shapes out of a picture and compares them with a caption.
+"""A judge that needs no network: reads coloured shapes out of pictures and checks the captions.
 
-Classical vision: the ground is the median colour, objects are connected regions that differ from it, and
-each is compared with every shape of the set drawn at its place (soft intersection over union).
+Classical vision: the ground is the median colour, objects are connected regions that differ from
+it. A region's colour is the one that, mixed with the ground, explains its pixels best; its shape is
+the one that, drawn at its place, as large and as soft, correlates best with that mixture.
+H W pixels · C channels · N pixels of a region · K colours · S shapes
 """
 
 import functools
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
+from t2i_jax import errors
 from t2i_jax.data import shapes
 
 CONTRAST = 45.0  # RGB distance from the ground at which a pixel belongs to an object
 MIN_AREA = 0.006  # share of the picture below which a region is a speck
-MIN_OVERLAP = 0.6  # a region that fits no shape better than this has none
+MAX_MISFIT = 45.0  # RGB distance from the best mixture, or from a ground, to be any of ours
+MIN_ALPHA = 0.5  # a colour must be that undiluted somewhere
+MIN_MATCH = 0.95  # correlation with the best shape to be one of ours; clear pictures reach 0.99
+BLURS = 2  # passes of a blur of 0.7 pixels that still leave a shape sharp enough
+MAX_RATIO = 1.25  # of a diameter to that of its size; just over half way from one to the other
+MAX_OFFSET = 0.11  # from the centre of a cell, as a share of the side, to be in its place
 MIN_DISTANCE = 0.3  # between centres, as a share of the side, for a relation to hold
-ATTRIBUTES = ("count", "colour", "shape", "size", "position", "relation", "background")
+FIELDS = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}
+ATTRIBUTES = (*FIELDS, "relation", "background", "count")
 
 
-def read(image_HWC: np.ndarray) -> shapes.Scene:
-    """What is in a picture, uint8 (res, res, 3): the background and every object, relation left out.
+class Seen(NamedTuple):
+    """An object in a picture; None where it is like nothing of the set."""
 
-    An object that looks like no shape of the set has shape and size None.
-    """
-    pixels = image_HWC.astype(np.float32)
-    ground = np.median(pixels.reshape(-1, 3), axis=0)
-    contrast = np.linalg.norm(pixels - ground, axis=-1)
-    regions = _regions(contrast > CONTRAST)
-    objects = [
-        _object(pixels, ground, contrast, region)
-        for region in regions
-        if region.sum() >= MIN_AREA * region.size
-    ]
-    return shapes.Scene(tuple(objects), _nearest(ground, shapes.BACKGROUNDS))
+    colour: str | None
+    shape: str | None
+    size: str | None
+    cell: int | None  # 0 … 8, row by row
+    centre: tuple[float, float]  # x, y as shares of the picture's side
 
 
-def judge(image_HWC: np.ndarray, caption: str) -> dict[str, float]:
-    """Attribute -> share of what the caption says of it that the picture shows; `full_match` 0 or 1.
+class Reading(NamedTuple):
+    """All that is in a picture."""
 
-    Only attributes the caption speaks of are there. `count` is 1 where as many objects are there as said.
+    objects: tuple[Seen, ...]
+    background: str | None
+
+
+def read(image_HWC: np.ndarray) -> Reading:
+    """The background and every object of a square uint8 RGB picture."""
+    pixels_HWC = image_HWC.astype(np.float32)
+    ground_C = np.median(pixels_HWC.reshape(-1, 3), axis=0)
+    from_ground_HWC = pixels_HWC - ground_C
+    mask_HW = np.linalg.norm(from_ground_HWC, axis=-1) > CONTRAST
+    regions = _regions(mask_HW)
+    seen = [_object(from_ground_HWC, ground_C, region, mask_HW & ~region) for region in regions]
+    misfit = {n: np.linalg.norm(ground_C - rgb) for n, rgb in shapes.BACKGROUNDS.items()}
+    background = min(misfit, key=misfit.get)
+    return Reading(tuple(seen), background if misfit[background] <= MAX_MISFIT else None)
+
+
+def judge(image_HWC: np.ndarray, caption: str) -> dict[str, bool]:
+    """Attribute -> whether the picture shows what the caption says of it, for all it speaks of.
+
+    An attribute of two objects must be right for both. Objects are matched to the caption as suits
+    it best. `count` fails for an object too many or too few; `full_match` is all of it.
     """
     said, seen = shapes.parse(caption), read(image_HWC)
-    orders = itertools.permutations([*seen.objects, *[None] * len(said.objects)], len(said.objects))
-    found = max((_compare(said, order) for order in set(orders)), key=lambda f: sum(f.values()))
-    found["count"] = float(len(seen.objects) == len(said.objects))
+    number = len(said.objects)
+    orders = itertools.permutations([*seen.objects, *[None] * number], number)
+    hits = max((_hits(said, order) for order in orders), key=lambda hits: sum(h for _, h in hits))
+    hits += [("count", len(seen.objects) == number)]
     if said.background:
-        found["background"] = float(seen.background == said.background)
-    return {**found, "full_match": float(all(value == 1 for value in found.values()))}
+        hits += [("background", seen.background == said.background)]
+    found = {name: all(hit for n, hit in hits if n == name) for name, _ in hits}
+    return {**found, "full_match": all(found.values())}
 
 
 def make(
-    predict, *, num_images: int = 512, batch_size: int = 64, seed: int = 0, splits=None, **options
+    predict,
+    *,
+    num_images: int = 512,
+    batch_size: int = 64,
+    seed: int = 0,
+    splits=("test", "heldout"),
+    **sample_options,
 ):
-    """The evaluator: draws captions of "test" (pairs seen in training) and "heldout", half each.
+    """The evaluator: draws captions of the splits, equally many of each, and judges the pictures.
 
     Args:
       predict: name -> host function; "sample" draws uint8 pictures for captions.
       num_images: in all.
-      splits: of the data set; both by default.
-      options: for the sampler.
+      batch_size: pictures drawn together.
+      seed: of the captions and the noise.
+      splits: of the data set; "test" holds pairs of colour and shape seen in training.
+      sample_options: for the sampler.
     Returns:
-      run(nets, step) -> accuracy per attribute and `full_match`, over all, over "seen" and "heldout"
-      captions, and over single objects and pairs.
+      run(nets, step) -> `num_images`, and the share of right pictures per attribute and as
+      `full_match`: over all, and after "seen/", "heldout/", "single/" and "pair/" over these alone.
     """
-    splits = tuple(splits or ("test", "heldout"))
-    captions, split_of = [], []
-    for i, split in enumerate(splits):
-        size = num_images // len(splits) + (i < num_images % len(splits))
-        captions += [shapes.example_caption(split, seed, index) for index in range(size)]
-        split_of += [{"test": "seen"}.get(split, split)] * size
+    splits = tuple(splits)
+    if not splits or num_images < len(splits):
+        raise errors.ConfigError(
+            f"{num_images} images of splits {list(splits)}",
+            where="evaluator shapes",
+            fix="judge one picture of a split at least",
+        )
+    groups, captions = [], []
+    for place, split in enumerate(splits):
+        size = len(range(place, num_images, len(splits)))
+        texts = shapes.make(split=split, size=size, seed=seed).captions()
+        captions += texts
+        group = "seen" if split == "test" else split
+        groups += [(group, "pair" if shapes.parse(text).relation else "single") for text in texts]
 
-    def run(nets, step) -> dict:
-        images = predict["sample"](nets, captions, seed=seed, batch_size=batch_size, **options)
-        judged = [judge(image, text) for image, text in zip(images, captions, strict=True)]
-        kinds = ["pair" if shapes.parse(text).relation else "single" for text in captions]
-        result = {"num_images": len(captions), **_means(judged, ("full_match", *ATTRIBUTES))}
-        for labels in (split_of, kinds):
-            for label in dict.fromkeys(labels):
-                part = [f for f, of in zip(judged, labels, strict=True) if of == label]
-                means = _means(part, ("full_match", *ATTRIBUTES))
-                result |= {f"{label}/{name}": value for name, value in means.items()}
+    def run(nets, step) -> dict[str, float]:
+        images = predict["sample"](
+            nets, captions, seed=seed, batch_size=batch_size, **sample_options
+        )
+        found = [judge(image, text) for image, text in zip(images, captions, strict=True)]
+        result = {"num_images": float(num_images), **_shares(found)}
+        for group in dict.fromkeys(itertools.chain(*zip(*groups, strict=True))):
+            part = [f for f, of in zip(found, groups, strict=True) if group in of]
+            result |= {f"{group}/{name}": share for name, share in _shares(part).items()}
         return result
 
     return run
 
 
-def _means(judged, names) -> dict[str, float]:
-    values = {name: [f[name] for f in judged if name in f] for name in names}
-    return {name: round(float(np.mean(v)), 4) for name, v in values.items() if v}
+def _shares(found) -> dict[str, float]:
+    values = {name: [f[name] for f in found if name in f] for name in ("full_match", *ATTRIBUTES)}
+    return {name: float(np.mean(v)) for name, v in values.items() if v}
 
 
-def _compare(said: shapes.Scene, objects) -> dict[str, float]:
-    """Shares of what is said, with the i-th object said being objects[i] (None: it is not there)."""
-    pairs = list(zip(said.objects, objects, strict=True))
-    hits = {
-        "colour": [b is not None and a.colour == b.colour for a, b in pairs],
-        "shape": [b is not None and a.shape == b.shape for a, b in pairs],
-        "size": [b is not None and a.size == b.size for a, b in pairs if a.size],
-        "position": [b is not None and a.cell == b.cell for a, b in pairs if a.cell is not None],
-    }
-    found = {name: float(np.mean(values)) for name, values in hits.items() if values}
+def _hits(said: shapes.Scene, objects) -> list[tuple[str, bool]]:
+    """What is said of objects, and whether it holds of the given ones (None: it is not there)."""
+    hits = [
+        (name, there is not None and getattr(there, field) == getattr(wanted, field))
+        for wanted, there in zip(said.objects, objects, strict=True)
+        for name, field in FIELDS.items()
+        if getattr(wanted, field) is not None
+    ]
     if said.relation:
-        found["relation"] = float(None not in objects and _relation(*objects) == said.relation)
-    return found
+        hits += [("relation", None not in objects and _relation(*objects) == said.relation)]
+    return hits
 
 
-def _relation(first: shapes.Object, second: shapes.Object) -> str | None:
+def _relation(first: Seen, second: Seen) -> str | None:
     dx, dy = np.subtract(second.centre, first.centre)
     if max(abs(dx), abs(dy)) < MIN_DISTANCE:
         return None
@@ -114,58 +153,105 @@ def _relation(first: shapes.Object, second: shapes.Object) -> str | None:
     return "left of" if dx > 0 else "right of"
 
 
-def _nearest(colour, palette) -> str:
-    return min(palette, key=lambda name: np.linalg.norm(np.subtract(colour, palette[name])))
+def _object(from_ground_HWC, ground_C, region_HW, others_HW) -> Seen:
+    """What a region shows, its soft rim included."""
+    res = len(region_HW)
+    margin = max(4, res // 8)  # a drawn shape that is larger must count in full against it
+    crop = tuple(
+        slice(max(i.min() - margin, 0), i.max() + margin + 1) for i in np.nonzero(region_HW)
+    )
+    near_HW = _spread(region_HW[crop]) & ~others_HW[crop]
+    colour, alpha_N = _unmixed(from_ground_HWC[crop][near_HW], ground_C)
+    alpha_HW = np.zeros(near_HW.shape, np.float32)
+    alpha_HW[near_HW] = alpha_N
+    area = alpha_HW.sum()
+    y, x = ((np.arange(n) + 0.5) @ alpha_HW.sum(1 - a) / area for a, n in enumerate(near_HW.shape))
+    diameter_S = np.sqrt(area / _moments()[:, 1])
+    centre_S2 = np.stack([np.full_like(diameter_S, x), y - _moments()[:, 0] * diameter_S], -1)
+    side = max(near_HW.shape)  # shapes.coverage measures in sides of a square
+    drawn_SHW = np.stack(
+        [
+            shapes.coverage(shape, centre / side, diameter / side, side)
+            for shape, centre, diameter in zip(shapes.SHAPES, centre_S2, diameter_S, strict=True)
+        ]
+    )
+    match_S = _correlation(alpha_HW, drawn_SHW[:, : len(alpha_HW), : alpha_HW.shape[1]])
+    best = int(match_S.argmax())
+    diameter = diameter_S[best] / res
+    centre = (centre_S2[best] + [crop[1].start, crop[0].start]) / res
+    ratio = {n: np.exp(abs(np.log(diameter / d))) for n, d in shapes.SIZES.items()}
+    size = min(ratio, key=ratio.get)
+    column, row = (int(np.argmin(np.abs(np.subtract(shapes.CENTRES, v)))) for v in centre)
+    offset = centre - [shapes.CENTRES[column], shapes.CENTRES[row]]
+    return Seen(
+        colour,
+        shapes.SHAPES[best] if match_S[best] >= MIN_MATCH else None,
+        size if ratio[size] <= MAX_RATIO else None,
+        row * 3 + column if np.abs(offset).max() <= MAX_OFFSET else None,
+        tuple(centre.tolist()),
+    )
 
 
-def _object(pixels, ground, contrast, region) -> shapes.Object:
-    """Colour from the region's core; shape, size and centre from the best of all drawn shapes."""
-    strong = region & (contrast >= 0.8 * np.quantile(contrast[region], 0.9))
-    colour = pixels[strong].mean(0)
-    direction = (colour - ground) / np.square(colour - ground).sum()
-    alpha = np.clip((pixels - ground) @ direction, 0, 1) * _grown(region)
-    res = len(alpha)
-    grid = (np.arange(res) + 0.5) / res
-    x, y = np.array([grid @ alpha.sum(0), grid @ alpha.sum(1)]) / alpha.sum()
-    best = (MIN_OVERLAP, None, None, (x, y))
-    for shape, size in itertools.product(shapes.SHAPES, shapes.SIZES):
-        lift = _centroid(shape) * shapes.SIZES[size]
-        drawn = shapes.coverage(shape, (x, y - lift), shapes.SIZES[size], res)
-        overlap = np.minimum(alpha, drawn).sum() / np.maximum(alpha, drawn).sum()
-        best = max(best, (overlap, shape, size, (x, y - lift)), key=lambda b: b[0])
-    _, shape, size, (x, y) = best
-    row, column = (int(np.argmin(np.abs(np.subtract(shapes.CENTRES, v)))) for v in (y, x))
-    offset = (x - shapes.CENTRES[column], y - shapes.CENTRES[row])
-    name = _nearest(colour, shapes.COLOURS)
-    return shapes.Object(name, shape, size, row * 3 + column, offset)
+def _unmixed(from_ground_NC, ground_C):
+    """The colour that explains the pixels best, and its share in each.   -> name | None, alpha_N
+
+    Without one, a pixel's share is its distance from the ground against that of the clearest.
+    """
+    axis_KC = np.array(list(shapes.COLOURS.values()), np.float32) - ground_C
+    alpha_NK = np.clip(from_ground_NC @ axis_KC.T / np.square(axis_KC).sum(-1), 0, 1)
+    misfit_NK = np.linalg.norm(from_ground_NC[:, None] - alpha_NK[..., None] * axis_KC, axis=-1)
+    misfit_K = np.sqrt(np.square(misfit_NK).mean(0))
+    best = int(misfit_K.argmin())
+    alpha_N = alpha_NK[:, best]
+    if misfit_K[best] <= MAX_MISFIT and np.quantile(alpha_N, 0.95) >= MIN_ALPHA:
+        return list(shapes.COLOURS)[best], alpha_N
+    distance_N = np.linalg.norm(from_ground_NC, axis=-1)
+    return None, np.minimum(distance_N / np.quantile(distance_N, 0.95), 1)
+
+
+def _correlation(alpha_HW, drawn_SHW):
+    """Uncentred correlation of a region with each shape, drawn as soft as suits it best.   -> S"""
+    matches = []
+    for passes in range(BLURS + 1):
+        if passes:
+            drawn_SHW = _blurred(drawn_SHW)
+        power_S = np.square(drawn_SHW).sum((1, 2)) * np.square(alpha_HW).sum()
+        matches.append((drawn_SHW * alpha_HW).sum((1, 2)) / np.sqrt(np.maximum(power_S, 1e-6)))
+    return np.max(matches, axis=0)
 
 
 @functools.cache
-def _centroid(shape: str) -> float:
-    """How far a shape's centre of mass lies below its centre, in diameters."""
-    drawn = shapes.coverage(shape, (0.5, 0.5), 0.8, 256)
-    return float((((np.arange(256) + 0.5) / 256 - 0.5) @ drawn.sum(1)) / drawn.sum() / 0.8)
+def _moments():
+    """By shape: how far the centre of mass lies below the centre, in diameters; area in their
+    squares.   -> S2
+    """
+    rows = (np.arange(256) + 0.5) / 256 - 0.5
+    found = []
+    for shape in shapes.SHAPES:
+        drawn_HW = shapes.coverage(shape, (0.5, 0.5), 0.8, 256)
+        area = drawn_HW.sum()
+        found.append((rows @ drawn_HW.sum(1) / area / 0.8, area / (0.8 * 256) ** 2))
+    return np.array(found)
 
 
-def _grown(mask):
-    """The mask and its eight neighbours."""
-    wide = np.pad(mask, 1)
-    h, w = mask.shape
-    shifts = [wide[i : i + h, j : j + w] for i in range(3) for j in range(3)]
-    return np.logical_or.reduce(shifts)
+def _regions(mask_HW) -> list[np.ndarray]:
+    """Connected regions (eight neighbours) as masks, without specks."""
+    label_HW = np.arange(1, mask_HW.size + 1).reshape(mask_HW.shape) * mask_HW
+    while (spread_HW := _spread(label_HW) * mask_HW).sum() != label_HW.sum():
+        label_HW = spread_HW
+    labels, sizes = np.unique(label_HW[mask_HW], return_counts=True)
+    return [label_HW == n for n in labels[sizes >= MIN_AREA * mask_HW.size]]
 
 
-def _regions(mask) -> list[np.ndarray]:
-    """Connected regions (eight neighbours) as masks."""
-    left, found = mask.copy(), []
-    while left.any():
-        region = np.zeros_like(mask)
-        region[np.unravel_index(np.argmax(left), left.shape)] = True
-        while True:
-            grown = _grown(region) & left
-            if (grown == region).all():
-                break
-            region = grown
-        found.append(region)
-        left &= ~region
-    return found
+def _spread(array_HW):
+    """The largest of each pixel and its eight neighbours."""
+    wide = np.pad(array_HW, 1)
+    rows = np.maximum(np.maximum(wide[:-2], wide[1:-1]), wide[2:])
+    return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+
+
+def _blurred(array_SHW):
+    """Weights 1 2 1 along height and width."""
+    wide = np.pad(array_SHW, ((0, 0), (1, 1), (1, 1)))
+    rows = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
+    return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
