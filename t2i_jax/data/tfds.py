@@ -151,11 +151,9 @@ def _choose(kind: str, given: str, found: list, usual: tuple, leaves, where: str
     if len(choices) == 1 and choices[0] in found:
         return choices[0]
     raise errors.DataError(
-        f"no {kind} feature {given!r}"
-        if given
-        else f"{len(choices)} features look like the {kind}",
+        f"no {kind} feature {given!r}" if given else f"{len(choices)} features look like a {kind}",
         where=where,
-        fix=f"set config.data.{kind}_key to one of {found}; all features are {sorted(leaves)}",
+        fix=f"set config.data.{kind}_key to one of {sorted(found)}; all there are: {sorted(leaves)}",
     )
 
 
