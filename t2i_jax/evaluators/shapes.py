@@ -23,7 +23,7 @@ MIN_MATCH = 0.95  # correlation with the best shape to be one of ours; clear pic
 BLURS = 2  # passes of a blur of 0.7 pixels that still leave a shape sharp enough
 MAX_RATIO = 1.25  # of a diameter to that of its size; just over half way from one to the other
 MAX_OFFSET = 0.11  # from the centre of a cell, as a share of the side, to be in its place
-MIN_DISTANCE = 0.3  # between centres, as a share of the side, for a relation to hold
+MIN_DISTANCE = 0.15  # between centres, as a share of the side, for a relation to hold
 FIELDS = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}
 ATTRIBUTES = (*FIELDS, "relation", "background", "count")
 
@@ -50,9 +50,8 @@ def read(image_HWC: np.ndarray) -> Reading:
     pixels_HWC = image_HWC.astype(np.float32)
     ground_C = np.median(pixels_HWC.reshape(-1, 3), axis=0)
     from_ground_HWC = pixels_HWC - ground_C
-    mask_HW = np.linalg.norm(from_ground_HWC, axis=-1) > CONTRAST
-    regions = _regions(mask_HW)
-    seen = [_object(from_ground_HWC, ground_C, region, mask_HW & ~region) for region in regions]
+    regions = _regions(np.linalg.norm(from_ground_HWC, axis=-1) > CONTRAST)
+    seen = [_object(from_ground_HWC, ground_C, region_HW) for region_HW in regions]
     misfit = {n: np.linalg.norm(ground_C - rgb) for n, rgb in shapes.BACKGROUNDS.items()}
     background = min(misfit, key=misfit.get)
     return Reading(tuple(seen), background if misfit[background] <= MAX_MISFIT else None)
@@ -117,7 +116,7 @@ def make(
             nets, captions, seed=seed, batch_size=batch_size, **sample_options
         )
         found = [judge(image, text) for image, text in zip(images, captions, strict=True)]
-        result = {"num_images": float(num_images), **_shares(found)}
+        result = {"num_images": float(len(captions)), **_shares(found)}
         for group in dict.fromkeys(itertools.chain(*zip(*groups, strict=True))):
             part = [f for f, of in zip(found, groups, strict=True) if group in of]
             result |= {f"{group}/{name}": share for name, share in _shares(part).items()}
@@ -153,14 +152,14 @@ def _relation(first: Seen, second: Seen) -> str | None:
     return "left of" if dx > 0 else "right of"
 
 
-def _object(from_ground_HWC, ground_C, region_HW, others_HW) -> Seen:
+def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
     """What a region shows, its soft rim included."""
     res = len(region_HW)
-    margin = max(4, res // 8)  # a drawn shape that is larger must count in full against it
+    margin = res // 8  # a drawn shape that is larger must count in full against it
     crop = tuple(
         slice(max(i.min() - margin, 0), i.max() + margin + 1) for i in np.nonzero(region_HW)
     )
-    near_HW = _spread(region_HW[crop]) & ~others_HW[crop]
+    near_HW = _spread(region_HW[crop])
     colour, alpha_N = _unmixed(from_ground_HWC[crop][near_HW], ground_C)
     alpha_HW = np.zeros(near_HW.shape, np.float32)
     alpha_HW[near_HW] = alpha_N
