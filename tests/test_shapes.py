@@ -2,12 +2,13 @@
 
 import itertools
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from t2i_jax import errors
-from t2i_jax.data import shapes
+from t2i_jax.data import shapes, shapes_tfds, tfds
 
 GOLDEN = {
     "captions": [
@@ -202,3 +203,26 @@ def test_a_source_is_a_sequence_named_by_its_content():
 def test_options_out_of_range_are_errors(options, message):
     with pytest.raises(errors.ConfigError, match=message):
         shapes.make(**options)
+
+
+def test_tfds_holds_every_example_as_it_is_drawn(tmp_path):
+    config = shapes_tfds.Config(name="tiny", res=16, size=5, seed=2)
+    builder = shapes_tfds.Shapes(config=config, data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    for split in shapes.SPLITS:
+        wanted = {
+            e["caption"]: e["image"] for e in shapes.make(split=split, res=16, size=5, seed=2)
+        }
+        stored = tfds.make("shapes/tiny", split=split, res=16, data_dir=str(tmp_path))
+        examples = [stored[index] for index in range(len(stored))]
+        assert {e["caption"] for e in examples} == set(wanted)
+        for example in examples:
+            np.testing.assert_array_equal(example["image"], wanted[example["caption"]])
+    assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("res", [32, 64, 128])
+def test_tfds_has_a_configuration_per_resolution(tmp_path, res):
+    builder = shapes_tfds.Shapes(config=f"res{res}", data_dir=tmp_path)
+    assert builder.info.features["image"].shape == (res, res, 3)
+    assert builder.info.full_name == f"shapes/res{res}/{shapes.VERSION}.0.0"
