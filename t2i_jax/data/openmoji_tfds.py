@@ -62,9 +62,7 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
             text, tones = _words(symbol["en"])
             drawn[text, png].append((len(tones), code, symbol["en"]))
         for (_, png), symbols in drawn.items():
-            tones, code, name = min(symbols)
-            if tones and len(symbols) > 1:
-                continue  # one drawing for several skin tones shows none of them
+            _, code, name = min(symbols)  # one drawing for several skin tones shows none of them
             yield (
                 code,
                 {

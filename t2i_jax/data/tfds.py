@@ -153,7 +153,7 @@ def _choose(kind: str, given: str, found: list, usual: tuple, leaves, where: str
     raise errors.DataError(
         f"no {kind} feature {given!r}" if given else f"{len(choices)} features look like a {kind}",
         where=where,
-        fix=f"set config.data.{kind}_key to one of {sorted(found)}; all there are: {sorted(leaves)}",
+        fix=f"set config.data.{kind}_key to one of {sorted(found)}; there are {sorted(leaves)}",
     )
 
 
