@@ -4,7 +4,7 @@ import jax
 
 
 def per_example(key, index_B):
-    """One key per example: fold_in(key, index). The mesh and the batch size cannot change it.   -> B"""
+    """One key per example: fold_in(key, index), whatever the mesh and the batch size.   -> B"""
     return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
 
 

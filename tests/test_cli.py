@@ -21,7 +21,11 @@ def start(*command):
 CASES = {
     "no config": (["train.py", "--workdir={new}"], 78, "--config is missing"),
     "no workdir": (["train.py", CONFIG], 78, "--workdir is missing"),
-    "no such config": (["train.py", "--config=configs/shape.py", "--workdir={new}"], 78, "shape.py"),
+    "no such config": (
+        ["train.py", "--config=configs/shape.py", "--workdir={new}"],
+        78,
+        "shape.py",
+    ),
     "misspelt option": (
         ["train.py", "--config=configs/shapes_flow.py:debgu", "--workdir={new}"],
         78,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def attention(q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None):
-    """softmax(q·k/√H)·v in float32 softmax; keys where mask_BS is False are never seen.   -> BTNH"""
+    """softmax(q·k/√H)·v, softmax in float32; keys where mask_BS is False are not seen.   -> BTNH"""
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
     return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask).astype(q_BTNH.dtype)
 

@@ -72,8 +72,8 @@ class TimeText(nn.Module):
 class TextTokens(nn.Module):
     """Caption states at the network's width, behind one learned null token that is always valid.
 
-    (seq_BLE, mask_BL) -> (tokens_BSD, mask_BS), S = L + 1. A caption whose mask is all False is thereby
-    the learned null condition.
+    (seq_BLE, mask_BL) -> (tokens_BSD, mask_BS), S = L + 1. A caption whose mask is all False is
+    thereby the learned null condition.
     """
 
     width: int
@@ -103,7 +103,7 @@ class Queries(nn.Module):
 
 
 class KeysValues(nn.Module):
-    """The keys (normalised, as qk-norm asks) and values of a token sequence.   -> (k_BSNH, v_BSNH)"""
+    """The keys (normalised, qk-norm) and values of a token sequence.   -> (k_BSNH, v_BSNH)"""
 
     width: int
     heads: int

@@ -13,7 +13,7 @@ from t2i_jax.text.condition import Cond
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, SwiGLU; each modulated and gated by time and text."""
+    """Self-attention, cross-attention to the text, SwiGLU; each modulated by time and text."""
 
     width: int
     heads: int

@@ -78,7 +78,7 @@ class Attention(nn.Module):
 class Backbone(nn.Module):
     """x_BHWC in, C channels of the same size out; H and W divisible by 4.
 
-    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side of the U.
+    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side.
     """
 
     channels: int = 3

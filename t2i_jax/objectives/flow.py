@@ -23,7 +23,7 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 class Options(NamedTuple):
-    """config.loss. prediction: what the network's output means, "v" or "x"; both train the velocity."""
+    """config.loss. prediction: what the network puts out, "v" or "x"; both train the velocity."""
 
     prediction: str = "v"
     time_mean: float = 0.0

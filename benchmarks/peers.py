@@ -1,0 +1,165 @@
+"""The same networks in PyTorch, from the same weights: peers for the benchmarks, never imported by
+the package.
+
+Linear layers are F.linear on (out, in) weights, convolutions channels_last, attention SDPA.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+class Peer(torch.nn.Module):
+    """Holds our parameters in torch's layouts under our names, and mirrors our layers."""
+
+    def __init__(self, flat: dict[str, np.ndarray], *, depth: int, heads: int, patch: int = 0):
+        super().__init__()
+        self.depth, self.heads, self.patch, self.names = depth, heads, patch, {}
+        self.register_buffer("positions", torch.from_numpy(flat.pop("positions")))
+        for name, value in flat.items():
+            tensor = torch.from_numpy(np.array(value))
+            if name.endswith("kernel") and tensor.ndim == 2:
+                tensor = tensor.T.contiguous()
+            if name.endswith("kernel") and tensor.ndim == 4:
+                tensor = tensor.permute(3, 2, 0, 1).contiguous(memory_format=torch.channels_last)
+            attribute = name.removeprefix("params/").replace("/", "__")
+            self.register_parameter(attribute, torch.nn.Parameter(tensor))
+            self.names[name] = attribute
+
+    def p(self, name):
+        return getattr(self, name.replace("/", "__"), None)
+
+    def dense(self, x, name):
+        return F.linear(x, self.p(f"{name}/Dense_0/kernel"), self.p(f"{name}/Dense_0/bias"))
+
+    def conv(self, x_BHWC, name):
+        x = x_BHWC.permute(0, 3, 1, 2)  # a view: the memory is channels_last
+        weight, bias = self.p(f"{name}/Conv_0/kernel"), self.p(f"{name}/Conv_0/bias")
+        return F.conv2d(x, weight, bias, padding=1).permute(0, 2, 3, 1)
+
+    def norm(self, x, name=None):
+        scale = self.p(f"{name}/scale") if name else None
+        return F.rms_norm(x, (x.shape[-1],), scale, 1e-6)
+
+    def modulated(self, x, c_BD, name, parts=2):
+        shape = (x.shape[0], *(1,) * (x.ndim - 2), -1)
+        return [m.reshape(shape) for m in self.dense(c_BD, name).chunk(parts, -1)]
+
+    def condition(self, t_B, pooled_BD):
+        rates = torch.from_numpy(np.exp(np.linspace(0, np.log(1000.0), 64)).astype(np.float32))
+        angle = t_B[:, None] * rates * (2 * math.pi / 10)
+        h = self.dense(torch.cat([angle.sin(), angle.cos()], -1), "condition/time")
+        h = h + self.dense(self.norm(pooled_BD, "condition/RMSNorm_0"), "condition/text")
+        return F.silu(self.dense(F.silu(h), "condition/mix"))
+
+    def text_kv(self, seq_BLE, mask_BL):
+        tokens = self.dense(self.norm(seq_BLE, "text/RMSNorm_0"), "text/project")
+        b = tokens.shape[0]
+        tokens = torch.cat([self.p("text/null").expand(b, 1, -1), tokens], 1)
+        mask = torch.cat([mask_BL.new_ones(b, 1), mask_BL], 1)
+        count = sum(
+            a.startswith("kvs_") and a.endswith("k_norm__scale") for a in self.names.values()
+        )
+        return [self.keys_values(tokens, f"kvs_{i}") for i in range(count)], mask
+
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1))
+
+    def queries(self, x, name):
+        return self.norm(self.split(self.dense(x, f"{name}/q")), f"{name}/norm")
+
+    def keys_values(self, x, name):
+        k, v = self.dense(x, f"{name}/kv").chunk(2, -1)
+        return self.norm(self.split(k), f"{name}/k_norm"), self.split(v)
+
+    def attend(self, q, k, v, mask_BS=None):
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        mask = None if mask_BS is None else mask_BS[:, None, None, :]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return out.transpose(1, 2).flatten(2)
+
+
+def space_to_depth(x, n=2):
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // n, n, w // n, n, c).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h // n, w // n, -1)
+
+
+def depth_to_space(x, n=2):
+    b, h, w, _ = x.shape
+    x = x.reshape(b, h, w, n, n, -1).permute(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h * n, w * n, -1)
+
+
+class UNet(Peer):
+    """t2i_jax.models.unet.Backbone."""
+
+    def residual(self, x, c_BD, name):
+        skip = (
+            self.dense(x, f"{name}/skip")
+            if self.p(f"{name}/skip/Dense_0/kernel") is not None
+            else x
+        )
+        shift, scale = self.modulated(skip, c_BD, f"{name}/modulation")
+        h = self.conv(F.silu(self.norm(skip, f"{name}/RMSNorm_0")), f"{name}/conv1")
+        h = self.norm(h) * (1 + scale) + shift
+        return skip + self.conv(F.silu(h), f"{name}/conv2")
+
+    def attention(self, x_BHWC, c_BD, text, mask, name):
+        shift, scale = self.modulated(x_BHWC, c_BD, f"{name}/modulation")
+        x = (self.norm(x_BHWC) * (1 + scale) + shift).flatten(1, 2)
+        q = self.queries(x, f"{name}/query")
+        k, v = self.keys_values(x, f"{name}/picture")
+        mask = torch.cat([mask.new_ones(x.shape[:2]), mask], 1)
+        out = self.attend(q, torch.cat([k, text[0]], 1), torch.cat([v, text[1]], 1), mask)
+        return x_BHWC + self.dense(out, f"{name}/out").reshape(x_BHWC.shape)
+
+    def forward(self, x, t_B, seq_BLE, mask_BL, pooled_BD, text_kv=None):
+        kvs, mask = self.text_kv(seq_BLE, mask_BL) if text_kv is None else text_kv
+        c_BD = self.condition(t_B, pooled_BD)
+        h, outer, inner = self.conv(space_to_depth(x), "enter"), [], []
+        for i in range(self.depth):
+            h = self.residual(h, c_BD, f"down_{i}")
+            outer.append(h)
+        h = self.dense(space_to_depth(h), "shrink")
+        h = h + self.positions.reshape(h.shape[1:])
+        for i in range(2 * self.depth):
+            if i >= self.depth:
+                h = h + inner.pop()
+            h = self.residual(h, c_BD, f"blocks_{i}")
+            h = self.attention(h, c_BD, kvs[i], mask, f"attentions_{i}")
+            if i < self.depth:
+                inner.append(h)
+        h = depth_to_space(self.dense(h, "grow"))
+        for i in range(self.depth):
+            h = self.residual(torch.cat([h, outer.pop()], -1), c_BD, f"up_{i}")
+        return depth_to_space(self.conv(F.silu(self.norm(h, "leave_norm")), "leave"))
+
+
+class Transformer(Peer):
+    """t2i_jax.models.transformer.Backbone."""
+
+    def block(self, x, c_BD, text, mask, name):
+        mods = self.modulated(x, c_BD, f"{name}/modulation", 9)
+        h = self.norm(x) * (1 + mods[1]) + mods[0]
+        q, (k, v) = self.queries(h, f"{name}/query"), self.keys_values(h, f"{name}/picture")
+        x = x + self.dense(self.attend(q, k, v), f"{name}/out") * mods[2]
+        q = self.queries(self.norm(x) * (1 + mods[4]) + mods[3], f"{name}/cross_query")
+        x = x + self.dense(self.attend(q, *text, mask), f"{name}/cross_out") * mods[5]
+        a, b = self.dense(self.norm(x) * (1 + mods[7]) + mods[6], f"{name}/mlp_enter").chunk(2, -1)
+        return x + self.dense(F.silu(a) * b, f"{name}/mlp_leave") * mods[8]
+
+    def forward(self, x, t_B, seq_BLE, mask_BL, pooled_BD, text_kv=None):
+        kvs, mask = self.text_kv(seq_BLE, mask_BL) if text_kv is None else text_kv
+        c_BD = self.condition(t_B, pooled_BD)
+        h = self.dense(space_to_depth(x, self.patch), "embed")
+        rows, columns = h.shape[1:3]
+        h = h.flatten(1, 2) + self.positions
+        for i in range(self.depth):
+            h = self.block(h, c_BD, kvs[i], mask, f"blocks_{i}")
+        shift, scale = self.modulated(h, c_BD, "leave_modulation")
+        h = self.norm(h, "leave_norm") * (1 + scale) + shift
+        h = self.dense(h, "leave").unflatten(1, (rows, columns))
+        return depth_to_space(h, self.patch)
