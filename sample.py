@@ -1,5 +1,6 @@
-"""Draws pictures.   python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white
-background"
+"""Draws pictures.
+
+python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background"
 """
 
 from absl import flags

@@ -1,8 +1,7 @@
 """Honest timing: one process per arm, turns ABAB, a quiet machine, parity before any clock starts.
 
 An arm is a program that answers on its standard output: a line of JSON when it is ready (the files
-with what
-it computed), then one line with the seconds of a round for every line it reads.
+with what it computed), then one line with the seconds of a round for every line it reads.
 """
 
 import json

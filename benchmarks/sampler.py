@@ -1,8 +1,7 @@
 """A guided 25-step Euler sampler at batch 1 and 16 against PyTorch.   python -m benchmarks.sampler
 
 Both compute the text's keys and values once and run conditioned and null halves as one batch; the
-peer runs
-under inference_mode, eager and compiled. Parity: the pictures.
+peer runs under inference_mode, eager and compiled. Parity: the pictures.
 """
 
 import itertools

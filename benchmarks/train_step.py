@@ -1,8 +1,7 @@
 """A whole training step against the same network in PyTorch.   python -m benchmarks.train_step
 
 Forward, backward, gradient norm and AdamW on one batch of 64 pictures of 32 px with captions of 24
-tokens;
-the text encoder is left out on both sides. Parity: three losses in a row.
+tokens; the text encoder is left out on both sides. Parity: three losses in a row.
 """
 
 import pathlib

@@ -1,9 +1,9 @@
 """Flow matching on your own pictures.
 
-python train.py --config=configs/folder_flow.py:path=DIR,res=64 --workdir=runs/mine   (:debug for
-seconds)
-DIR holds pictures with metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each
-picture.
+python train.py --config=configs/folder_flow.py:path=DIR,res=64 --workdir=runs/mine
+(:debug for seconds)
+
+DIR holds pictures with metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each.
 """
 
 from configs import common, shapes_flow

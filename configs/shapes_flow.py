@@ -1,5 +1,6 @@
-"""Flow matching on shapes, 32 px.   python train.py --config=configs/shapes_flow.py
---workdir=runs/flow   (:debug for seconds)
+"""Flow matching on shapes, 32 px.
+
+python train.py --config=configs/shapes_flow.py --workdir=runs/flow   (:debug for seconds)
 """
 
 from configs import common
@@ -14,7 +15,7 @@ def get_config(arg=None):
     config.load = dict(text="minilm")
     config.cache = "encode"
     config.text_length = 32
-    config.model = dict(backbone="unet")
+    config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=2)
     config.loss = dict(prediction="v", text_dropout=0.1)
     config.sample = dict(guidance=3.0, steps=12, sampler="heun")
     config.optim = dict(

@@ -1,7 +1,7 @@
 """shapes_flow with the transformer, the backbone that scales.
 
-python train.py --config=configs/shapes_transformer.py --workdir=runs/transformer   (:debug for
-seconds)
+python train.py --config=configs/shapes_transformer.py --workdir=runs/transformer
+(:debug for seconds)
 """
 
 from configs import common, shapes_flow

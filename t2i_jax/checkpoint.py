@@ -12,12 +12,11 @@ FORMAT = 1
 
 
 class Checkpoints:
-    """The checkpoints of one workdir, in `<workdir>/checkpoints/<updates
-    done>/{params,ema,opt,meta}`.
+    """The checkpoints of one workdir: <workdir>/checkpoints/<updates done>/{params,ema,opt,meta}.
 
     `params` holds the trained nets with all their collections, `opt` the optimiser states and
-    counters,
-    `ema` the averaged parameters and `meta` plain JSON, so that a sampler reads only what it needs.
+    counters, `ema` the averaged parameters and `meta` plain JSON, so that a sampler reads only what
+    it needs.
     """
 
     def __init__(self, workdir, *, keep: int = 2, create: bool = True):

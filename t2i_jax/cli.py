@@ -1,9 +1,8 @@
-"""Command lines: flags parsed, errors shown as one line with their exit code, tracebacks on
---debug.
-"""
+"""Command lines: flags parsed, errors as one line with an exit code, tracebacks on --debug."""
 
 import logging as std_logging
 import os
+import re
 import sys
 
 from absl import flags, logging
@@ -52,9 +51,13 @@ def _parse(argv, required) -> None:
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
         if "ConfigError: " in last:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
+        if isinstance(e, KeyError | AttributeError):
+            key, *hint = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " "))
+            last = f"the config has no key {key!r}"
+            last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
         raise errors.ConfigError(
-            last.strip("'\"")[:600],
-            where="the command line",
+            last[:600],
+            where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
             fix="see --help for the flags, and the config file for its keys",
         ) from e
     if rest[1:]:
@@ -66,6 +69,15 @@ def _parse(argv, required) -> None:
             raise errors.ConfigError(
                 f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
             )
+
+
+def _flag_of(message: str, argv) -> str:
+    """The --config.… argument whose key a message quotes, else "the command line"."""
+    for argument in argv[1:]:
+        key = argument.partition("=")[0].rpartition(".")[2]
+        if argument.startswith("--config.") and re.search(rf"\b{re.escape(key)}\b", message):
+            return argument[:200]
+    return "the command line"
 
 
 def _fail(text: str, code: int) -> None:

@@ -2,9 +2,7 @@
 
 
 class Error(Exception):
-    """One clear error. `str` reads "<what> (at <where>). Fix: <fix>"; no traceback is shown unless
-    --debug.
-    """
+    """One clear error: "<what> (at <where>). Fix: <fix>"; tracebacks are shown on --debug."""
 
     exit_code = 70
 

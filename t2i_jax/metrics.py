@@ -16,10 +16,8 @@ class Writer:
     """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
 
     A row of metrics.jsonl is {"step": n, name: value, …}; step n is the n-th update, from 1. Rows
-    beyond
-    `start`, left by a run that was killed after its last checkpoint, are cut, so that every step
-    has
-    exactly one row.
+    beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
+    step has exactly one row.
     """
 
     def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
@@ -41,9 +39,7 @@ class Writer:
         self._bar.update()
 
     def flush(self) -> list[dict]:
-        """Writes all kept rows; returns them. The last one also goes to TensorBoard and the
-        screen.
-        """
+        """Writes and returns all kept rows; the last also goes to TensorBoard and the screen."""
         rows = [
             {"step": step, **{k: v.item() for k, v in sorted(values.items())}}
             for step, values in jax.device_get(self._pending)
@@ -65,9 +61,7 @@ class Writer:
                 self._board.add_scalar(name, value, step)
 
     def pause(self) -> None:
-        """Leaves out of the speed what happened since the last flush (a compilation, an
-        evaluation).
-        """
+        """Leaves out of the speed what happened since the last flush, such as a compilation."""
         self._since, self._done = time.perf_counter(), self._done_or_pending()
 
     def _done_or_pending(self):

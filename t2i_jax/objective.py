@@ -5,9 +5,8 @@ from typing import Any, NamedTuple
 
 from t2i_jax import plugins
 
-Nets = Mapping[
-    str, Mapping[str, Any]
-]  # net name -> Linen variables {"params": …, "batch_stats": …}
+# net name -> Linen variables {"params": …, "batch_stats": …}
+Nets = Mapping[str, Mapping[str, Any]]
 
 
 class Aux(NamedTuple):
@@ -22,11 +21,10 @@ class Aux(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` and
-    nothing else.
+    """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` alone.
 
-    The scalar is the weighted mean over the batch: examples of weight 0 in `batch["weight"]` count
-    nothing.
+    The scalar is the mean over the batch weighted by `batch["weight"]`: an example of weight 0
+    counts nothing.
     """
 
     nets: tuple[str, ...]
@@ -38,13 +36,12 @@ class Objective(NamedTuple):
 
     init:    `(key, batch) -> Nets`, every network, trainable and frozen.
     losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
-    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in [-1,
-    1].
+    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in
+      [-1, 1].
 
-    `batch` holds image_BHWC f32 in [-1, 1], text_BL int32, mask_BL bool, index_B int32 (the slot in
-    the global
-    batch, or the picture's number when sampling: the source of all per-example noise) and weight_B
-    f32.
+    `batch` holds "image" f32 BHWC in [-1, 1], "text" int32 BL, "mask" bool BL, "weight" f32 B and
+    "index" int32 B: the slot in the global batch, or the picture's number when sampling, from which
+    all noise of an example comes.
     """
 
     init: Callable

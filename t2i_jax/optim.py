@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -26,10 +27,9 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
 
     Args:
       spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
-      and
-        optionally warmup (steps, linear from 0), decay ("constant", "cosine" or "linear", to
+        and optionally warmup (steps, linear from 0), decay ("constant", "cosine" or "linear", to
         `final` × learning_rate at `steps`), clip (global gradient norm); all else goes to the
-        function.
+        function. Muon gets every kernel as a matrix, its last axis the output.
       steps: length of the run.
     Raises:
       ConfigError: an unknown name or option, a learning rate that is not positive.
@@ -50,6 +50,8 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         _schedule, peak, steps, where=where, options=_take(spec, ("warmup", "decay", "final"))
     )
     plugins.check_options(fn, spec, where=where)
+    if fn is optax.contrib.muon:
+        spec.setdefault("muon_weight_dimension_numbers", _matrices)
     inner = optax.inject_hyperparams(fn, static_args=tuple(spec))(learning_rate=peak, **spec)
 
     def update(grads, state, params, step):
@@ -60,6 +62,16 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         return inner.update(grads, state, params)
 
     return Optimiser(inner.init, update, schedule)
+
+
+def _matrices(params):
+    """How Muon sees Linen's kernels, of convolutions too: all axes but the last are summed over."""
+
+    def numbers(leaf):
+        axes = tuple(range(leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(axes, leaf.ndim - 1) if axes else None
+
+    return jax.tree.map(numbers, params)
 
 
 def _take(spec: dict, names):

@@ -18,8 +18,7 @@ class Predictor:
     """An objective's predictions as host functions of captions, compiled once per static option.
 
     Options that are integers, strings or booleans are static; floats and tuples of floats are
-    arrays, so
-    that another guidance scale compiles nothing.
+    arrays, so that another guidance scale compiles nothing.
     """
 
     def __init__(self, config):
@@ -47,8 +46,7 @@ class Predictor:
 
         Raises:
           ConfigError: the prediction or an option is unknown to this family, or a number is not
-          finite,
-            negative, or out of bounds.
+            finite, negative, or out of bounds.
         """
         if name not in self.objective.predict:
             raise errors.ConfigError(
@@ -108,9 +106,8 @@ class Predictor:
           nets: net -> variables, all that the family has.
           captions: B strings.
           seed: 0 … 2³² − 1.
-          index: B integers, the picture's number under this seed (default 0 … B − 1). Noise depends
-          on
-            (seed, index) alone, never on the batch size or on the other captions.
+          index: B integers, the picture's number under this seed (default 0 … B − 1). Noise
+            depends on (seed, index) alone, never on the batch size or on the other captions.
           negative: a caption to be guided away from, or None.
           batch_size: pictures per compiled call.
         """

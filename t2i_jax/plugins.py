@@ -1,6 +1,4 @@
-"""Families, data sources, encoders and evaluators are found by file name; options are checked at
-the door.
-"""
+"""Families, data sources, encoders and evaluators, found by file name; options are checked."""
 
 import importlib
 import inspect

@@ -17,9 +17,7 @@ _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"} 
 
 
 class Request(NamedTuple):
-    """`count` pictures of one prompt, numbered from `first` under `seed`; options go to the
-    family.
-    """
+    """`count` pictures of a prompt, numbered from `first` under `seed`; options for the family."""
 
     prompt: str
     seed: int
@@ -61,8 +59,7 @@ def read_file(path, default: Request) -> list[Request]:
     """Requests of a file, one a line: plain prompts, with `--n --d --l --s` behind them, or JSONL.
 
     A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling
-    options.
-    Empty lines and lines that start with # are passed over.
+    options. Empty lines and lines that start with # are passed over.
     """
     path = pathlib.Path(path)
     try:
@@ -150,8 +147,8 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
     """Draws all requests, those with equal settings together.   -> [(picture u8_HWC, metadata), …]
 
     Raises:
-      ConfigError: an option the family does not take; with `strict`, a prompt longer than the model
-      reads.
+      ConfigError: an option the family does not take; with `strict`, a prompt longer than the
+        model reads.
     """
     for request in requests:
         pipe.predictor.check("sample", **dict(request.options))

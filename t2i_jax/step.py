@@ -12,12 +12,11 @@ from t2i_jax.objective import Objective
 
 
 class State(NamedTuple):
-    """All that a step changes; with the config and the step number it determines the rest of the
-    run.
+    """All that a step changes; with config and data it determines the rest of the run.
 
-    step: int32, updates done.   nets: trained net -> Linen variables.   opt: net -> optimiser
-    state.
-    ema: net -> averaged params.   skipped: int32, steps in a row dropped as non-finite.
+    step: int32, updates done.   nets: trained net -> Linen variables.
+    opt: net -> optimiser state.   ema: net -> averaged params.
+    skipped: int32, steps in a row dropped as non-finite.
     """
 
     step: Any
@@ -44,8 +43,7 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
     fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
-    changes
-    nothing but the step number and `skipped`; metrics say so.
+    changes nothing but the step number and `skipped`; metrics say so.
     """
 
     def update(state: State, frozen, batch):
@@ -96,8 +94,7 @@ def _gradients(loss, nets, batch, key, step, accumulate):
         (value, aux), grads = grad(params, nets, batch)
         return value, aux, grads
     # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
-    # Strided
-    # slices keep every device's share of the batch where it is.
+    # Strided slices keep every device's share of the batch where it is.
     total, parts, mutated = batch["weight"].sum(), [], {}
     for m in range(accumulate):
         micro = jax.tree.map(lambda x, m=m: x[m::accumulate], batch)

@@ -29,6 +29,7 @@ def precompute(encode, source, tokenize, *, batch_size: int = 64):
         except transforms.BadExample:  # the loader gives its slot weight 0
             caption = ""
         row_of_record[record] = row_of.setdefault(caption, len(row_of))
+    logging.info("encoding %d captions once …", len(row_of))
     text_NL, mask_NL, _ = tokenize(list(row_of))
     lengths = mask_NL.sum(1)
     order = np.argsort(lengths, kind="stable")

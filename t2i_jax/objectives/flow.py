@@ -95,13 +95,16 @@ def make(config) -> Objective:
 
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
-    def sample(nets, batch, key, *, guidance=3.0, steps=12, sampler="heun", interval=(0.0, 1.0)):
+    def sample(
+        nets, batch, key, *, guidance=3.0, steps=12, sampler="heun", shift=1.0, interval=(0.0, 1.0)
+    ):
         """Pictures for captions.   -> image_BHWC in [-1, 1]
 
         Args:
           guidance: scale of classifier-free guidance, 1 is none.
           steps: solver steps; heun calls the network twice in each.
           sampler: "euler" or "heun".
+          shift: above 1, more of the steps go to noisy times, where the layout is decided.
           interval: times between which guidance acts, 1 is noise and 0 the picture.
         """
         if sampler not in ode.SOLVERS:
@@ -123,7 +126,7 @@ def make(config) -> Objective:
         keys_B = randomness.per_example(key, batch["index"])
         noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
         field = guide.cfg(both_velocities, guidance, interval)
-        image_BHWC = ode.SOLVERS[sampler](field, noise_BHWC, jnp.linspace(1.0, 0.0, steps + 1))
+        image_BHWC = ode.SOLVERS[sampler](field, noise_BHWC, ode.times(steps, shift))
         return jnp.clip(image_BHWC, -1, 1)
 
     predict = {"sample": sample, "encode": encode, "loss_at_times": loss_at_times}

@@ -4,6 +4,7 @@ x_BHWC state · ts_S times from noise (1) to data (0), S − 1 steps
 """
 
 import jax
+import jax.numpy as jnp
 
 
 def euler(velocity, x_BHWC, ts_S):
@@ -28,6 +29,12 @@ def heun(velocity, x_BHWC, ts_S):
 
     x_BHWC, _ = jax.lax.scan(step, x_BHWC, (ts_S[:-2], ts_S[1:-1]))
     return euler(velocity, x_BHWC, ts_S[-2:])
+
+
+def times(steps: int, shift=1.0):
+    """steps + 1 times 1 … 0: s·t / (1 + (s − 1)·t) of an even grid (arXiv:2403.03206, eq. 23)."""
+    t_S = jnp.linspace(1.0, 0.0, steps + 1)
+    return shift * t_S / (1 + (shift - 1) * t_S)
 
 
 SOLVERS = {"euler": euler, "heun": heun}
