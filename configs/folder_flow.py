@@ -16,5 +16,6 @@ def get_config(arg=None):
     config.res, config.steps = arg.res, arg.steps
     config.save_every = config.sample_every = 1000
     config.ema = dict(model=0.9995)
+    config.evaluators = {}
     config.prompts = ()
     return common.shrink(config) if arg.debug else config

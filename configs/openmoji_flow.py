@@ -12,6 +12,7 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     config.data = dict(source="openmoji")
     config.text_length = 24
+    config.evaluators = {}
     config.prompts = (
         "red heart",
         "grinning face",

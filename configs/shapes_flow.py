@@ -15,21 +15,24 @@ def get_config(arg=None):
     config.load = dict(text="minilm")
     config.cache = "encode"
     config.text_length = 32
-    config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=2)
-    config.loss = dict(prediction="v", text_dropout=0.1)
-    config.sample = dict(guidance=3.0, steps=12, sampler="heun")
+    config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=4)
+    config.loss = dict(prediction="edm", time_mean=1.0, time_std=1.5, text_dropout=0.1)
+    config.sample = dict(guidance=3.0, steps=12, sampler="heun", shift=3.0)
     config.optim = dict(
         model=dict(
-            name="adamw",
+            name="muon",
             learning_rate=2e-3,
-            warmup=100,
+            warmup=50,
             decay="cosine",
-            b2=0.95,
+            consistent_rms=0.4,
+            adam_b2=0.95,
             weight_decay=0.0,
             clip=1.0,
         )
     )
     config.ema = dict(model=0.998)
+    config.evaluators = dict(shapes=dict(num_images=128))
+    config.eval_every = 1000
     config.prompts = (
         "a red circle above a blue square on a white background",
         "a small green star at the top left on a black background",

@@ -19,11 +19,21 @@ from t2i_jax.text import encoder
 from t2i_jax.text.condition import Cond
 
 TIME_FLOOR = 0.05  # x-prediction divides by t; JiT clamps here (arXiv:2511.13720)
+DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 class Options(NamedTuple):
-    """config.loss. prediction: what the network puts out, "v" or "x"; both train the velocity."""
+    """config.loss.
+
+    prediction: what the network puts out; all three train the velocity with the same loss.
+      "v"    the velocity;
+      "x"    the picture, as JiT does (arXiv:2511.13720);
+      "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
+             (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
+    time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
+    text_dropout: share of captions replaced by the null condition.
+    """
 
     prediction: str = "v"
     time_mean: float = 0.0
@@ -34,9 +44,11 @@ class Options(NamedTuple):
 def make(config) -> Objective:
     """Nets "model" (trained) and "text" (frozen); predictions sample, encode, loss_at_times."""
     options = plugins.call(Options, where="config.loss", options=config.loss)
-    if options.prediction not in ("v", "x"):
+    if options.prediction not in ("v", "x", "edm"):
         raise errors.ConfigError(
-            f"prediction is {options.prediction!r}", where="config.loss", fix="use 'v' or 'x'"
+            f"prediction is {options.prediction!r}",
+            where="config.loss",
+            fix="use 'v', 'x' or 'edm'",
         )
     sizes = dict(config.model)
     backbone = plugins.load("models", sizes.pop("backbone", "unet"))
@@ -61,9 +73,12 @@ def make(config) -> Objective:
 
     def velocity(nets, z_BHWC, t_B, cond, text_kv=None):
         out_BHWC = model.apply(nets["model"], z_BHWC, t_B, cond, text_kv)
+        t = t_B[:, None, None, None]
         if options.prediction == "v":
             return out_BHWC
-        return (z_BHWC - out_BHWC) / jnp.maximum(t_B, TIME_FLOOR)[:, None, None, None]
+        if options.prediction == "x":
+            return (z_BHWC - out_BHWC) / jnp.maximum(t, TIME_FLOOR)
+        return from_edm(out_BHWC, z_BHWC, t)
 
     def loss_at(nets, batch, cond, noise_BHWC, t_B):
         t = t_B[:, None, None, None]
@@ -131,6 +146,16 @@ def make(config) -> Objective:
 
     predict = {"sample": sample, "encode": encode, "loss_at_times": loss_at_times}
     return Objective(init, (Loss(("model",), loss),), predict)
+
+
+def from_edm(out_BHWC, z_BHWC, t):
+    """The velocity (z − x̂)/t where x̂ = c_skip·z + c_out·out, with t cancelled.
+
+    c_skip and c_out are those of Karras et al. at σ = t/(1 − t) for z/(1 − t).
+    """
+    power = (1 - t) ** 2 * DATA_STD**2 + t**2  # of z
+    skip = (t - (1 - t) * DATA_STD**2) / power  # (1 − c_skip)/t
+    return skip * z_BHWC - DATA_STD * jax.lax.rsqrt(power) * out_BHWC
 
 
 def drop(cond: Cond, drop_B) -> Cond:

@@ -1,0 +1,118 @@
+"""The flow objective: what its loss means, whatever the network puts out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import shapes_flow
+from t2i_jax import errors, objective, weights
+from t2i_jax.objectives import flow
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = shapes_flow.get_config("debug")
+    config.batch_size = 4
+    return config
+
+
+def batch(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = weights.abstract_batch(config)
+    return {
+        "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
+        "text": rng.integers(4, 200, shapes["text"].shape).astype(np.int32),
+        "mask": np.arange(config.text_length)[None] < np.array([[3], [9], [1], [16]]),
+        "index": np.arange(4, dtype=np.int32),
+        "weight": np.ones(4, np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(config):
+    """prediction -> (objective, nets, loss(nets, batch, key)); nets as after some training."""
+    found = {}
+    for prediction in ("v", "x", "edm"):
+        changed = config.copy_and_resolve_references()
+        changed.loss.prediction = prediction
+        family = objective.make(changed)
+        nets = jax.jit(family.init)(jax.random.key(0), batch(config))
+        leaves, tree = jax.tree.flatten(nets["model"])
+        keys = jax.random.split(jax.random.key(1), len(leaves))
+        moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+        nets = nets | {"model": jax.tree.unflatten(tree, moved)}
+        loss = family.losses[0].fn
+        found[prediction] = family, nets, jax.jit(lambda n, b, k, f=loss: f(n, b, k, 0)[0])
+    return found
+
+
+def test_a_fresh_network_starts_at_a_loss_of_order_one(made, config):
+    for prediction in ("v", "edm"):
+        family, _, loss = made[prediction]
+        nets = jax.jit(family.init)(jax.random.key(0), batch(config))
+        assert 0.3 < loss(nets, batch(config), jax.random.key(2)) < 3
+
+
+@pytest.mark.parametrize("prediction", ["v", "x", "edm"])
+def test_an_example_of_weight_zero_counts_nothing(made, config, prediction):
+    _, nets, loss = made[prediction]
+    whole = batch(config)
+    whole["weight"][2] = 0
+    other = {**whole, "image": whole["image"].copy()}
+    other["image"][2] = 0.3
+    key = jax.random.key(3)
+    assert loss(nets, whole, key) == loss(nets, other, key)
+
+
+def test_the_preconditioned_velocity_is_that_of_the_denoised_picture():
+    """(z − x̂)/t with x̂ = c_skip·z + c_out·F, as Karras et al. write it, at σ = t/(1 − t)."""
+    for t in (0.01, 0.3, 0.7, 0.99):
+        z, out, s = 0.4, -0.9, flow.DATA_STD
+        sigma = t / (1 - t)
+        denoised = (
+            s**2 / (sigma**2 + s**2) * (z / (1 - t)) + sigma * s / np.hypot(sigma, s) * out
+        )  # Karras' x = z/(1 − t): table 1, column EDM
+        ours = flow.from_edm(jnp.float32(out), jnp.float32(z), jnp.float32(t))
+        assert float(ours) == pytest.approx((z - denoised) / t, rel=2e-3)
+
+
+def test_a_caption_dropped_for_certain_is_no_caption(config, made):
+    """With text_dropout 1 the loss does not see the captions."""
+    changed = config.copy_and_resolve_references()
+    changed.loss.text_dropout = 1.0
+    family = objective.make(changed)
+    loss = jax.jit(lambda n, b: family.losses[0].fn(n, b, jax.random.key(0), 0)[0])
+    nets, one, other = made["v"][1], batch(config), batch(config)
+    other["text"] = other["text"][::-1].copy()
+    assert loss(nets, one) == loss(nets, other)
+    assert made["v"][2](nets, one, jax.random.key(0)) != made["v"][2](
+        nets, other, jax.random.key(0)
+    )
+
+
+def test_loss_at_fixed_times_sees_the_noise_level(made, config):
+    family, nets, _ = made["edm"]
+    values = jax.jit(family.predict["loss_at_times"])(nets, batch(config), jax.random.key(0))
+    assert values.shape == (len(flow.HELD_OUT_TIMES),)
+    assert np.isfinite(values).all()
+    assert len(set(values.tolist())) == len(values)
+
+
+def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest(made, config):
+    family, nets, _ = made["edm"]
+    sample = jax.jit(family.predict["sample"], static_argnames=("steps", "sampler"))
+    one = batch(config)
+    negative = one | {"negative_text": one["text"][::-1].copy(), "negative_mask": one["mask"]}
+    draw = lambda batch, guidance: sample(
+        nets, batch, jax.random.key(0), guidance=guidance, steps=2, sampler="euler"
+    )
+    np.testing.assert_allclose(draw(one, 1.0), draw(negative, 1.0), atol=1e-5)
+    assert np.abs(draw(one, 3.0) - draw(negative, 3.0)).max() > 1e-3
+
+
+def test_an_unknown_prediction_is_refused(config):
+    changed = config.copy_and_resolve_references()
+    changed.loss.prediction = "epsilon"
+    with pytest.raises(errors.ConfigError, match="use 'v', 'x' or 'edm'"):
+        objective.make(changed)
