@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.cache = "encode"
     config.text_length = 32
     config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=4)
-    config.loss = dict(prediction="edm", time_mean=1.0, time_std=1.5, text_dropout=0.1)
+    config.loss = dict(prediction="x", time_mean=0.5, time_std=1.3, text_dropout=0.1)
     config.sample = dict(guidance=3.0, steps=12, sampler="heun", shift=3.0)
     config.optim = dict(
         model=dict(
@@ -24,7 +24,7 @@ def get_config(arg=None):
             learning_rate=2e-3,
             warmup=50,
             decay="cosine",
-            consistent_rms=0.4,
+            consistent_rms=0.25,
             adam_b2=0.95,
             weight_decay=0.0,
             clip=1.0,

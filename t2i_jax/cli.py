@@ -39,7 +39,8 @@ def run(main, *, required=(), argv=None) -> None:
 
 def _of_interest(record) -> bool:
     """Our own messages, and everybody's warnings."""
-    return record.levelno > std_logging.INFO or "orbax" not in record.pathname
+    chatty = ("/orbax/", "/jax/_src/")
+    return record.levelno > std_logging.INFO or not any(p in record.pathname for p in chatty)
 
 
 def _parse(argv, required) -> None:

@@ -33,15 +33,17 @@ class Block(nn.Module):
         q_BTNH = layers.Queries(d, self.heads, name="query", **kind)(h)
         k_BTNH, v_BTNH = layers.KeysValues(d, self.heads, name="picture", **kind)(h)
         h = attention.merge_heads(attention.attention(q_BTNH, k_BTNH, v_BTNH))
-        x_BTD = x_BTD + layers.gate(layers.Dense(d, name="out", **kind)(h), mods[2])
+        x_BTD = x_BTD + layers.gate(layers.Dense(d, use_bias=False, name="out", **kind)(h), mods[2])
 
         q_BTNH = layers.Queries(d, self.heads, name="cross_query", **kind)(enter(x_BTD, 3))
         h = attention.merge_heads(attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS))
-        x_BTD = x_BTD + layers.gate(layers.Dense(d, name="cross_out", **kind)(h), mods[5])
+        x_BTD = x_BTD + layers.gate(
+            layers.Dense(d, use_bias=False, name="cross_out", **kind)(h), mods[5]
+        )
 
-        h = layers.Dense(2 * self.hidden, name="mlp_enter", **kind)(enter(x_BTD, 6))
+        h = layers.Dense(2 * self.hidden, use_bias=False, name="mlp_enter", **kind)(enter(x_BTD, 6))
         a, b = jnp.split(h, 2, -1)
-        h = layers.Dense(d, name="mlp_leave", **kind)(nn.silu(a) * b)
+        h = layers.Dense(d, use_bias=False, name="mlp_leave", **kind)(nn.silu(a) * b)
         return x_BTD + layers.gate(h, mods[8])
 
 
