@@ -116,11 +116,6 @@ class UNet(Peer):
         out = self.attend(q, torch.cat([k, text[0]], 1), torch.cat([v, text[1]], 1), mask)
         return x_BHWC + self.dense(out, f"{name}/out").reshape(x_BHWC.shape)
 
-    def layout(self, c_BD):
-        shift, scale = self.dense(c_BD, "layout/modulation")[:, None].chunk(2, -1)
-        place = self.dense(self.positions, "layout/place")
-        return self.dense(F.silu(place * (1 + scale) + shift), "layout/out")
-
     def forward(self, x, t_B, seq_BLE, mask_BL, pooled_BD, text_kv=None):
         kvs, mask = self.text_kv(seq_BLE, mask_BL) if text_kv is None else text_kv
         c_BD = self.condition(t_B, pooled_BD)
@@ -129,7 +124,7 @@ class UNet(Peer):
             h = self.residual(h, c_BD, f"down_{i}")
             outer.append(h)
         h = self.dense(space_to_depth(h), "shrink")
-        h = h + self.layout(c_BD).reshape(h.shape)
+        h = h + self.positions.reshape(h.shape[1:])
         for i in range(2 * self.depth):
             if i >= self.depth:
                 h = h + inner.pop()

@@ -16,7 +16,7 @@ def get_config(arg=None):
     config.cache = "encode"
     config.text_length = 32
     config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=4)
-    config.loss = dict(prediction="x", time_mean=0.5, time_std=1.3, text_dropout=0.1)
+    config.loss = dict(prediction="x", time_mean=0.8, time_std=1.4, text_dropout=0.1)
     config.sample = dict(guidance=3.0, steps=12, sampler="heun", shift=3.0)
     config.optim = dict(
         model=dict(

@@ -75,27 +75,6 @@ class Attention(nn.Module):
         return x_BHWC + out.reshape(x_BHWC.shape)
 
 
-class Layout(nn.Module):
-    """A field over the picture that text and time draw: where things belong, before any picture.
-
-    Attention and modulation find places late; a small network of position, modulated by the
-    caption, has them from the start.
-    """
-
-    width: int
-    dtype: str = "float32"
-
-    @nn.compact
-    def __call__(self, rows: int, columns: int, c_BD):
-        place_TD = layers.positions_2d(rows, columns, self.width).astype(self.dtype)
-        place_TD = layers.Dense(self.width, dtype=self.dtype, name="place")(place_TD)
-        mod = layers.Dense(2 * self.width, dtype=self.dtype, name="modulation")(c_BD)
-        shift_BD, scale_BD = jnp.split(mod, 2, -1)
-        h_BTD = nn.silu(place_TD * (1 + scale_BD[:, None]) + shift_BD[:, None])
-        h_BTD = layers.Dense(self.width, dtype=self.dtype, name="out")(h_BTD)
-        return h_BTD.reshape(-1, rows, columns, self.width)
-
-
 class Backbone(nn.Module):
     """x_BHWC in, C channels of the same size out; H and W divisible by 4.
 
@@ -117,7 +96,6 @@ class Backbone(nn.Module):
         self.enter = Conv(self.stem, **kind)
         self.down = [Residual(self.stem, **kind) for _ in range(n)]
         self.shrink = layers.Dense(d, **kind)
-        self.layout = Layout(d, **kind)
         self.blocks = [Residual(d, **kind) for _ in range(2 * n)]
         self.attentions = [Attention(d, self.heads, **kind) for _ in range(2 * n)]
         self.grow = layers.Dense(4 * self.stem, **kind)
@@ -139,7 +117,8 @@ class Backbone(nn.Module):
             h = block(h, c_BD)
             outer.append(h)
         h = self.shrink(layers.space_to_depth(h))
-        h = h + self.layout(*h.shape[1:3], c_BD)
+        _, rows, columns, d = h.shape
+        h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d).astype(h.dtype)
         inner = []
         for i, (block, attend) in enumerate(zip(self.blocks, self.attentions, strict=True)):
             if i >= self.depth:
