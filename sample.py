@@ -24,27 +24,18 @@ FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format
 METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into PNG files.")
 STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
 REPRODUCE = flags.DEFINE_string("reproduce", None, "A PNG of ours, to be drawn again.")
-OPTIONS = {  # only those given are passed on; a family refuses what it does not know
-    "guidance": flags.DEFINE_float("guidance", None, "Guidance scale."),
-    "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
-    "sampler": flags.DEFINE_string("sampler", None, "Sampler, such as heun or euler."),
-    "temperature": flags.DEFINE_float("temperature", None, "Token models."),
-    "top_k": flags.DEFINE_integer("top_k", None, "Token models."),
-    "top_p": flags.DEFINE_float("top_p", None, "Token models."),
-    "truncation": flags.DEFINE_float("truncation", None, "GANs."),
-}
+OPTIONS = cli.sampling_flags()
 
 
 def main():
     from t2i_jax import errors, requests
 
-    given = {name: flag.value for name, flag in OPTIONS.items() if flag.value is not None}
     default = requests.Request(
         prompt="",
         seed=SEED.value,
         count=NUM_IMAGES.value,
         negative_prompt=NEGATIVE_PROMPT.value,
-        options=tuple(sorted(given.items())),
+        options=tuple(sorted(cli.given(OPTIONS).items())),
     )
     source = WORKDIR.value or CHECKPOINT.value
     wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]

@@ -12,6 +12,25 @@ from t2i_jax import errors
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 
 
+def sampling_flags() -> dict:
+    """Flags of sampling options; `given` picks those set, and a family refuses what it lacks."""
+    return {
+        "guidance": flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none."),
+        "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
+        "sampler": flags.DEFINE_string("sampler", None, "Sampler, such as heun or euler."),
+        "shift": flags.DEFINE_float("shift", None, "Above 1, more steps in noise; flow models."),
+        "temperature": flags.DEFINE_float("temperature", None, "Token models."),
+        "top_k": flags.DEFINE_integer("top_k", None, "Token models."),
+        "top_p": flags.DEFINE_float("top_p", None, "Token models."),
+        "truncation": flags.DEFINE_float("truncation", None, "GANs."),
+    }
+
+
+def given(options: dict) -> dict:
+    """The values of the flags that the command line sets."""
+    return {name: flag.value for name, flag in options.items() if flag.value is not None}
+
+
 def run(main, *, required=(), argv=None) -> None:
     """Parses the flags, runs `main()` and exits with the code the error asks for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")

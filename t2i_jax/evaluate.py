@@ -16,9 +16,7 @@ EVALUATORS = flags.DEFINE_list("evaluators", ["shapes"], "Files of t2i_jax/evalu
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures to draw and judge.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
-GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale.")
-STEPS = flags.DEFINE_integer("steps", None, "Sampling steps.")
-SAMPLER = flags.DEFINE_string("sampler", None, "Sampler.")
+OPTIONS = cli.sampling_flags()
 
 
 def main():
@@ -32,8 +30,7 @@ def main():
             fix="add --workdir=… or --checkpoint=builtin:shapes",
         )
     pipe = pipeline.Pipeline.load(source, step=STEP.value)
-    options = {"guidance": GUIDANCE.value, "steps": STEPS.value, "sampler": SAMPLER.value}
-    options = {name: value for name, value in options.items() if value is not None}
+    options = cli.given(OPTIONS)
     result = {"model": source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
     for name in EVALUATORS.value:
         started = time.perf_counter()

@@ -130,8 +130,14 @@ class Predictor:
             if negative is not None:
                 negative_BL, negative_mask_BL, _ = self.tokenize([negative] * size)
                 batch |= {"negative_text": negative_BL, "negative_mask": negative_mask_BL}
-            pictures = self.run("sample", nets, batch, seed=seed, **options)
-            out.append(images.to_uint8(jax.device_get(pictures))[: len(captions) - start])
+            pictures = jax.device_get(self.run("sample", nets, batch, seed=seed, **options))
+            if not np.isfinite(pictures).all():
+                raise errors.DataError(
+                    "the pictures hold values that are not finite",
+                    where=f"sample with {self.check('sample', **options)}",
+                    fix="choose options nearer to the defaults, or a model that was trained well",
+                )
+            out.append(images.to_uint8(pictures)[: len(captions) - start])
         return np.concatenate(out)
 
     @property

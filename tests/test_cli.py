@@ -34,7 +34,7 @@ CASES = {
     "misspelt key": (
         ["train.py", CONFIG, "--config.stepz=3", "--workdir={new}"],
         78,
-        "stepz",
+        "no key 'stepz'; did you mean 'steps'? (at --config.stepz=3)",
     ),
     "wrong type": (["train.py", CONFIG, "--config.steps=many", "--workdir={new}"], 78, "many"),
     "zero steps": (["train.py", CONFIG, "--config.steps=0", "--workdir={new}"], 78, "steps is 0"),

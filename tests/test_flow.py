@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, weights
+from t2i_jax import errors, objective, plugins, randomness, weights
 from t2i_jax.objectives import flow
 
 
@@ -97,6 +97,20 @@ def test_loss_at_fixed_times_sees_the_noise_level(made, config):
     assert values.shape == (len(flow.HELD_OUT_TIMES),)
     assert np.isfinite(values).all()
     assert len(set(values.tolist())) == len(values)
+
+
+def test_an_x_prediction_is_judged_by_the_picture_over_t_down_to_the_floor(made, config):
+    family, nets, _ = made["x"]
+    one, key = batch(config), jax.random.key(0)
+    values = jax.jit(family.predict["loss_at_times"])(nets, one, key)
+    noise = randomness.normal_each(randomness.per_example(key, one["index"]), (16, 16, 3))
+    sizes = dict(config.model)
+    model = plugins.load("models", sizes.pop("backbone")).Backbone(**sizes)
+    cond = family.predict["encode"](nets, one)
+    for t, value in zip(flow.HELD_OUT_TIMES[::4], values[::4], strict=True):
+        z = (1 - t) * one["image"] + t * noise
+        error = model.apply(nets["model"], z, jnp.full(4, t), cond) - one["image"]
+        assert value == pytest.approx(np.square(error).mean() / max(t, 0.2) ** 2, rel=1e-3)
 
 
 def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest(made, config):

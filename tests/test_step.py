@@ -205,6 +205,21 @@ def test_schedules(decay, middle, end):
     assert rate(110) == pytest.approx(2.0 * end, abs=1e-6)
 
 
+def test_muon_sees_a_convolution_as_one_matrix_and_leaves_vectors_to_adam():
+    """Its update of a kernel, inputs × outputs, has singular values that are almost equal."""
+    spec = {"name": "muon", "learning_rate": 1.0, "consistent_rms": 1.0}
+    muon = optim.make(spec, steps=10, where="test")
+    params = {"kernel": jnp.zeros((3, 3, 4, 6)), "bias": jnp.zeros(6)}
+    grads = jax.tree.map(lambda x: jax.random.normal(jax.random.key(0), x.shape), params)
+    grads["kernel"] *= jnp.arange(1.0, 7.0)  # outputs of unlike size
+    updates, _ = jax.jit(muon.update)(grads, muon.init(params), params, 0)
+    values = np.linalg.svd(updates["kernel"].reshape(36, 6), compute_uv=False)
+    assert values.max() / values.min() < 2
+    spread = np.linalg.svd(grads["kernel"].reshape(36, 6), compute_uv=False)
+    assert spread.max() / spread.min() > 4  # of the gradient itself
+    np.testing.assert_allclose(updates["bias"], -np.sign(grads["bias"]), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
