@@ -38,11 +38,14 @@ def main():
         options=tuple(sorted(cli.given(OPTIONS).items())),
     )
     source = WORKDIR.value or CHECKPOINT.value
-    wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]
+    step, wanted = (
+        None,
+        [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value],
+    )
     if PROMPTS_FILE.value:
         wanted += requests.read_file(PROMPTS_FILE.value, default)
     if REPRODUCE.value:
-        request, model = requests.from_picture(REPRODUCE.value)
+        request, model, step = requests.from_picture(REPRODUCE.value)
         source = source or (model if model.startswith("builtin:") else None)
         wanted.append(request)
     if not wanted:
@@ -57,7 +60,8 @@ def main():
         )
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    pipe = pipeline.Pipeline.load(source, step=STEP.value)
+    step = step if STEP.value is None else STEP.value
+    pipe = pipeline.Pipeline.load(source, step=step)
     drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
     for path in requests.save(
         drawn,

@@ -12,7 +12,7 @@ from configs import common, shapes_flow
 def get_config(arg=None):
     arg = common.parse_arg(arg, path="", res=32, steps=20_000, debug=False)
     config = shapes_flow.get_config()
-    config.data = dict(source="folder", path=arg.path)
+    config.data = dict(source="folder", path=arg.path, holdout=0.0, pad=False)
     config.res, config.steps = arg.res, arg.steps
     config.save_every = config.sample_every = 1000
     config.ema = dict(model=0.9995)

@@ -1,6 +1,6 @@
 """Flow matching on OpenMoji drawings and their names, 32 px.
 
-pip install "t2i_jax[emoji]"
+pip install -e ".[emoji]"
 python train.py --config=configs/openmoji_flow.py --workdir=runs/openmoji   (:debug for seconds)
 """
 

@@ -53,31 +53,45 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardSave(state.nets),
-                ema=ocp.args.StandardSave(state.ema),
-                opt=ocp.args.StandardSave({"opt": state.opt, "skipped": state.skipped}),
-                meta=ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
-            ),
-        )
+        items = {
+            "params": ocp.args.StandardSave(state.nets),
+            "opt": ocp.args.StandardSave({"opt": state.opt, "skipped": state.skipped}),
+            "meta": ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
+        }
+        if state.ema:  # Orbax refuses an empty item
+            items["ema"] = ocp.args.StandardSave(state.ema)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items))
+        except OSError as e:
+            raise self._unwritable(e) from e
 
     def wait(self) -> None:
         """Returns when everything saved so far is on disk."""
-        self._manager.wait_until_finished()
+        try:
+            self._manager.wait_until_finished()
+        except OSError as e:
+            raise self._unwritable(e) from e
 
     def meta(self, step: int) -> dict:
-        return self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        """What `save` was given, with "step" and "format"; DataError for another format."""
+        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
+        if meta["format"] != FORMAT:
+            raise errors.DataError(
+                f"checkpoint format {meta['format']}, this version reads {FORMAT}",
+                where=str(self._folder / str(step)),
+                fix="use the version of t2i_jax that env.txt names, see CHANGELOG.md",
+            )
+        return meta
 
     def restore(self, step: int, target: State) -> State:
         """The state of a step, with the shapes, types and shardings of `target`."""
-        found = self._restore(
-            step,
-            params=ocp.args.StandardRestore(target.nets),
-            ema=ocp.args.StandardRestore(target.ema),
-            opt=ocp.args.StandardRestore({"opt": target.opt, "skipped": target.skipped}),
-        )
+        items = {
+            "params": ocp.args.StandardRestore(target.nets),
+            "opt": ocp.args.StandardRestore({"opt": target.opt, "skipped": target.skipped}),
+        }
+        if target.ema:
+            items["ema"] = ocp.args.StandardRestore(target.ema)
+        found = {"ema": {}, **self._restore(step, **items)}
         number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
         return State(
             number, found["params"], found["opt"]["opt"], found["ema"], found["opt"]["skipped"]
@@ -87,7 +101,7 @@ class Checkpoints:
         """Net -> variables for sampling: averaged parameters for the nets named by `ema`."""
         averaged = {name: target[name]["params"] for name in ema}
         only_averaged = all(name in ema and set(target[name]) == {"params"} for name in target)
-        items = {"ema": ocp.args.StandardRestore(averaged)}
+        items = {"ema": ocp.args.StandardRestore(averaged)} if averaged else {}
         if not only_averaged:
             items["params"] = ocp.args.StandardRestore(target)
         found = self._restore(step, **items)
@@ -96,6 +110,13 @@ class Checkpoints:
             name: {**nets[name], **({"params": found["ema"][name]} if name in ema else {})}
             for name in target
         }
+
+    def _unwritable(self, e: OSError):
+        return errors.StorageError(
+            f"a checkpoint cannot be written: {e.strerror or _first_line(e)}",
+            where=str(self._folder),
+            fix="make room there; then the same command goes on from the last whole checkpoint",
+        )
 
     def _restore(self, step: int, **items):
         try:

@@ -35,7 +35,11 @@ def run(main, *, required=(), argv=None) -> None:
     """Parses the flags, runs `main()` and exits with the code the error asks for."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     argv = sys.argv if argv is None else argv
-    debug = "--debug" in argv
+    debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
+    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+        ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
+        print(sys.modules["__main__"].__doc__, *ours, sep="\n")
+        sys.exit(0)
     try:
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)

@@ -39,7 +39,7 @@ def main():
             num_images=NUM_IMAGES.value,
             batch_size=BATCH_SIZE.value,
             seed=SEED.value,
-            **options,
+            sample=options,
         )
         result |= {f"{name}/{k}": v for k, v in found.items()}
         result[f"{name}/seconds"] = round(time.perf_counter() - started, 1)

@@ -71,7 +71,15 @@ def write_whole(path, data: bytes) -> None:
     temporary.replace(path)
 
 
-def next_index(folder: pathlib.Path) -> int:
-    """One more than the highest number that starts a file's name in the folder."""
-    numbers = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
-    return max((int(match[1]) + 1 for match in numbers if match), default=0)
+def claim(folder: pathlib.Path, name: str) -> pathlib.Path:
+    """A new, empty file `<number>_<name>` under the next free number, ours alone."""
+    matches = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
+    number = max((int(match[1]) + 1 for match in matches if match), default=0)
+    while True:
+        path = folder / f"{number:05d}_{name}"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:  # another process was faster
+            number += 1
+        else:
+            return path

@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (  # keys another start may change; any other difference is ref
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("prompts", "sample", "mesh", "init_from", "bad_budget", "cache"),
 )
+FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
 
 
 def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) -> dict:
@@ -50,11 +51,10 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
     check(config)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch(config.batch_size, config.accumulate, mesh)
-    _check_same_run(config, workdir)
-
     predictor = pipeline.Predictor(config)
     family = predictor.objective
-    predictor.check("sample") if "sample" in family.predict else None
+    if "sample" in family.predict:
+        predictor.trace("sample")
     if set(config.optim) != set(family.trained) or not set(config.ema) <= set(family.trained):
         raise errors.ConfigError(
             f"config.optim has {sorted(config.optim)}, config.ema {sorted(config.ema)}",
@@ -66,6 +66,8 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
         for name, spec in config.optim.items()
     }
     source = make_source(config)
+    _check_same_run(config, workdir, source)
+    hooks = Hooks(predictor, workdir)
     batches = loader.Loader(
         source,
         predictor.tokenize,
@@ -84,18 +86,17 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
     update = step.make_update(
         family, optimisers, ema=ema, seed=config.seed, accumulate=config.accumulate
     )
-    update = jax.jit(update, donate_argnums=0)
+    update = jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
     if dry_run:
-        return _dry_run(init, update, frozen, config, mesh)
+        return _dry_run(init, update, frozen, predictor, mesh)
     if config.cache:
         encode = functools.partial(predictor.run, config.cache, frozen)
         batches.extra = cache.precompute(encode, source, predictor.tokenize)
 
     _prepare(workdir, config)
     checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
-    state, start = _first_state(init, config, checkpoints, mesh, batches, source, workdir)
+    state, start = _first_state(init, optimisers, config, checkpoints, mesh, workdir)
     writer = metrics.Writer(workdir, start=start, stop=config.steps, batch_size=config.batch_size)
-    hooks = Hooks(predictor, frozen, workdir, writer)
     meta = {"data": source.fingerprint, "t2i_jax": t2i_jax.__version__, "jax": jax.__version__}
 
     stream = batches.iterate(start, config.steps)
@@ -103,7 +104,7 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
     with Interrupt() as interrupt:
         for n in range(start, config.steps):
             if n > start:
-                hooks.run(n, state)
+                hooks.run(n, state, frozen, writer)
                 if n % config.save_every == 0:
                     rows = _flush(writer, rows)
                     checkpoints.save(state, meta)
@@ -124,7 +125,7 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
                 rows = _flush(writer, rows)
         done = int(state.step)
         if done == config.steps and done > start:
-            hooks.run(done, state)
+            hooks.run(done, state, frozen, writer)
         rows = _flush(writer, rows)
         if done > saved:
             checkpoints.save(state, meta)
@@ -169,27 +170,21 @@ def check(config) -> None:
 class Hooks:
     """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets."""
 
-    def __init__(self, predictor, frozen, workdir, writer):
-        self._predictor, self._frozen, self._workdir = predictor, frozen, workdir
-        self._writer, self._config = writer, predictor.config
+    def __init__(self, predictor, workdir):
+        self._predictor, self._workdir, self._config = predictor, workdir, predictor.config
         self._evaluators = {
-            name: plugins.call(
-                plugins.load("evaluators", name).make,
-                predictor.bound,
-                where=f"config.evaluators.{name}",
-                options=options,
-            )
+            name: predictor.evaluator(name, **options)
             for name, options in self._config.evaluators.items()
         }
 
-    def run(self, n: int, state) -> None:
+    def run(self, n: int, state, frozen, writer) -> None:
         config = self._config
         due = lambda every: every and (n % every == 0 or n == config.steps)
         draw = due(config.sample_every) and config.prompts and "sample" in self._predictor.bound
         judge = due(config.eval_every) and self._evaluators
         if not (draw or judge):
             return
-        nets = {**averaged(state), **self._frozen}
+        nets = {**averaged(state), **frozen}
         if draw:
             drawn = self._predictor.sample(nets, list(config.prompts), seed=config.seed)
             if jax.process_index() == 0:
@@ -199,8 +194,8 @@ class Hooks:
         for name, run in self._evaluators.items() if judge else ():
             found = {f"{name}/{k}": v for k, v in run(nets, n).items()}
             logging.info("step %d · %s", n, " ".join(f"{k} {v:.3f}" for k, v in found.items()))
-            self._writer.event(n, found)
-        self._writer.pause()
+            writer.event(n, found)
+        writer.pause()
 
 
 def averaged(state: step.State):
@@ -234,7 +229,7 @@ class Interrupt:
             signal.signal(number, handler)
 
 
-def _first_state(init, config, checkpoints, mesh, batches, source, workdir):
+def _first_state(init, optimisers, config, checkpoints, mesh, workdir):
     """The newest checkpoint's state, else fresh nets (perhaps from config.init_from).   -> state,
     step
     """
@@ -245,14 +240,6 @@ def _first_state(init, config, checkpoints, mesh, batches, source, workdir):
         jax.eval_shape(init, *arguments),
     )
     if steps := checkpoints.steps():
-        meta = checkpoints.meta(steps[-1])
-        if meta["data"] != source.fingerprint:
-            raise errors.ConfigError(
-                f"the run was trained on other data ({meta['data'][:12]}…, now "
-                f"{source.fingerprint[:12]}…)",
-                where=str(workdir),
-                fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
-            )
         logging.info("resuming %s after %d steps", workdir, steps[-1])
         return checkpoints.restore(steps[-1], target), steps[-1]
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), arguments[1])
@@ -262,10 +249,9 @@ def _first_state(init, config, checkpoints, mesh, batches, source, workdir):
         return state, 0
     logging.info("no checkpoint in %s: starting from %s", workdir, config.init_from)
     shapes = jax.eval_shape(lambda s: s.nets, state)
-    nets = weights.load_trained(weights.locate(config.init_from), shapes, step=None)
-    nets = jax.device_put(nets, whole)
-    ema = {name: jax.tree.map(lambda x: x.copy(), nets[name]["params"]) for name in state.ema}
-    return state._replace(nets=nets, ema=ema), 0
+    nets, _ = weights.load_trained(weights.locate(config.init_from), shapes, step=None)
+    started = jax.jit(functools.partial(step.start, optimisers, config.ema), out_shardings=whole)
+    return started(nets), 0
 
 
 def _compile(update, state, frozen, arrays):
@@ -314,9 +300,15 @@ def _prepare(workdir: pathlib.Path, config) -> None:
     logger.addHandler(handler)
 
 
-def _check_same_run(config, workdir: pathlib.Path) -> None:
-    """A workdir that holds another experiment is refused with the list of differences."""
-    if not (workdir / "config.json").exists():
+def _check_same_run(config, workdir: pathlib.Path, source) -> None:
+    """Refuses a workdir that holds an exported model, or a run with another config or data."""
+    if (workdir / weights.EXPORTED).exists():
+        raise errors.ConfigError(
+            "an exported model lies there", where=str(workdir), fix="use a new --workdir"
+        )
+    if config.init_from:
+        weights.locate(config.init_from)
+    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").is_dir():
         return
     before, now = _flat(weights.read_config(workdir)), _flat(config)
     differences = [
@@ -324,13 +316,23 @@ def _check_same_run(config, workdir: pathlib.Path) -> None:
         for key in sorted(before.keys() | now.keys())
         if before.get(key) != now.get(key)
         and key.split(".")[0] not in FREE_TO_CHANGE
-        and not key.endswith(".learning_rate")
+        and not (key.startswith("optim.") and key.split(".")[-1] in FREE_OF_OPTIM)
     ]
-    if differences and (workdir / "checkpoints").is_dir():
+    if differences:
         raise errors.ConfigError(
             "the workdir holds a run with another config: " + "; ".join(differences[:10]),
             where=str(workdir),
             fix="use a new --workdir (with --config.init_from to start from this run)",
+        )
+    checkpoints = checkpoint.Checkpoints(workdir, create=False)
+    steps = checkpoints.steps()
+    data = checkpoints.meta(steps[-1])["data"] if steps else source.fingerprint
+    checkpoints.close()
+    if data != source.fingerprint:
+        raise errors.ConfigError(
+            f"the run was trained on other data ({data[:12]}…, now {source.fingerprint[:12]}…)",
+            where=str(workdir),
+            fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
         )
 
 
@@ -356,10 +358,18 @@ def _quarantine(workdir, n, slot, record, reason) -> None:
         f.write(json.dumps(row) + "\n")
 
 
-def _dry_run(init, update, frozen, config, mesh) -> dict:
-    """Compiles the step and says what it needs; writes nothing."""
+def _dry_run(init, update, frozen, predictor, mesh) -> dict:
+    """Compiles the step as training runs it and says what it needs; writes nothing."""
+    config = predictor.config
+    on = lambda tree, where: jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree
+    )
     batch = weights.abstract_batch(config)
-    state = jax.eval_shape(init, jax.random.key(config.seed), batch)
+    state = on(jax.eval_shape(init, jax.random.key(config.seed), batch), sharding.replicated(mesh))
+    if config.cache:
+        encode = predictor.objective.predict[config.cache]
+        batch |= jax.eval_shape(lambda n, b: cache.arrays(encode(n, b)), frozen, batch)
+    batch = on(batch, sharding.split(mesh))
     compiled = update.lower(state, frozen, batch).compile()
     memory = compiled.memory_analysis()
     size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))

@@ -11,7 +11,7 @@ from t2i_jax import errors, images, objective, plugins, weights
 from t2i_jax.text import tokenize
 
 SEED_LIMIT = 2**32
-STEPS_LIMIT = 10_000
+COUNT_LIMIT = 10_000  # of sampling steps and the like
 
 
 class Predictor:
@@ -27,26 +27,12 @@ class Predictor:
         self.tokenize = tokenize.open(config.load.get("text", "bytes"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
 
-    def options(self, name: str) -> dict:
-        """Option -> default of a prediction: the family's, then those of `config.<name>`."""
-        parameters = inspect.signature(self.objective.predict[name]).parameters.values()
-        family = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-        ours = dict(self.config.get(name, {}))
-        for option in ours:
-            if option not in family:
-                raise errors.ConfigError(
-                    f"unknown option {option!r}",
-                    where=f"config.{name}",
-                    fix=errors.nearest(option, family),
-                )
-        return family | ours
-
-    def check(self, name: str, **options) -> dict:
-        """All options of a prediction with defaults filled in.
+    def check(self, name: str, **given) -> dict:
+        """All options of a prediction: the given ones, then `config.<name>`'s, then the family's.
 
         Raises:
-          ConfigError: the prediction or an option is unknown to this family, or a number is not
-            finite, negative, or out of bounds.
+          ConfigError: the prediction or an option is unknown to this family, or a value is of
+            another type than the default, not finite, negative, or out of bounds.
         """
         if name not in self.objective.predict:
             raise errors.ConfigError(
@@ -54,37 +40,36 @@ class Predictor:
                 where="predict",
                 fix=errors.nearest(name, self.objective.predict),
             )
-        known = self.options(name)
-        for option, value in options.items():
-            where = f"--{option}"
-            if option not in known:
-                raise errors.ConfigError(
-                    f"objective {self.config.objective!r} takes no option {option!r}",
-                    where=where,
-                    fix=errors.nearest(option, known),
-                )
-            numbers = value if isinstance(value, tuple | list) else [value]
-            numbers = [v for v in numbers if isinstance(v, int | float)]
-            if any(not math.isfinite(v) or v < 0 for v in numbers):
-                raise errors.ConfigError(
-                    f"{option} is {value}",
-                    where=where,
-                    fix="give finite numbers that are not negative",
-                )
-            if isinstance(value, int) and not 1 <= value <= STEPS_LIMIT:
-                raise errors.ConfigError(
-                    f"{option} is {value}",
-                    where=where,
-                    fix=f"give a number from 1 to {STEPS_LIMIT}",
-                )
-        return {k: v if v is None else type(v)(options.get(k, v)) for k, v in known.items()} | {
-            k: v for k, v in options.items() if known[k] is None
-        }
+        parameters = inspect.signature(self.objective.predict[name]).parameters.values()
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        for values, prefix in ((self.config.get(name, {}), f"config.{name}."), (given, "--")):
+            for option, value in values.items():
+                if option not in options:
+                    raise errors.ConfigError(
+                        f"objective {self.config.objective!r} takes no option {option!r}",
+                        where=f"{prefix}{option}",
+                        fix=errors.nearest(option, options),
+                    )
+                options[option] = _as(options[option], option, value, f"{prefix}{option}")
+        return options
+
+    def trace(self, name: str) -> None:
+        """Traces a prediction with the config's options: what it refuses, it refuses here."""
+        nets = weights.abstract_nets(self.objective, self.config)
+        fn = functools.partial(self.objective.predict[name], **self.check(name))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        jax.eval_shape(fn, nets, weights.abstract_batch(self.config), key)
+
+    def evaluator(self, name: str, **options):
+        """`run(nets, step) -> dict` of t2i_jax/evaluators/<name>.py, its options checked."""
+        self.check("sample", **options.get("sample", {}))
+        make = plugins.load("evaluators", name).make
+        return plugins.call(make, self.bound, where=f"evaluator {name}", options=options)
 
     def run(self, name: str, nets, batch, *, seed: int = 0, **options):
         """One prediction on one batch of numpy arrays -> pytree of device arrays."""
         options = self.check(name, **options)
-        static = {k: v for k, v in options.items() if v is None or isinstance(v, int | str)}
+        static = {k: v for k, v in options.items() if isinstance(v, int | str)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
         fn = self._compiled(name, tuple(sorted(static.items())))
         return fn(nets, batch, np.uint32(seed), arrays)
@@ -147,6 +132,26 @@ class Predictor:
         return named | ({"sample": self.sample} if "sample" in named else {})
 
 
+def _as(default, option: str, value, where: str):
+    """An option's value as the type of its default; integers are counts, numbers not negative."""
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    if isinstance(default, tuple):
+        ok = isinstance(value, tuple | list) and len(value) == len(default)
+        ok = ok and all(number(v) and math.isfinite(v) and v >= 0 for v in value)
+        wanted = f"{len(default)} finite numbers that are not negative"
+    elif isinstance(default, float):
+        ok = number(value) and math.isfinite(value) and value >= 0
+        wanted = "a finite number that is not negative"
+    elif isinstance(default, int) and not isinstance(default, bool):
+        ok = number(value) and value == int(value) and 1 <= value <= COUNT_LIMIT
+        wanted = f"a whole number from 1 to {COUNT_LIMIT}"
+    else:
+        ok, wanted = isinstance(value, type(default)), f"a {type(default).__name__}"
+    if not ok:
+        raise errors.ConfigError(f"{option} is {value!r}", where=where, fix=f"give {wanted}")
+    return type(default)(value)
+
+
 class Pipeline:
     """A trained model, ready to draw."""
 
@@ -156,13 +161,15 @@ class Pipeline:
 
     @classmethod
     def load(cls, source: str, *, step: int | None = None) -> "Pipeline":
-        """Opens a run's workdir, an exported model's folder, or `builtin:name`."""
+        """Opens a run's workdir (its newest checkpoint, or that of `step`), an exported model's
+        folder, or `builtin:name`.
+        """
         folder = weights.locate(source)
         config = weights.read_config(folder)
         predictor = Predictor(config)
         shapes = weights.abstract_nets(predictor.objective, config)
         trained = {name: shapes[name] for name in predictor.objective.trained}
-        nets = weights.load_trained(folder, trained, step=step)
+        nets, step = weights.load_trained(folder, trained, step=step)
         return cls(predictor, {**nets, **weights.frozen(predictor.objective, config)}, source, step)
 
     def __call__(self, captions, **options):
@@ -171,8 +178,4 @@ class Pipeline:
 
     def evaluate(self, name: str, **options) -> dict:
         """Runs one evaluator of t2i_jax/evaluators on this model."""
-        module = plugins.load("evaluators", name)
-        run = plugins.call(
-            module.make, self.predictor.bound, where=f"evaluator {name}", options=options
-        )
-        return run(self.nets, self.step or 0)
+        return self.predictor.evaluator(name, **options)(self.nets, self.step or 0)

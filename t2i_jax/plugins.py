@@ -6,16 +6,19 @@ import pkgutil
 
 from t2i_jax import errors
 
+ENTRIES = ("make", "Backbone", "from_config")  # what a pluggable module has one of
+
 
 def load(kind: str, name: str):
     """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
     package = importlib.import_module(f"t2i_jax.{kind}")
     known = [m.name for m in pkgutil.iter_modules(package.__path__)]
-    if name not in known:
+    module = importlib.import_module(f"t2i_jax.{kind}.{name}") if name in known else None
+    if not any(hasattr(module, entry) for entry in ENTRIES):
         raise errors.ConfigError(
             f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)
         )
-    return importlib.import_module(f"t2i_jax.{kind}.{name}")
+    return module
 
 
 def call(fn, *args, where: str, options):

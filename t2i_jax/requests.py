@@ -74,6 +74,7 @@ def read_file(path, default: Request) -> list[Request]:
         if not line.strip() or line.startswith("#"):
             continue
         values = _json_line(line, where) if line.lstrip().startswith("{") else _plain(line, where)
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         options = dict(default.options)
         request = default._replace(prompt=values.pop("prompt", ""))
         request = request._replace(
@@ -106,8 +107,9 @@ def _plain(line, where):
             raise errors.ConfigError(
                 f"unknown option --{letter}", where=where, fix="use --n, --d, --l or --s"
             )
-        name, text = _LETTERS[letter], " ".join(shlex.split(text)) if letter != "n" else text
+        name = _LETTERS[letter]
         try:
+            text = text if letter == "n" else " ".join(shlex.split(text))
             values[name] = {"seed": int, "steps": int, "guidance": float}.get(name, str)(text)
         except ValueError as e:
             raise errors.ConfigError(
@@ -116,8 +118,8 @@ def _plain(line, where):
     return values
 
 
-def from_picture(path) -> tuple[Request, str]:
-    """The request that made a picture, and the model's name, out of its metadata."""
+def from_picture(path) -> tuple[Request, str, int | None]:
+    """The request that made a picture, the model's name and its step, out of its metadata."""
     try:
         found = images.read_metadata(path)
     except (OSError, ValueError) as e:
@@ -140,7 +142,8 @@ def from_picture(path) -> tuple[Request, str]:
         tuple(sorted(options.items())),
         found["index"],
     )
-    return check(request, str(path)), found["model"]
+    step = found.get("step")
+    return check(request, str(path)), found["model"], step if isinstance(step, int) else None
 
 
 def draw(pipe, requests, *, batch_size: int, strict: bool = False):
@@ -150,12 +153,12 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
       ConfigError: an option the family does not take; with `strict`, a prompt longer than the
         model reads.
     """
-    for request in requests:
-        pipe.predictor.check("sample", **dict(request.options))
+    settings = [pipe.predictor.check("sample", **dict(r.options)) for r in requests]
     cuts = _cut(pipe, requests, strict)
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(requests):
-        groups.setdefault((r.seed, r.negative_prompt, r.options), []).append(i)
+        key = (r.seed, r.negative_prompt, tuple(settings[i].items()))
+        groups.setdefault(key, []).append(i)
     drawn = {}
     for (seed, negative, options), members in groups.items():
         jobs = [(i, k) for i in members for k in range(requests[i].count)]
@@ -171,13 +174,12 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
     out = []
     for i, k in sorted(drawn):
         r = requests[i]
-        settings = pipe.predictor.check("sample", **dict(r.options))
         metadata = {
             "prompt": r.prompt,
             "negative_prompt": r.negative_prompt,
             "seed": r.seed,
             "index": r.first + k,
-            "options": settings,
+            "options": settings[i],
             "model": _public_name(pipe.source),
             "step": pipe.step,
             "t2i_jax": t2i_jax.__version__,
@@ -224,14 +226,14 @@ def save(
     folder = pathlib.Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        number, paths = images.next_index(folder), []
-        for i, (picture, info) in enumerate(drawn):
-            path = folder / f"{number + i:05d}_s{info['seed']}.{extension}"
+        paths = []
+        for picture, info in drawn:
+            path = images.claim(folder, f"s{info['seed']}.{extension}")
             text = parameters_text(info, picture.shape[0]) if metadata else None
             images.save(path, picture, info if metadata else None, text)
             paths.append(path)
         if grid:
-            path = folder / f"{number + len(drawn):05d}_grid.{extension}"
+            path = images.claim(folder, f"grid.{extension}")
             images.save(path, images.grid(np.stack([picture for picture, _ in drawn])))
             paths.append(path)
     except OSError as e:

@@ -28,12 +28,17 @@ class State(NamedTuple):
 
 def init(objective: Objective, optimisers, ema, key, batch) -> State:
     """The state before the first step; pure, so `jax.eval_shape` gives the target of a restore."""
-    nets = {name: dict(objective.init(key, batch)[name]) for name in objective.trained}
+    made = objective.init(key, batch)
+    return start(optimisers, ema, {name: dict(made[name]) for name in objective.trained})
+
+
+def start(optimisers, ema, nets) -> State:
+    """The state before the first step of nets that exist already."""
     return State(
         step=jnp.int32(0),
         nets=nets,
         opt={name: optimisers[name].init(nets[name]["params"]) for name in nets},
-        ema={name: nets[name]["params"] for name in ema},
+        ema={name: jax.tree.map(jnp.copy, nets[name]["params"]) for name in ema},
         skipped=jnp.int32(0),
     )
 

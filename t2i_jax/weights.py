@@ -13,6 +13,7 @@ from flax import traverse_util
 from t2i_jax import checkpoint, errors, images, objective
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
+EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
 
 
 def locate(source: str) -> pathlib.Path:
@@ -118,7 +119,7 @@ def frozen(family: objective.Objective, config):
 def load_net(source: str, name: str, target):
     """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
     if source.startswith("builtin:") or _is_ours(pathlib.Path(source)):
-        return load_trained(locate(source), {name: target}, step=None)[name]
+        return load_trained(locate(source), {name: target}, step=None)[0][name]
     from t2i_jax.text import encoder
 
     return encoder.load(source, target)
@@ -131,9 +132,16 @@ def _is_ours(folder: pathlib.Path) -> bool:
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | None):
-    """Trained nets (averaged where the run averages them) with the shapes of `targets`."""
-    if (folder / "model.safetensors").exists():
-        return _read_exported(folder / "model.safetensors", targets)
+    """Trained nets (averaged where the run averages them) and the step they are of.
+
+    The nets have the shapes of `targets`; an exported model has no step: None.
+    """
+    if (folder / EXPORTED).exists():
+        if step is not None:
+            raise errors.ConfigError(
+                f"an exported model has no step {step}", where=str(folder), fix="leave out --step"
+            )
+        return _read_exported(folder / EXPORTED, targets), None
     config = read_config(folder)
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
@@ -146,7 +154,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | None):
     ema = [name for name in config.ema if name in targets]
     nets = checkpoints.restore_nets(step, placed, ema)
     checkpoints.close()
-    return nets
+    return nets, step
 
 
 def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") -> None:
@@ -154,7 +162,7 @@ def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") ->
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     tensors = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
-    images.write_whole(folder / "model.safetensors", safetensors.numpy.save(tensors))
+    images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors))
     images.write_whole(folder / "config.json", to_json(config).encode())
     images.write_whole(folder / "README.md", card.encode())
 

@@ -37,7 +37,7 @@ def test_a_picture_and_its_settings_come_back(tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(path)), picture())
     assert images.read_metadata(path) == metadata()
     assert Image.open(path).text["parameters"].startswith("a red circle")
-    request, model = requests.from_picture(path)
+    request, model, _ = requests.from_picture(path)
     assert (request.prompt, request.seed, request.first, model) == (
         "a red circle",
         7,

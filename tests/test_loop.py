@@ -11,31 +11,12 @@ import sys
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from configs import shapes_flow
 from t2i_jax import checkpoint, errors, loop, pipeline, sharding
+from tests.runs import config, rows
 
 ROOT = pathlib.Path(__file__).parent.parent
-
-
-def config(**changes):
-    config = shapes_flow.get_config("debug")
-    config.log_every = 1
-    for key, value in changes.items():
-        config[key] = value
-    return config
-
-
-def rows(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A whole :debug run of six steps."""
-    workdir = tmp_path_factory.mktemp("run")
-    loop.train(config(sample_every=6), workdir)
-    return workdir
 
 
 def test_a_run_leaves_what_users_expect(run):
@@ -66,24 +47,27 @@ def test_killed_and_started_again_it_continues_bit_for_bit(run, tmp_path):
     workdir = tmp_path / "killed"
     command = [sys.executable, "train.py", "--config=configs/shapes_flow.py:debug"]
     command += [f"--workdir={workdir}", "--config.log_every=1", "--config.sample_every=6"]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
-    )
-    seen = ""
-    for line in process.stderr:
-        seen += line
-        if "step 4/6" in line:  # past the save at 3, before the end
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait(60) == -signal.SIGKILL, seen
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    code, seen = stopped(command, "step 4/6", signal.SIGKILL)  # past the save at 3
+    assert code == -signal.SIGKILL, seen
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert rows(workdir) == rows(run)
     target, step = _abstract_state(run), 6
     ours = checkpoint.Checkpoints(workdir).restore(step, target)
     oracle = checkpoint.Checkpoints(run).restore(step, target)
     jax.tree.map(np.testing.assert_array_equal, ours, oracle)
+
+
+def stopped(command, text, number):
+    """Runs a command until a line of its log holds `text`, then sends it a signal.   -> code, log"""
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        seen = ""
+        for line in process.stderr:
+            seen += line
+            if text in line:
+                process.send_signal(number)
+                break
+        return process.wait(60), seen + process.stderr.read()
 
 
 def _abstract_state(workdir):
@@ -105,17 +89,50 @@ def test_sigterm_saves_and_exits_75(tmp_path):
     command = [sys.executable, "train.py", "--config=configs/shapes_flow.py:debug"]
     command += [f"--workdir={tmp_path / 'run'}", "--config.log_every=1", "--config.steps=100000"]
     command += ["--config.save_every=100000"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if "step 2/" in line:
-            process.send_signal(signal.SIGTERM)
-            break
-    tail = process.stderr.read()
-    assert process.wait(60) == 75, tail
-    assert "Traceback" not in tail
-    assert "Fix: start the same command again" in tail
+    code, log = stopped(command, "step 2/", signal.SIGTERM)
+    assert code == 75, log
+    assert "Traceback" not in log
+    assert "Fix: start the same command again" in log
     last = rows(tmp_path / "run")[-1]["step"]
     assert checkpoint.Checkpoints(tmp_path / "run").steps() == [last]  # no step lost
+
+
+def test_eight_devices_train_and_draw_as_one_does(run, tmp_path):
+    """The same losses to rounding, and the same picture, from eight simulated devices."""
+    command = [sys.executable, "train.py", "--config=configs/shapes_flow.py:debug"]
+    command += [f"--workdir={tmp_path}", "--config.log_every=1", "--config.sample_every=6"]
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "env.txt").read_text())["devices"]) == 8
+    ours, theirs = ([row["model/loss"] for row in rows(path)] for path in (run, tmp_path))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    name = "samples/step_00000006.png"
+    ours, theirs = (np.asarray(Image.open(path / name), int) for path in (run, tmp_path))
+    assert np.abs(ours - theirs).max() <= 2
+
+
+def test_a_run_without_averages_saves_resumes_and_draws(tmp_path):
+    loop.train(config(ema={}, steps=3), tmp_path)
+    loop.train(config(ema={}, steps=4), tmp_path)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
+    assert pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=1).shape[0] == 1
+
+
+def test_caption_states_from_the_cache_train_as_the_encoder_does(run, tmp_path):
+    loop.train(config(cache="encode", steps=3), tmp_path)
+    ours, theirs = ([row["model/loss"] for row in rows(path)[:3]] for path in (run, tmp_path))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-2)  # states are kept in float16
+    assert ours != theirs
+
+
+def test_a_run_started_from_another_has_its_averages_and_a_fresh_optimiser(run, tmp_path):
+    still = config(init_from=str(run), steps=1)
+    still.optim.model.learning_rate, still.optim.model.clip = 1e-12, 1e-6
+    loop.train(still, tmp_path)
+    before, after = (pipeline.Pipeline.load(str(path)).nets["model"] for path in (run, tmp_path))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(run):
@@ -143,6 +160,10 @@ def test_the_sampler_draws_from_a_run_whatever_the_batch_size(run):
         ({"seed": -1}, "seed is -1"),
         ({"top_k": 3}, "takes no option 'top_k'"),
         ({"sampler": "huen"}, "heun"),
+        ({"steps": 2.5}, "steps is 2.5"),
+        ({"steps": "ten"}, "steps is 'ten'"),
+        ({"guidance": None}, "guidance is None"),
+        ({"interval": (0.5,)}, "give 2 finite numbers"),
     ],
 )
 def test_bad_sampling_options_are_refused(run, options, message):
@@ -166,7 +187,16 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"load": {"txt": "minilm"}}, "no net 'txt'"),
         ({"allow_random": False}, "'text' has no weights"),
         ({"mesh": {"data": 3}}, "does not fit"),
-        ({"sample": {"guidanse": 2.0}}, "unknown option 'guidanse'"),
+        ({"sample": {"guidanse": 2.0}}, "no option 'guidanse'"),
+        ({"sample": {"sampler": "huen"}}, "did you mean 'heun'"),
+        ({"sample": {"steps": 0}}, "steps is 0"),
+        ({"evaluators": {"shapes": {"num_imagse": 3}}}, "did you mean 'num_images'"),
+        ({"evaluators": {"shapes": {"sample": {"steps": 0}}}}, "steps is 0"),
+        ({"res": 18}, "use 16 or 20"),
+        ({"model": {"backbone": "unet", "width": 18, "heads": 2}}, "use 16 or 20"),
+        ({"model": {"backbone": "layers"}}, "no models named 'layers'"),
+        ({"data": {"source": "loader"}}, "no data named 'loader'"),
+        ({"init_from": "nowhere"}, "no such folder"),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, message):

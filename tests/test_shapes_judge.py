@@ -319,7 +319,7 @@ def test_the_evaluator_tells_groups_and_attributes_apart():
 
 def test_the_evaluator_asks_for_the_captions_of_its_splits():
     sample, nets = painter(), object()
-    options = dict(num_images=4, batch_size=2, seed=3, guidance=2.0)
+    options = dict(num_images=4, batch_size=2, seed=3, sample=dict(guidance=2.0))
     shapes.make({"sample": sample}, **options)(nets, 10)
     shapes.make({"sample": sample}, **options, splits=["heldout"])(nets, 20)
     test, heldout = (world.make(split=s, size=4, seed=3).captions() for s in ("test", "heldout"))

@@ -40,6 +40,10 @@ class Source:
             raise transforms.BadExample(f"{e} in {name}") from e
         return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
 
+    def captions(self) -> list[str]:
+        """All captions, without opening a picture; "" where one is no text."""
+        return [caption if isinstance(caption, str) else "" for _, caption in self._examples]
+
 
 def make(
     path, *, split: str = "train", res: int = 32, holdout: float = 0.0, pad: bool = False

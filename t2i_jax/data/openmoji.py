@@ -26,7 +26,7 @@ def make(*, split: str = "train", res: int = 32, data_dir: str | None = None) ->
             raise errors.DataError(
                 f"packages missing: {', '.join(missing)}",
                 where="data source openmoji",
-                fix="pip install 't2i_jax[emoji]'",
+                fix="pip install -e '.[emoji]'",
             )
         logging.info("building OpenMoji in %s (CC BY-SA 4.0), once, in some 15 s", builder.data_dir)
         builder.download_and_prepare()

@@ -63,18 +63,29 @@ class Source:
         return len(self._records) * self._captions
 
     def __getitem__(self, index: int) -> dict:
+        image, caption = self._read(index)
+        image_HWC = transforms.decode(image, self._res)
+        return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+
+    def captions(self):
+        """All captions in order, without decoding a picture; "" for a broken record."""
+        for index in range(len(self)):
+            try:
+                yield self._read(index)[1]
+            except transforms.BadExample:
+                yield ""
+
+    def _read(self, index: int) -> tuple[bytes, str]:
         record, which = divmod(index, self._captions)
         try:
             example = self._records[record]
         except RuntimeError as e:  # array_record's, where a checksum does not fit
             raise transforms.BadExample(f"unreadable record: {e}") from e
-        image_HWC = transforms.decode(_at(example, self._image), self._res)
         texts = _at(example, self._caption)
         texts = [texts] if isinstance(texts, bytes) else texts
         if not len(texts):
             raise transforms.BadExample(f"no caption: record {record}")
-        caption = texts[which % len(texts)].decode(errors="replace")
-        return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+        return _at(example, self._image), texts[which % len(texts)].decode(errors="replace")
 
 
 def make(
@@ -82,7 +93,7 @@ def make(
     *,
     split: str = "train",
     res: int = 32,
-    data_dir: str | None = None,
+    data_dir: str = "",
     image_key: str = "",
     caption_key: str = "",
     captions: int = 1,
@@ -103,7 +114,7 @@ def make(
       DataError: not prepared, another format, no such split or feature, or damaged shards.
     """
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
+        builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except ValueError as e:  # no such name, or no name
         there = f", data_dir={data_dir!r}" if data_dir else ""
         raise errors.DataError(

@@ -81,7 +81,7 @@ def make(
     batch_size: int = 64,
     seed: int = 0,
     splits=("test", "heldout"),
-    **sample_options,
+    sample=None,
 ):
     """The evaluator: draws captions of the splits, equally many of each, and judges the pictures.
 
@@ -91,7 +91,7 @@ def make(
       batch_size: pictures drawn together.
       seed: of the captions and the noise.
       splits: of the data set; "test" holds pairs of colour and shape seen in training.
-      sample_options: for the sampler.
+      sample: options for the sampler; the model's own by default.
     Returns:
       run(nets, step) -> `num_images`, and the share of right pictures per attribute and as
       `full_match`: over all, and after "seen/", "heldout/", "single/" and "pair/" over these alone.
@@ -113,7 +113,7 @@ def make(
 
     def run(nets, step) -> dict[str, float]:
         images = predict["sample"](
-            nets, captions, seed=seed, batch_size=batch_size, **sample_options
+            nets, captions, seed=seed, batch_size=batch_size, **(sample or {})
         )
         found = [judge(image, text) for image, text in zip(images, captions, strict=True)]
         result = {"num_images": float(len(captions)), **_shares(found)}

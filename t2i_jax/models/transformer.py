@@ -58,6 +58,11 @@ class Backbone(nn.Module):
     mlp_ratio: float = 8 / 3  # SwiGLU of the size of a four-fold MLP
     dtype: str = "float32"
 
+    @property
+    def unit(self) -> int:
+        """What H and W are multiples of."""
+        return self.patch
+
     def setup(self):
         d, kind = self.width, dict(dtype=self.dtype)
         hidden = int(d * self.mlp_ratio)

@@ -88,6 +88,11 @@ class Backbone(nn.Module):
     heads: int = 2
     dtype: str = "float32"
 
+    @property
+    def unit(self) -> int:
+        """What H and W are multiples of."""
+        return 4
+
     def setup(self):
         d, n, kind = self.width, self.depth, dict(dtype=self.dtype)
         self.condition = layers.TimeText(d, **kind)

@@ -6,6 +6,7 @@ logit-normal (arXiv:2403.03206), text by cross-attention, captions dropped for g
 B batch · H W pixels · C channels · L text length · D width · S solver steps
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -26,10 +27,10 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 class Options(NamedTuple):
     """config.loss.
 
-    prediction: what the network puts out; all three train the velocity with the same loss.
+    prediction: what the network puts out; the loss is the velocity's squared error.
       "v"    the velocity;
-      "x"    the picture, as JiT does (arXiv:2511.13720), clamped sooner than there: where little
-             noise is left the network would spend most of its loss on pixels that are right;
+      "x"    the picture, as JiT does (arXiv:2511.13720), the loss times min(t/0.2, 1)²: where
+             little noise is left the network would spend most of it on pixels that are right;
       "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
              (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
     time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
@@ -54,6 +55,16 @@ def make(config) -> Objective:
     sizes = dict(config.model)
     backbone = plugins.load("models", sizes.pop("backbone", "unet"))
     model = plugins.call(backbone.Backbone, where="config.model", options=sizes)
+    for name, value, unit in (
+        ("res", config.res, model.unit),
+        ("model.width", model.width, math.lcm(4, model.heads)),  # positions take quarters
+    ):
+        if value < unit or value % unit:
+            raise errors.ConfigError(
+                f"{name} is {value}, which is no multiple of {unit}",
+                where=f"config.{name}",
+                fix=f"use {max(value // unit, 1) * unit} or {(value // unit + 1) * unit}",
+            )
     text = encoder.make(config.load.get("text"))
     shape_HWC = (config.res, config.res, 3)
 
@@ -103,7 +114,7 @@ def make(config) -> Objective:
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
     def loss_at_times(nets, batch, key):
-        """The velocity loss of a batch at eight fixed times.   -> (8,)"""
+        """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
         noise_BHWC, cond = randomness.normal_each(keys_B, shape_HWC), encode(nets, batch)
 

@@ -1,0 +1,128 @@
+"""From a trained run to pictures on disk: the command lines, exported models, --reproduce."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_jax import errors, images, loop, pipeline, requests, weights
+from tests.runs import config
+
+ROOT = pathlib.Path(__file__).parent.parent
+CAPTIONS = ["a red circle", "a blue square"]
+
+
+def start(*command):
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def pipe(run):
+    return pipeline.Pipeline.load(str(run))
+
+
+@pytest.fixture(scope="module")
+def exported(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    nets = {name: pipe.nets[name] for name in pipe.predictor.objective.trained}
+    weights.export(folder, nets, pipe.config, card="# A card\n", dtype="float32")
+    return folder
+
+
+def test_sample_writes_pictures_that_can_be_made_again(run, tmp_path):
+    command = ["sample.py", f"--workdir={run}", "--steps=2", f"--output_dir={tmp_path}"]
+    paths = start(*command, *[f"--prompt={c}" for c in CAPTIONS], "--num_images=2", "--grid")
+    names = [pathlib.Path(path).name for path in paths]
+    assert names == [*(f"{i:05d}_s0.png" for i in range(4)), "00004_grid.png"]
+    assert images.read_metadata(paths[3])["step"] == 6
+    (again,) = start(*command[:2], f"--reproduce={paths[3]}", f"--output_dir={tmp_path}")
+    assert pathlib.Path(again).name == "00005_s0.png"
+    ours, theirs = (np.asarray(Image.open(path), int) for path in (paths[3], again))
+    assert np.abs(ours - theirs).max() <= 1
+    assert images.read_metadata(again)["options"]["steps"] == 2
+
+
+def test_evaluate_prints_one_json_object(run):
+    *_, line = start("-m", "t2i_jax.evaluate", f"--workdir={run}", "--num_images=4", "--steps=1")
+    found = json.loads(line)
+    assert found["shapes/num_images"] == 4
+    assert found["step"] == 6
+    assert found["steps"] == 1
+    assert 0 <= found["shapes/full_match"] <= 1
+
+
+def test_an_exported_model_draws_what_the_run_draws(pipe, exported):
+    again = pipeline.Pipeline.load(str(exported))
+    np.testing.assert_array_equal(pipe(CAPTIONS, steps=2), again(CAPTIONS, steps=2))
+    assert (again.step, pipe.step) == (None, 6)
+    with pytest.raises(errors.ConfigError, match="has no step 3"):
+        pipeline.Pipeline.load(str(exported), step=3)
+
+
+def test_a_damaged_export_says_what_to_do(exported, tmp_path):
+    for name in (weights.EXPORTED, "config.json"):
+        (tmp_path / name).write_bytes((exported / name).read_bytes())
+    file = tmp_path / weights.EXPORTED
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(errors.DataError, match="not a whole safetensors file"):
+        pipeline.Pipeline.load(str(tmp_path))
+    file.write_bytes((exported / weights.EXPORTED).read_bytes())
+    changed = json.loads((tmp_path / "config.json").read_text())
+    changed["model"]["width"] = 24
+    (tmp_path / "config.json").write_text(json.dumps(changed))
+    with pytest.raises(errors.DataError, match="tensors do not fit"):
+        pipeline.Pipeline.load(str(tmp_path))
+
+
+def test_training_leaves_an_exported_model_alone(exported):
+    before = (exported / "config.json").read_text()
+    with pytest.raises(errors.ConfigError, match="an exported model lies there"):
+        loop.train(config(), exported)
+    assert (exported / "config.json").read_text() == before
+
+
+def test_a_prompts_file_sets_options_a_flag_has_not(pipe, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(
+        json.dumps({"prompt": "a red circle", "interval": [0.2, 0.8], "steps": 1, "seed": 5})
+        + "\n# a comment\na blue square --d 5 --s 1\n"
+    )
+    default = requests.Request(prompt="", seed=0)
+    drawn = requests.draw(pipe, requests.read_file(path, default), batch_size=4)
+    assert [info["seed"] for _, info in drawn] == [5, 5]
+    assert [info["options"]["interval"] for _, info in drawn] == [(0.2, 0.8), (0.0, 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "a", "steps": "ten"}', "steps is 'ten'"),
+        ('{"prompt": "a", "top_k": 3}', "takes no option 'top_k'"),
+        ('{"prompt": ["a"]}', "a prompt is"),
+        ('{"prompt": "a"', "not a JSON object"),
+        ('a circle --d 5"', "--d is"),
+        ("a circle --q 5", "unknown option --q"),
+    ],
+)
+def test_a_bad_line_of_a_prompts_file_is_named(pipe, tmp_path, line, message):
+    path = tmp_path / "prompts.txt"
+    path.write_text(line)
+    with pytest.raises(errors.ConfigError, match=message):
+        requests.draw(pipe, requests.read_file(path, requests.Request("", seed=0)), batch_size=4)
+
+
+def test_guidance_may_be_none_at_all(pipe):
+    assert pipe(CAPTIONS, guidance=0, steps=1).shape == (2, 16, 16, 3)
+
+
+def test_pictures_that_are_not_finite_are_an_error(pipe):
+    with pytest.raises(errors.DataError, match="not finite"):
+        pipe(CAPTIONS, guidance=3e38, steps=2)
