@@ -1,13 +1,18 @@
 """A :debug run that several tests look at, and what they read of it."""
 
 import json
+import sys
 
 from configs import shapes_flow
+
+COMMAND = [sys.executable, "train.py", "--config=configs/shapes_flow.py:debug"]
+COMMAND += ["--config.log_every=1", "--config.loss.prediction=v"]  # the same, as a command
 
 
 def config(**changes):
     config = shapes_flow.get_config("debug")
     config.log_every = 1
+    config.loss.prediction = "v"  # of a hardly trained net, velocities show the noise's seed
     for key, value in changes.items():
         config[key] = value
     return config
