@@ -113,7 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) 
                 break
             batch = next(stream)
             for slot, record, reason in batch.bad:
-                _quarantine(workdir, n, slot, record, reason)
+                _quarantine(workdir, n + 1, slot, record, reason)
             arrays = sharding.place(batch.arrays, mesh)
             if compiled is None:
                 compiled = _compile(update, state, frozen, arrays)

@@ -22,7 +22,8 @@ class Writer:
 
     def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
         self._path = workdir / "metrics.jsonl"
-        _cut(self._path, start)
+        for name in ("metrics", "events", "quarantine"):
+            _cut(workdir / f"{name}.jsonl", start)
         self._file = self._path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         self._pending: list[tuple[int, dict]] = []

@@ -18,6 +18,7 @@ def start(*command):
     )
 
 
+BUILTIN = ["sample.py", "--checkpoint=builtin:shapes", "--prompt=a circle"]
 CASES = {
     "no config": (["train.py", "--workdir={new}"], 78, "--config is missing"),
     "no workdir": (["train.py", CONFIG], 78, "--workdir is missing"),
@@ -49,6 +50,19 @@ CASES = {
         "shaps",
     ),
     "foreign folder": (["sample.py", "--prompt=a circle", "--workdir=docs"], 78, "config.json"),
+    "zero sampling steps": ([*BUILTIN, "--steps=0"], 78, "steps is 0"),
+    "guidance that is no number": ([*BUILTIN, "--guidance=nan"], 78, "guidance is nan"),
+    "an option of another family": ([*BUILTIN, "--top_k=3"], 78, "takes no option 'top_k'"),
+    "no such pictures": (
+        ["train.py", "--config=configs/folder_flow.py:path=nowhere", "--workdir={new}"],
+        65,
+        "no such folder",
+    ),
+    "a size that does not divide": (
+        ["train.py", "--config=configs/folder_flow.py:path=docs,res=50", "--workdir={new}"],
+        78,
+        "use 48 or 52",
+    ),
     "unknown flag": (["sample.py", "--promt=a circle"], 78, "promt"),
     "stray argument": (["sample.py", "a circle"], 78, "unexpected argument"),
 }
@@ -67,6 +81,13 @@ def test_bad_input_gets_one_clear_error(case, tmp_path):
     assert "Fix: " in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_help_shows_our_flags():
+    done = start("sample.py", "--help")
+    assert done.returncode == 0
+    assert "--prompt:" in done.stdout
+    assert "--guidance:" in done.stdout
 
 
 def test_debug_shows_the_traceback():

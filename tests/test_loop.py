@@ -30,6 +30,15 @@ def test_a_run_leaves_what_users_expect(run):
     assert not any("text" in p.name for p in (saved / "params").rglob("*"))  # frozen: not saved
 
 
+def test_the_first_step_is_the_golden_one(run, update_golden):
+    """Loss and gradient of a :debug run; --update-golden after a change that was wanted."""
+    path = ROOT / "tests" / "goldens" / "shapes_flow.json"
+    found = {name: rows(run)[0][name] for name in ("model/loss", "model/grad_norm")}
+    if update_golden:
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == pytest.approx(json.loads(path.read_text()), rel=1e-3)
+
+
 def test_a_finished_run_is_left_alone(run):
     before = (run / "metrics.jsonl").read_text()
     assert loop.train(config(sample_every=6), run) == {}
