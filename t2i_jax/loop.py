@@ -230,9 +230,7 @@ class Interrupt:
 
 
 def _first_state(init, optimisers, config, checkpoints, mesh, workdir):
-    """The newest checkpoint's state, else fresh nets (perhaps from config.init_from).   -> state,
-    step
-    """
+    """The newest checkpoint's state and step, else fresh nets, perhaps from config.init_from."""
     arguments = (jax.random.key(config.seed), weights.abstract_batch(config))
     whole = sharding.replicated(mesh)
     target = jax.tree.map(

@@ -62,7 +62,8 @@ class Predictor:
 
     def evaluator(self, name: str, **options):
         """`run(nets, step) -> dict` of t2i_jax/evaluators/<name>.py, its options checked."""
-        self.check("sample", **options.get("sample", {}))
+        if options.get("sample"):
+            self.check("sample", **options["sample"])
         make = plugins.load("evaluators", name).make
         return plugins.call(make, self.bound, where=f"evaluator {name}", options=options)
 
