@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs import common
 from t2i_jax import errors, loop, objective, pipeline, weights
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -44,8 +45,7 @@ def test_a_config_trains_resumes_and_predicts(name, tmp_path, pictures):
     loop.train(config, tmp_path)
     config.steps = 4
     loop.train(config, tmp_path)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()]
-    assert steps == [1, 2, 3, 4]
+    assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 3, 4]
     images = pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=2)
     assert images.shape == (1, 16, 16, 3)
 
@@ -84,4 +84,5 @@ def test_an_unknown_option_of_a_config_names_the_nearest():
         common.parse_arg("rse=3", res=32)
     with pytest.raises(errors.ConfigError, match="is no int"):
         common.parse_arg("res=big", res=32)
-    assert common.parse_arg("debug,res=64", debug=False, res=32) == {"debug": True, "res": 64}
+    parsed = common.parse_arg("debug,res=64", debug=False, res=32)
+    assert parsed.to_dict() == {"debug": True, "res": 64}

@@ -125,4 +125,4 @@ def test_guidance_may_be_none_at_all(pipe):
 
 def test_pictures_that_are_not_finite_are_an_error(pipe):
     with pytest.raises(errors.DataError, match="not finite"):
-        pipe(CAPTIONS, guidance=3e38, steps=2)
+        pipe(CAPTIONS, shift=0.0, steps=2)

