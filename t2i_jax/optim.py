@@ -27,8 +27,9 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
 
     Args:
       spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
-        and optionally warmup (steps, linear from 0), decay ("constant", "cosine" or "linear", to
-        `final` × learning_rate at `steps`), clip (global gradient norm); all else goes to the
+        and optionally warmup (steps, linear from 0), stable (share of the steps after it at the
+        full rate), decay ("constant", "cosine" or "linear", to `final` × learning_rate at
+        `steps`), clip (global gradient norm); all else goes to the
         function. Muon gets every kernel as a matrix, its last axis the output.
       steps: length of the run.
     Raises:
@@ -47,7 +48,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         )
     clip = spec.pop("clip", None)
     schedule = plugins.call(
-        _schedule, peak, steps, where=where, options=_take(spec, ("warmup", "decay", "final"))
+        _schedule,
+        peak,
+        steps,
+        where=where,
+        options=_take(spec, ("warmup", "stable", "decay", "final")),
     )
     plugins.check_options(fn, spec, where=where)
     if fn is optax.contrib.muon:
@@ -78,7 +83,7 @@ def _take(spec: dict, names):
     return {name: spec.pop(name) for name in names if name in spec}
 
 
-def _schedule(peak, steps, *, warmup=0, decay="constant", final=0.0):
+def _schedule(peak, steps, *, warmup=0, stable=0.0, decay="constant", final=0.0):
     shapes = {
         "constant": lambda x: jnp.ones_like(x),
         "linear": lambda x: 1 - x * (1 - final),
@@ -89,10 +94,16 @@ def _schedule(peak, steps, *, warmup=0, decay="constant", final=0.0):
             f"unknown decay {decay!r}", where="config.optim", fix=errors.nearest(decay, shapes)
         )
 
+    if not 0 <= stable < 1:
+        raise errors.ConfigError(
+            f"stable is {stable!r}", where="config.optim", fix="give a share in [0, 1)"
+        )
+
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
         ramp = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
-        share = jnp.clip((step - warmup) / max(steps - warmup, 1), 0.0, 1.0)
+        share = (step - warmup) / max(steps - warmup, 1)
+        share = jnp.clip((share - stable) / (1 - stable), 0.0, 1.0)
         return peak * ramp * shapes[decay](share)
 
     return learning_rate

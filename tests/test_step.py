@@ -221,6 +221,14 @@ def test_muon_sees_a_convolution_as_one_matrix_and_leaves_vectors_to_adam():
     assert np.ptp(np.abs(updates["bias"])) < 1e-3  # Adam's first step is the same for all
 
 
+def test_a_stable_share_keeps_the_full_rate_until_the_decay():
+    spec = {"name": "sgd", "learning_rate": 2.0, "decay": "linear", "warmup": 10, "stable": 0.6}
+    rate = optim.make(spec, steps=110, where="test").learning_rate
+    assert [float(rate(n)) for n in (10, 40, 70)] == [2.0, 2.0, 2.0]
+    assert rate(90) == pytest.approx(1.0)
+    assert rate(110) == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -228,6 +236,7 @@ def test_muon_sees_a_convolution_as_one_matrix_and_leaves_vectors_to_adam():
         ({"name": "adamv", "learning_rate": 1e-3}, "no optimiser 'adamv'"),
         ({"name": "adamw", "learning_rate": 1e-3, "beta2": 0.9}, "unknown option 'beta2'"),
         ({"name": "adamw", "learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"name": "adamw", "learning_rate": 1e-3, "stable": 1.0}, "stable is 1.0"),
         ({"name": "adamw", "learning_rate": 1e-3, "decay": "cosin"}, "did you mean 'cosine'"),
     ],
 )
