@@ -38,14 +38,13 @@ def main():
         options=tuple(sorted(cli.given(OPTIONS).items())),
     )
     source = WORKDIR.value or CHECKPOINT.value
-    step, wanted = (
-        None,
-        [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value],
-    )
+    step = STEP.value
+    wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]
     if PROMPTS_FILE.value:
         wanted += requests.read_file(PROMPTS_FILE.value, default)
     if REPRODUCE.value:
-        request, model, step = requests.from_picture(REPRODUCE.value)
+        request, model, drawn_at = requests.from_picture(REPRODUCE.value)
+        step = drawn_at if step is None else step
         source = source or (model if model.startswith("builtin:") else None)
         wanted.append(request)
     if not wanted:
@@ -60,7 +59,6 @@ def main():
         )
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    step = step if STEP.value is None else STEP.value
     pipe = pipeline.Pipeline.load(source, step=step)
     drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
     for path in requests.save(

@@ -29,8 +29,8 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
       spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
         and optionally warmup (steps, linear from 0), stable (share of the steps after it at the
         full rate), decay ("constant", "cosine" or "linear", to `final` × learning_rate at
-        `steps`), clip (global gradient norm); all else goes to the
-        function. Muon gets every kernel as a matrix, its last axis the output.
+        `steps`), clip (global gradient norm); all else goes to the function. Muon gets every
+        kernel as a matrix, its last axis the output.
       steps: length of the run.
     Raises:
       ConfigError: an unknown name or option, a learning rate that is not positive.

@@ -144,7 +144,7 @@ def _as(default, option: str, value, where: str):
         ok = number(value) and math.isfinite(value) and value >= 0
         wanted = "a finite number that is not negative"
     elif isinstance(default, int) and not isinstance(default, bool):
-        ok = number(value) and value == int(value) and 1 <= value <= COUNT_LIMIT
+        ok = number(value) and 1 <= value <= COUNT_LIMIT and value == int(value)
         wanted = f"a whole number from 1 to {COUNT_LIMIT}"
     else:
         ok, wanted = isinstance(value, type(default)), f"a {type(default).__name__}"

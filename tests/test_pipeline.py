@@ -105,6 +105,7 @@ def test_a_prompts_file_sets_options_a_flag_has_not(pipe, tmp_path):
     ("line", "message"),
     [
         ('{"prompt": "a", "steps": "ten"}', "steps is 'ten'"),
+        ('{"prompt": "a", "steps": Infinity}', "steps is inf"),
         ('{"prompt": "a", "top_k": 3}', "takes no option 'top_k'"),
         ('{"prompt": ["a"]}', "a prompt is"),
         ('{"prompt": "a"', "not a JSON object"),
