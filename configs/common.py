@@ -27,7 +27,8 @@ def base() -> ml_collections.ConfigDict:
     config.loss = dict()  # the objective's own numbers
     config.optim = dict()  # net -> dict(name=…, learning_rate=…, …), see t2i_jax/optim.py
     config.ema = dict()  # net -> decay of its parameters' moving average
-    config.mesh = dict(data=-1)  # axis -> devices; -1: all that are left
+    config.mesh = dict(data=-1)  # axis -> devices; -1: all that are left; "tensor" splits heads
+    config.strategy = "data"  # pmap, data, zero1 or fsdp, see t2i_jax/sharding.py
     config.init_from = ""  # a run or exported model whose nets start this one
 
     config.sample = dict()  # default options of predict["sample"]

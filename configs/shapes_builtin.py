@@ -10,7 +10,7 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
     config = shapes_flow.get_config()
     config.data = dict(source="shapes", size=65_536)
-    config.steps = 4500
+    config.steps = 7500
     config.sample.guidance = 2.0
     config.ema = dict(model=0.999)
     config.save_every = 250

@@ -1,41 +1,69 @@
-"""Checkpoints: one folder per step, split into items, written in the background by Orbax."""
+"""Checkpoints: a folder for each step, written behind the training, verified before they are used.
 
+<workdir>/checkpoints/<updates done>/{params,ema,opt,meta} are Orbax's; manifest.json, written last,
+holds the fingerprint of every array and the size of every file. A folder without a manifest is no
+checkpoint. A damaged one is renamed to <step>.corrupt, never deleted.
+"""
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
 import pathlib
+import shutil
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
+from jax.experimental import multihost_utils
 
-from t2i_jax import errors
+from t2i_jax import errors, failpoints, fingerprint, images
 from t2i_jax.step import State
 
-FORMAT = 1
+FORMAT = 2
+MANIFEST = "manifest.json"
+SMALL = 2**20  # bytes; the manifest holds smaller files' hashes, too
+FAILURES = 3  # saves in a row that may fail
+ATTEMPTS = 3  # starts from one checkpoint that may die before their first step
+ITEMS = ("params", "ema", "opt")
+
+
+class Damaged(errors.DataError):
+    """A checkpoint whose bytes are not those that were saved."""
 
 
 class Checkpoints:
-    """The checkpoints of one workdir: <workdir>/checkpoints/<updates done>/{params,ema,opt,meta}.
+    """The checkpoints of one workdir.
 
     `params` holds the trained nets with all their collections, `opt` the optimiser states and
     counters, `ema` the averaged parameters and `meta` plain JSON, so that a sampler reads only what
     it needs.
+
+    Args:
+      keep: finished checkpoints that stay, at least 2 of them verified.
+      create: False for readers, which change nothing.
+      guard: called before anything is written; raises if the workdir is another's by now.
     """
 
-    def __init__(self, workdir, *, keep: int = 2, create: bool = True):
+    def __init__(self, workdir, *, keep: int = 2, create: bool = True, guard=lambda: None):
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         if not create and not self._folder.is_dir():
             raise errors.ConfigError(
                 "the run has no checkpoints", where=str(self._folder), fix="train it first"
             )
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            item_names=("params", "ema", "opt", "meta"),
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, create=create, enable_async_checkpointing=True
-            ),
-        )
+        self._keep, self._guard, self._failures, self._last = keep, guard, 0, None
+        self._orbax = None
+        if create:
+            if jax.process_index() == 0:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self._sweep()
+            self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+            self._writing = None
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""
-        return sorted(self._manager.all_steps())
+        found = (p for p in self._folder.iterdir() if p.name.isdecimal() and not p.is_symlink())
+        return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
 
     def choose(self, step: int | None = None) -> int:
         """The newest step, or the given one if it is there."""
@@ -49,90 +77,345 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, state: State, meta: dict) -> None:
-        """Copies the state off the devices and returns; files are written behind the training."""
+        """Copies the state off the devices and returns; files are written behind the training.
+
+        A save that fails is told and counted here or in `poll`; older checkpoints stay.
+
+        Raises:
+          NonFiniteError: the state holds a value that is not finite; nothing is written.
+          StorageError: three saves in a row have failed.
+        """
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.steps():
             return
-        items = {
-            "params": ocp.args.StandardSave(state.nets),
-            "opt": ocp.args.StandardSave({"opt": state.opt, "skipped": state.skipped}),
-            "meta": ocp.args.JsonSave({**meta, "format": FORMAT, "step": step}),
-        }
-        if state.ema:  # Orbax refuses an empty item
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        self.wait()
+        self._guard()
+        items = _items(state)
+        prints, bad = fingerprint.of(items)
+        if bad:
+            raise errors.NonFiniteError(
+                f"the state holds values that are not finite: {bad[:10]}",
+                where=f"step {step}",
+                fix="the last checkpoint is sound: start again, with a lower learning rate",
+            )
+        args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}  # Orbax wants no {}
+        args["meta"] = ocp.args.JsonSave({**meta, "step": step})
         try:
-            self._manager.save(step, args=ocp.args.Composite(**items))
-        except OSError as e:
-            raise self._unwritable(e) from e
+            self._checkpointer().save(
+                self._folder / str(step), args=ocp.args.Composite(**args), force=True
+            )
+        except Exception as e:
+            self._failed(step, e)
+            return
+        self._writing = self._thread.submit(self._finish, step, prints), step
+
+    def poll(self) -> None:
+        """Learns of a save that ended in the background; raises as `save` does."""
+        if self._writing and self._writing[0].done():
+            (writing, step), self._writing = self._writing, None
+            try:
+                writing.result()
+                self._failures = 0
+            except errors.OwnerError:
+                raise
+            except Exception as e:
+                self._failed(step, e)
 
     def wait(self) -> None:
-        """Returns when everything saved so far is on disk."""
-        try:
-            self._manager.wait_until_finished()
-        except OSError as e:
-            raise self._unwritable(e) from e
+        """Returns when everything saved so far is on disk; raises as `save` does."""
+        if self._writing:
+            concurrent.futures.wait([self._writing[0]])
+            self.poll()
+
+    def close(self) -> None:
+        """Waits. Raises StorageError if the last save failed."""
+        self.wait()
+        self._thread.shutdown()
+        if self._orbax:
+            with contextlib.suppress(Exception):  # what failed has been told
+                self._orbax.close()
+        if self._failures:
+            raise self._unwritable("the last save failed")
 
     def meta(self, step: int) -> dict:
-        """What `save` was given, with "step" and "format"; DataError for another format."""
-        meta = self._restore(step, meta=ocp.args.JsonRestore())["meta"]
-        if meta["format"] != FORMAT:
-            raise errors.DataError(
-                f"checkpoint format {meta['format']}, this version reads {FORMAT}",
-                where=str(self._folder / str(step)),
-                fix="use the version of t2i_jax that env.txt names, see CHANGELOG.md",
-            )
-        return meta
+        """What `save` was given, with "step"."""
+        self._verify(step)
+        return self._read(step, meta=ocp.args.JsonRestore())["meta"]
 
     def restore(self, step: int, target: State) -> State:
-        """The state of a step, with the shapes, types and shardings of `target`."""
-        items = {
-            "params": ocp.args.StandardRestore(target.nets),
-            "opt": ocp.args.StandardRestore({"opt": target.opt, "skipped": target.skipped}),
-        }
-        if target.ema:
-            items["ema"] = ocp.args.StandardRestore(target.ema)
-        found = {"ema": {}, **self._restore(step, **items)}
+        """The state of a step, with the shapes, types and shardings of `target`.
+
+        Raises:
+          Damaged: its files or arrays are not those that were saved.
+          DataError: its arrays are not those of `target`.
+        """
+        found = self._restore(step, _items(target))
         number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
-        return State(
-            number, found["params"], found["opt"]["opt"], found["ema"], found["opt"]["skipped"]
-        )
+        opt, skipped = found["opt"]["opt"], found["opt"]["skipped"]
+        return State(number, found["params"], opt, found["ema"], skipped)
+
+    def restore_newest(self, target: State) -> tuple[State, int] | None:
+        """The newest sound checkpoint's state and step; None if there never was one.
+
+        Damaged checkpoints are renamed and passed over, with a warning; so is one from which three
+        starts died before their first step.
+
+        Raises:
+          DataError: there are checkpoints, and none can be used.
+        """
+        attempts, reasons = self._attempts(), []
+        for step in reversed(self.steps()):
+            if attempts.get(str(step), 0) >= ATTEMPTS:
+                reasons.append(f"{step}: {ATTEMPTS} starts from it died before their first step")
+                logging.warning("checkpoint %s", reasons[-1])
+                continue
+            try:
+                state = self.restore(step, target)
+            except Damaged as e:
+                reasons.append(f"{step}: {e.what}")
+                self._set_aside(step, e)
+                continue
+            attempts[str(step)] = attempts.get(str(step), 0) + 1
+            self._write_attempts(attempts)
+            return state, step
+        reasons += [f"{p.name}: set aside" for p in sorted(self._folder.glob("*.corrupt"))]
+        if reasons:
+            raise errors.DataError(
+                "no checkpoint can be used: " + "; ".join(reasons),
+                where=str(self._folder),
+                fix="bring back a copy, or give --restart_from_scratch to begin again",
+            )
+        return None
+
+    def progressed(self) -> None:
+        """A step was made: earlier deaths before the first step no longer count."""
+        self._write_attempts({})
+
+    def set_all_aside(self) -> None:
+        """Renames every checkpoint, so that the run begins again."""
+        for step in self.steps():
+            self._rename(step, "old")
+        for path in self._folder.glob("*.corrupt"):
+            path.rename(path.with_suffix(".old"))
+        self._write_attempts({})
 
     def restore_nets(self, step: int, target, ema):
         """Net -> variables for sampling: averaged parameters for the nets named by `ema`."""
         averaged = {name: target[name]["params"] for name in ema}
         only_averaged = all(name in ema and set(target[name]) == {"params"} for name in target)
-        items = {"ema": ocp.args.StandardRestore(averaged)} if averaged else {}
-        if not only_averaged:
-            items["params"] = ocp.args.StandardRestore(target)
-        found = self._restore(step, **items)
-        nets = dict(found.get("params") or {name: {} for name in target})
+        items = {"ema": averaged} | ({} if only_averaged else {"params": target})
+        found = self._restore(step, items)
+        nets = found.get("params") or {name: {} for name in target}
         return {
             name: {**nets[name], **({"params": found["ema"][name]} if name in ema else {})}
             for name in target
         }
 
-    def _unwritable(self, e: OSError):
-        return errors.StorageError(
-            f"a checkpoint cannot be written: {e.strerror or _first_line(e)}",
+    def _restore(self, step: int, items):
+        """Items as they were saved, into the shapes and shardings of the targets given."""
+        arrays = self._verify(step)["arrays"]
+        wanted = {
+            fingerprint.path_of(path): [str(leaf.dtype), list(leaf.shape)]
+            for path, leaf in jax.tree_util.tree_leaves_with_path(items)
+        }
+        known = {name: spec[:2] for name, spec in arrays.items() if name.split("/")[0] in items}
+        if wanted != known:
+            names = [n for n in {**wanted, **known} if wanted.get(n) != known.get(n)]
+            lines = [f"{n}: saved {known.get(n)}, now {wanted.get(n)}" for n in names[:10]]
+            raise errors.DataError(
+                f"{len(names)} arrays of the checkpoint are not the run's: " + "; ".join(lines),
+                where=str(self._folder / str(step)),
+                fix="use the config it was saved with, or a new --workdir",
+            )
+        args = {
+            name: ocp.args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+            )
+            for name, item in items.items()
+            if item
+        }
+        found = {name: {} for name in items} | dict(self._read(step, **args).items())
+        prints, _ = fingerprint.of(found)
+        wrong = [name for name in prints if prints[name] != arrays[name]]
+        if wrong:
+            raise Damaged(
+                f"{len(wrong)} arrays are not those that were saved: {wrong[:5]}",
+                where=str(self._folder / str(step)),
+                fix="remove this folder to use an older checkpoint",
+            )
+        return found
+
+    def _verify(self, step: int) -> dict:
+        """The manifest of a step, after all its files were found as it says."""
+        folder = self._folder / str(step)
+        try:
+            manifest = json.loads((folder / MANIFEST).read_bytes())
+            reason = _difference(folder, step, manifest)
+        except FileNotFoundError:
+            raise self._gone(step) from None
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
+            reason = f"{MANIFEST} cannot be read: {_first_line(e)}"
+        if reason:
+            raise Damaged(
+                f"damaged: {reason}", where=str(folder), fix="use another --step, or train on"
+            )
+        if manifest["format"] != FORMAT:
+            raise errors.ConfigError(
+                f"checkpoint format {manifest['format']}, this version reads {FORMAT}",
+                where=str(folder),
+                fix="use the version of t2i_jax that env.txt names, see CHANGELOG.md",
+            )
+        return manifest
+
+    def _gone(self, step: int):
+        return errors.ConfigError(
+            f"checkpoint {step} is gone",
             where=str(self._folder),
-            fix="make room there; then the same command goes on from the last whole checkpoint",
+            fix=f"choose --step from {self.steps()}",
         )
 
-    def _restore(self, step: int, **items):
+    def _read(self, step: int, **args):
+        folder = self._folder / str(step)
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
+            with contextlib.closing(_orbax()) as reader:
+                return reader.restore(folder, args=ocp.args.Composite(**args))
         except Exception as e:
-            raise errors.DataError(
-                f"checkpoint cannot be read: {_first_line(e)}",
-                where=str(self._folder / str(step)),
-                fix="use the config it was saved with, or move this step's folder away to go on "
-                "from an older one",
+            if not (folder / MANIFEST).exists():
+                raise self._gone(step) from e
+            raise Damaged(
+                f"cannot be read: {_first_line(e)}",
+                where=str(folder),
+                fix="remove this folder to use an older checkpoint",
             ) from e
 
-    def close(self) -> None:
-        self.wait()
-        self._manager.close()
+    def _checkpointer(self):
+        self._orbax = self._orbax or _orbax()
+        return self._orbax
+
+    def _finish(self, step: int, prints) -> None:
+        """Behind the training: waits for Orbax, writes the manifest, removes the oldest."""
+        self._orbax.wait_until_finished()
+        if jax.process_index() != 0:
+            return
+        folder = self._folder / str(step)
+        manifest = {"format": FORMAT, "step": step, "arrays": prints, "files": _files(folder)}
+        text = json.dumps({**manifest, "sha256": _hash_of(manifest)})
+        failpoints.hit("manifest.before")
+        self._guard()
+        images.write_whole(folder / MANIFEST, text.encode())
+        for old in self.steps()[: -self._keep]:
+            self._remove(self._folder / str(old))
+
+    def _failed(self, step: int, e: Exception) -> None:
+        self._failures += 1
+        if self._orbax:
+            with contextlib.suppress(Exception):  # the same again
+                self._orbax.close()
+        self._orbax = None
+        free = shutil.disk_usage(self._folder).free / 1e6
+        logging.warning(
+            "the save of step %d failed (%d of %d in a row): %s; %.0f MB are free there",
+            *(step, self._failures, FAILURES, _first_line(e), free),
+        )
+        with contextlib.suppress(OSError):
+            self._sweep()
+        if self._failures >= FAILURES:
+            raise self._unwritable(_first_line(e)) from e
+
+    def _unwritable(self, why: str):
+        steps = self.steps()
+        return errors.StorageError(
+            f"checkpoints cannot be written: {why}",
+            where=str(self._folder),
+            fix="make room there; the same command then goes on "
+            + (f"from step {steps[-1]}" if steps else "from the start"),
+        )
+
+    def _sweep(self) -> None:
+        """Removes what unfinished saves left."""
+        for path in self._folder.iterdir():
+            unfinished = path.name.isdecimal() and not (path / MANIFEST).is_file()
+            if ".orbax-checkpoint-tmp" in path.name or unfinished or path.suffix == ".removed":
+                self._remove(path)
+
+    def _remove(self, path: pathlib.Path) -> None:
+        """First out of the readers' sight, by one rename."""
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+            return
+        hidden = path.with_name(path.name + ".removed") if path.suffix != ".removed" else path
+        if hidden != path:
+            path.rename(hidden)
+        shutil.rmtree(hidden)
+
+    def _set_aside(self, step: int, e: Exception) -> None:
+        name = self._rename(step, "corrupt")
+        logging.warning("checkpoint %d is damaged and set aside as %s: %s", step, name, e)
+
+    def _rename(self, step: int, suffix: str) -> str:
+        path, number = self._folder / str(step), 0
+        while (name := path.with_name(f"{step}{f'-{number}' if number else ''}.{suffix}")).exists():
+            number += 1
+        if jax.process_index() == 0:
+            path.rename(name)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"{step}.{suffix}")
+        return name.name
+
+    def _attempts(self) -> dict:
+        try:
+            found = json.loads((self._folder / "attempts.json").read_text())
+            return {k: int(v) for k, v in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}
+
+    def _write_attempts(self, attempts: dict) -> None:
+        path = self._folder / "attempts.json"
+        if jax.process_index() == 0 and (attempts or path.exists()):
+            images.write_whole(path, json.dumps(attempts).encode())
+
+
+def _items(state: State) -> dict:
+    return {
+        "params": state.nets,
+        "ema": state.ema,
+        "opt": {"opt": state.opt, "skipped": state.skipped},
+    }
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+    # Without compression: weights hardly shrink, and the time would be the training's.
+    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+    return ocp.AsyncCheckpointer(
+        ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **handlers)
+    )
+
+
+def _files(folder: pathlib.Path) -> dict:
+    """Path below the folder -> [size, SHA-256 if small], of all files but the manifest."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path != folder / MANIFEST:
+            size = path.stat().st_size
+            digest = hashlib.sha256(path.read_bytes()).hexdigest() if size < SMALL else None
+            found[path.relative_to(folder).as_posix()] = [size, digest]
+    return found
+
+
+def _difference(folder: pathlib.Path, step: int, manifest: dict) -> str | None:
+    """What is not as the manifest says; removes its own hash from it."""
+    if manifest.pop("sha256") != _hash_of(manifest):
+        return f"{MANIFEST} was changed"
+    if manifest["step"] != step:
+        return f"it is of step {manifest['step']}"
+    found, written = _files(folder), manifest["files"]
+    differ = [name for name in {**found, **written} if found.get(name) != written.get(name)]
+    return f"files differ: {differ[:5]}" if differ else None
+
+
+def _hash_of(manifest: dict) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _first_line(e: Exception) -> str:
-    return (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+    return (str(e).splitlines() or [type(e).__name__])[0][:300]

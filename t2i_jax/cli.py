@@ -4,6 +4,7 @@ import logging as std_logging
 import os
 import re
 import sys
+import threading
 
 from absl import flags, logging
 
@@ -45,6 +46,8 @@ def run(main, *, required=(), argv=None) -> None:
         logging.set_verbosity(logging.INFO)
         logging.set_stderrthreshold(logging.INFO)
         logging.get_absl_handler().addFilter(_of_interest)
+        if not debug:
+            threading.excepthook = _in_background
         _parse(argv, required)
         main()
     except errors.Error as e:
@@ -63,7 +66,17 @@ def run(main, *, required=(), argv=None) -> None:
 def _of_interest(record) -> bool:
     """Our own messages, and everybody's warnings."""
     chatty = ("/orbax/", "/jax/_src/")
+    if "/asyncio/" in record.pathname:  # of Orbax's tasks; whoever waits for them learns it, too
+        return False
+    if any(p in record.pathname for p in chatty):
+        record.exc_info = record.exc_text = None
     return record.levelno > std_logging.INFO or not any(p in record.pathname for p in chatty)
+
+
+def _in_background(args) -> None:
+    """A thread's exception, which its owner learns of as well, as one line."""
+    text = f"{args.exc_type.__name__}: {(str(args.exc_value).splitlines() or [''])[0][:300]}"
+    logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
 
 
 def _parse(argv, required) -> None:

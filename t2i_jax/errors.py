@@ -35,6 +35,12 @@ class NonFiniteError(Error, ArithmeticError):
     exit_code = 76
 
 
+class OwnerError(Error):
+    """Another process owns the workdir."""
+
+    exit_code = 77
+
+
 class Preempted(Error):
     """Stopped by a signal after saving; start again to go on."""
 

@@ -1,10 +1,9 @@
 """The one training loop: evaluate, save, take a batch, step, log. It knows no family."""
 
+import collections
 import functools
 import json
-import logging as std_logging
 import pathlib
-import platform
 import signal
 import threading
 import time
@@ -13,132 +12,286 @@ import jax
 import ml_collections
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 
 import t2i_jax
 from t2i_jax import (
     checkpoint,
     errors,
+    failpoints,
     images,
     metrics,
     optim,
+    owner,
     pipeline,
     plugins,
     sharding,
     step,
+    watchdog,
     weights,
 )
+from t2i_jax import workdir as folder
 from t2i_jax.data import cache, loader
 
-SKIP_LIMIT = 10  # non-finite steps in a row that end a run
-FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
-    *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
-    *("prompts", "sample", "mesh", "init_from", "bad_budget", "cache"),
-)
-FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
+SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
+SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
 
 
-def train(config: ml_collections.ConfigDict, workdir, *, dry_run: bool = False) -> dict:
-    """Trains what the config says in `workdir`, going on from its newest checkpoint.
+class Stop(Exception):
+    """A signal came while something between two steps was running."""
+
+
+def train(
+    config: ml_collections.ConfigDict,
+    workdir,
+    *,
+    dry_run: bool = False,
+    restart: bool = False,
+) -> dict:
+    """Trains what the config says in `workdir`, going on from its newest sound checkpoint.
 
     Returns the last step's metrics. Everything is checked before anything is written or compiled.
 
+    Args:
+      dry_run: compile, print what the step needs, write nothing.
+      restart: set this workdir's checkpoints aside and begin again.
     Raises:
       ConfigError, DataError, StorageError: see each message for the fix.
-      NonFiniteError: ten steps in a row were not finite.
+      NonFiniteError: too many steps were not finite.
+      OwnerError: another process trains there.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    workdir = pathlib.Path(workdir)
-    check(config)
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.check_batch(config.batch_size, config.accumulate, mesh)
-    predictor = pipeline.Predictor(config)
-    family = predictor.objective
-    if "sample" in family.predict:
-        predictor.trace("sample")
-    if set(config.optim) != set(family.trained) or not set(config.ema) <= set(family.trained):
-        raise errors.ConfigError(
-            f"config.optim has {sorted(config.optim)}, config.ema {sorted(config.ema)}",
-            where=f"objective {config.objective!r}",
-            fix=f"its trained nets are {sorted(family.trained)}: one optimiser for each",
-        )
-    optimisers = {
-        name: optim.make(spec, steps=config.steps, where=f"config.optim.{name}")
-        for name, spec in config.optim.items()
-    }
-    source = make_source(config)
-    _check_same_run(config, workdir, source)
-    hooks = Hooks(predictor, workdir)
-    batches = loader.Loader(
-        source,
-        predictor.tokenize,
-        batch_size=config.batch_size,
-        res=config.res,
-        seed=config.seed,
-        augment=tuple(config.augment),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-        bad_budget=config.bad_budget,
-    )
-    frozen = jax.device_put(weights.frozen(family, config), sharding.replicated(mesh))
-
-    ema = dict(config.ema)
-    init = functools.partial(step.init, family, optimisers, ema)
-    update = step.make_update(
-        family, optimisers, ema=ema, seed=config.seed, accumulate=config.accumulate
-    )
-    update = jax.jit(update, donate_argnums=0, out_shardings=sharding.replicated(mesh))
+    run = Run(config, pathlib.Path(workdir))
     if dry_run:
-        return _dry_run(init, update, frozen, predictor, mesh)
-    if config.cache:
-        encode = functools.partial(predictor.run, config.cache, frozen)
-        batches.extra = cache.precompute(encode, source, predictor.tokenize)
-
-    _prepare(workdir, config)
-    checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep)
-    state, start = _first_state(init, optimisers, config, checkpoints, mesh, workdir)
-    writer = metrics.Writer(workdir, start=start, stop=config.steps, batch_size=config.batch_size)
-    meta = {"data": source.fingerprint, "t2i_jax": t2i_jax.__version__, "jax": jax.__version__}
-
-    stream = batches.iterate(start, config.steps)
-    compiled, rows, saved = None, [], start
+        return run.dry()
     with Interrupt() as interrupt:
-        for n in range(start, config.steps):
-            if n > start:
-                hooks.run(n, state, frozen, writer)
-                if n % config.save_every == 0:
-                    rows = _flush(writer, rows)
-                    checkpoints.save(state, meta)
-                    saved = n
-            if interrupt.requested:
+        run.predictor.poll = interrupt.poll
+        main = jax.process_index() == 0
+        if main:
+            folder.make(run.workdir)
+        holder = owner.Owner(run.workdir)
+        if main:
+            holder.acquire()
+        try:
+            return run.train(interrupt, holder.check if main else lambda: None, restart)
+        except Stop:
+            raise interrupt.preempted(run.workdir, "before the first step of this start") from None
+        finally:
+            if main:
+                holder.release()
+
+
+class Run:
+    """One start of one experiment: all that a config describes, checked and bound together."""
+
+    def __init__(self, config, workdir: pathlib.Path):
+        check(config)
+        self.config, self.workdir = config, workdir
+        self.layout = sharding.Layout(config.mesh, config.strategy)
+        self.layout.check_batch(config.batch_size, config.accumulate)
+        self.predictor = pipeline.Predictor(config, layout=self.layout)
+        family = self.predictor.objective
+        if "sample" in family.predict:
+            self.predictor.trace("sample")
+        if set(config.optim) != set(family.trained) or not set(config.ema) <= set(family.trained):
+            raise errors.ConfigError(
+                f"config.optim has {sorted(config.optim)}, config.ema {sorted(config.ema)}",
+                where=f"objective {config.objective!r}",
+                fix=f"its trained nets are {sorted(family.trained)}: one optimiser for each",
+            )
+        self.optimisers = {
+            name: optim.make(spec, steps=config.steps, where=f"config.optim.{name}")
+            for name, spec in config.optim.items()
+        }
+        self.source = make_source(config)
+        folder.check_same_run(workdir, config, self.source.fingerprint)
+        self.hooks = Hooks(self.predictor, workdir)
+        self.batches = loader.Loader(
+            self.source,
+            self.predictor.tokenize,
+            batch_size=config.batch_size,
+            res=config.res,
+            seed=config.seed,
+            augment=tuple(config.augment),
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            bad_budget=config.bad_budget,
+        )
+        frozen = weights.frozen(family, config)
+        self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
+
+        self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
+        self._example = weights.abstract_batch(config)
+        self._shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
+        self._placed = self.layout.state(self._shapes)
+        make_update = functools.partial(
+            *(step.make_update, family, self.optimisers),
+            ema=dict(config.ema),
+            seed=config.seed,
+            accumulate=config.accumulate,
+            layout=self.layout,
+        )
+        self.update = jax.jit(
+            make_update(), donate_argnums=0, out_shardings=(self._placed, self.layout.whole)
+        )
+
+    def train(self, interrupt, guard, restart: bool) -> dict:
+        """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
+        config, workdir = self.config, self.workdir
+        if config.cache:
+            encode = functools.partial(self.predictor.run, config.cache, self.frozen)
+            self.batches.extra = cache.precompute(encode, self.source, self.predictor.tokenize)
+        checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
+        if jax.process_index() == 0:
+            folder.describe(workdir, config)
+        self.layout.report(self._shapes)
+        if restart:
+            checkpoints.set_all_aside()
+        with watchdog.phase("restore"):
+            state, start, hooked = self._first_state(checkpoints)
+        writer = metrics.Writer(
+            workdir, start=start, stop=config.steps, batch_size=config.batch_size
+        )
+        meta = {
+            "data": self.source.fingerprint,
+            "t2i_jax": t2i_jax.__version__,
+            "jax": jax.__version__,
+        }
+        skips = Skips(writer.before(1000))
+        stream = self.batches.iterate(start, config.steps)
+        compiled, row, saved = None, {}, start
+        for n in range(start, config.steps + 1):
+            if not hooked:
+                try:
+                    with watchdog.phase("hooks"):
+                        failpoints.hit("hooks.before", n)
+                        self.hooks.run(n, state, self.frozen, writer)
+                    hooked = True
+                except Stop:
+                    pass
+            last = interrupt.requested_at(n) or n == config.steps
+            if n > saved and (last or n % config.save_every == 0):
+                row = self._flush(writer, skips) or row
+                with watchdog.phase("save"):
+                    failpoints.hit("save.before", n)
+                    checkpoints.save(state, {**meta, "hooked": hooked})
+                    failpoints.hit("save.started", n)
+                saved = n
+            if last:
                 break
             batch = next(stream)
+            failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
             for slot, record, reason in batch.bad:
                 _quarantine(workdir, n + 1, slot, record, reason)
-            arrays = sharding.place(batch.arrays, mesh)
+            if failpoints.hit("batch.nan", n + 1):
+                batch.arrays["image"][0] = np.nan
+            arrays = self.layout.place(batch.arrays)
             if compiled is None:
-                compiled = _compile(update, state, frozen, arrays)
+                with watchdog.phase("compile"):
+                    compiled = _compile(self.update, state, self.frozen, arrays)
                 writer.pause()
-            with jax.transfer_guard("disallow"):
-                state, values = compiled(state, frozen, arrays)
+            failpoints.hit("step.before", n + 1)
+            with watchdog.phase("step"), jax.transfer_guard("disallow"):
+                state, values = compiled(state, self.frozen, arrays)
+            hooked = False
             writer.step(n + 1, values)
+            if n == start:
+                checkpoints.progressed()
+            checkpoints.poll()
             if (n + 1) % config.log_every == 0:
-                rows = _flush(writer, rows)
-        done = int(state.step)
-        if done == config.steps and done > start:
-            hooks.run(done, state, frozen, writer)
-        rows = _flush(writer, rows)
-        if done > saved:
-            checkpoints.save(state, meta)
-        checkpoints.close()
+                row = self._flush(writer, skips) or row
+        row = self._flush(writer, skips) or row
+        with watchdog.phase("save"):
+            checkpoints.close()
         writer.close()
-    if interrupt.requested and done < config.steps:
-        raise errors.Preempted(
-            f"stopped by {interrupt.requested} after step {done}, saved",
-            where=str(workdir),
-            fix="start the same command again to go on",
+        if interrupt.requested and n < config.steps:
+            raise interrupt.preempted(workdir, f"after step {n}")
+        logging.info("done: %d steps in %s", n, workdir)
+        return row
+
+    def dry(self) -> dict:
+        """Compiles the step as training runs it and says what it needs; writes nothing."""
+        config = self.config
+        batch = self._example
+        if config.cache:
+            encode = self.predictor.objective.predict[config.cache]
+            batch |= jax.eval_shape(lambda n, b: cache.arrays(encode(n, b)), self.frozen, batch)
+        batch = _on(batch, jax.tree.map(lambda _: self.layout.batch, batch))
+        state = _on(self._shapes, self._placed)
+        compiled = self.update.lower(state, self.frozen, batch).compile()
+        memory = compiled.memory_analysis()
+        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        found = {f"parameters/{name}": size(net["params"]) for name, net in state.nets.items()}
+        found |= {f"frozen/{name}": size(net) for name, net in self.frozen.items()}
+        found |= {
+            "devices": self.layout.mesh.size,
+            "state_bytes": memory.alias_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "temporary_bytes": memory.temp_size_in_bytes,
+        }
+        for name, value in found.items():
+            print(f"{name:24} {value:>16,}")
+        return found
+
+    def _first_state(self, checkpoints):
+        """A state, its step, and whether that step's hooks have run.
+
+        The newest sound checkpoint's, else fresh nets, perhaps from config.init_from.
+        """
+        config, key = self.config, jax.random.key(self.config.seed)
+        failpoints.hit("restore.before")
+        target = _on(self._shapes, self._placed)
+        if found := checkpoints.restore_newest(target):
+            state, start = found
+            logging.info("resuming %s after %d steps", self.workdir, start)
+            return state, start, checkpoints.meta(start)["hooked"]
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
+        if not config.init_from:
+            logging.info("no checkpoint in %s: starting from scratch", self.workdir)
+            return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
+        logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
+        source = weights.locate(config.init_from)
+        nets, _ = weights.load_trained(source, self._shapes.nets, step=None)
+        begin = functools.partial(step.start, self.optimisers, dict(config.ema))
+        return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
+
+    def _flush(self, writer, skips) -> dict:
+        """Writes the rows of metrics; returns the newest."""
+        rows = writer.flush()
+        for row in rows:
+            if skips.over(row):
+                self._give_up(row["step"], skips)
+        return rows[-1] if rows else {}
+
+    def _give_up(self, n: int, skips):
+        """Ends the run; leaves behind which examples and which arrays were not finite."""
+        records = [int(i) for i in self.batches.batch(n - 1).records]
+        found = {"step": n, "records": records, "skipped": skips.steps[-10:]}
+        if jax.process_index() == 0:
+            images.write_whole(self.workdir / "nonfinite.json", json.dumps(found).encode())
+        raise errors.NonFiniteError(
+            f"{len(skips.steps)} of the last thousand steps were not finite, the last with records "
+            f"{records[:8]}{' …' if len(records) > 8 else ''}",
+            where=f"step {n}",
+            fix="see nonfinite.json; lower the learning rate or clip the gradient "
+            "(config.optim.<net>.clip)",
         )
-    logging.info("done: %d steps in %s", done, workdir)
-    return rows[-1] if rows else {}
+
+
+class Skips:
+    """Counts steps dropped as non-finite; `rows` are those before this start."""
+
+    def __init__(self, rows):
+        self._window = collections.deque((bool(row["skipped"]) for row in rows), maxlen=1000)
+        self.steps = [row["step"] for row in rows if row["skipped"]]
+
+    def over(self, row) -> bool:
+        """Counts a row; True if that ends the run."""
+        self._window.append(bool(row["skipped"]))
+        if row["skipped"]:
+            self.steps = [*(s for s in self.steps if s > row["step"] - 1000), row["step"]]
+        too_many = sum(self._window) > SKIPS_OF_1000
+        return bool(row["skipped"]) and (row["skipped"] >= SKIPS_IN_A_ROW or too_many)
 
 
 def make_source(config, **overrides):
@@ -165,6 +318,8 @@ def check(config) -> None:
             raise errors.ConfigError(
                 f"EMA decay is {decay}", where=f"config.ema.{name}", fix="give a number in [0, 1)"
             )
+    if config.init_from:
+        weights.locate(config.init_from)
 
 
 class Hooks:
@@ -191,8 +346,12 @@ class Hooks:
                 path = self._workdir / "samples" / f"step_{n:08d}.png"
                 path.parent.mkdir(exist_ok=True)
                 images.save(path, images.grid(drawn), {"prompts": list(config.prompts)})
-        for name, run in self._evaluators.items() if judge else ():
-            found = {f"{name}/{k}": v for k, v in run(nets, n).items()}
+        found = {
+            f"{name}/{key}": value
+            for name, run in (self._evaluators.items() if judge else ())
+            for key, value in run(nets, n).items()
+        }
+        if found:
             logging.info("step %d · %s", n, " ".join(f"{k} {v:.3f}" for k, v in found.items()))
             writer.event(n, found)
         writer.pause()
@@ -207,49 +366,56 @@ def averaged(state: step.State):
 
 
 class Interrupt:
-    """Turns the first SIGTERM or Ctrl-C into a flag that the loop polls; a second Ctrl-C raises."""
+    """Turns SIGTERM and Ctrl-C into a request that is polled; a second Ctrl-C raises.
+
+    With several processes JAX hears SIGTERM, on whichever host it comes, and all stop after the
+    same step.
+    """
 
     def __init__(self):
         self.requested = ""
-        self._main = threading.current_thread() is threading.main_thread()
+        main = threading.current_thread() is threading.main_thread()
+        self._signals = (signal.SIGTERM, signal.SIGINT) if main else ()
+        self._alone = jax.process_count() == 1
 
     def __enter__(self):
-        if self._main:
-            self._old = {s: signal.signal(s, self._catch) for s in (signal.SIGTERM, signal.SIGINT)}
+        if self._alone:
+            self._old = {s: signal.signal(s, self._catch) for s in self._signals}
         return self
 
     def _catch(self, number, frame):
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self.requested:
+            logging.warning("%s: saving after this step", signal.Signals(number).name)
         self.requested = signal.Signals(number).name
-        logging.warning("%s: saving after this step", self.requested)
 
     def __exit__(self, *_):
-        for number, handler in self._old.items() if self._main else ():
+        for number, handler in self._old.items() if self._alone else ():
             signal.signal(number, handler)
 
+    def requested_at(self, n: int) -> bool:
+        """Whether to stop after step n; the same on every process."""
+        if not self._alone and multihost_utils.reached_preemption_sync_point(n):
+            self.requested = "SIGTERM"
+        return bool(self.requested)
 
-def _first_state(init, optimisers, config, checkpoints, mesh, workdir):
-    """The newest checkpoint's state and step, else fresh nets, perhaps from config.init_from."""
-    arguments = (jax.random.key(config.seed), weights.abstract_batch(config))
-    whole = sharding.replicated(mesh)
-    target = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=whole),
-        jax.eval_shape(init, *arguments),
-    )
-    if steps := checkpoints.steps():
-        logging.info("resuming %s after %d steps", workdir, steps[-1])
-        return checkpoints.restore(steps[-1], target), steps[-1]
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), arguments[1])
-    state = jax.jit(init, out_shardings=whole)(arguments[0], zeros)
-    if not config.init_from:
-        logging.info("no checkpoint in %s: starting from scratch", workdir)
-        return state, 0
-    logging.info("no checkpoint in %s: starting from %s", workdir, config.init_from)
-    shapes = jax.eval_shape(lambda s: s.nets, state)
-    nets, _ = weights.load_trained(weights.locate(config.init_from), shapes, step=None)
-    started = jax.jit(functools.partial(step.start, optimisers, config.ema), out_shardings=whole)
-    return started(nets), 0
+    def poll(self) -> None:
+        """Raises Stop if this lone process is to stop."""
+        if self.requested and self._alone:
+            raise Stop
+
+    def preempted(self, workdir, when: str):
+        return errors.Preempted(
+            f"stopped by {self.requested} {when}",
+            where=str(workdir),
+            fix="start the same command again to go on",
+        )
+
+
+def _read(n: int, batch) -> dict:
+    records = [int(record) for record in batch.records]
+    return {"step": n, "first_slot": int(batch.arrays["index"][0]), "records": records}
 
 
 def _compile(update, state, frozen, arrays):
@@ -260,125 +426,15 @@ def _compile(update, state, frozen, arrays):
     return compiled
 
 
-def _flush(writer, rows):
-    new = writer.flush()
-    if new and new[-1]["skipped"] >= SKIP_LIMIT:
-        raise errors.NonFiniteError(
-            f"{int(new[-1]['skipped'])} steps in a row were not finite",
-            where=f"step {new[-1]['step']}",
-            fix="lower the learning rate or clip the gradient (config.optim.<net>.clip)",
-        )
-    return new or rows
-
-
-def _prepare(workdir: pathlib.Path, config) -> None:
-    """Makes the workdir, proves it writable, writes config.json, env.txt and opens log.txt."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        images.write_whole(workdir / "config.json", weights.to_json(config).encode())
-        environment = {
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "jax": jax.__version__,
-            "t2i_jax": t2i_jax.__version__,
-            "devices": [str(d) for d in jax.devices()],
-        }
-        images.write_whole(workdir / "env.txt", json.dumps(environment, indent=1).encode())
-        handler = std_logging.FileHandler(workdir / "log.txt")
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write there: {e.strerror}", where=str(workdir), fix="choose another --workdir"
-        ) from e
-    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
-    handler.addFilter(lambda record: "orbax" not in record.pathname)
-    logger = logging.get_absl_logger()
-    for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
-        logger.removeHandler(old)
-        old.close()
-    logger.addHandler(handler)
-
-
-def _check_same_run(config, workdir: pathlib.Path, source) -> None:
-    """Refuses a workdir that holds an exported model, or a run with another config or data."""
-    if (workdir / weights.EXPORTED).exists():
-        raise errors.ConfigError(
-            "an exported model lies there", where=str(workdir), fix="use a new --workdir"
-        )
-    if config.init_from:
-        weights.locate(config.init_from)
-    if not (workdir / "config.json").exists() or not (workdir / "checkpoints").is_dir():
-        return
-    before, now = _flat(weights.read_config(workdir)), _flat(config)
-    differences = [
-        f"{key}: {before.get(key)!r} → {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-        and key.split(".")[0] not in FREE_TO_CHANGE
-        and not (key.startswith("optim.") and key.split(".")[-1] in FREE_OF_OPTIM)
-    ]
-    if differences:
-        raise errors.ConfigError(
-            "the workdir holds a run with another config: " + "; ".join(differences[:10]),
-            where=str(workdir),
-            fix="use a new --workdir (with --config.init_from to start from this run)",
-        )
-    checkpoints = checkpoint.Checkpoints(workdir, create=False)
-    steps = checkpoints.steps()
-    data = checkpoints.meta(steps[-1])["data"] if steps else source.fingerprint
-    checkpoints.close()
-    if data != source.fingerprint:
-        raise errors.ConfigError(
-            f"the run was trained on other data ({data[:12]}…, now {source.fingerprint[:12]}…)",
-            where=str(workdir),
-            fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
-        )
-
-
-def _flat(config) -> dict:
-    values = json.loads(weights.to_json(config))
-    flat = {}
-
-    def visit(prefix, value):
-        if isinstance(value, dict) and value:
-            for key, child in value.items():
-                visit(f"{prefix}.{key}" if prefix else key, child)
-        else:
-            flat[prefix] = value
-
-    visit("", values)
-    return flat
+def _on(shapes, shardings):
+    """Shapes that know where they lie."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
 
 
 def _quarantine(workdir, n, slot, record, reason) -> None:
     logging.warning("step %d: example %d is broken and counts nothing: %s", n, record, reason)
-    with (workdir / "quarantine.jsonl").open("a") as f:
+    with metrics.quarantine(workdir).open("a") as f:
         row = {"step": n, "slot": int(slot), "record": int(record), "reason": reason}
         f.write(json.dumps(row) + "\n")
-
-
-def _dry_run(init, update, frozen, predictor, mesh) -> dict:
-    """Compiles the step as training runs it and says what it needs; writes nothing."""
-    config = predictor.config
-    on = lambda tree, where: jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), tree
-    )
-    batch = weights.abstract_batch(config)
-    state = on(jax.eval_shape(init, jax.random.key(config.seed), batch), sharding.replicated(mesh))
-    if config.cache:
-        encode = predictor.objective.predict[config.cache]
-        batch |= jax.eval_shape(lambda n, b: cache.arrays(encode(n, b)), frozen, batch)
-    batch = on(batch, sharding.split(mesh))
-    compiled = update.lower(state, frozen, batch).compile()
-    memory = compiled.memory_analysis()
-    size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-    found = {f"parameters/{name}": size(net["params"]) for name, net in state.nets.items()}
-    found |= {f"frozen/{name}": size(net) for name, net in frozen.items()}
-    found |= {
-        "devices": mesh.size,
-        "state_bytes": memory.alias_size_in_bytes,
-        "argument_bytes": memory.argument_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes,
-    }
-    for name, value in found.items():
-        print(f"{name:24} {value:>16,}")
-    return found

@@ -1,7 +1,9 @@
 """Where numbers go: metrics.jsonl with one row a step, TensorBoard, a bar or plain lines."""
 
+import contextlib
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -17,18 +19,21 @@ class Writer:
 
     A row of metrics.jsonl is {"step": n, name: value, …}; step n is the n-th update, from 1. Rows
     beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
-    step has exactly one row.
+    step has exactly one row. What a full disk refuses is kept and written later. Only process 0
+    writes.
     """
 
     def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
-        self._path = workdir / "metrics.jsonl"
-        for name in ("metrics", "events", "quarantine"):
-            _cut(workdir / f"{name}.jsonl", start)
-        self._file = self._path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+        self._workdir, self._first = workdir, jax.process_index() == 0
+        if self._first:
+            for name in ("metrics", "events"):
+                _cut(workdir / f"{name}.jsonl", start)
+            self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
+        _cut(quarantine(workdir), start)
+        self._unwritten: dict[str, list[str]] = {"metrics": [], "events": []}
         self._pending: list[tuple[int, dict]] = []
         self._batch_size, self._stop = batch_size, stop
-        self._terminal = sys.stderr.isatty()
+        self._terminal = self._first and bool(sys.stderr) and sys.stderr.isatty()
         self._bar = tqdm.tqdm(
             total=stop, initial=start, unit="step", disable=not self._terminal, smoothing=0.05
         )
@@ -46,20 +51,45 @@ class Writer:
             for step, values in jax.device_get(self._pending)
         ]
         self._pending = []
-        for row in rows:
-            self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._append("metrics", rows)
         if rows:
             self._show(rows[-1])
         return rows
 
     def event(self, step: int, values: dict) -> None:
         """Results that come now and then, such as an evaluation: a row of events.jsonl."""
-        with self._path.with_name("events.jsonl").open("a") as f:
-            f.write(json.dumps({"step": step, **values}) + "\n")
+        self._append("events", [{"step": step, **values}])
         for name, value in values.items():
             if isinstance(value, int | float):
-                self._board.add_scalar(name, value, step)
+                self._scalar(name, value, step)
+
+    def before(self, count: int) -> list[dict]:
+        """The newest rows that earlier starts left, at most `count`."""
+        path = self._workdir / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines[-count:]]
+
+    def _append(self, name: str, rows) -> None:
+        """Appends whole lines, or none and keeps them for the next time."""
+        lines = self._unwritten[name]
+        lines += [json.dumps(row) + "\n" for row in rows]
+        if not lines or not self._first:
+            lines.clear()
+            return
+        path = self._workdir / f"{name}.jsonl"
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a") as f:
+                f.write("".join(lines))
+            lines.clear()
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            logging.warning("%s cannot be written, kept for later: %s", path, e)
+
+    def _scalar(self, name: str, value, step: int) -> None:
+        if self._first:
+            self._board.add_scalar(name, value, step)
 
     def pause(self) -> None:
         """Leaves out of the speed what happened since the last flush, such as a compilation."""
@@ -75,11 +105,11 @@ class Writer:
         self._since, self._done = now, row["step"]
         for name, value in row.items():
             if name != "step" and math.isfinite(value):
-                self._board.add_scalar(name, value, row["step"])
+                self._scalar(name, value, row["step"])
         losses = {k: v for k, v in row.items() if k.endswith("/loss")}
         text = " ".join(f"{k} {v:.4f}" for k, v in losses.items())
         if steps > 0:
-            self._board.add_scalar("images_per_second", rate * self._batch_size, row["step"])
+            self._scalar("images_per_second", rate * self._batch_size, row["step"])
             eta = (self._stop - row["step"]) / rate
             text += f" · {rate * self._batch_size:.0f} images/s"
             if not self._terminal:
@@ -91,8 +121,14 @@ class Writer:
 
     def close(self) -> None:
         self._bar.close()
-        self._file.close()
-        self._board.close()
+        if self._first:
+            self._board.close()
+
+
+def quarantine(workdir: pathlib.Path) -> pathlib.Path:
+    """Where this process notes its broken examples."""
+    number = jax.process_index()
+    return workdir / f"quarantine{f'.{number}' if number else ''}.jsonl"
 
 
 def _cut(path: pathlib.Path, start: int) -> None:

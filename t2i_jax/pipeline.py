@@ -18,11 +18,13 @@ class Predictor:
     """An objective's predictions as host functions of captions, compiled once per static option.
 
     Options that are integers, strings or booleans are static; floats and tuples of floats are
-    arrays, so that another guidance scale compiles nothing.
+    arrays, so that another guidance scale compiles nothing. With a `sharding.Layout`, batches are
+    split over its mesh where they divide, and results lie whole on every device.
     """
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config, *, layout=None):
+        self.config, self._layout = config, layout
+        self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
         self.tokenize = tokenize.open(config.load.get("text", "bytes"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
@@ -69,6 +71,7 @@ class Predictor:
 
     def run(self, name: str, nets, batch, *, seed: int = 0, **options):
         """One prediction on one batch of numpy arrays -> pytree of device arrays."""
+        self.poll()
         options = self.check(name, **options)
         static = {k: v for k, v in options.items() if isinstance(v, int | str)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
@@ -76,12 +79,14 @@ class Predictor:
         return fn(nets, batch, np.uint32(seed), arrays)
 
     def _compile(self, name, static):
-        fn = self.objective.predict[name]
+        fn, layout = self.objective.predict[name], self._layout
 
         def predict(nets, batch, seed, arrays):
+            if layout:
+                nets, batch = layout.gather(nets), layout.spread(batch)
             return fn(nets, batch, jax.random.key(seed), **dict(static), **arrays)
 
-        return jax.jit(predict)
+        return jax.jit(predict, out_shardings=layout.whole if layout else None)
 
     def sample(
         self, nets, captions, *, seed=0, index=None, negative=None, batch_size=None, **options

@@ -1,55 +1,209 @@
-"""The device mesh: batches are split over it, the state is replicated."""
+"""Where arrays lie: a mesh of named axes, and a strategy that says what is split over it.
 
+strategy   parameters   optimiser, averages   gradients
+pmap       whole        whole                 of each device's examples, then one explicit mean
+data       whole        whole                 of the global batch
+zero1      whole        split                 of the global batch
+fsdp       split        split                 of the global batch
+
+Splitting the state is ZeRO (arXiv:1910.02054), stages 1 and 3. The mesh axis "tensor" splits
+attention heads and MLPs of every net (Megatron, arXiv:1909.08053) by TENSOR_RULES; a batch is
+split over all other axes.
+"""
+
+import functools
 import math
+import re
 
 import jax
+from absl import logging
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t2i_jax import errors
+from t2i_jax.fingerprint import path_of
+
+STRATEGIES = ("pmap", "data", "zero1", "fsdp")
+TENSOR = "tensor"
+GATHERED = "gathered"  # the name under which checkpoint policies know parameters made whole
+
+# A parameter's path and which of its last axes the tensor axis splits: columns of what enters heads
+# and MLPs, rows of what leaves them.
+TENSOR_RULES = (
+    (r"(query|picture|kvs_\d+)/(q|kv)/.*kernel$", -1),
+    (r"(mlp_gate|mlp_up)/.*kernel$", -1),
+    (r"layer_\d+/up/kernel$", -1),  # of the text encoders
+    (r"layer_\d+/down/kernel$", -2),
+    (r"(blocks|attentions)_\d+/(out|cross_out|mlp_leave)/.*kernel$", -2),
+)
 
 
-def make_mesh(axes) -> jax.sharding.Mesh:
-    """A mesh with named axes, `{"data": -1}`; -1 takes all devices the other axes leave."""
-    axes, devices = dict(axes), jax.device_count()
+class Layout:
+    """A mesh and a strategy; says how state, nets and batches lie and how a step reads them.
+
+    Args:
+      axes: axis -> devices, such as {"data": -1} or {"data": 4, "tensor": 2}; -1 takes all devices
+        the other axes leave.
+      strategy: one of STRATEGIES.
+      devices: all devices of all processes by default.
+    Raises:
+      ConfigError: an unknown strategy, or a mesh that does not fit the devices.
+    """
+
+    def __init__(self, axes, strategy: str = "data", *, devices=None):
+        if strategy not in STRATEGIES:
+            raise errors.ConfigError(
+                f"unknown strategy {strategy!r}",
+                where="config.strategy",
+                fix=errors.nearest(strategy, STRATEGIES),
+            )
+        self.strategy, self.mesh = strategy, _mesh(dict(axes), devices)
+        self.batch_axes = tuple(name for name in self.mesh.axis_names if name != TENSOR)
+        self.parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
+        self.whole = NamedSharding(self.mesh, PartitionSpec())
+        self.batch = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
+
+    def check_batch(self, batch_size: int, accumulate: int) -> None:
+        """Refuses a batch that does not divide over parts and micro-batches; says what would."""
+        unit = self.parts * accumulate
+        if batch_size < 1 or accumulate < 1 or batch_size % unit:
+            fits = [unit * k for k in sorted({max(batch_size // unit, 1), batch_size // unit + 1})]
+            raise errors.ConfigError(
+                f"batch_size {batch_size} does not divide by {self.parts} parts of the mesh × "
+                f"{accumulate} micro-batches",
+                where="config.batch_size",
+                fix=f"use one of {fits}",
+            )
+
+    def nets(self, nets):
+        """The shardings of nets, trained or frozen; a tree of shapes or arrays in."""
+        return self._tree(nets, split=self.strategy == "fsdp")
+
+    def state(self, state):
+        """The shardings of a `step.State`; its shapes in."""
+        split = self.strategy in ("zero1", "fsdp")
+        return state._replace(
+            step=self.whole,
+            skipped=self.whole,
+            nets=self.nets(state.nets),
+            opt=self._tree(state.opt, split=split),
+            ema=self._tree(state.ema, split=split),
+        )
+
+    def report(self, state) -> None:
+        """Logs which share of the state each device holds, and what stays whole on all."""
+        flat = jax.tree_util.tree_leaves_with_path(state)
+        kept = jax.tree.leaves(self.state(state))
+        total = sum(_bytes(leaf.shape, leaf.dtype) for _, leaf in flat)
+        held = sum(
+            _bytes(s.shard_shape(leaf.shape), leaf.dtype)
+            for (_, leaf), s in zip(flat, kept, strict=True)
+        )
+        logging.info(
+            "%s over %s: %.1f MB of state, %.1f MB on each device",
+            *(self.strategy, dict(self.mesh.shape), total / 1e6, held / 1e6),
+        )
+        wanted = {"zero1": ("opt", "ema"), "fsdp": ("nets", "opt", "ema")}.get(self.strategy)
+        wanted = wanted if self.parts > 1 else None
+        whole = [
+            f"{path_of(path)} {leaf.shape}"
+            for (path, leaf), s in zip(flat, kept, strict=True)
+            if wanted and path[0].name in wanted and leaf.ndim and s.is_fully_replicated
+        ]
+        if whole:
+            logging.info("%d arrays do not divide and stay whole: %s", len(whole), whole[:5])
+
+    def gather(self, nets):
+        """Nets as a loss computes with them: whole but for the tensor axis.
+
+        The gradient flows back into the shards. Gathered values carry the name GATHERED, so that
+        `step` has them gathered again for the backward pass instead of kept.
+        """
+        if self.strategy != "fsdp":
+            return nets
+        there, back = self._tree(nets, split=False), self.nets(nets)
+        return jax.tree.map(
+            lambda x, a, b: checkpoint_name(_move(a, b, x), GATHERED), nets, there, back
+        )
+
+    def scatter(self, net: str, grads):
+        """One net's gradients as its optimiser's state lies."""
+        if self.strategy not in ("zero1", "fsdp"):
+            return grads
+        where = self._tree({net: {"params": grads}}, split=True)[net]["params"]
+        return jax.lax.with_sharding_constraint(grads, where)
+
+    def spread(self, batch):
+        """Inside a program: a batch split over the mesh, if it divides."""
+        fits = all(x.shape[0] % self.parts == 0 for x in jax.tree.leaves(batch))
+        return jax.lax.with_sharding_constraint(batch, self.batch) if fits else batch
+
+    def place(self, batch):
+        """This process's numpy slice of the batch -> global arrays split over the mesh."""
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self.batch, x), batch)
+
+    def _tree(self, tree, *, split: bool):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: NamedSharding(
+                self.mesh, self._spec(path_of(path), leaf.shape, split)
+            ),
+            tree,
+        )
+
+    def _spec(self, path: str, shape, split: bool) -> PartitionSpec:
+        """An axis by the tensor rules, then the largest other axis that divides, or none."""
+        axes = [None] * len(shape)
+        n = self.mesh.shape.get(TENSOR, 1)
+        for pattern, axis in TENSOR_RULES if n > 1 else ():
+            if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % n == 0:
+                axes[axis] = TENSOR
+                break
+        over = self.batch_axes if TENSOR in axes else self.mesh.axis_names
+        parts = math.prod(self.mesh.shape[name] for name in over)
+        if split and parts > 1:
+            for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
+                if axes[i] is None and shape[i] % parts == 0:
+                    axes[i] = over
+                    break
+        return PartitionSpec(*axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _move(there, back, x):
+    """x laid out as `there`; its cotangent as `back`."""
+    return jax.lax.with_sharding_constraint(x, there)
+
+
+def _move_forward(there, back, x):
+    return _move(there, back, x), None
+
+
+def _move_backward(there, back, _, g):
+    return (jax.lax.with_sharding_constraint(g, back),)
+
+
+_move.defvjp(_move_forward, _move_backward)
+
+
+def _mesh(axes: dict, devices) -> jax.sharding.Mesh:
+    devices = jax.devices() if devices is None else devices
     fixed = math.prod(n for n in axes.values() if n != -1)
-    if list(axes.values()).count(-1) > 1 or fixed < 1 or devices % fixed:
+    if list(axes.values()).count(-1) > 1 or fixed < 1 or len(devices) % fixed:
         raise errors.ConfigError(
-            f"mesh {axes} does not fit {devices} devices",
+            f"mesh {axes} does not fit {len(devices)} devices",
             where="config.mesh",
             fix="one axis may be -1, and the others must divide the number of devices",
         )
-    sizes = tuple(devices // fixed if n == -1 else n for n in axes.values())
-    if math.prod(sizes) != devices:
+    sizes = tuple(len(devices) // fixed if n == -1 else n for n in axes.values())
+    if math.prod(sizes) != len(devices):
         raise errors.ConfigError(
-            f"mesh {axes} uses {math.prod(sizes)} of {devices} devices",
+            f"mesh {axes} uses {math.prod(sizes)} of {len(devices)} devices",
             where="config.mesh",
             fix="set one axis to -1",
         )
-    return jax.make_mesh(sizes, tuple(axes), axis_types=(AxisType.Auto,) * len(axes))
+    kinds = (AxisType.Auto,) * len(axes)
+    return jax.make_mesh(sizes, tuple(axes), axis_types=kinds, devices=devices)
 
 
-def check_batch(batch_size: int, accumulate: int, mesh) -> None:
-    """Refuses a batch that does not divide over devices and micro-batches; says what would fit."""
-    unit = mesh.size * accumulate
-    if batch_size < 1 or accumulate < 1 or batch_size % unit:
-        fits = [unit * k for k in sorted({max(batch_size // unit, 1), batch_size // unit + 1})]
-        raise errors.ConfigError(
-            f"batch_size {batch_size} does not divide by {mesh.size} devices × {accumulate} parts",
-            where="config.batch_size",
-            fix=f"use one of {fits}",
-        )
-
-
-def replicated(mesh) -> NamedSharding:
-    """The sharding of the state: whole on every device."""
-    return NamedSharding(mesh, PartitionSpec())
-
-
-def split(mesh) -> NamedSharding:
-    """The sharding of a batch: its first axis over all devices."""
-    return NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-
-
-def place(batch, mesh):
-    """This process's numpy slice of the batch -> global arrays split over the mesh."""
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(split(mesh), x), batch)
+def _bytes(shape, dtype) -> int:
+    return math.prod(shape) * jax.dtypes.canonicalize_dtype(dtype).itemsize

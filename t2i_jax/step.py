@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 
-from t2i_jax import optim
-from t2i_jax.objective import Objective
+from t2i_jax import optim, sharding
+from t2i_jax.objective import Aux, Objective
 
 
 class State(NamedTuple):
@@ -43,13 +44,20 @@ def start(optimisers, ema, nets) -> State:
     )
 
 
-def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumulate: int = 1):
+def make_update(
+    objective: Objective, optimisers, *, ema, seed: int = 0, accumulate: int = 1, layout=None
+):
     """`update(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
     fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
     changes nothing but the step number and `skipped`; metrics say so.
+
+    `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
+    the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples
+    of a micro-batch, and their gradients are summed once, by the examples' weights.
     """
+    layout = layout or sharding.Layout({"data": 1}, devices=jax.local_devices()[:1])
 
     def update(state: State, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -57,7 +65,9 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
         finite = jnp.bool_(True)
         for i, loss in enumerate(objective.losses):
             value, aux, grads = _gradients(
-                loss, {**frozen, **nets}, batch, jax.random.fold_in(key, i), state.step, accumulate
+                *(loss, {**frozen, **nets}, batch, jax.random.fold_in(key, i), state.step),
+                accumulate,
+                layout,
             )
             for name, changed in aux.mutated.items():
                 nets[name] = {**nets[name], **changed}
@@ -66,7 +76,7 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
                 finite &= jnp.isfinite(norm) & jnp.isfinite(value)
                 params = nets[name]["params"]
                 updates, opt[name] = optimisers[name].update(
-                    grads[name], opt[name], params, state.step
+                    layout.scatter(name, grads[name]), opt[name], params, state.step
                 )
                 nets[name] = {**nets[name], "params": optax.apply_updates(params, updates)}
                 metrics[f"{name}/grad_norm"] = norm
@@ -86,28 +96,58 @@ def make_update(objective: Objective, optimisers, *, ema, seed: int = 0, accumul
     return update
 
 
-def _gradients(loss, nets, batch, key, step, accumulate):
-    """Value, aux and gradients of one loss; micro-batches count by their examples' weights."""
+def _gradients(loss, nets, batch, key, step, accumulate, layout):
+    """Value, aux and gradients of one loss on a batch."""
 
-    def scalar(params, nets, batch):
-        seen = {**nets, **{name: {**nets[name], "params": params[name]} for name in params}}
-        return loss.fn(seen, batch, key, step)
+    def value_and_grad(nets, batch, gather=lambda nets: nets):
+        def scalar(params, nets):
+            seen = {**nets, **{name: {**nets[name], "params": params[name]} for name in params}}
+            return loss.fn(gather(seen), batch, key, step)
 
-    params = {name: nets[name]["params"] for name in loss.nets}
-    grad = jax.value_and_grad(scalar, has_aux=True)
-    if accumulate == 1:
-        (value, aux), grads = grad(params, nets, batch)
+        if layout.strategy == "fsdp":  # gather parameters again in the backward pass
+            policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
+            scalar = jax.checkpoint(scalar, policy=policy)
+        params = {name: nets[name]["params"] for name in loss.nets}
+        return jax.value_and_grad(scalar, has_aux=True)(params, nets)
+
+    def summed(nets, batch, total):
+        """The sum over micro-batches, each by its share of the examples' total weight."""
+        # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
+        parts, mutated = [], {}
+        for m in range(accumulate):
+            micro = jax.tree.map(lambda x, m=m: x[m::accumulate], batch)
+            (value, aux), grads = value_and_grad(nets, micro)
+            share = micro["weight"].sum() / jnp.maximum(total, 1e-9)
+            parts.append(jax.tree.map(lambda x, s=share: s * x, (value, dict(aux.metrics), grads)))
+            for name, changed in aux.mutated.items():
+                nets = {**nets, name: {**nets[name], **changed}}
+                mutated[name] = {**mutated.get(name, {}), **changed}
+        return jax.tree.map(lambda *xs: sum(xs), *parts), mutated
+
+    def on_each_device(nets, batch):
+        axes = layout.batch_axes
+        found, mutated = summed(nets, batch, jax.lax.psum(batch["weight"].sum(), axes))
+        return jax.lax.psum(found, axes), jax.tree.map(lambda x: _mean(x, axes), mutated)
+
+    if layout.parts > 1 and (layout.strategy == "pmap" or accumulate > 1):
+        fn = jax.shard_map(
+            on_each_device,
+            mesh=layout.mesh,
+            in_specs=(PartitionSpec(), PartitionSpec(layout.batch_axes)),
+            out_specs=PartitionSpec(),
+            axis_names=set(layout.batch_axes),
+            check_vma=False,  # gradients stay each device's own until the one sum
+        )
+        (value, metrics, grads), mutated = fn(layout.gather(nets), batch)
+    elif accumulate > 1:
+        (value, metrics, grads), mutated = summed(nets, batch, batch["weight"].sum())
+    else:
+        (value, aux), grads = value_and_grad(nets, batch, layout.gather)
         return value, aux, grads
-    # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
-    # Strided slices keep every device's share of the batch where it is.
-    total, parts, mutated = batch["weight"].sum(), [], {}
-    for m in range(accumulate):
-        micro = jax.tree.map(lambda x, m=m: x[m::accumulate], batch)
-        (value, aux), grads = grad(params, nets, micro)
-        share = micro["weight"].sum() / jnp.maximum(total, 1e-9)
-        parts.append(jax.tree.map(lambda x, s=share: s * x, (value, dict(aux.metrics), grads)))
-        for name, changed in aux.mutated.items():
-            nets = {**nets, name: {**nets[name], **changed}}
-            mutated[name] = {**mutated.get(name, {}), **changed}
-    value, metrics, grads = jax.tree.map(lambda *xs: sum(xs), *parts)
-    return value, aux._replace(metrics=metrics, mutated=mutated), grads
+    return value, Aux(metrics, mutated), grads
+
+
+def _mean(x, axes):
+    """A collection's entry over devices: the mean, or of counters the largest."""
+    whole = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
+    return jax.lax.pmax(x, axes) if whole else jax.lax.pmean(x, axes)

@@ -153,7 +153,6 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | None):
     )
     ema = [name for name in config.ema if name in targets]
     nets = checkpoints.restore_nets(step, placed, ema)
-    checkpoints.close()
     return nets, step
 
 

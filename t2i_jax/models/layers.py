@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax import errors
 from t2i_jax.models import attention
 
 
@@ -40,6 +41,28 @@ class RMSNorm(nn.Module):
         if self.scale:
             wide = wide * self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return wide.astype(x.dtype)
+
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def remat(module, policy: str):
+    """A module whose backward pass computes again what the named policy of REMAT does not save.
+
+    "none" saves everything, "dots" the products with weights, "full" only the module's inputs
+    (Chen et al. 2016, arXiv:1604.06174).
+    """
+    if policy not in REMAT:
+        raise errors.ConfigError(
+            f"unknown remat policy {policy!r}",
+            where="config.model.remat",
+            fix=errors.nearest(policy, REMAT),
+        )
+    return module if policy == "none" else nn.remat(module, policy=REMAT[policy])
 
 
 def modulate(x, shift_BD, scale_BD):
@@ -111,11 +134,10 @@ class KeysValues(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD):
-        k_BSD, v_BSD = jnp.split(
-            Dense(2 * self.width, use_bias=False, dtype=self.dtype, name="kv")(x_BSD), 2, -1
-        )
-        k_BSNH = RMSNorm(name="k_norm")(attention.split_heads(k_BSD, self.heads))
-        return k_BSNH, attention.split_heads(v_BSD, self.heads)
+        # Head by head, key before value: so a device that holds some heads has both.
+        kv_BSD = Dense(2 * self.width, use_bias=False, dtype=self.dtype, name="kv")(x_BSD)
+        k_BSNH, v_BSNH = jnp.split(attention.split_heads(kv_BSD, self.heads), 2, -1)
+        return RMSNorm(name="k_norm")(k_BSNH), v_BSNH
 
 
 def space_to_depth(x_BHWC, n: int = 2):

@@ -13,7 +13,10 @@ from t2i_jax.text.condition import Cond
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, SwiGLU; each modulated by time and text."""
+    """Self-attention, cross-attention to the text, SwiGLU; each modulated by time and text.
+
+    Returns (x_BTD, None), as a scan over layers wants it.
+    """
 
     width: int
     heads: int
@@ -21,7 +24,7 @@ class Block(nn.Module):
     dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x_BTD, c_BD, text_kv, mask_BS):
+    def __call__(self, x_BTD, text_kv, c_BD, mask_BS):
         d, kind = self.width, dict(dtype=self.dtype)
         mod_B9D = layers.Dense(9 * d, zero=True, name="modulation", **kind)(c_BD)
         mods = jnp.split(mod_B9D, 9, -1)
@@ -41,14 +44,19 @@ class Block(nn.Module):
             layers.Dense(d, use_bias=False, name="cross_out", **kind)(h), mods[5]
         )
 
-        h = layers.Dense(2 * self.hidden, use_bias=False, name="mlp_enter", **kind)(enter(x_BTD, 6))
-        a, b = jnp.split(h, 2, -1)
+        h = enter(x_BTD, 6)
+        a = layers.Dense(self.hidden, use_bias=False, name="mlp_gate", **kind)(h)
+        b = layers.Dense(self.hidden, use_bias=False, name="mlp_up", **kind)(h)
         h = layers.Dense(d, use_bias=False, name="mlp_leave", **kind)(nn.silu(a) * b)
-        return x_BTD + layers.gate(h, mods[8])
+        return x_BTD + layers.gate(h, mods[8]), None
 
 
 class Backbone(nn.Module):
-    """x_BHWC in, C channels of the same size out; H and W divisible by `patch`."""
+    """x_BHWC in, C channels of the same size out; H and W divisible by `patch`.
+
+    remat: what the backward pass of a block computes again, see `layers.REMAT`.
+    scan: one compiled block run `depth` times, its parameters stacked: compiles fast when deep.
+    """
 
     channels: int = 3
     patch: int = 4
@@ -57,6 +65,8 @@ class Backbone(nn.Module):
     heads: int = 6
     mlp_ratio: float = 8 / 3  # SwiGLU of the size of a four-fold MLP
     dtype: str = "float32"
+    remat: str = "none"
+    scan: bool = False
 
     @property
     def unit(self) -> int:
@@ -68,9 +78,16 @@ class Backbone(nn.Module):
         hidden = int(d * self.mlp_ratio)
         self.condition = layers.TimeText(d, **kind)
         self.text = layers.TextTokens(d, **kind)
-        self.kvs = [layers.KeysValues(d, self.heads, **kind) for _ in range(self.depth)]
         self.embed = layers.Dense(d, **kind)
-        self.blocks = [Block(d, self.heads, hidden, **kind) for _ in range(self.depth)]
+        keys_values, block = layers.KeysValues, layers.remat(Block, self.remat)
+        if self.scan:
+            stack = dict(variable_axes={"params": 0}, split_rngs={"params": True})
+            keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)
+            axes = (0, nn.broadcast, nn.broadcast)
+            block = nn.scan(block, in_axes=axes, length=self.depth, **stack)
+        copies = 1 if self.scan else self.depth
+        self.kvs = [keys_values(d, self.heads, **kind) for _ in range(copies)]
+        self.blocks = [block(d, self.heads, hidden, **kind) for _ in range(copies)]
         self.leave_modulation = layers.Dense(2 * d, zero=True, **kind)
         self.leave_norm = layers.RMSNorm()
         self.leave = layers.Dense(self.patch**2 * self.channels, zero=True, **kind)
@@ -88,7 +105,7 @@ class Backbone(nn.Module):
         x_BTD = self.embed(patches).reshape(b, rows * columns, self.width)
         x_BTD = x_BTD + layers.positions_2d(rows, columns, self.width).astype(x_BTD.dtype)
         for block, text_kv in zip(self.blocks, kvs, strict=True):
-            x_BTD = block(x_BTD, c_BD, text_kv, mask_BS)
+            x_BTD, _ = block(x_BTD, text_kv, c_BD, mask_BS)
         shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
         x_BTD = layers.modulate(self.leave_norm(x_BTD), shift_BD, scale_BD)
         out = self.leave(x_BTD).reshape(b, rows, columns, -1)

@@ -1,0 +1,49 @@
+"""Faults on demand, for tests: T2I_FAILPOINT=name[:nth]=action,… and T2I_ENABLE_FAILPOINTS=1."""
+
+import errno
+import json
+import os
+import signal
+import time
+
+_hits: dict[str, int] = {}
+
+
+def trace(workdir, process: int, entry: dict) -> None:
+    """Notes what a process read, where T2I_TRACE asks for it."""
+    if os.environ.get("T2I_ENABLE_FAILPOINTS") == "1" and os.environ.get("T2I_TRACE"):
+        with (workdir / f"trace.{process}.jsonl").open("a") as f:
+            f.write(json.dumps(entry) + "\n")
+
+
+def hit(name: str, number: int | None = None) -> bool:
+    """Acts if the environment names this point; True where the caller is to act.
+
+    `nth` is the nth time that the point is reached (1 by default), or `number` where it is given;
+    `n-m` is a range.
+    """
+    if os.environ.get("T2I_ENABLE_FAILPOINTS") != "1":
+        return False
+    _hits[name] = _hits.get(name, 0) + 1
+    at = _hits[name] if number is None else number
+    for wanted in filter(None, os.environ.get("T2I_FAILPOINT", "").split(",")):
+        where, _, action = wanted.partition("=")
+        point, _, nth = where.partition(":")
+        first, _, last = nth.partition("-")
+        if point == name and int(first or 1) <= at <= int(last or first or 1):
+            _act(name, action)
+            return True
+    return False
+
+
+def _act(name: str, action: str) -> None:
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    elif action == "enospc":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    elif action == "raise":
+        raise RuntimeError(f"failpoint {name}")
+    elif action.startswith("sleep"):
+        time.sleep(float(action.removeprefix("sleep")))

@@ -1,0 +1,128 @@
+"""A run's folder: what is written there, and whether a start may go on in it."""
+
+import json
+import logging as std_logging
+import pathlib
+import platform
+
+import jax
+from absl import logging
+
+import t2i_jax
+from t2i_jax import checkpoint, errors, images, weights
+
+FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
+    *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
+    *("prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
+)
+WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
+FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
+FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
+
+
+def make(path: pathlib.Path) -> None:
+    """Makes the folder and proves that it can be written.
+
+    Raises:
+      StorageError: it cannot.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        images.write_whole(path / ".probe", b"")
+        (path / ".probe").unlink()
+    except OSError as e:
+        raise errors.StorageError(
+            f"cannot write there: {e.strerror}", where=str(path), fix="choose another --workdir"
+        ) from e
+
+
+def describe(path: pathlib.Path, config) -> None:
+    """Writes config.json and env.txt, and sends the log to log.txt, too."""
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "jax": jax.__version__,
+        "t2i_jax": t2i_jax.__version__,
+        "processes": jax.process_count(),
+        "devices": [str(d) for d in jax.devices()],
+    }
+    try:
+        images.write_whole(path / "config.json", weights.to_json(config).encode())
+        images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
+        handler = std_logging.FileHandler(path / "log.txt")
+    except OSError as e:
+        raise errors.StorageError(
+            f"cannot write there: {e.strerror}", where=str(path), fix="make room there"
+        ) from e
+    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
+    handler.addFilter(lambda record: "orbax" not in record.pathname)
+    logger = logging.get_absl_logger()
+    for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
+        logger.removeHandler(old)
+        old.close()
+    logger.addHandler(handler)
+
+
+def check_same_run(path: pathlib.Path, config, data: str) -> None:
+    """Refuses a folder that holds an exported model, or a run with another config or data.
+
+    Args:
+      data: the data source's fingerprint.
+    Raises:
+      ConfigError: a table of what differs; nothing is written.
+    """
+    if (path / weights.EXPORTED).exists():
+        raise errors.ConfigError(
+            "an exported model lies there", where=str(path), fix="use a new --workdir"
+        )
+    if not (path / "config.json").exists() or not (path / "checkpoints").is_dir():
+        return
+    before, now = flat(weights.read_config(path)), flat(config)
+    differences, allowed = [], []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            text = f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+            (allowed if _free(key) else differences).append(text)
+    if differences:
+        raise errors.ConfigError(
+            "the workdir holds a run with another config: " + "; ".join(differences[:10]),
+            where=str(path),
+            fix="use a new --workdir (with --config.init_from to start from this run)",
+        )
+    if allowed:
+        logging.info("the config changed: %s", "; ".join(allowed))
+    checkpoints = checkpoint.Checkpoints(path, create=False)
+    for step in reversed(checkpoints.steps()):
+        try:
+            saved = checkpoints.meta(step)["data"]
+        except checkpoint.Damaged:
+            continue
+        if saved != data:
+            raise errors.ConfigError(
+                f"the run was trained on other data ({saved[:12]}…, now {data[:12]}…)",
+                where=str(path),
+                fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
+            )
+        return
+
+
+def _free(key: str) -> bool:
+    first, last = key.split(".")[0], key.split(".")[-1]
+    if first in ("optim", "model"):
+        return last in (FREE_OF_OPTIM if first == "optim" else FREE_OF_MODEL)
+    return first in FREE_TO_CHANGE or key in WHERE_DATA_LIES
+
+
+def flat(config) -> dict:
+    """A config as {"loss.prediction": "x", …}, plain values only."""
+    found = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict) and value:
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            found[prefix] = value
+
+    visit("", json.loads(weights.to_json(config)))
+    return found

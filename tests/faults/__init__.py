@@ -1,0 +1,1 @@
+"""What a run must survive: rows of faults, each tried for real. python -m tests.faults [--long]"""

@@ -1,0 +1,43 @@
+"""Tries every fault, prints a line for each.   python -m tests.faults [--long] [ID …]"""
+
+import os
+import pathlib
+import sys
+import tempfile
+import time
+import traceback
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from tests.faults import inputs, process, storage  # noqa: F401  (they register their rows)
+from tests.faults.lab import ROWS, Lab
+
+
+def main(argv) -> int:
+    long, wanted = "--long" in argv, [a for a in argv if not a.startswith("-")]
+    chosen = [r for r in ROWS if (r.id in wanted if wanted else long or not r.long)]
+    survived = skipped = 0
+    with tempfile.TemporaryDirectory(prefix="faults") as root:
+        lab = Lab(pathlib.Path(root), long=long)
+        for row in sorted(chosen, key=lambda r: (r.id[0], int(r.id[1:]))):
+            since = time.monotonic()
+            try:
+                text, word = row.run(lab) or "", "survived"
+                if text.startswith("skipped"):
+                    word, skipped = "skipped", skipped + 1
+                survived += word == "survived"
+            except Exception:
+                text, word = traceback.format_exc(), "FAILED"
+            seconds = time.monotonic() - since
+            print(f"{row.id:4} {word:9} {seconds:5.1f} s  {row.promise}  {text}", flush=True)
+    print(
+        f"{survived}/{len(chosen) - skipped} faults survived · 0 steps lost beyond the interval · "
+        f"0 examples repeated or skipped"
+        if survived == len(chosen) - skipped
+        else f"{survived}/{len(chosen) - skipped} faults survived"
+    )
+    return int(survived + skipped != len(chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""Faults of configs, data and hostile files; rows that the unit tests try already name them."""
+
+import subprocess
+import sys
+
+from tests.faults.lab import ROOT, assert_error, row, steps
+
+TESTS = {
+    "T3": (
+        "a batch that does not divide is refused before anything is compiled, with what would fit",
+        "tests/test_sharding.py::test_a_batch_that_does_not_divide_is_refused_with_those_that_would",
+        "tests/test_loop.py::test_a_bad_config_is_refused_before_anything_is_written",
+    ),
+    "T4": (
+        "initial parameters have the same fingerprint on any mesh",
+        "tests/test_sharding.py::test_all_noise_is_the_same_on_any_mesh",
+    ),
+    "T8": (
+        "unknown keys, wrong types, values out of range: the nearest key, nothing on disk",
+        "tests/test_cli.py::test_bad_input_gets_one_clear_error",
+        "tests/test_loop.py::test_a_bad_config_is_refused_before_anything_is_written",
+    ),
+    "D1": (
+        "files that are no sound picture keep their slot with weight 0",
+        "tests/test_transforms.py::test_what_is_no_sound_picture_is_a_bad_example_with_a_kind",
+        "tests/test_loader.py::test_a_broken_example_keeps_its_slot_and_moves_nobody",
+        "tests/test_sources.py::test_a_loader_goes_on_past_a_folders_broken_files",
+    ),
+    "D2": (
+        "decompression bombs are refused from the header",
+        "tests/test_transforms.py::test_bombs_are_refused_from_the_header",
+    ),
+    "D5": (
+        "any caption becomes a row of tokens in bounded time",
+        "tests/test_text.py::test_any_caption_becomes_a_row",
+        "tests/test_text.py::test_a_million_characters_take_bounded_time",
+    ),
+    "D6": (
+        "damaged shards are found at the start, a flipped bit costs one record",
+        "tests/test_sources.py::test_a_damaged_shard_is_found_at_the_start",
+        "tests/test_sources.py::test_a_flipped_bit_costs_one_record",
+    ),
+    "D8": (
+        "a missing feature is an error that says what there is",
+        "tests/test_sources.py::test_tfds_errors_say_what_there_is",
+    ),
+    "X1": (
+        "files that can run code are refused, and nothing of a checkpoint runs",
+        "tests/test_text.py::test_files_that_can_run_code_are_refused",
+        "tests/test_text.py::test_opening_a_checkpoint_runs_nothing_of_it",
+    ),
+    "X2": (
+        "hostile safetensors are named errors",
+        "tests/test_text.py::test_a_damaged_or_foreign_file_is_named",
+        "tests/test_text.py::test_an_index_reads_no_other_folder",
+    ),
+}
+
+
+def _of_tests(names):
+    def run(lab):
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:]
+        return done.stdout.splitlines()[-1].split(" in ")[0]
+
+    return run
+
+
+for _id, (_promise, *_names) in TESTS.items():
+    row(_id, _promise, long=True)(_of_tests(_names))
+
+
+@row(
+    "T5",
+    "a resume with another model, optimiser, decay or precision: refused with the difference",
+    long=True,
+)
+def t5(lab):
+    before = steps(lab.oracle)
+    for flag, text in {
+        "--config.model.width=32": "model.width: 16 → 32",
+        "--config.optim.model.weight_decay=0.5": "optim.model.weight_decay",
+        "--config.ema.model=0.5": "ema.model",
+        "--config.model.dtype=bfloat16": "model.dtype",
+        "--config.batch_size=16": "batch_size: 8 → 16",
+        "--config.seed=4": "seed: 0 → 4",
+    }.items():
+        assert_error(lab.run(lab.oracle, flag), 78, text)
+    assert steps(lab.oracle) == before
+    folder = lab.folder()
+    assert lab.run(folder, "--config.steps=4").code == 0
+    allowed = ("--config.steps=8", "--config.optim.model.learning_rate=0.0005")
+    ended = lab.run(folder, *allowed, "--config.save_every=2", "--config.strategy=fsdp", devices=2)
+    assert ended.code == 0, ended.log[-2000:]
+    assert "optim.model.learning_rate" in ended.log  # what changed is told
+
+
+@row(
+    "T6",
+    "a resume with other data, order, image size or captions: refused with the difference",
+    long=True,
+)
+def t6(lab):
+    for flag, text in {
+        "--config.data.size=65": "data.size: 64 → 65",
+        "--config.res=20": "res: 16 → 20",
+        "--config.text_length=8": "text_length: 16 → 8",
+    }.items():
+        assert_error(lab.run(lab.oracle, flag), 78, text)
+    pictures, run = lab.folder(), lab.folder()
+    _folder_of_pictures(pictures, 12)
+    ended = lab.run(run, "--config.steps=2", folder=pictures)
+    assert ended.code == 0, ended.log[-2000:]
+    moved = lab.folder()
+    pictures.rename(moved)
+    ended = lab.run(run, "--config.steps=3", folder=moved)
+    assert ended.code == 0, ended.log[-2000:]  # the same files elsewhere
+    (moved / "00.txt").write_text("another caption")
+    assert_error(lab.run(run, "--config.steps=4", folder=moved), 78, "trained on other data")
+
+
+@row(
+    "T9",
+    "an exported model as workdir, or init_from nowhere: refused, nothing overwritten",
+    long=True,
+)
+def t9(lab):
+    folder = lab.folder()
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"precious")
+    assert_error(lab.run(folder), 78, "an exported model lies there")
+    assert (folder / "model.safetensors").read_bytes() == b"precious"
+    assert_error(lab.run(lab.folder(), "--config.init_from=/nowhere"), 78, "no such folder")
+
+
+@row("D7", "5 % of broken pictures: exit 65 above the budget, with the reasons", long=True)
+def d7(lab):
+    pictures, run = lab.folder(), lab.folder()
+    _folder_of_pictures(pictures, 40)
+    for i in range(6):
+        (pictures / f"{i:02d}.png").write_bytes(b"<html>")
+    ended = lab.run(run, folder=pictures)
+    assert_error(ended, 65, "examples are broken", "unreadable as PNG")
+
+
+def _folder_of_pictures(folder, count):
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{i:02d}.png")
+        (folder / f"{i:02d}.txt").write_text(f"picture {i}")

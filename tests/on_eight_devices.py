@@ -1,0 +1,167 @@
+"""Trains a tiny transformer under every strategy on eight simulated devices; prints one JSON line.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.on_eight_devices
+"""
+
+import functools
+import json
+import re
+
+import jax
+import numpy as np
+
+from configs import shapes_transformer
+from t2i_jax import fingerprint, objective, optim, sharding, step, weights
+
+CASES = {
+    "one": dict(mesh={"data": 1}),
+    "data": {},
+    "pmap": dict(strategy="pmap"),
+    "zero1": dict(strategy="zero1"),
+    "fsdp": dict(strategy="fsdp"),
+    "data/2": dict(accumulate=2),
+    "zero1/2": dict(strategy="zero1", accumulate=2),
+    "fsdp/2": dict(strategy="fsdp", accumulate=2),
+    "tensor": dict(mesh={"data": 4, "tensor": 2}),
+    "tensor fsdp": dict(mesh={"data": 4, "tensor": 2}, strategy="fsdp"),
+    "bfloat16": dict(mesh={"data": 1}, dtype="bfloat16"),
+}
+BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "f64": 8}
+
+
+class Case:
+    """A run's parts, without a loop."""
+
+    def __init__(self, mesh=None, strategy="data", accumulate=1, batch_size=16, **model):
+        config = shapes_transformer.get_config("debug")
+        config.batch_size = batch_size
+        config.model.update(width=32, heads=4, mlp_ratio=2.0, **model)
+        config.optim = {"model": {"name": "adamw", "learning_rate": 1e-3}}
+        config.loss.time_std = 0.5
+        family = objective.make(config)
+        optimisers = {"model": optim.make(config.optim.model, steps=10, where="")}
+        mesh = mesh or {"data": -1}
+        alone = jax.devices()[:1] if mesh == {"data": 1} else None
+        self.layout = sharding.Layout(mesh, strategy, devices=alone)
+        init = functools.partial(step.init, family, optimisers, {"model": 0.9})
+        batch, key = weights.abstract_batch(config), jax.random.key(0)
+        self.shapes = jax.eval_shape(init, key, batch)
+        placed = self.layout.state(self.shapes)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
+        self.state = jax.jit(init, out_shardings=placed)(key, zeros)
+        frozen = weights.frozen(family, config)
+        self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
+        rng = np.random.default_rng(0)
+        n, size = config.batch_size, batch["image"].shape
+        self.batch = self.layout.place(
+            {
+                "image": rng.normal(size=size).astype(np.float32),
+                "text": rng.integers(1, 200, batch["text"].shape).astype(np.int32),
+                "mask": np.arange(batch["mask"].shape[1])[None] < rng.integers(1, 16, n)[:, None],
+                "index": np.arange(n, dtype=np.int32),
+                "weight": np.r_[0, np.ones(n - 1)].astype(np.float32),  # a broken example
+            }
+        )
+        update = step.make_update(
+            family, optimisers, ema={"model": 0.9}, accumulate=accumulate, layout=self.layout
+        )
+        update = jax.jit(update, donate_argnums=0, out_shardings=(placed, self.layout.whole))
+        self.compiled = update.lower(self.state, self.frozen, self.batch).compile()
+
+    def train(self, steps=3):
+        """The first step's metrics and the parameters in the end."""
+        first = None
+        for _ in range(steps):
+            self.state, values = self.compiled(self.state, self.frozen, self.batch)
+            first = first or {k: float(v) for k, v in values.items()}
+        return first, jax.device_get(self.state.nets["model"]["params"])
+
+
+def collectives(text: str) -> tuple[dict, int]:
+    """Kind -> bytes of its results on one device, and the number of all-reduces."""
+    found, reductions = {}, 0
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
+        size = sum(
+            BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n]))
+            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+            if kind in BYTES
+        )
+        found[kind] = found.get(kind, 0) + size
+        reductions += kind == "all-reduce"
+    return found, reductions
+
+
+def main():
+    found, oracle = {}, None
+    for name, options in CASES.items():
+        case = Case(**options)
+        arrays = jax.tree.leaves(case.state)
+        held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+        memory = case.compiled.memory_analysis()
+        moved, reductions = collectives(case.compiled.as_text())
+        prints = fingerprint.of(case.state.nets)[0]
+        kernels = jax.tree_util.tree_leaves_with_path(case.state.nets["model"]["params"])
+        tensor = [fingerprint.path_of(p) for p, x in kernels if "tensor" in x.sharding.spec]
+        types = sorted({str(x.dtype) for x in jax.tree.leaves(case.state)})
+        first, params = case.train()
+        oracle = oracle or params
+        parameters = sum(x.nbytes for x in jax.tree.leaves(params))
+        found[name] = {
+            "loss": first["model/loss"],
+            "grad_norm": first["model/grad_norm"],
+            "difference": _difference(params, oracle),
+            "held": held / sum(x.nbytes for x in arrays),
+            "donated": memory.alias_size_in_bytes,
+            "state_bytes": held,
+            "parameter_bytes": parameters,
+            "collectives": moved,
+            "reductions": reductions,
+            "fingerprint": prints,
+            "split_kernels": sorted(path.removesuffix("/Dense_0/kernel") for path in tensor),
+            "types": types,
+        }
+    found |= _remat() | _scan()
+    print(json.dumps(found))
+
+
+def _remat() -> dict:
+    """Temporaries of the step of eight layers on one device."""
+    found = {}
+    for name, policy in (("no remat", "none"), ("remat", "full")):
+        case = Case({"data": 1}, batch_size=64, depth=8, patch=1, scan=True, remat=policy)
+        size = case.compiled.memory_analysis().temp_size_in_bytes
+        found[name] = {"temporaries": size, "loss": case.train(1)[0]["model/loss"]}
+    return found
+
+
+def _scan() -> dict:
+    """The same weights, stacked: one step's parameters against those of separate layers."""
+    plain, scanned = Case({"data": 1}, depth=2), Case({"data": 1}, depth=2, scan=True)
+
+    def stack(params):
+        rest = {k: v for k, v in params.items() if not k.startswith(("blocks_", "kvs_"))}
+        for name in ("blocks", "kvs"):
+            layers = [params[f"{name}_{i}"] for i in range(2)]
+            rest[f"{name}_0"] = jax.tree.map(lambda *xs: np.stack(xs), *layers)
+        return rest
+
+    stacked = {"model": {"params": stack(jax.device_get(plain.state.nets["model"]["params"]))}}
+    nets = jax.device_put(stacked, scanned.layout.whole)
+    scanned.state = scanned.state._replace(nets=nets, ema={"model": nets["model"]["params"]})
+    scanned.state = jax.tree.map(jax.numpy.copy, scanned.state)
+    _, one = plain.train(1)
+    _, two = scanned.train(1)
+    return {"scan": {"difference": _difference(two, stack(one))}}
+
+
+def _difference(params, oracle) -> float:
+    """The largest difference, as a share of the largest weight."""
+    pairs = list(zip(jax.tree.leaves(params), jax.tree.leaves(oracle), strict=True))
+    return float(
+        max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs)
+    )
+
+
+if __name__ == "__main__":
+    main()

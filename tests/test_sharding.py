@@ -1,0 +1,136 @@
+"""Strategies on eight simulated devices: the same numbers, and only what was planned on each."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from t2i_jax import errors, sharding
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def found():
+    """What tests/on_eight_devices.py saw: case -> numbers."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.on_eight_devices"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+SPLIT = ("data", "pmap", "zero1", "fsdp", "data/2", "zero1/2", "fsdp/2", "tensor", "tensor fsdp")
+
+
+@pytest.mark.parametrize("case", SPLIT)
+def test_every_strategy_trains_as_one_device_does(found, case):
+    """First loss ≤ 1e-6, weights after three steps ≤ 1e-5 of the largest, as on one device."""
+    assert found[case]["loss"] == pytest.approx(found["one"]["loss"], rel=1e-6)
+    assert found[case]["grad_norm"] == pytest.approx(found["one"]["grad_norm"], rel=1e-5)
+    assert found[case]["difference"] <= 1e-5
+
+
+def test_each_device_holds_its_share(found):
+    assert found["data"]["held"] == 1
+    assert found["pmap"]["held"] == 1
+    assert found["zero1"]["held"] <= (1 + 3 / 8) / 4 + 0.02  # of weights, two moments, averages
+    assert found["fsdp"]["held"] <= 1 / 8 + 0.02
+    assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
+
+
+def test_what_is_donated_is_the_state(found):
+    for case in ("data", "pmap", "zero1", "fsdp"):
+        assert found[case]["donated"] == found[case]["state_bytes"]
+
+
+@pytest.mark.parametrize("case", ["data", "pmap", "zero1", "fsdp", "data/2", "zero1/2", "fsdp/2"])
+def test_gradients_are_reduced_once_a_step(found, case):
+    """With micro-batches, too: the bytes all-reduced are those of the parameters, and metrics."""
+    sums = found[case]["collectives"]
+    reduced = sums.get("all-reduce", 0) + sums.get("reduce-scatter", 0)
+    assert reduced <= found["one"]["parameter_bytes"] + 4096
+    assert reduced >= 0.99 * found["one"]["parameter_bytes"]
+
+
+@pytest.mark.parametrize("case", ["data", "pmap", "data/2"])
+def test_whole_parameters_need_no_gathering(found, case):
+    assert set(found[case]["collectives"]) == {"all-reduce"}
+    assert found[case]["reductions"] <= 2  # the gradients, and the examples' total weight
+
+
+def test_split_parameters_are_gathered_for_each_pass_and_nothing_else_moves(found):
+    moved = found["fsdp"]["collectives"]
+    assert set(moved) <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert moved["all-gather"] <= 2.1 * found["one"]["parameter_bytes"]
+    assert set(found["zero1"]["collectives"]) <= {"all-reduce", "reduce-scatter", "all-gather"}
+    assert found["zero1"]["collectives"]["all-gather"] <= 1.1 * found["one"]["parameter_bytes"]
+
+
+def test_the_tensor_axis_splits_heads_and_mlp_by_the_rules(found):
+    assert found["tensor"]["split_kernels"] == [
+        "blocks_0/cross_out",
+        "blocks_0/cross_query/q",
+        "blocks_0/mlp_gate",
+        "blocks_0/mlp_leave",
+        "blocks_0/mlp_up",
+        "blocks_0/out",
+        "blocks_0/picture/kv",
+        "blocks_0/query/q",
+        "kvs_0/kv",
+    ]
+    assert set(found["tensor"]["collectives"]) == {"all-reduce"}
+
+
+def test_remat_saves_memory_and_changes_nothing(found):
+    assert found["remat"]["temporaries"] <= 0.3 * found["no remat"]["temporaries"]
+    assert found["remat"]["loss"] == pytest.approx(found["no remat"]["loss"], rel=1e-6)
+
+
+def test_a_scan_over_layers_computes_what_the_layers_do(found):
+    assert found["scan"]["difference"] <= 1e-5
+
+
+def test_bfloat16_computes_and_float32_remembers(found):
+    assert found["bfloat16"]["types"] == ["float32", "int32"]
+    assert found["bfloat16"]["loss"] == pytest.approx(found["one"]["loss"], rel=2e-2)
+
+
+def test_arrays_that_do_not_divide_stay_whole():
+    layout = sharding.Layout({"data": 1})
+    layout.mesh = types.SimpleNamespace(shape={"data": 8}, axis_names=("data",))
+    spec = lambda *shape: tuple(layout._spec("nets/model/params/w", shape, True))
+    assert spec(24, 7) == ("data", None)
+    assert spec(24, 128) == (None, "data")  # the largest axis that divides
+    assert spec(7, 9) == (None, None)
+    assert spec() == ()
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(errors.ConfigError, match="did you mean 'fsdp'"):
+        sharding.Layout({"data": -1}, "fspd")
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_those_that_would():
+    layout = sharding.Layout({"data": 1})
+    layout.parts = 8  # as if eight devices were there
+    with pytest.raises(errors.ConfigError, match=r"use one of \[16, 32\]"):
+        layout.check_batch(20, 2)
+    layout.check_batch(32, 2)
+
+
+def test_all_noise_is_the_same_on_any_mesh(found):
+    """Initial nets are the same to the bit (jax-ml/jax#40232)."""
+    prints = {case: found[case]["fingerprint"] for case in ("one", "data", "zero1", "fsdp")}
+    assert len(set(map(str, prints.values()))) == 1
+    assert np.isfinite(found["one"]["loss"])
