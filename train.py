@@ -14,11 +14,13 @@ RESTART = flags.DEFINE_bool(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print sizes and memory, write nothing.")
 
+PROCESSES = cli.process_flags()
+
 
 def main():
     from t2i_jax import loop
 
-    distributed.start()
+    distributed.start(**cli.given(PROCESSES))
     loop.train(CONFIG.value, WORKDIR.value, dry_run=DRY_RUN.value, restart=RESTART.value)
 
 

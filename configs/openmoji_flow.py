@@ -12,6 +12,8 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     config.data = dict(source="openmoji")
     config.text_length = 24
+    config.steps = 4000
+    config.ema = dict(model=0.999)
     config.evaluators = {}
     config.prompts = (
         "red heart",

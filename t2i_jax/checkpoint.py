@@ -15,9 +15,8 @@ import shutil
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
-from t2i_jax import errors, failpoints, fingerprint, images
+from t2i_jax import distributed, errors, failpoints, fingerprint, images
 from t2i_jax.step import State
 
 FORMAT = 2
@@ -358,8 +357,7 @@ class Checkpoints:
             number += 1
         if jax.process_index() == 0:
             path.rename(name)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"{step}.{suffix}")
+        distributed.barrier(f"{step}.{suffix}")
         return name.name
 
     def _attempts(self) -> dict:

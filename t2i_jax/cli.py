@@ -8,7 +8,7 @@ import threading
 
 from absl import flags, logging
 
-from t2i_jax import errors
+from t2i_jax import distributed, errors
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 
@@ -24,6 +24,22 @@ def sampling_flags() -> dict:
         "top_k": flags.DEFINE_integer("top_k", None, "Token models."),
         "top_p": flags.DEFINE_float("top_p", None, "Token models."),
         "truncation": flags.DEFINE_float("truncation", None, "GANs."),
+    }
+
+
+def process_flags() -> dict:
+    """Flags of `distributed.start`."""
+    return {
+        "distributed": flags.DEFINE_bool(
+            "distributed", None, "Join the others of a TPU pod slice, SLURM or Open MPI job."
+        ),
+        "coordinator": flags.DEFINE_string("coordinator", None, "host:port of process 0."),
+        "num_processes": flags.DEFINE_integer("num_processes", None, "Processes in all."),
+        "process_id": flags.DEFINE_integer("process_id", None, "This process's number, from 0."),
+        "join_timeout": flags.DEFINE_integer("join_timeout", None, "Seconds to wait for all."),
+        "heartbeat_timeout": flags.DEFINE_integer(
+            "heartbeat_timeout", None, "Seconds of silence after which a process counts as dead."
+        ),
     }
 
 
@@ -119,4 +135,4 @@ def _flag_of(message: str, argv) -> str:
 
 def _fail(text: str, code: int) -> None:
     print(f"t2i_jax: {text}", file=sys.stderr)
-    sys.exit(code)
+    distributed.leave(code)

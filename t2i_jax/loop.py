@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 import t2i_jax
 from t2i_jax import (
     checkpoint,
+    distributed,
     errors,
     failpoints,
     images,
@@ -142,6 +143,7 @@ class Run:
             encode = functools.partial(self.predictor.run, config.cache, self.frozen)
             self.batches.extra = cache.precompute(encode, self.source, self.predictor.tokenize)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
+        distributed.barrier("workdir")
         if jax.process_index() == 0:
             folder.describe(workdir, config)
         self.layout.report(self._shapes)
