@@ -9,33 +9,25 @@ import time
 
 from tests.faults.lab import assert_error, assert_same, prints, row, rows, steps
 
-TWO = 2
+INTERVAL = 4  # steps between two saves
 
 
 @row("P1", "SIGKILL at random moments: every loss and the last state equal an uninterrupted run's")
 def p1(lab):
-    rng, folder, kills, moved = random.Random(1), lab.folder(), 20 if lab.long else 3, 0
-    most = 0
+    rng, folder, kills, most = random.Random(1), lab.folder(), 20 if lab.long else 3, 0
     for _ in range(kills):
         process = lab.start(folder)
         if rng.random() < 0.25:
             time.sleep(rng.uniform(0.5, 6))  # while it starts
         else:
             lab.wait_for(process, "compiled in")
-            time.sleep(rng.uniform(0, 1.0))
-        before = (
-            rows(folder)[-1]["step"]
-            if (folder / "metrics.jsonl").exists() and rows_of(folder)
-            else 0
-        )
+            time.sleep(rng.uniform(0, 0.6))
         process.send_signal(signal.SIGKILL)
         process.wait()
         reached = max([r["step"] for r in rows_of(folder)], default=0)
-        kept = max(steps(folder), default=0)
-        most = max(most, reached - kept)
-        moved += reached > before
-    ended = lab.finish(folder)
-    assert "resuming" in ended.log or kills == 0
+        most = max(most, reached - max(steps(folder), default=0))
+    lab.finish(folder)
+    assert most <= 2 * INTERVAL  # an interval, and the steps while the last save was in flight
     return f"{kills} kills, at most {most} steps done again"
 
 
@@ -148,9 +140,7 @@ def port() -> int:
         return s.getsockname()[1]
 
 
-def together(
-    lab, folder, *flags, count=TWO, failpoints=None, devices=1, heartbeat=10, address=None
-):
+def together(lab, folder, *flags, count=2, failpoints=None, devices=1, heartbeat=10, address=None):
     """Starts that many processes as one program."""
     address = address or f"127.0.0.1:{port()}"
     common = (f"--coordinator={address}", f"--num_processes={count}", *flags)
