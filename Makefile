@@ -25,6 +25,7 @@ test: venv
 	$(PY) -m pytest tests
 
 faults: venv
+	$(PY) -m pytest tests -m slow
 	$(PY) -m tests.faults --long
 
 lint: venv

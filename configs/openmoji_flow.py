@@ -14,6 +14,7 @@ def get_config(arg=None):
     config.text_length = 24
     config.steps = 4000
     config.ema = dict(model=0.999)
+    config.sample.guidance = 2.0
     config.evaluators = {}
     config.prompts = (
         "red heart",

@@ -11,6 +11,10 @@ def lab(tmp_path_factory):
     return Lab(tmp_path_factory.mktemp("faults"))
 
 
+@pytest.mark.filterwarnings(  # TensorStore's threads on a full disk
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning",
+)
 @pytest.mark.parametrize("row", [r for r in ROWS if not r.long], ids=lambda r: r.id)
 def test_survives(lab, row):
     text = row.run(lab)

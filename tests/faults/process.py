@@ -295,7 +295,7 @@ def t1(lab):
     return f"losses within {first:.0e} at first, {worst:.0e} in the end"
 
 
-@row("N1", "a number that is not finite on one device: the step is dropped on all alike")
+@row("N1", "a number that is not finite on one device: the step is dropped on all alike", long=True)
 def n1(lab):
     folder = lab.folder()
     ended = lab.run(
@@ -351,7 +351,7 @@ def n4(lab):
     assert rate(ours) == rate(theirs)
 
 
-@row("B1", "after any number of kills metrics have exactly one row a step")
+@row("B1", "after any number of kills metrics have exactly one row a step", long=True)
 def b1(lab):
     folder = lab.folder()
     for point in ("step.before:7=kill", "step.before:12=kill", "save.started:16=kill"):
