@@ -372,7 +372,9 @@ def fill(disk, leave=40_000):
 
 
 @row(
-    "C1", "disk full while saving: older checkpoints stay, training goes on, three failures end it"
+    "C1",
+    "disk full while saving: older checkpoints stay, training goes on, three failures end it",
+    long=True,
 )
 def c1(lab):
     with small_disk(lab, 2.5) as disk:
