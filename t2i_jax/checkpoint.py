@@ -2,12 +2,13 @@
 
 <workdir>/checkpoints/<updates done>/{params,ema,opt,meta} are Orbax's; manifest.json, written last,
 holds the fingerprint of every array and the size of every file. A folder without a manifest is no
-checkpoint. A damaged one is renamed to <step>.corrupt, never deleted.
+checkpoint and is renamed to <step>.unfinished. A damaged one is renamed to <step>.corrupt.
 """
 
 import concurrent.futures
 import contextlib
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -50,7 +51,7 @@ class Checkpoints:
             raise errors.ConfigError(
                 "the run has no checkpoints", where=str(self._folder), fix="train it first"
             )
-        self._keep, self._guard, self._failures, self._last = keep, guard, 0, None
+        self._keep, self._guard, self._failures = keep, guard, 0
         self._orbax = None
         if create:
             if jax.process_index() == 0:
@@ -317,7 +318,10 @@ class Checkpoints:
             *(step, self._failures, FAILURES, _first_line(e), free),
         )
         with contextlib.suppress(OSError):
-            self._sweep()
+            if jax.process_index() == 0:
+                if not (self._folder / str(step) / MANIFEST).is_file():
+                    shutil.rmtree(self._folder / str(step), ignore_errors=True)  # it takes room
+                self._sweep()
         if self._failures >= FAILURES:
             raise self._unwritable(_first_line(e)) from e
 
@@ -331,10 +335,12 @@ class Checkpoints:
         )
 
     def _sweep(self) -> None:
-        """Removes what unfinished saves left."""
-        for path in self._folder.iterdir():
-            unfinished = path.name.isdecimal() and not (path / MANIFEST).is_file()
-            if ".orbax-checkpoint-tmp" in path.name or unfinished or path.suffix == ".removed":
+        """Removes what unfinished saves left, but whole folders without a manifest."""
+        for path in list(self._folder.iterdir()):
+            stray = path.name.isdecimal() and not (path / MANIFEST).is_file()
+            if stray and path.is_dir() and not path.is_symlink():  # another format's, perhaps
+                path.rename(_free_name(path, "unfinished"))
+            elif ".orbax-checkpoint-tmp" in path.name or stray or path.suffix == ".removed":
                 self._remove(path)
 
     def _remove(self, path: pathlib.Path) -> None:
@@ -352,9 +358,8 @@ class Checkpoints:
         logging.warning("checkpoint %d is damaged and set aside as %s: %s", step, name, e)
 
     def _rename(self, step: int, suffix: str) -> str:
-        path, number = self._folder / str(step), 0
-        while (name := path.with_name(f"{step}{f'-{number}' if number else ''}.{suffix}")).exists():
-            number += 1
+        path = self._folder / str(step)
+        name = _free_name(path, suffix)
         if jax.process_index() == 0:
             path.rename(name)
         distributed.barrier(f"{step}.{suffix}")
@@ -371,6 +376,12 @@ class Checkpoints:
         path = self._folder / "attempts.json"
         if jax.process_index() == 0 and (attempts or path.exists()):
             images.write_whole(path, json.dumps(attempts).encode())
+
+
+def _free_name(path: pathlib.Path, suffix: str) -> pathlib.Path:
+    """<name>.suffix beside it, or <name>-1.suffix, …: one that is not taken."""
+    numbered = (f"{path.name}{f'-{n}' if n else ''}.{suffix}" for n in itertools.count())
+    return next(p for p in map(path.with_name, numbered) if not p.exists())
 
 
 def _items(state: State) -> dict:

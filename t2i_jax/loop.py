@@ -125,15 +125,15 @@ class Run:
         self._example = weights.abstract_batch(config)
         self._shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
         self._placed = self.layout.state(self._shapes)
-        make_update = functools.partial(
-            *(step.make_update, family, self.optimisers),
+        update = step.make_update(
+            *(family, self.optimisers),
             ema=dict(config.ema),
             seed=config.seed,
             accumulate=config.accumulate,
             layout=self.layout,
         )
         self.update = jax.jit(
-            make_update(), donate_argnums=0, out_shardings=(self._placed, self.layout.whole)
+            update, donate_argnums=0, out_shardings=(self._placed, self.layout.whole)
         )
 
     def train(self, interrupt, guard, restart: bool) -> dict:

@@ -24,7 +24,8 @@ class Writer:
     """
 
     def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
-        self._workdir, self._first = workdir, jax.process_index() == 0
+        self._workdir, self._start = workdir, start
+        self._first = jax.process_index() == 0
         if self._first:
             for name in ("metrics", "events"):
                 _cut(workdir / f"{name}.jsonl", start)
@@ -65,9 +66,7 @@ class Writer:
 
     def before(self, count: int) -> list[dict]:
         """The newest rows that earlier starts left, at most `count`."""
-        path = self._workdir / "metrics.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines[-count:]]
+        return [row for row, _ in _whole(self._workdir / "metrics.jsonl", self._start)][-count:]
 
     def _append(self, name: str, rows) -> None:
         """Appends whole lines, or none and keeps them for the next time."""
@@ -131,18 +130,21 @@ def quarantine(workdir: pathlib.Path) -> pathlib.Path:
     return workdir / f"quarantine{f'.{number}' if number else ''}.jsonl"
 
 
-def _cut(path: pathlib.Path, start: int) -> None:
-    """Drops rows after step `start` and a half-written last line."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+def _whole(path: pathlib.Path, start: int):
+    """(row, its line) of a file's rows up to step `start`, without a half-written one."""
+    for line in path.read_text().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
         if row["step"] <= start:
-            kept.append(line + "\n")
+            yield row, line + "\n"
+
+
+def _cut(path: pathlib.Path, start: int) -> None:
+    """Drops rows after step `start` and a half-written last line."""
+    if not path.exists():
+        return
     temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(line for _, line in _whole(path, start)))
     temporary.replace(path)
