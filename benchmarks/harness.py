@@ -19,12 +19,15 @@ QUIET = 5.0  # per cent of a core that others may use
 
 
 def serve(ready: dict, run) -> None:
-    """The arm's side: says what it has, then times `run()` once for every line on its input."""
+    """The arm's side: says what it has, then times `run()` once for every line on its input.
+
+    A `run` that returns seconds has timed itself.
+    """
     print(json.dumps(ready), flush=True)
     for _ in sys.stdin:
         started = time.perf_counter()
-        run()
-        print(json.dumps(time.perf_counter() - started), flush=True)
+        seconds = run()
+        print(json.dumps(seconds or time.perf_counter() - started), flush=True)
 
 
 def environment() -> dict:
@@ -85,9 +88,9 @@ def parity(ours: pathlib.Path, peer: pathlib.Path, tolerance: float = 1e-4) -> f
     return worst
 
 
-def compare(name: str, ours: Arm, peer: Arm, parity: float, *, images: int) -> dict:
-    """Rounds of `images` pictures in turns; prints and returns images per core-second and their
-    ratio.
+def compare(name: str, ours: Arm, peer: Arm, parity: float, *, amount: float) -> dict:
+    """Rounds of `amount` pictures (or megabytes) in turns; prints and returns how many each arm
+    does in a core-second, and their ratio.
 
     A ratio above 1 means that ours is faster; `ratio_low` is its bootstrapped lower 95 % bound.
     """
@@ -98,8 +101,8 @@ def compare(name: str, ours: Arm, peer: Arm, parity: float, *, images: int) -> d
     medians = np.median(rng.choice(ratios, (10_000, ROUNDS)), axis=1)
     result = {
         "name": name,
-        "ours": round(images / THREADS / float(np.median(times[:, 0])), 2),
-        "peer": round(images / THREADS / float(np.median(times[:, 1])), 2),
+        "ours": round(amount / THREADS / float(np.median(times[:, 0])), 2),
+        "peer": round(amount / THREADS / float(np.median(times[:, 1])), 2),
         "ratio": round(float(np.median(ratios)), 3),
         "ratio_low": round(float(np.quantile(medians, 0.05)), 3),
         "spread": round(float(np.ptp(times[:, 0]) / np.median(times[:, 0])), 3),

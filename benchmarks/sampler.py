@@ -99,7 +99,7 @@ def main() -> None:
                     a = harness.Arm("benchmarks.sampler", "ours", case, str(batch), name)
                     b = harness.Arm("benchmarks.sampler", kind, case, str(batch), name)
                     same = harness.parity(folder / "ours.npz", folder / "peer.npz")
-                    harness.compare(f"sampler/{case}/batch{batch}/{kind}", a, b, same, images=batch)
+                    harness.compare(f"sampler/{case}/batch{batch}/{kind}", a, b, same, amount=batch)
                     a.close()
                     b.close()
 

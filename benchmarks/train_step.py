@@ -99,7 +99,7 @@ def main() -> None:
                 b = harness.Arm("benchmarks.train_step", kind, case, name)
                 same = harness.parity(folder / "ours.npz", folder / "peer.npz")
                 images = BATCH * STEPS_A_ROUND
-                harness.compare(f"train_step/{case}/{kind}", a, b, same, images=images)
+                harness.compare(f"train_step/{case}/{kind}", a, b, same, amount=images)
                 a.close()
                 b.close()
 

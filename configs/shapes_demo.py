@@ -7,7 +7,7 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
     config = shapes_flow.get_config()
     config.data.size = 8192
-    config.steps, config.batch_size = 2900, 32
+    config.steps, config.batch_size = 3150, 32
     config.model.depth = 1  # half the time of an example, and twice the examples
     config.optim.model.stable = 0.75  # so short a run cannot afford a long decay
     config.sample_every, config.eval_every = 0, 0

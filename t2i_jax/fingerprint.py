@@ -43,12 +43,16 @@ def _sums(leaves):
 
 def _sum(x):
     """The two sums, and whether all of x is finite."""
-    finite = jnp.isfinite(x).all() if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.bool_(True)
     bits = _bits(x)
     weight = _hash(_places(bits.shape))
-    first = jnp.sum((bits ^ weight) * np.uint32(0xC2B2AE35), dtype=jnp.uint32)
-    second = jnp.sum(bits * (weight | np.uint32(1)), dtype=jnp.uint32)
-    return first, second, finite
+    parts = [(bits ^ weight) * np.uint32(0xC2B2AE35), bits * (weight | np.uint32(1))]
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        parts.append(jnp.where(jnp.isfinite(x), np.uint32(0), np.uint32(1)))
+    # Row by row first: XLA:CPU sums to a single number on one core only.
+    rows = [jnp.sum(part, -1, dtype=jnp.uint32) if part.ndim else part for part in parts]
+    rows = jax.lax.optimization_barrier(rows)
+    first, second, *bad = [jnp.sum(row, dtype=jnp.uint32) for row in rows]
+    return first, second, bad[0] == 0 if bad else jnp.bool_(True)
 
 
 def _bits(x):

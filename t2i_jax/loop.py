@@ -20,6 +20,7 @@ from t2i_jax import (
     distributed,
     errors,
     failpoints,
+    fingerprint,
     images,
     metrics,
     optim,
@@ -46,7 +47,6 @@ def train(
     config: ml_collections.ConfigDict,
     workdir,
     *,
-    dry_run: bool = False,
     restart: bool = False,
 ) -> dict:
     """Trains what the config says in `workdir`, going on from its newest sound checkpoint.
@@ -54,7 +54,6 @@ def train(
     Returns the last step's metrics. Everything is checked before anything is written or compiled.
 
     Args:
-      dry_run: compile, print what the step needs, write nothing.
       restart: set this workdir's checkpoints aside and begin again.
     Raises:
       ConfigError, DataError, StorageError: see each message for the fix.
@@ -63,8 +62,6 @@ def train(
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     run = Run(config, pathlib.Path(workdir))
-    if dry_run:
-        return run.dry()
     with Interrupt() as interrupt:
         run.predictor.poll = interrupt.poll
         main = jax.process_index() == 0
@@ -83,12 +80,15 @@ def train(
 
 
 class Run:
-    """One start of one experiment: all that a config describes, checked and bound together."""
+    """One start of one experiment: all that a config describes, checked and bound together.
 
-    def __init__(self, config, workdir: pathlib.Path):
+    `devices` (default: all there are) may be those of another machine, to compile for.
+    """
+
+    def __init__(self, config, workdir: pathlib.Path, devices=None):
         check(config)
         self.config, self.workdir = config, workdir
-        self.layout = sharding.Layout(config.mesh, config.strategy)
+        self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
         self.layout.check_batch(config.batch_size, config.accumulate)
         self.predictor = pipeline.Predictor(config, layout=self.layout)
         family = self.predictor.objective
@@ -105,7 +105,7 @@ class Run:
             for name, spec in config.optim.items()
         }
         self.source = make_source(config)
-        folder.check_same_run(workdir, config, self.source.fingerprint)
+        self._changed = folder.check_same_run(workdir, config, self.source.fingerprint)
         self.hooks = Hooks(self.predictor, workdir)
         self.batches = loader.Loader(
             self.source,
@@ -118,13 +118,12 @@ class Run:
             process_count=jax.process_count(),
             bad_budget=config.bad_budget,
         )
-        frozen = weights.frozen(family, config)
-        self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
+        self.frozen = weights.frozen(family, config)  # `train` places them
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(config)
-        self._shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
-        self._placed = self.layout.state(self._shapes)
+        self.shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
+        self._placed = self.layout.state(self.shapes)
         update = step.make_update(
             *(family, self.optimisers),
             ema=dict(config.ema),
@@ -139,6 +138,7 @@ class Run:
     def train(self, interrupt, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
         config, workdir = self.config, self.workdir
+        self.frozen = jax.device_put(self.frozen, self.layout.nets(self.frozen))
         if config.cache:
             encode = functools.partial(self.predictor.run, config.cache, self.frozen)
             self.batches.extra = cache.precompute(encode, self.source, self.predictor.tokenize)
@@ -146,7 +146,9 @@ class Run:
         distributed.barrier("workdir")
         if jax.process_index() == 0:
             folder.describe(workdir, config)
-        self.layout.report(self._shapes)
+        if self._changed:
+            logging.info("the config changed: %s", "; ".join(self._changed))
+        self.layout.report(self.shapes)
         if restart:
             checkpoints.set_all_aside()
         with watchdog.phase("restore"):
@@ -211,29 +213,15 @@ class Run:
         logging.info("done: %d steps in %s", n, workdir)
         return row
 
-    def dry(self) -> dict:
-        """Compiles the step as training runs it and says what it needs; writes nothing."""
-        config = self.config
+    def trace(self):
+        """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
         batch = self._example
-        if config.cache:
-            encode = self.predictor.objective.predict[config.cache]
+        if self.config.cache:
+            encode = self.predictor.objective.predict[self.config.cache]
             batch |= jax.eval_shape(lambda n, b: cache.arrays(encode(n, b)), self.frozen, batch)
-        batch = _on(batch, jax.tree.map(lambda _: self.layout.batch, batch))
-        state = _on(self._shapes, self._placed)
-        compiled = self.update.lower(state, self.frozen, batch).compile()
-        memory = compiled.memory_analysis()
-        size = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-        found = {f"parameters/{name}": size(net["params"]) for name, net in state.nets.items()}
-        found |= {f"frozen/{name}": size(net) for name, net in self.frozen.items()}
-        found |= {
-            "devices": self.layout.mesh.size,
-            "state_bytes": memory.alias_size_in_bytes,
-            "argument_bytes": memory.argument_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
-        }
-        for name, value in found.items():
-            print(f"{name:24} {value:>16,}")
-        return found
+        batch = sharding.on(batch, jax.tree.map(lambda _: self.layout.batch, batch))
+        frozen = sharding.on(self.frozen, self.layout.nets(self.frozen))
+        return self.update.trace(sharding.on(self.shapes, self._placed), frozen, batch)
 
     def _first_state(self, checkpoints):
         """A state, its step, and whether that step's hooks have run.
@@ -242,7 +230,7 @@ class Run:
         """
         config, key = self.config, jax.random.key(self.config.seed)
         failpoints.hit("restore.before")
-        target = _on(self._shapes, self._placed)
+        target = sharding.on(self.shapes, self._placed)
         if found := checkpoints.restore_newest(target):
             state, start = found
             logging.info("resuming %s after %d steps", self.workdir, start)
@@ -253,7 +241,7 @@ class Run:
             return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
         logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
         source = weights.locate(config.init_from)
-        nets, _ = weights.load_trained(source, self._shapes.nets, step=None)
+        nets, _ = weights.load_trained(source, self.shapes.nets, step=None)
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
         return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
 
@@ -262,17 +250,23 @@ class Run:
         rows = writer.flush()
         for row in rows:
             if skips.over(row):
-                self._give_up(row["step"], skips)
+                self._give_up(row, skips)
         return rows[-1] if rows else {}
 
-    def _give_up(self, n: int, skips):
+    def _give_up(self, row, skips):
         """Ends the run; leaves behind which examples and which arrays were not finite."""
+        n, arrays = row["step"], []
         records = [int(i) for i in self.batches.batch(n - 1).records]
-        found = {"step": n, "records": records, "skipped": skips.steps[-10:]}
+        for name, net in self.shapes.nets.items():
+            if (place := row[f"{name}/{step.FAULTY}"]) >= 0:
+                path, _ = jax.tree_util.tree_leaves_with_path(net["params"])[place]
+                arrays.append(f"{name}/params/{fingerprint.path_of(path)}")
+        found = {"step": n, "records": records, "arrays": arrays, "skipped": skips.steps[-10:]}
         if jax.process_index() == 0:
             images.write_whole(self.workdir / "nonfinite.json", json.dumps(found).encode())
         raise errors.NonFiniteError(
-            f"{len(skips.steps)} of the last thousand steps were not finite, the last with records "
+            f"{len(skips.steps)} of the last thousand steps were not finite, the last in the "
+            f"gradient of {arrays or 'none, but in the loss'} with records "
             f"{records[:8]}{' …' if len(records) > 8 else ''}",
             where=f"step {n}",
             fix="see nonfinite.json; lower the learning rate or clip the gradient "
@@ -426,13 +420,6 @@ def _compile(update, state, frozen, arrays):
     compiled = update.lower(state, frozen, arrays).compile()
     logging.info("compiled in %.1f s", time.perf_counter() - started)
     return compiled
-
-
-def _on(shapes, shardings):
-    """Shapes that know where they lie."""
-    return jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
-    )
 
 
 def _quarantine(workdir, n, slot, record, reason) -> None:

@@ -55,12 +55,14 @@ class Predictor:
                 options[option] = _as(options[option], option, value, f"{prefix}{option}")
         return options
 
-    def trace(self, name: str) -> None:
-        """Traces a prediction with the config's options: what it refuses, it refuses here."""
-        nets = weights.abstract_nets(self.objective, self.config)
-        fn = functools.partial(self.objective.predict[name], **self.check(name))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        jax.eval_shape(fn, nets, weights.abstract_batch(self.config), key)
+    def trace(self, name: str, nets=None, batch=None, **options):
+        """A prediction's program, traced: what the config's options refuse, it refuses here.
+
+        nets, batch: shapes, perhaps with shardings; by default the config's.
+        """
+        nets = nets or weights.abstract_nets(self.objective, self.config)
+        fn, arrays = self._bind(name, options)
+        return fn.trace(nets, batch or weights.abstract_batch(self.config), np.uint32(0), arrays)
 
     def evaluator(self, name: str, **options):
         """`run(nets, step) -> dict` of t2i_jax/evaluators/<name>.py, its options checked."""
@@ -72,11 +74,15 @@ class Predictor:
     def run(self, name: str, nets, batch, *, seed: int = 0, **options):
         """One prediction on one batch of numpy arrays -> pytree of device arrays."""
         self.poll()
+        fn, arrays = self._bind(name, options)
+        return fn(nets, batch, np.uint32(seed), arrays)
+
+    def _bind(self, name, options):
+        """A prediction's jitted program and the options that are its arguments."""
         options = self.check(name, **options)
         static = {k: v for k, v in options.items() if isinstance(v, int | str)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
-        fn = self._compiled(name, tuple(sorted(static.items())))
-        return fn(nets, batch, np.uint32(seed), arrays)
+        return self._compiled(name, tuple(sorted(static.items()))), arrays
 
     def _compile(self, name, static):
         fn, layout = self.objective.predict[name], self._layout

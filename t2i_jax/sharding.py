@@ -14,9 +14,12 @@ split over all other axes.
 import functools
 import math
 import re
+from typing import Any
 
 import jax
 from absl import logging
+from flax import struct
+from flax.core import meta
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -25,7 +28,7 @@ from t2i_jax.fingerprint import path_of
 
 STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
-GATHERED = "gathered"  # the name under which checkpoint policies know parameters made whole
+GATHERED = "gathered"  # the name under which remat policies know parameters made whole
 
 # A parameter's path and which of its last axes the tensor axis splits: columns of what enters heads
 # and MLPs, rows of what leaves them.
@@ -113,18 +116,18 @@ class Layout:
         if whole:
             logging.info("%d arrays do not divide and stay whole: %s", len(whole), whole[:5])
 
-    def gather(self, nets):
-        """Nets as a loss computes with them: whole but for the tensor axis.
+    def gather(self, nets, *, at_use: bool = True):
+        """Nets as a program computes with them: whole but for the tensor axis.
 
-        The gradient flows back into the shards. Gathered values carry the name GATHERED, so that
-        `step` has them gathered again for the backward pass instead of kept.
+        A split parameter is gathered where a module reads it, so that only those at work are whole,
+        and again in a backward pass that rematerialises. The gradient flows back into the shards.
+        With `at_use` false all are gathered at once, for code that splits batches by hand.
         """
         if self.strategy != "fsdp":
             return nets
-        there, back = self._tree(nets, split=False), self.nets(nets)
-        return jax.tree.map(
-            lambda x, a, b: checkpoint_name(_move(a, b, x), GATHERED), nets, there, back
-        )
+        box = lambda x, there, back: Split(x, there, back)
+        boxes = jax.tree.map(box, nets, self._tree(nets, split=False), self.nets(nets))
+        return boxes if at_use else meta.unbox(boxes)
 
     def scatter(self, net: str, grads):
         """One net's gradients as its optimiser's state lies."""
@@ -166,6 +169,41 @@ class Layout:
                     axes[i] = over
                     break
         return PartitionSpec(*axes)
+
+
+def on(shapes, shardings):
+    """Shapes that know where they lie."""
+    return jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
+    )
+
+
+@struct.dataclass
+class Split(meta.AxisMetadata):
+    """A split parameter in its place in a net's variables; Linen unboxes it when a module reads it.
+
+    there: how it lies while it is read.   back: how it and its gradient lie otherwise.
+    """
+
+    value: Any
+    there: NamedSharding = struct.field(pytree_node=False)
+    back: NamedSharding = struct.field(pytree_node=False)
+
+    def unbox(self):
+        return checkpoint_name(_move(self.there, self.back, self.value), GATHERED)
+
+    def replace_boxed(self, val):
+        return self.replace(value=val)
+
+    def add_axis(self, index, params):
+        return self._with_specs(lambda spec: (*spec[:index], None, *spec[index:]))
+
+    def remove_axis(self, index, params):
+        return self._with_specs(lambda spec: (*spec[:index], *spec[index + 1 :]))
+
+    def _with_specs(self, change):
+        moved = lambda s: NamedSharding(s.mesh, PartitionSpec(*change(tuple(s.spec))))
+        return self.replace(there=moved(self.there), back=moved(self.back))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

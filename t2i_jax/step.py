@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec
 from t2i_jax import optim, sharding
 from t2i_jax.objective import Aux, Objective
 
+FAULTY = "nonfinite_array"
+
 
 class State(NamedTuple):
     """All that a step changes; with config and data it determines the rest of the run.
@@ -51,7 +53,8 @@ def make_update(
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
     fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
-    changes nothing but the step number and `skipped`; metrics say so.
+    changes nothing but the step number and `skipped`; metrics say so, and under "<net>/FAULTY"
+    which array of a net's gradient was the first, in the order of its leaves (−1: none).
 
     `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
     the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples
@@ -72,8 +75,10 @@ def make_update(
             for name, changed in aux.mutated.items():
                 nets[name] = {**nets[name], **changed}
             for name in loss.nets:
-                norm = optax.tree.norm(grads[name])
+                squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[name])]
+                norm = jnp.sqrt(sum(squares))
                 finite &= jnp.isfinite(norm) & jnp.isfinite(value)
+                metrics[f"{name}/{FAULTY}"] = _first(~jnp.isfinite(jnp.stack(squares)))
                 params = nets[name]["params"]
                 updates, opt[name] = optimisers[name].update(
                     layout.scatter(name, grads[name]), opt[name], params, state.step
@@ -104,9 +109,6 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
             seen = {**nets, **{name: {**nets[name], "params": params[name]} for name in params}}
             return loss.fn(gather(seen), batch, key, step)
 
-        if layout.strategy == "fsdp":  # gather parameters again in the backward pass
-            policy = jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED)
-            scalar = jax.checkpoint(scalar, policy=policy)
         params = {name: nets[name]["params"] for name in loss.nets}
         return jax.value_and_grad(scalar, has_aux=True)(params, nets)
 
@@ -138,13 +140,18 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
             axis_names=set(layout.batch_axes),
             check_vma=False,  # gradients stay each device's own until the one sum
         )
-        (value, metrics, grads), mutated = fn(layout.gather(nets), batch)
+        (value, metrics, grads), mutated = fn(layout.gather(nets, at_use=False), batch)
     elif accumulate > 1:
         (value, metrics, grads), mutated = summed(nets, batch, batch["weight"].sum())
     else:
         (value, aux), grads = value_and_grad(nets, batch, layout.gather)
         return value, aux, grads
     return value, Aux(metrics, mutated), grads
+
+
+def _first(found_N):
+    """The place of the first True, or −1."""
+    return jnp.where(found_N.any(), jnp.argmax(found_N), -1).astype(jnp.int32)
 
 
 def _mean(x, axes):

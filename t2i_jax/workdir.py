@@ -63,11 +63,13 @@ def describe(path: pathlib.Path, config) -> None:
     logger.addHandler(handler)
 
 
-def check_same_run(path: pathlib.Path, config, data: str) -> None:
+def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
     """Refuses a folder that holds an exported model, or a run with another config or data.
 
     Args:
       data: the data source's fingerprint.
+    Returns:
+      What differs from the run there and may.
     Raises:
       ConfigError: a table of what differs; nothing is written.
     """
@@ -76,7 +78,7 @@ def check_same_run(path: pathlib.Path, config, data: str) -> None:
             "an exported model lies there", where=str(path), fix="use a new --workdir"
         )
     if not (path / "config.json").exists() or not (path / "checkpoints").is_dir():
-        return
+        return []
     before, now = flat(weights.read_config(path)), flat(config)
     differences, allowed = [], []
     for key in sorted(before.keys() | now.keys()):
@@ -89,8 +91,6 @@ def check_same_run(path: pathlib.Path, config, data: str) -> None:
             where=str(path),
             fix="use a new --workdir (with --config.init_from to start from this run)",
         )
-    if allowed:
-        logging.info("the config changed: %s", "; ".join(allowed))
     checkpoints = checkpoint.Checkpoints(path, create=False)
     for step in reversed(checkpoints.steps()):
         try:
@@ -103,7 +103,8 @@ def check_same_run(path: pathlib.Path, config, data: str) -> None:
                 where=str(path),
                 fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
             )
-        return
+        break
+    return allowed
 
 
 def _free(key: str) -> bool:

@@ -5,14 +5,13 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.on_eight_devi
 
 import functools
 import json
-import re
 import sys
 
 import jax
 import numpy as np
 
 from configs import shapes_transformer
-from t2i_jax import fingerprint, objective, optim, sharding, step, weights
+from t2i_jax import fingerprint, objective, optim, plan, sharding, step, weights
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -30,7 +29,6 @@ LONG = {
     "tensor fsdp": dict(mesh={"data": 4, "tensor": 2}, strategy="fsdp"),
     "bfloat16": dict(mesh={"data": 1}, dtype="bfloat16"),
 }
-BYTES = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "f16": 2, "pred": 1, "u8": 1, "f64": 8}
 
 
 class Case:
@@ -81,21 +79,6 @@ class Case:
         return first, jax.device_get(self.state.nets["model"]["params"])
 
 
-def collectives(text: str) -> tuple[dict, int]:
-    """Kind -> bytes of its results on one device, and the number of all-reduces."""
-    found, reductions = {}, 0
-    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    for result, kind in re.findall(rf" = (.*?) ({kinds})(?:-start)?\(", text):
-        size = sum(
-            BYTES[kind] * int(np.prod([int(n) for n in dims.split(",") if n]))
-            for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
-            if kind in BYTES
-        )
-        found[kind] = found.get(kind, 0) + size
-        reductions += kind == "all-reduce"
-    return found, reductions
-
-
 def main():
     found, oracle = {}, None
     long = "--long" in sys.argv
@@ -104,7 +87,7 @@ def main():
         arrays = jax.tree.leaves(case.state)
         held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         memory = case.compiled.memory_analysis()
-        moved, reductions = collectives(case.compiled.as_text())
+        moved = plan.traffic(case.compiled.as_text())
         prints = fingerprint.of(case.state.nets)[0]
         kernels = jax.tree_util.tree_leaves_with_path(case.state.nets["model"]["params"])
         tensor = [fingerprint.path_of(p) for p, x in kernels if "tensor" in x.sharding.spec]
@@ -120,8 +103,8 @@ def main():
             "donated": memory.alias_size_in_bytes,
             "state_bytes": held,
             "parameter_bytes": parameters,
-            "collectives": moved,
-            "reductions": reductions,
+            "collectives": {kind: found.bytes for kind, found in moved.items()},
+            "reductions": moved["all-reduce"].count if "all-reduce" in moved else 0,
             "fingerprint": prints,
             "split_kernels": sorted(path.removesuffix("/Dense_0/kernel") for path in tensor),
             "types": types,

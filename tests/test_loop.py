@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from t2i_jax import errors, loop, pipeline
+from t2i_jax import errors, loop, pipeline, plan
 from t2i_jax.data import cache, shapes
 from tests.runs import config, rows
 
@@ -154,8 +154,10 @@ def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, m
 
 
 def test_a_dry_run_reports_and_writes_nothing(tmp_path, capsys):
-    found = loop.train(config(), tmp_path / "run", dry_run=True)
+    found = plan.show(config(), tmp_path / "run", memory_gb=1e-3)
     assert found["parameters/model"] > 1000
+    assert found["flops_per_image"] > 6 * found["parameters/model"]
+    assert not found["fits"]
     assert found["state_bytes"] >= 3 * 4 * found["parameters/model"]  # params, moment, average
     assert not (tmp_path / "run").exists()
     assert "parameters/model" in capsys.readouterr().out

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, sharding
 from t2i_jax.models import attention
 
 
@@ -45,16 +45,19 @@ class RMSNorm(nn.Module):
 
 REMAT = {
     "none": None,
+    "weights": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
-def remat(module, policy: str):
+def remat(module, policy: str, *, scanned: bool = False):
     """A module whose backward pass computes again what the named policy of REMAT does not save.
 
-    "none" saves everything, "dots" the products with weights, "full" only the module's inputs
-    (Chen et al. 2016, arXiv:1604.06174).
+    "none" saves everything, "weights" all but parameters that were gathered from other devices,
+    "dots" the products with weights, "full" only the module's inputs (Chen et al. 2016,
+    arXiv:1604.06174). `scanned`: the module will be a loop's body, where nothing else need keep XLA
+    from merging the two computations.
     """
     if policy not in REMAT:
         raise errors.ConfigError(
@@ -62,7 +65,9 @@ def remat(module, policy: str):
             where="config.model.remat",
             fix=errors.nearest(policy, REMAT),
         )
-    return module if policy == "none" else nn.remat(module, policy=REMAT[policy])
+    if policy == "none":
+        return module
+    return nn.remat(module, policy=REMAT[policy], prevent_cse=not scanned)
 
 
 def modulate(x, shift_BD, scale_BD):

@@ -79,7 +79,7 @@ class Backbone(nn.Module):
         self.condition = layers.TimeText(d, **kind)
         self.text = layers.TextTokens(d, **kind)
         self.embed = layers.Dense(d, **kind)
-        keys_values, block = layers.KeysValues, layers.remat(Block, self.remat)
+        keys_values, block = layers.KeysValues, layers.remat(Block, self.remat, scanned=self.scan)
         if self.scan:
             stack = dict(variable_axes={"params": 0}, split_rngs={"params": True})
             keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)

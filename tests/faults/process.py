@@ -331,7 +331,7 @@ def n1(lab):
 def n2(lab):
     folder = lab.folder()
     ended = lab.run(folder, failpoint="batch.nan:6-30=on")
-    assert_error(ended, 76, "step 15", "records")
+    assert_error(ended, 76, "step 15", "records", "model/params/")
     found = json.loads((folder / "nonfinite.json").read_text())
     assert found["step"] == 15
     assert len(found["records"]) == 8

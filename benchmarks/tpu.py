@@ -1,0 +1,170 @@
+"""Writes docs/tpu.md: what training and sampling need on TPU slices, compiled without a TPU.
+
+python -m benchmarks.tpu [SLICE …]      (pip install ".[tpu-aot]"; results are kept in
+out/tpu.jsonl, so that a run that was stopped goes on; the page is written from them)
+"""
+
+import json
+import math
+import pathlib
+import sys
+import time
+
+SLICES = ("v5e:2x4", "v6e:2x2", "v5p:2x2x1")
+SIZES = ("B", "XL")
+PROGRAMS = (  # strategy, remat policy; no policy: the sampler
+    ("data", "none"),
+    ("data", "full"),
+    ("fsdp", "dots"),
+    ("fsdp", "full"),
+    ("data", ""),
+    ("fsdp", ""),
+)
+KEPT = pathlib.Path("out/tpu.jsonl")
+PAGE = pathlib.Path(__file__).parent.parent / "docs" / "tpu.md"
+FIRST, MOST = 32, 2048  # pictures on a chip that the search begins with, and its end
+
+
+def make_run(slice_name, size, strategy, remat, per_chip):
+    from configs import dit
+    from t2i_jax import loop, plan
+
+    devices = plan.slice_devices(slice_name)
+    config = dit.get_config(f"size={size}")
+    config.strategy, config.model.remat = strategy, remat
+    config.batch_size = per_chip * len(devices)
+    return loop.Run(config, pathlib.Path("out/none"), devices)
+
+
+def largest(make_traced, memory):
+    """The largest power of two of pictures a chip whose program fits, and what it needs.
+
+    Guesses from one program that what is neither argument nor result grows with the pictures; then
+    compiles the guess, and goes down from it until a program fits. Returns (pictures, needs,
+    seconds), pictures 0 where not even one fits.
+    """
+    from t2i_jax import plan
+
+    def tried(n):
+        started = time.perf_counter()
+        try:
+            need = plan.needs(make_traced(n), memory=memory)
+        except plan.DoesNotFit as e:
+            need = e
+        return need, time.perf_counter() - started
+
+    n, (need, seconds) = FIRST, tried(FIRST)
+    if getattr(need, "fits", False):
+        fixed = need.peak - need.temporaries
+        room = (memory - fixed) * FIRST / max(need.temporaries, 1)
+        guess = int(min(2 ** math.floor(math.log2(room)), MOST))
+        if guess <= n:
+            return n, need, seconds
+        n, (need, seconds) = guess, tried(guess)
+    while not getattr(need, "fits", False) and n > 1:
+        n //= 2
+        need, seconds = tried(n)
+    return (n if getattr(need, "fits", False) else 0), need, seconds
+
+
+def row(slice_name, size, strategy, remat) -> dict:
+    from t2i_jax import plan
+
+    memory = plan.HBM[slice_name.split(":")[0]]
+    chips = len(plan.slice_devices(slice_name))
+    if remat:
+        traced = lambda n: make_run(slice_name, size, strategy, remat, n).trace()
+    else:
+        traced = lambda n: plan.sampling(make_run(slice_name, size, strategy, "none", n), n * chips)
+    n, need, seconds = largest(traced, memory)
+    found = dict(slice=slice_name, size=size, strategy=strategy, remat=remat, pictures=n)
+    found |= dict(chips=chips, memory=memory, seconds=seconds)
+    if isinstance(need, plan.DoesNotFit):
+        return found | {"peak": need.used}
+    moved = need.traffic.values()
+    return found | {
+        "peak": need.peak,
+        "donated": need.donated,
+        "temporaries": need.temporaries,
+        "flops": need.flops // max(n * chips, 1),
+        "traffic": {kind: list(t) for kind, t in need.traffic.items()},
+        "bytes": sum(t.bytes for t in moved),
+        "hidden": sum(t.hidden for t in moved),
+    }
+
+
+def measure(slices) -> list[dict]:
+    import jax
+
+    KEPT.parent.mkdir(exist_ok=True)
+    rows = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
+    known = {(r["slice"], r["size"], r["strategy"], r["remat"]) for r in rows}
+    order = [(size, *step) for size in SIZES for step in PROGRAMS]
+    for case in ((name, *rest) for name in slices for rest in order):
+        if case not in known:
+            rows.append(row(*case) | {"jax": jax.__version__})
+            print(json.dumps(rows[-1]), flush=True)
+            with KEPT.open("a") as f:
+                f.write(json.dumps(rows[-1]) + "\n")
+    return sorted(rows, key=lambda r: order.index((r["size"], r["strategy"], r["remat"])))
+
+
+HEAD = """\
+# On TPU slices
+
+What one training step and one sampler call of `configs/dit.py` need, by XLA's compiler for TPUs:
+nothing here was run on a TPU. Made by `python -m benchmarks.tpu` with JAX {jax}, on a machine
+that has no TPU.
+
+256 picture tokens of 32 px, MiniLM's states of 32 tokens, bfloat16 products, float32 weights,
+AdamW and one average, blocks scanned. *pictures*: the largest power of two on a chip whose
+program fits its memory; the other figures are of that program. *peak*: arguments, temporaries and
+results together, and their share of the chip's memory. *moved*: results of all collectives of one
+step (of one whole draw) on one chip; *hidden*: the share of these bytes that the schedule moves
+while something is computed. *compile*: seconds on two CPU cores.
+
+`python train.py --config=configs/dit.py:size=XL --workdir=runs/xl --dry_run --topology=v5e:2x4`
+prints the same for a config of yours.
+"""
+TABLE = """
+| | remat | pictures | peak | of memory | temporaries | GFLOP a picture | moved | hidden | compile |
+|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def page(rows) -> str:
+    text = HEAD.format(jax=rows[0]["jax"])
+    for slice_name in SLICES:
+        for size in SIZES:
+            chosen = [r for r in rows if (r["slice"], r["size"]) == (slice_name, size)]
+            if not chosen:
+                continue
+            chips, memory = chosen[0]["chips"], chosen[0]["memory"] / 2**30
+            text += f"\n## DiT-{size}/2 on {slice_name}: {chips} chips of {memory:.0f} GiB\n"
+            text += TABLE + "".join(line(r) for r in chosen)
+    return text
+
+
+def line(r) -> str:
+    gigabytes = lambda b: f"{b / 2**30:.2f} GiB"
+    name = f"step, {r['strategy']}" if r["remat"] else f"sampler, {r['strategy']}"
+    peak = gigabytes(r["peak"]) if r["peak"] else "?"
+    share = f"{r['peak'] / r['memory']:.0%}" if r["peak"] else "?"
+    cells = [name, r["remat"] or "–", r["pictures"] or "does not fit", peak, share]
+    if "bytes" in r:
+        moved = {kind: t[1] for kind, t in r["traffic"].items() if t[1] > 2**20}
+        kinds = ", ".join(f"{kind} {gigabytes(b)}" for kind, b in moved.items())
+        hidden = f"{r['hidden'] / r['bytes']:.0%}" if r["bytes"] > 2**20 else "–"
+        cells += [gigabytes(r["temporaries"]), f"{r['flops'] / 1e9:.0f}", kinds or "–", hidden]
+    else:
+        cells += ["–"] * 4
+    return "| " + " | ".join(map(str, [*cells, f"{r['seconds']:.0f} s"])) + " |\n"
+
+
+def main():
+    rows = measure(sys.argv[1:] or SLICES)
+    PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()

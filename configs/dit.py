@@ -1,0 +1,40 @@
+"""The transformer in the sizes of DiT-S/2 … DiT-XL/2 (arXiv:2212.09748, table 1), for pods.
+
+256 picture tokens: 32 px in patches of 2. Blocks are wider by their attention to the caption.
+
+python train.py --config=configs/dit.py:size=XL,data=folder --config.data.path=DIR --workdir=runs/xl
+(:debug for seconds; --dry_run --topology=v5e:2x4 says what a slice would need; docs/tpu.md)
+"""
+
+from configs import common, shapes_flow
+
+SIZES = {  # width, blocks, heads
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False, size="B", data="shapes", path="")
+    config = shapes_flow.get_config()
+    if arg.data != "shapes":
+        config.data = dict(source=arg.data, path=arg.path)
+    width, depth, heads = SIZES[arg.size]
+    config.model = dict(
+        backbone="transformer",
+        **dict(width=width, depth=depth, heads=heads, patch=2),
+        dtype="bfloat16",
+        scan=True,
+        remat="full",
+    )
+    config.strategy = "fsdp"
+    config.batch_size, config.steps = 256, 400_000
+    config.cache = ""
+    config.loss.update(prediction="v", time_mean=0.0, time_std=1.0)
+    config.optim.model = dict(name="adamw", learning_rate=1e-4, warmup=1000, clip=1.0)
+    config.ema = dict(model=0.9999)
+    config.log_every, config.save_every, config.sample_every = 100, 5000, 5000
+    config.eval_every = 0
+    return common.shrink(config) if arg.debug else config

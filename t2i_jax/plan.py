@@ -1,0 +1,317 @@
+"""What a program will need: memory, operations, traffic; also on TPUs that are not at hand."""
+
+import collections
+import math
+import os
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+
+from t2i_jax import errors, loop, sharding, weights
+
+# Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
+HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+ITEM = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "f64": 8}
+WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")  # what hides traffic
+
+
+def slice_devices(name: str):
+    """The devices of a TPU slice by name, such as "v5e:2x4": to compile for, not to run on.
+
+    Raises:
+      ConfigError: libtpu is not installed, or it knows no such slice.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    from jax.experimental import topologies
+
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+    except Exception as e:  # whatever the plugin raises
+        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
+        raise errors.ConfigError(
+            f"cannot compile for {name!r}: {reason}",
+            where="--topology",
+            fix='pip install ".[tpu-aot]", and name a slice such as v5e:2x4, v5p:2x2x1, v6e:2x2',
+        ) from e
+
+
+class Traffic(NamedTuple):
+    """Collectives of one kind in one run of a program: bytes of results on one device.
+
+    hidden: the part that computation runs beside, by the compiler's schedule.
+    """
+
+    count: int
+    bytes: int
+    hidden: int
+
+
+class Needs(NamedTuple):
+    """What one program needs on each device, bytes; FLOPs are of all devices together.
+
+    peak: arguments, temporaries and results at once. fits: None where the memory is not known.
+    """
+
+    arguments: int
+    donated: int
+    temporaries: int
+    peak: int
+    flops: int
+    traffic: dict[str, Traffic]
+    fits: bool | None
+
+
+def needs(traced, *, memory: int | None = None) -> Needs:
+    """Compiles what `jax.jit(f).trace(…)` returned and reads off what it needs.
+
+    Raises:
+      DoesNotFit: the compiler itself found that it needs more memory than the device has.
+    """
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as e:
+        if "RESOURCE_EXHAUSTED" not in str(e):
+            raise
+        raise DoesNotFit(str(e)) from e
+    m = compiled.memory_analysis()
+    peak = (
+        m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+    )
+    return Needs(
+        arguments=m.argument_size_in_bytes,
+        donated=m.alias_size_in_bytes,
+        temporaries=m.temp_size_in_bytes,
+        peak=peak,
+        flops=flops(traced.jaxpr),
+        traffic=traffic(compiled.as_text()),
+        fits=None if memory is None else peak <= memory,
+    )
+
+
+def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
+    """Compiles a run's step and prints what it needs; writes nothing.   -> what it printed
+
+    Args:
+      topology: the TPU slice to compile for (see `slice_devices`), default: the devices at hand.
+      memory_gb: one device's memory in GiB, by default the chip's where a topology is named.
+    """
+    devices = slice_devices(topology) if topology else None
+    memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
+    found = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
+    for name, value in found.items():
+        text = str(value) if isinstance(value, bool | None) else format(value, ",")
+        print(f"{name:28} {text:>20}")
+    return found
+
+
+def training(run, memory: int | None = None) -> dict:
+    """What one step of a `loop.Run` needs, by name; bytes are of each device.
+
+    Args:
+      memory: bytes of one device, to say whether the step fits.
+    """
+    size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+    found = {f"parameters/{name}": size(net["params"]) for name, net in run.shapes.nets.items()}
+    found |= {f"frozen/{name}": size(net) for name, net in run.frozen.items()}
+    found["devices"] = run.layout.mesh.size
+    try:
+        need = needs(run.trace(), memory=memory)
+    except DoesNotFit as e:
+        return found | {"peak_bytes": e.used, "fits": False}
+    found |= {
+        "state_bytes": need.donated,
+        "argument_bytes": need.arguments,
+        "temporary_bytes": need.temporaries,
+        "peak_bytes": need.peak,
+        "flops_per_image": need.flops // run.config.batch_size,
+    }
+    for kind, moved in need.traffic.items():
+        found |= {f"{kind}/count": moved.count, f"{kind}/bytes": moved.bytes}
+        found |= {f"{kind}/hidden_bytes": moved.hidden} if moved.hidden else {}
+    return found if memory is None else found | {"memory_bytes": memory, "fits": need.fits}
+
+
+def sampling(run, batch_size: int):
+    """The sampler's program for one batch of prompts, traced as it lies in a run."""
+    config, layout = run.config, run.layout
+    nets = weights.abstract_nets(run.predictor.objective, config)
+    batch = weights.abstract_batch(config, batch_size)
+    placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
+    return run.predictor.trace(
+        "sample",
+        sharding.on(nets, layout.nets(nets)),
+        sharding.on(batch, jax.tree.map(lambda _: placed, batch)),
+    )
+
+
+class DoesNotFit(Exception):
+    """The compiler refused a program. used: bytes it wanted, or None if it did not say."""
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+        scale = {"K": 2**10, "M": 2**20, "G": 2**30}
+        self.used = int(float(found[1]) * scale[found[2]]) if found else None
+
+
+def flops(jaxpr) -> int:
+    """Operations of all matrix products and convolutions of a jaxpr, a multiply-add being two.
+
+    Scans count as often as they run, and what rematerialisation computes again counts again; of
+    branches the dearest. XLA's own count takes a loop's body once.
+    """
+    total = 0
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name, shape = eqn.primitive.name, lambda v: v.aval.shape
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(shape(eqn.invars[0])[i] for i in contracted)
+            total += 2 * math.prod(shape(eqn.outvars[0])) * inner
+        elif name == "conv_general_dilated":
+            kernel, out = eqn.invars[1], eqn.params["dimension_numbers"].rhs_spec[0]
+            inner = math.prod(shape(kernel)) // shape(kernel)[out]
+            total += 2 * math.prod(shape(eqn.outvars[0])) * inner
+        else:
+            inside = [flops(sub) for sub in _inside(eqn)]
+            times = eqn.params.get("length", 1) if name == "scan" else 1
+            if name == "shard_map":
+                sizes = dict(eqn.params["mesh"].shape)
+                times = math.prod(sizes[axis] for axis in eqn.params["manual_axes"])
+            total += times * (max(inside, default=0) if name == "cond" else sum(inside))
+    return total
+
+
+def _inside(eqn):
+    for value in eqn.params.values():
+        for leaf in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr"):
+                yield leaf
+
+
+def traffic(text: str) -> dict[str, Traffic]:
+    """Collectives by kind in a compiled program's text, loop bodies as often as they run."""
+    program = _Program(text)
+    found = collections.defaultdict(lambda: Traffic(0, 0, 0))
+    told = set()  # channels: XLA:TPU writes one collective into its start, middle and end fusions
+    for name, times in program.runs().items():
+        for i, line in enumerate(program.computations[name]):
+            match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+            channel = re.search(r"channel_id=(\d+)", line)
+            if not match or (channel and channel[1] in told):
+                continue
+            told |= {channel[1]} if channel else set()
+            result, kind, start = match.groups()
+            size = times * _size(result, halved=bool(start) and kind != "all-reduce")
+            hidden = bool(start) and program.works_beside(name, i)
+            if channel and not hidden:
+                hidden = program.works_in_fusions(f"channel_id={channel[1]},")
+            old = found[kind]
+            found[kind] = Traffic(old.count + times, old.bytes + size, old.hidden + size * hidden)
+    return dict(found)
+
+
+class _Program:
+    """A compiled program's text: computations, the entry under the name "", as lists of lines."""
+
+    def __init__(self, text: str):
+        self.computations, current = {}, None
+        for line in text.splitlines():
+            if head := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+                current = self.computations.setdefault("" if head[1] else head[2], [])
+            elif current is not None and " = " in line:
+                current.append(line)
+
+    def runs(self) -> dict[str, int]:
+        """Computation -> how often one run of the program runs it."""
+        runs = collections.Counter()
+
+        def visit(name, times):
+            runs[name] += times
+            for line in self.computations[name]:
+                for key, called in re.findall(r"(body|calls|to_apply)=%?([\w.\-]+)", line):
+                    if called in self.computations:
+                        visit(called, times * (self._trips(line) if key == "body" else 1))
+
+        visit("", 1)
+        return runs
+
+    def works_beside(self, name: str, i: int) -> bool:
+        """Whether anything is computed between the start in line i and its end."""
+        lines = self.computations[name][i:]
+        for line in lines[1:]:
+            if re.search(rf"-done\(.*{re.escape(_name(lines[0]))}\b", line):
+                return False
+            if _works(line):
+                return True
+        return False
+
+    def works_in_fusions(self, channel: str) -> bool:
+        """The same, where start and end are fusions (XLA:TPU)."""
+        fusions = [n for n, lines in self.computations.items() if any(channel in x for x in lines)]
+        ends = [n for n in fusions if any("AsyncCollectiveDone" in x for x in self.computations[n])]
+        starts = [
+            n for n in fusions if any("AsyncCollectiveStart" in x for x in self.computations[n])
+        ]
+        for lines in self.computations.values() if starts and ends else ():
+            at = [i for i, x in enumerate(lines) if _calls(x, starts)]
+            to = [i for i, x in enumerate(lines) if _calls(x, ends)]
+            if at and to:
+                return any(map(_works, lines[at[0] + 1 : to[-1]]))
+        return False
+
+    def _trips(self, line: str) -> int:
+        """How often a while runs its body: as XLA notes it, else from its counter; else once."""
+        if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
+            return int(noted[1])
+        parts = [re.search(rf"{key}=%?([\w.\-]+)", line)[1] for key in ("condition", "body")]
+        condition, body = ({_name(x): x for x in self.computations[p]} for p in parts)
+        for test in condition.values():
+            if ask := re.search(r"compare\((%[\w.\-]+), (%[\w.\-]+)\), direction=LT", test):
+                limit, place = _number(condition, ask[2]), _index(condition, ask[1])
+                roots = [x for x in body.values() if "ROOT" in x and " tuple(" in x]
+                if limit is None or place is None or not roots:
+                    continue
+                counter = re.findall(r"%[\w.\-]+", roots[0].split(" tuple(")[1])[place]
+                added = re.search(r" add\((%[\w.\-]+), (%[\w.\-]+)\)", body.get(counter, ""))
+                steps = [_number(body, x) for x in added.groups()] if added else []
+                return -(-limit // next((x for x in steps if x), 1))
+        return 1
+
+
+def _name(line: str) -> str:
+    return re.match(r"\s*(?:ROOT )?(%?[\w.\-]+) = ", line)[1]
+
+
+def _number(lines, name: str) -> int | None:
+    found = re.search(r" constant\((\d+)\)", lines.get(name, ""))
+    return int(found[1]) if found else None
+
+
+def _index(lines, name: str) -> int | None:
+    found = re.search(r" get-tuple-element\(.*\), index=(\d+)", lines.get(name, ""))
+    return int(found[1]) if found else None
+
+
+def _works(line: str) -> bool:
+    return bool(re.search(rf" ({'|'.join(WORK)})\(", line))
+
+
+def _calls(line: str, names) -> bool:
+    found = re.search(r"calls=%?([\w.\-]+)", line)
+    return bool(found) and found[1] in names
+
+
+def _size(result: str, *, halved: bool) -> int:
+    """Bytes of a result's type; of a start's (operands, results, flags) only the results."""
+    sizes = [
+        ITEM.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        if not (halved and kind == "u32" and not dims)
+    ]
+    return sum(sizes[len(sizes) // 2 :]) if halved else sum(sizes)
