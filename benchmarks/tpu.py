@@ -4,6 +4,7 @@ python -m benchmarks.tpu [SLICE …]      (pip install ".[tpu-aot]"; results are
 out/tpu.jsonl, so that a run that was stopped goes on; the page is written from them)
 """
 
+import itertools
 import json
 import math
 import pathlib
@@ -12,12 +13,12 @@ import time
 
 SLICES = ("v5e:2x4", "v6e:2x2", "v5p:2x2x1")
 SIZES = ("B", "XL")
-PROGRAMS = (  # strategy, remat policy; no policy: the sampler
+PROGRAMS = (  # strategy, remat policy (none: the sampler), the most telling first
+    ("fsdp", "full"),
     ("data", "none"),
+    ("data", ""),
     ("data", "full"),
     ("fsdp", "dots"),
-    ("fsdp", "full"),
-    ("data", ""),
     ("fsdp", ""),
 )
 KEPT = pathlib.Path("out/tpu.jsonl")
@@ -39,11 +40,13 @@ def make_run(slice_name, size, strategy, remat, per_chip):
 def largest(make_traced, memory):
     """The largest power of two of pictures a chip whose program fits, and what it needs.
 
-    Guesses from one program that what is neither argument nor result grows with the pictures; then
-    compiles the guess, and goes down from it until a program fits. Returns (pictures, needs,
+    Between two programs memory is taken to grow in proportion with the pictures; what is returned
+    has been compiled, and so has the next larger one if it seemed to fit. Returns (pictures, needs,
     seconds), pictures 0 where not even one fits.
     """
     from t2i_jax import plan
+
+    seen = {}
 
     def tried(n):
         started = time.perf_counter()
@@ -51,20 +54,29 @@ def largest(make_traced, memory):
             need = plan.needs(make_traced(n), memory=memory)
         except plan.DoesNotFit as e:
             need = e
-        return need, time.perf_counter() - started
+        seen[n] = need, time.perf_counter() - started
+        return getattr(need, "fits", False)
 
-    n, (need, seconds) = FIRST, tried(FIRST)
-    if getattr(need, "fits", False):
-        fixed = need.peak - need.temporaries
-        room = (memory - fixed) * FIRST / max(need.temporaries, 1)
-        guess = int(min(2 ** math.floor(math.log2(room)), MOST))
-        if guess <= n:
-            return n, need, seconds
-        n, (need, seconds) = guess, tried(guess)
-    while not getattr(need, "fits", False) and n > 1:
+    n = FIRST
+    while not tried(n) and n > 1:
         n //= 2
-        need, seconds = tried(n)
-    return (n if getattr(need, "fits", False) else 0), need, seconds
+    need = seen[n][0]
+    if not getattr(need, "fits", False):
+        return 0, *seen[n]
+    fixed, each = need.peak - need.temporaries, need.temporaries / n
+    while n < MOST and 2 * n not in seen and fixed + 2 * n * each <= memory:
+        guess = 2 ** math.floor(math.log2((memory - fixed) / each))
+        guess = max(min(guess, MOST), 2 * n)
+        if not tried(guess):
+            while guess > n and not getattr(seen[guess][0], "fits", False):
+                guess //= 2
+                if guess not in seen:
+                    tried(guess)
+            n = guess
+            break
+        each = (seen[guess][0].peak - seen[n][0].peak) / (guess - n)
+        fixed, n = seen[guess][0].peak - guess * each, guess
+    return n, *seen[n]
 
 
 def row(slice_name, size, strategy, remat) -> dict:
@@ -99,8 +111,9 @@ def measure(slices) -> list[dict]:
     KEPT.parent.mkdir(exist_ok=True)
     rows = [json.loads(line) for line in KEPT.read_text().splitlines()] if KEPT.exists() else []
     known = {(r["slice"], r["size"], r["strategy"], r["remat"]) for r in rows}
-    order = [(size, *step) for size in SIZES for step in PROGRAMS]
-    for case in ((name, *rest) for name in slices for rest in order):
+    order = [(size, *program) for size in SIZES for program in PROGRAMS]
+    cases = itertools.product(PROGRAMS, SIZES, slices)
+    for case in ((name, size, *program) for program, size, name in cases):
         if case not in known:
             rows.append(row(*case) | {"jax": jax.__version__})
             print(json.dumps(rows[-1]), flush=True)

@@ -7,6 +7,7 @@ checkpoint and is renamed to <step>.unfinished. A damaged one is renamed to <ste
 
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -14,6 +15,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -52,7 +54,7 @@ class Checkpoints:
                 "the run has no checkpoints", where=str(self._folder), fix="train it first"
             )
         self._keep, self._guard, self._failures = keep, guard, 0
-        self._orbax = None
+        self._orbax = self._stage = None
         if create:
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
@@ -98,6 +100,7 @@ class Checkpoints:
                 where=f"step {step}",
                 fix="the last checkpoint is sound: start again, with a lower learning rate",
             )
+        items = self._staged(items)
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}  # Orbax wants no {}
         args["meta"] = ocp.args.JsonSave({**meta, "step": step})
         try:
@@ -150,7 +153,7 @@ class Checkpoints:
           DataError: its arrays are not those of `target`.
         """
         found = self._restore(step, _items(target))
-        number = jax.device_put(jax.numpy.int32(step), target.step.sharding)
+        number = jax.device_put(jnp.int32(step), target.step.sharding)
         opt, skipped = found["opt"]["opt"], found["opt"]["skipped"]
         return State(number, found["params"], opt, found["ema"], skipped)
 
@@ -288,6 +291,17 @@ class Checkpoints:
                 fix="remove this folder to use an older checkpoint",
             ) from e
 
+    def _staged(self, items):
+        """What Orbax is to write, when the state is in the host's memory: copies of it.
+
+        Orbax would look at the arrays themselves, and XLA then copies them all, slowly, when the
+        next step donates them. The copies take the memory of those of the save before.
+        """
+        if jax.default_backend() != "cpu":
+            return items
+        self._stage = _copy_into(self._stage, items) if self._stage else _copy(items)
+        return self._stage
+
     def _checkpointer(self):
         self._orbax = self._orbax or _orbax()
         return self._orbax
@@ -390,6 +404,16 @@ def _items(state: State) -> dict:
         "ema": state.ema,
         "opt": {"opt": state.opt, "skipped": state.skipped},
     }
+
+
+@jax.jit
+def _copy(new):
+    return jax.tree.map(jnp.copy, new)
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _copy_into(old, new):
+    return jax.tree.map(jnp.copy, new)
 
 
 def _orbax() -> ocp.AsyncCheckpointer:

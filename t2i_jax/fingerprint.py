@@ -45,14 +45,23 @@ def _sum(x):
     """The two sums, and whether all of x is finite."""
     bits = _bits(x)
     weight = _hash(_places(bits.shape))
-    parts = [(bits ^ weight) * np.uint32(0xC2B2AE35), bits * (weight | np.uint32(1))]
-    if jnp.issubdtype(x.dtype, jnp.inexact):
-        parts.append(jnp.where(jnp.isfinite(x), np.uint32(0), np.uint32(1)))
-    # Row by row first: XLA:CPU sums to a single number on one core only.
-    rows = [jnp.sum(part, -1, dtype=jnp.uint32) if part.ndim else part for part in parts]
-    rows = jax.lax.optimization_barrier(rows)
-    first, second, *bad = [jnp.sum(row, dtype=jnp.uint32) for row in rows]
-    return first, second, bad[0] == 0 if bad else jnp.bool_(True)
+    bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
+    bad = jnp.broadcast_to(bad.reshape(*x.shape, *(1,) * (bits.ndim - x.ndim)), bits.shape)
+    parts = (
+        (bits ^ weight) * np.uint32(0xC2B2AE35),
+        bits * (weight | np.uint32(1)),
+        bad.astype(jnp.uint32),
+    )
+    # One pass for all three, rows first: XLA:CPU sums rows on all cores, to one number on one.
+    for axes in ((bits.ndim - 1,), tuple(range(bits.ndim - 1))) if bits.ndim else ():
+        parts = jax.lax.reduce(parts, (np.uint32(0),) * 3, _add, axes)
+        parts = jax.lax.optimization_barrier(parts)
+    first, second, bad = parts
+    return first, second, bad == 0
+
+
+def _add(a, b):
+    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _bits(x):

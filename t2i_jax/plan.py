@@ -198,19 +198,20 @@ def traffic(text: str) -> dict[str, Traffic]:
     """Collectives by kind in a compiled program's text, loop bodies as often as they run."""
     program = _Program(text)
     found = collections.defaultdict(lambda: Traffic(0, 0, 0))
-    told = set()  # channels: XLA:TPU writes one collective into its start, middle and end fusions
+    asynchronous = program.channels_of_fusions()
     for name, times in program.runs().items():
         for i, line in enumerate(program.computations[name]):
             match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
-            channel = re.search(r"channel_id=(\d+)", line)
-            if not match or (channel and channel[1] in told):
+            channel = re.search(r"channel_id=\d+,", line)
+            fused = bool(channel) and channel[0] in asynchronous
+            if not match or (fused and "AsyncCollectiveStart" not in program.text_of(name)):
                 continue
-            told |= {channel[1]} if channel else set()
             result, kind, start = match.groups()
             size = times * _size(result, halved=bool(start) and kind != "all-reduce")
-            hidden = bool(start) and program.works_beside(name, i)
-            if channel and not hidden:
-                hidden = program.works_in_fusions(f"channel_id={channel[1]},")
+            if fused:
+                hidden = program.works_in_fusions(channel[0])
+            else:
+                hidden = bool(start) and program.works_beside(name, i)
             old = found[kind]
             found[kind] = Traffic(old.count + times, old.bytes + size, old.hidden + size * hidden)
     return dict(found)
@@ -251,13 +252,20 @@ class _Program:
                 return True
         return False
 
+    def text_of(self, name: str) -> str:
+        return "\n".join(self.computations[name])
+
+    def channels_of_fusions(self) -> set[str]:
+        """Channels of collectives that XLA:TPU wrote into a start, a middle and an end fusion."""
+        texts = map(self.text_of, self.computations)
+        starts = [text for text in texts if "AsyncCollectiveStart" in text]
+        return {channel for text in starts for channel in re.findall(r"channel_id=\d+,", text)}
+
     def works_in_fusions(self, channel: str) -> bool:
-        """The same, where start and end are fusions (XLA:TPU)."""
-        fusions = [n for n, lines in self.computations.items() if any(channel in x for x in lines)]
-        ends = [n for n in fusions if any("AsyncCollectiveDone" in x for x in self.computations[n])]
-        starts = [
-            n for n in fusions if any("AsyncCollectiveStart" in x for x in self.computations[n])
-        ]
+        """As `works_beside`, where start and end are fusions."""
+        fusions = [name for name in self.computations if channel in self.text_of(name)]
+        starts = [name for name in fusions if "AsyncCollectiveStart" in self.text_of(name)]
+        ends = [name for name in fusions if "AsyncCollectiveDone" in self.text_of(name)]
         for lines in self.computations.values() if starts and ends else ():
             at = [i for i, x in enumerate(lines) if _calls(x, starts)]
             to = [i for i, x in enumerate(lines) if _calls(x, ends)]
