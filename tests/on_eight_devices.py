@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from configs import shapes_transformer
-from t2i_jax import fingerprint, objective, optim, plan, sharding, step, weights
+from t2i_jax import fingerprint, objective, optim, pipeline, plan, sharding, step, weights
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -109,18 +109,40 @@ def main():
             "split_kernels": sorted(path.removesuffix("/Dense_0/kernel") for path in tensor),
             "types": types,
         }
-    found |= _remat() | _scan() if long else {}
+    found |= _remat() | _scan() | _draw() if long else {}
     print(json.dumps(found))
 
 
 def _remat() -> dict:
-    """Temporaries of the step of eight layers on one device."""
-    found = {}
-    for name, policy in (("no remat", "none"), ("remat", "full")):
-        case = Case({"data": 1}, batch_size=64, depth=8, patch=1, scan=True, remat=policy)
-        size = case.compiled.memory_analysis().temp_size_in_bytes
-        found[name] = {"temporaries": size, "loss": case.train(1)[0]["model/loss"]}
+    """The step of eight layers, with and without, on one device and split over all."""
+    found, deep = {}, dict(batch_size=64, depth=8, patch=1, scan=True)
+    for place, options in {"": dict(mesh={"data": 1}), "fsdp ": dict(strategy="fsdp")}.items():
+        for name, policy in (("no remat", "none"), ("remat", "full")):
+            case = Case(**options, **deep, remat=policy)
+            gathered = plan.traffic(case.compiled.as_text()).get("all-gather")
+            found[place + name] = {
+                "temporaries": case.compiled.memory_analysis().temp_size_in_bytes,
+                "gathered": gathered.bytes if gathered else 0,
+                "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(case.state.nets)),
+                "loss": case.train(1)[0]["model/loss"],
+            }
     return found
+
+
+def _draw() -> dict:
+    """Pictures of one device and of a net split over eight."""
+    config = shapes_transformer.get_config("debug")
+    config.loss.prediction = "v"
+    pictures = []
+    for layout in (None, sharding.Layout({"data": -1}, "fsdp")):
+        predictor = pipeline.Predictor(config, layout=layout)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+        nets = jax.jit(predictor.objective.init)(jax.random.key(0), zeros)
+        nets = jax.tree.map(lambda x: x + 0.02, nets)  # as after some training
+        nets = jax.device_put(nets, layout.nets(nets)) if layout else nets
+        pictures.append(predictor.sample(nets, ["a red circle"] * 8, steps=3).astype(int))
+    a, b = pictures
+    return {"draw": {"difference": int(np.abs(a - b).max()), "spread": int(np.ptp(a))}}
 
 
 def _scan() -> dict:

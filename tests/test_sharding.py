@@ -122,6 +122,22 @@ def test_remat_saves_memory_and_changes_nothing(found):
 
 
 @SLOW
+def test_remat_works_on_split_parameters_which_are_gathered_again(found):
+    """A checkpoint around the whole loss would replace the blocks' own policy."""
+    plain, remat = found["fsdp no remat"], found["fsdp remat"]
+    assert remat["temporaries"] <= 0.35 * plain["temporaries"]
+    assert remat["loss"] == pytest.approx(found["no remat"]["loss"], rel=1e-6)
+    assert plain["gathered"] <= 1.1 * plain["parameter_bytes"]
+    assert 1.5 * plain["parameter_bytes"] <= remat["gathered"] <= 2.1 * plain["parameter_bytes"]
+
+
+@SLOW
+def test_a_net_split_over_eight_devices_draws_as_one_does(found):
+    assert found["draw"]["spread"] > 50
+    assert found["draw"]["difference"] <= 1
+
+
+@SLOW
 def test_a_scan_over_layers_computes_what_the_layers_do(found):
     assert found["scan"]["difference"] <= 1e-5
 
