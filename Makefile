@@ -36,6 +36,7 @@ bench: venv
 	$(PY) -m pip install --quiet -e ".[bench]"
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.sampler
+	$(PY) -m benchmarks.checkpoint
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -134,7 +134,7 @@ AdamW and one average, blocks scanned. *pictures*: the largest power of two on a
 program fits its memory; the other figures are of that program. *peak*: arguments, temporaries and
 results together, and their share of the chip's memory. *moved*: results of all collectives of one
 step (of one whole draw) on one chip; *hidden*: the share of these bytes that the schedule moves
-while something is computed. *compile*: seconds on two CPU cores.
+while something is computed. *compile*: seconds on two CPU cores that had other work, too.
 
 `python train.py --config=configs/dit.py:size=XL --workdir=runs/xl --dry_run --topology=v5e:2x4`
 prints the same for a config of yours.
