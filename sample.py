@@ -37,6 +37,10 @@ def main():
         negative_prompt=NEGATIVE_PROMPT.value,
         options=tuple(sorted(cli.given(OPTIONS).items())),
     )
+    if WORKDIR.value and CHECKPOINT.value:
+        raise errors.ConfigError(
+            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
+        )
     source = WORKDIR.value or CHECKPOINT.value
     step = STEP.value
     wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]
@@ -55,7 +59,8 @@ def main():
         raise errors.ConfigError(
             "no model",
             where="the command line",
-            fix="add --workdir=… or --checkpoint=builtin:shapes",
+            fix="add --workdir=… or --checkpoint=builtin:shapes"
+            + (f"; the picture was drawn with {model}" if REPRODUCE.value else ""),
         )
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 

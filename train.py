@@ -20,7 +20,7 @@ PLAN = {
         "topology", None, "Dry run for a TPU slice that is not at hand, such as v5e:2x4."
     ),
     "memory_gb": flags.DEFINE_float(
-        "memory_gb", None, "Dry run that says whether the step fits one device's memory.", 0.0
+        "memory_gb", None, "Dry run that says whether the step fits one device's memory."
     ),
 }
 PROCESSES = cli.process_flags()

@@ -35,6 +35,7 @@ from t2i_jax import (
 from t2i_jax import workdir as folder
 from t2i_jax.data import cache, loader
 
+AHEAD = 2  # steps given to the devices before their results are waited for: a signal waits, too
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
 
@@ -163,7 +164,7 @@ class Run:
         }
         skips = Skips(writer.before(1000))
         stream = self.batches.iterate(start, config.steps)
-        compiled, row, saved = None, {}, start
+        compiled, row, saved, flying = None, {}, start, collections.deque()
         for n in range(start, config.steps + 1):
             if not hooked:
                 try:
@@ -197,6 +198,9 @@ class Run:
             failpoints.hit("step.before", n + 1)
             with watchdog.phase("step"), jax.transfer_guard("disallow"):
                 state, values = compiled(state, self.frozen, arrays)
+                flying.append(values)
+                if len(flying) > AHEAD:
+                    jax.block_until_ready(flying.popleft())
             hooked = False
             writer.step(n + 1, values)
             if n == start:

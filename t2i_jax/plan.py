@@ -101,6 +101,12 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
       topology: the TPU slice to compile for (see `slice_devices`), default: the devices at hand.
       memory_gb: one device's memory in GiB, by default the chip's where a topology is named.
     """
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise errors.ConfigError(
+            f"memory_gb is {memory_gb}",
+            where="--memory_gb",
+            fix="give one device's GiB, such as 16",
+        )
     devices = slice_devices(topology) if topology else None
     memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
     found = training(loop.Run(config, pathlib.Path(workdir), devices), memory)

@@ -64,7 +64,8 @@ def describe(path: pathlib.Path, config) -> None:
 
 
 def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
-    """Refuses a folder that holds an exported model, or a run with another config or data.
+    """Refuses a folder that holds an exported model, a run with another config or other data, or
+    one that is longer already.
 
     Args:
       data: the data source's fingerprint.
@@ -92,6 +93,12 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
             fix="use a new --workdir (with --config.init_from to start from this run)",
         )
     checkpoints = checkpoint.Checkpoints(path, create=False)
+    if (done := max(checkpoints.steps(), default=0)) > config.steps:
+        raise errors.ConfigError(
+            f"the run has done {done} steps, the config asks for {config.steps}",
+            where="config.steps",
+            fix=f"ask for {done} or more, or use a new --workdir",
+        )
     for step in reversed(checkpoints.steps()):
         try:
             saved = checkpoints.meta(step)["data"]

@@ -153,6 +153,19 @@ def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, m
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_is_not_made_shorter(run):
+    before = (run / "config.json").read_bytes()
+    with pytest.raises(errors.ConfigError, match="has done 6 steps, the config asks for 5"):
+        loop.train(config(steps=5, sample_every=6), run)
+    assert (run / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_memory_that_is_none_is_refused(tmp_path, size):
+    with pytest.raises(errors.ConfigError, match="memory_gb"):
+        plan.show(config(), tmp_path / "run", memory_gb=size)
+
+
 def test_a_dry_run_reports_and_writes_nothing(tmp_path, capsys):
     found = plan.show(config(), tmp_path / "run", memory_gb=1e-3)
     assert found["parameters/model"] > 1000
