@@ -4,10 +4,17 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None):
-    """softmax(q·k/√H)·v, softmax in float32; keys where mask_BS is False are not seen.   -> BTNH"""
+def attention(q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None, bias_NTS=None, causal=False, scale=None):
+    """softmax(scale·q·k + bias)·v, softmax in float32.   -> BTNH
+
+    Keys where mask_BS is False are not seen, nor, if causal, those behind the query; scale is 1/√H.
+    """
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
-    return jax.nn.dot_product_attention(q_BTNH, k_BSNH, v_BSNH, mask=mask).astype(q_BTNH.dtype)
+    bias = None if bias_NTS is None else bias_NTS[None].astype(q_BTNH.dtype)
+    out_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BSNH, v_BSNH, bias, mask, scale=scale, is_causal=causal
+    )
+    return out_BTNH.astype(q_BTNH.dtype)
 
 
 def split_heads(x_BTD, heads: int):

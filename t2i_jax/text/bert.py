@@ -1,4 +1,7 @@
-"""BERT, arXiv:1810.04805.   B batch · L text length · D width · N = B·L tokens · H head width"""
+"""BERT (arXiv:1810.04805), RoBERTa (1907.11692), XLM-R (1911.02116), DistilBERT (1910.01108).
+
+B batch · L text length · D width · N = B·L tokens
+"""
 
 import functools
 
@@ -6,38 +9,33 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
-from t2i_jax.models import attention
-from t2i_jax.text import condition, hf
+from t2i_jax.text import blocks, condition, hf
 
-ACTIVATIONS = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
-    "gelu_new": nn.gelu,
-    "gelu_pytorch_tanh": nn.gelu,
-    "relu": nn.relu,
+_BERT = {
+    "word": "embeddings.word_embeddings",
+    "position": "embeddings.position_embeddings",
+    "segment": "embeddings.token_type_embeddings",
+    "norm": "embeddings.LayerNorm",
+    "layer_{}/qkv": (
+        "encoder.layer.{}.attention.self.query",
+        "encoder.layer.{}.attention.self.key",
+        "encoder.layer.{}.attention.self.value",
+    ),
+    "layer_{}/out": "encoder.layer.{}.attention.output.dense",
+    "layer_{}/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layer_{}/up": "encoder.layer.{}.intermediate.dense",
+    "layer_{}/down": "encoder.layer.{}.output.dense",
+    "layer_{}/mlp_norm": "encoder.layer.{}.output.LayerNorm",
 }
-
-NAMES = hf.Names(
-    tensors={
-        "word": "embeddings.word_embeddings",
-        "position": "embeddings.position_embeddings",
-        "segment": "embeddings.token_type_embeddings",
-        "norm": "embeddings.LayerNorm",
-        "layer_{}/qkv": (
-            "encoder.layer.{}.attention.self.query",
-            "encoder.layer.{}.attention.self.key",
-            "encoder.layer.{}.attention.self.value",
-        ),
-        "layer_{}/out": "encoder.layer.{}.attention.output.dense",
-        "layer_{}/attention_norm": "encoder.layer.{}.attention.output.LayerNorm",
-        "layer_{}/up": "encoder.layer.{}.intermediate.dense",
-        "layer_{}/down": "encoder.layer.{}.output.dense",
-        "layer_{}/mlp_norm": "encoder.layer.{}.output.LayerNorm",
-    },
-    prefix="bert.",
-    ignored=("embeddings.position_ids", "pooler.*", "cls.*", "classifier.*", "qa_outputs.*"),
-)
-
+_DISTILBERT = {
+    **{path: name for path, name in _BERT.items() if "/" not in path},
+    "layer_{}/qkv": tuple(f"transformer.layer.{{}}.attention.{x}_lin" for x in "qkv"),
+    "layer_{}/out": "transformer.layer.{}.attention.out_lin",
+    "layer_{}/attention_norm": "transformer.layer.{}.sa_layer_norm",
+    "layer_{}/up": "transformer.layer.{}.ffn.lin1",
+    "layer_{}/down": "transformer.layer.{}.ffn.lin2",
+    "layer_{}/mlp_norm": "transformer.layer.{}.output_layer_norm",
+}
 _FIELDS = {  # config.json -> ours
     "vocab_size": "vocab",
     "hidden_size": "width",
@@ -49,40 +47,44 @@ _FIELDS = {  # config.json -> ours
     "layer_norm_eps": "epsilon",
     "hidden_act": "activation",
 }
+_DISTILBERT_FIELDS = {
+    "vocab_size": "vocab",
+    "dim": "width",
+    "n_layers": "depth",
+    "n_heads": "heads",
+    "hidden_dim": "mlp_width",
+    "max_position_embeddings": "max_length",
+    "activation": "activation",
+}
 _IMPLEMENTED = {  # fields of config.json that change the network, and the one value we have
     "position_embedding_type": "absolute",
     "is_decoder": False,
     "add_cross_attention": False,
 }
+ROBERTAS = ("roberta", "xlm-roberta", "camembert")
+MODEL_TYPES = ("bert", "distilbert", *ROBERTAS)
 
 
-class Layer(nn.Module):
-    """One block, norms after the sums, on flattened tokens: products of ND are faster than BLD."""
-
-    heads: int
-    mlp_width: int
-    epsilon: float
-    activation: str
-    dtype: str
-
-    @nn.compact
-    def __call__(self, x_ND, mask_BL):
-        dense = functools.partial(nn.Dense, dtype=self.dtype)
-        norm = functools.partial(
-            nn.LayerNorm, epsilon=self.epsilon, dtype=self.dtype, use_fast_variance=False
-        )
-        width = x_ND.shape[-1]
-        qkv = dense(3 * width, name="qkv")(x_ND).reshape(*mask_BL.shape, 3, self.heads, -1)
-        q_BLNH, k_BLNH, v_BLNH = (qkv[:, :, i] for i in range(3))
-        seen_BLNH = attention.attention(q_BLNH, k_BLNH, v_BLNH, mask_BS=mask_BL)
-        out_ND = dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
-        x_ND = norm(name="attention_norm")(x_ND + out_ND)
-        up_NM = ACTIVATIONS[self.activation](dense(self.mlp_width, name="up")(x_ND))
-        return norm(name="mlp_norm")(x_ND + dense(width, name="down")(up_NM))
+def names(config) -> hf.Names:
+    heads = ("cls.*", "classifier.*", "qa_outputs.*", "lm_head.*", "vocab_*")
+    return hf.Names(
+        tensors=_DISTILBERT if config["model_type"] == "distilbert" else _BERT,
+        prefixes=("bert.", "roberta.", "distilbert."),
+        renamed=(  # of the first checkpoints, converted from TensorFlow
+            ("LayerNorm.gamma", "LayerNorm.weight"),
+            ("LayerNorm.beta", "LayerNorm.bias"),
+        ),
+        ignored=("embeddings.position_ids", "embeddings.token_type_ids", "pooler.*", *heads),
+    )
 
 
 class Bert(nn.Module):
-    """A BERT encoder without pooler and dropout; `dtype` computes, parameters stay float32."""
+    """The encoder without pooler and dropout; `dtype` computes, parameters stay float32.
+
+    segments: kinds of segment, of which a caption is the first; 0: no such table.
+    first: place in the table of positions of a caption's first token. In RoBERTa it is the padding
+      token's number and one more, and padding lies at the place before.
+    """
 
     vocab: int = 30522
     width: int = 768
@@ -93,32 +95,28 @@ class Bert(nn.Module):
     segments: int = 2
     epsilon: float = 1e-12
     activation: str = "gelu"
+    first: int = 0
     dtype: str = "float32"
 
     @nn.compact
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer; only valid tokens mean anything."""
-        if text_BL.shape[1] > self.max_length:
-            raise errors.ConfigError(
-                f"captions have {text_BL.shape[1]} tokens, the encoder {self.max_length} positions",
-                where="config.text_length",
-                fix=f"set it to {self.max_length} or less",
-            )
+        place_L = self.first + blocks.positions(text_BL, self.max_length - self.first)
         embed = functools.partial(nn.Embed, features=self.width)
-        position_LD = embed(self.max_length, name="position")(jnp.arange(text_BL.shape[1]))
-        segment_1D = embed(self.segments, name="segment")(jnp.zeros(1, jnp.int32))
-        x_BLD = embed(self.vocab, name="word")(text_BL) + position_LD + segment_1D
+        x_BLD = embed(self.vocab, name="word")(text_BL)
+        x_BLD += embed(self.max_length, name="position")(place_L)
+        if self.segments:
+            x_BLD += embed(self.segments, name="segment")(jnp.zeros(1, jnp.int32))
         norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
         states = [norm(x_BLD.reshape(-1, self.width))]
         sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
         for i in range(self.depth):
-            states.append(Layer(*sizes, name=f"layer_{i}")(states[-1], mask_BL))
+            states.append(blocks.Layer(*sizes, name=f"layer_{i}")(states[-1], mask_BL))
         return [x_ND.reshape(x_BLD.shape) for x_ND in states]
 
     def __call__(self, text_BL, mask_BL) -> condition.Cond:
         """The last layer's states, zero where the mask is False, and their mean."""
-        seq_BLD = self.states(text_BL, mask_BL)[-1] * mask_BL[..., None]
-        return condition.Cond(seq_BLD, mask_BL, condition.masked_mean(seq_BLD, mask_BL))
+        return condition.of_states(self.states(text_BL, mask_BL)[-1], mask_BL)
 
 
 def from_config(config: dict, *, dtype: str = "float32") -> Bert:
@@ -127,32 +125,11 @@ def from_config(config: dict, *, dtype: str = "float32") -> Bert:
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
-    for field, value in _IMPLEMENTED.items():
-        if config.get(field, value) != value:
-            raise errors.ConfigError(
-                f"{field} {config[field]!r} is not implemented",
-                where=hf.CONFIG,
-                fix=f"use a checkpoint with {field} {value!r}",
-            )
-    fields = {}
-    for theirs, ours in _FIELDS.items():
-        default = getattr(Bert, ours)
-        value = fields[ours] = config.get(theirs, default)
-        if type(value) is not type(default) or (not isinstance(value, str) and value <= 0):
-            raise errors.ConfigError(
-                f"{theirs} is {value!r}", where=hf.CONFIG, fix=f"it should be like {default!r}"
-            )
-    if fields["activation"] not in ACTIVATIONS:
-        raise errors.ConfigError(
-            f"hidden_act {fields['activation']!r} is not implemented",
-            where=hf.CONFIG,
-            fix=errors.nearest(fields["activation"], ACTIVATIONS),
-        )
-    if fields["width"] % fields["heads"]:
-        raise errors.ConfigError(
-            f"hidden_size {fields['width']} is no multiple of num_attention_heads "
-            f"{fields['heads']}",
-            where=hf.CONFIG,
-            fix="use the config.json that was saved with the weights",
-        )
-    return Bert(**fields, dtype=dtype)
+    if config["model_type"] == "distilbert":
+        sizes = hf.fields(config, Bert, _DISTILBERT_FIELDS) | {"segments": 0}
+    else:
+        sizes = hf.fields(config, Bert, _FIELDS, _IMPLEMENTED)
+    if config["model_type"] in ROBERTAS:
+        sizes["first"] = config.get("pad_token_id", 1) + 1
+    blocks.check(sizes)
+    return Bert(**sizes, dtype=dtype)

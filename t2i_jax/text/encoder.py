@@ -2,8 +2,12 @@
 
 import flax.linen as nn
 
-from t2i_jax import errors, plugins
-from t2i_jax.text import bert, hf, tokenize
+from t2i_jax import errors
+from t2i_jax.text import bert, clip, gpt2, hf, t5, tokenize
+
+FAMILIES = {
+    model_type: family for family in (bert, clip, gpt2, t5) for model_type in family.MODEL_TYPES
+}
 
 
 def make(source: str | None, *, dtype: str = "float32") -> nn.Module:
@@ -22,19 +26,17 @@ def make(source: str | None, *, dtype: str = "float32") -> nn.Module:
 def load(source: str, abstract_variables):
     """Variables {"params": …} of the encoder `make(source)`, in the shapes and types given."""
     folder = hf.locate(source)
-    _, family = _read(folder)
-    return {"params": hf.load(folder, abstract_variables["params"], family.NAMES)}
+    config, family = _read(folder)
+    return {"params": hf.load(folder, abstract_variables["params"], family.names(config))}
 
 
 def _read(folder):
     config = hf.read_json(folder / hf.CONFIG)
     model_type = config.get("model_type")
-    named = isinstance(model_type, str)
-    family = plugins.load("text", model_type.replace("-", "_")) if named else None
-    if not hasattr(family, "from_config"):
+    if model_type not in FAMILIES:
         raise errors.ConfigError(
             f"model_type {model_type!r} is no text encoder",
             where=str(folder / hf.CONFIG),
-            fix="use a checkpoint of an encoder in t2i_jax/text/, such as bert",
+            fix=f"use a checkpoint of one of {', '.join(sorted(FAMILIES))}",
         )
-    return config, family
+    return config, FAMILIES[model_type]

@@ -37,17 +37,20 @@ class Names(NamedTuple):
     tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
       `{}` stands for the layer's number on both sides. A leaf `kernel` is the transposed torch
       `weight`, `embedding` and `scale` are `weight` as it is, `bias` is `bias`.
-    prefix: what checkpoints with a head put before every name.
+    prefixes: what checkpoints with a head put before every name, the first that fits is removed.
+    renamed: parts of names that some checkpoints write otherwise -> ours.
     ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
+    untransposed: kernels lie as ours do, (in, out), as in GPT-2's Conv1D.
     """
 
     tensors: dict[str, str | tuple[str, ...]]
-    prefix: str
-    ignored: tuple[str, ...]
+    prefixes: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    untransposed: bool = False
 
 
 _LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
-_TENSORFLOW = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 def locate(name: str) -> pathlib.Path:
@@ -82,6 +85,34 @@ def read_json(path: pathlib.Path) -> dict:
     return value
 
 
+def fields(config: dict, module, names: dict, implemented: dict | None = None) -> dict:
+    """A module's sizes from a config.json.
+
+    Args:
+      module: its class, whose defaults stand in for what the config lacks.
+      names: field of config.json -> attribute of the module.
+      implemented: fields that change the network -> the one value that we have.
+    Raises:
+      ConfigError: a field asks for something else, or is of another type or no sensible size.
+    """
+    for field, value in (implemented or {}).items():
+        if config.get(field, value) != value:
+            raise errors.ConfigError(
+                f"{field} {config[field]!r} is not implemented",
+                where=CONFIG,
+                fix=f"use a checkpoint with {field} {value!r}",
+            )
+    found = {}
+    for theirs, ours in names.items():
+        default = getattr(module, ours)
+        value = found[ours] = config.get(theirs, default)
+        if type(value) is not type(default) or (not isinstance(value, str) and value <= 0):
+            raise errors.ConfigError(
+                f"{theirs} is {value!r}", where=CONFIG, fix=f"it should be like {default!r}"
+            )
+    return found
+
+
 def load(folder: pathlib.Path, abstract_params, names: Names):
     """Parameters shaped and typed as `abstract_params`, numpy arrays, from a checkpoint's folder.
 
@@ -93,6 +124,7 @@ def load(folder: pathlib.Path, abstract_params, names: Names):
     plan, problems, used = {}, [], set()
     for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
         sources, kernel = _sources(path, names)
+        kernel = kernel and not names.untransposed
         plan[path] = sources, kernel, leaf.dtype
         used.update(sources)
         shape = (*leaf.shape[:-1], leaf.shape[-1] // len(sources))
@@ -213,8 +245,9 @@ def _tensors(folder, names):
                 fix="copy it again",
             ) from e
         for name in tensors.keys():  # noqa: SIM118 not a mapping
-            plain = name.removeprefix(names.prefix)
-            for old, new in _TENSORFLOW.items():  # of the first checkpoints, converted from there
+            prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+            plain = name.removeprefix(prefix)
+            for old, new in names.renamed:
                 plain = plain.replace(old, new)
             if plain in found:
                 raise errors.DataError(

@@ -1,0 +1,81 @@
+"""The transformer block of BERT, CLIP and GPT-2.   N = B·L tokens · D width · H head width"""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax import errors
+from t2i_jax.models import attention
+
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of CLIP's first weights
+    "relu": nn.relu,
+    "silu": nn.silu,
+}
+
+
+class Layer(nn.Module):
+    """Attention and MLP on flattened tokens: products of ND are faster than those of BLD.
+
+    normed: "after" each sum, as in BERT, or "before" attention and MLP, as in GPT-2.
+    """
+
+    heads: int
+    mlp_width: int
+    epsilon: float
+    activation: str
+    dtype: str
+    normed: str = "after"
+    causal: bool = False
+
+    @nn.compact
+    def __call__(self, x_ND, mask_BL):
+        dense = functools.partial(nn.Dense, dtype=self.dtype)
+        attention_norm, mlp_norm = (
+            nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
+            for name in ("attention_norm", "mlp_norm")
+        )
+        before = self.normed == "before"
+        width = x_ND.shape[-1]
+        h_ND = attention_norm(x_ND) if before else x_ND
+        qkv = dense(3 * width, name="qkv")(h_ND).reshape(*mask_BL.shape, 3, self.heads, -1)
+        q_BLNH, k_BLNH, v_BLNH = (qkv[:, :, i] for i in range(3))
+        seen_BLNH = attention.attention(q_BLNH, k_BLNH, v_BLNH, mask_BS=mask_BL, causal=self.causal)
+        x_ND = x_ND + dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
+        x_ND = x_ND if before else attention_norm(x_ND)
+        h_ND = mlp_norm(x_ND) if before else x_ND
+        up_NM = ACTIVATIONS[self.activation](dense(self.mlp_width, name="up")(h_ND))
+        x_ND = x_ND + dense(width, name="down")(up_NM)
+        return x_ND if before else mlp_norm(x_ND)
+
+
+def positions(text_BL, max_length: int):
+    """0 … L − 1. Raises ConfigError where the encoder has fewer positions."""
+    length = text_BL.shape[1]
+    if length > max_length:
+        raise errors.ConfigError(
+            f"captions have {length} tokens, the encoder {max_length} positions",
+            where="config.text_length",
+            fix=f"set it to {max_length} or less",
+        )
+    return jnp.arange(length)
+
+
+def check(sizes: dict) -> None:
+    """Raises ConfigError where a family's sizes, as `hf.fields` found them, do not go together."""
+    if sizes["activation"] not in ACTIVATIONS:
+        raise errors.ConfigError(
+            f"activation {sizes['activation']!r} is not implemented",
+            where="config.json",
+            fix=errors.nearest(sizes["activation"], ACTIVATIONS),
+        )
+    if sizes["width"] % sizes["heads"]:
+        raise errors.ConfigError(
+            f"width {sizes['width']} is no multiple of its {sizes['heads']} heads",
+            where="config.json",
+            fix="use the config.json that was saved with the weights",
+        )

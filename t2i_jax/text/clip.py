@@ -1,0 +1,119 @@
+"""CLIP's text tower (arXiv:2103.00020), of OpenAI's and OpenCLIP's converted checkpoints.
+
+B batch · L text length · D width · P projected width
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t2i_jax import errors
+from t2i_jax.text import blocks, condition, hf
+
+_FIELDS = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp_width",
+    "max_position_embeddings": "max_length",
+    "layer_norm_eps": "epsilon",
+    "hidden_act": "activation",
+    "projection_dim": "projected",
+    "eos_token_id": "end",
+}
+MODEL_TYPES = ("clip", "clip_text_model")
+FIRST_END = 2  # what config.json of the first checkpoints wrongly calls the end's number
+
+
+def names(config) -> hf.Names:
+    layer = "encoder.layers.{}."
+    return hf.Names(
+        tensors={
+            "word": "embeddings.token_embedding",
+            "position": "embeddings.position_embedding",
+            "layer_{}/qkv": tuple(f"{layer}self_attn.{x}_proj" for x in "qkv"),
+            "layer_{}/out": f"{layer}self_attn.out_proj",
+            "layer_{}/attention_norm": f"{layer}layer_norm1",
+            "layer_{}/up": f"{layer}mlp.fc1",
+            "layer_{}/down": f"{layer}mlp.fc2",
+            "layer_{}/mlp_norm": f"{layer}layer_norm2",
+            "norm": "final_layer_norm",
+            "projection": "text_projection",
+        },
+        prefixes=("text_model.",),
+        ignored=("vision_model.*", "visual_projection.*", "logit_scale", "*.position_ids"),
+    )
+
+
+class ClipText(nn.Module):
+    """The text tower; `dtype` computes, parameters stay float32.
+
+    projected: width of the pooled vector's projection; 0: the checkpoint has none.
+    end: the end token's number. Where it is FIRST_END, the end is the largest number in a row.
+    """
+
+    vocab: int = 49408
+    width: int = 512
+    depth: int = 12
+    heads: int = 8
+    mlp_width: int = 2048
+    max_length: int = 77
+    epsilon: float = 1e-5
+    activation: str = "quick_gelu"
+    projected: int = 512
+    end: int = 49407
+    dtype: str = "float32"
+
+    @nn.compact
+    def states(self, text_BL, mask_BL) -> list[jax.Array]:
+        """BLD after the embeddings and after every layer, not normed but for one more: the last
+        layer's, normed.
+        """
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        place_L = blocks.positions(text_BL, self.max_length)
+        x_BLD = embed(self.vocab, name="word")(text_BL)
+        x_BLD += embed(self.max_length, name="position")(place_L)
+        states = [x_BLD.reshape(-1, self.width)]
+        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
+        for i in range(self.depth):
+            layer = blocks.Layer(*sizes, "before", True, name=f"layer_{i}")
+            states.append(layer(states[-1], mask_BL))
+        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
+        states.append(norm(states[-1]))
+        return [x_ND.reshape(x_BLD.shape) for x_ND in states]
+
+    @nn.compact
+    def __call__(self, text_BL, mask_BL) -> condition.Cond:
+        """Normed states, zero where the mask is False, and the end token's, projected."""
+        seq_BLD = self.states(text_BL, mask_BL)[-1]
+        if self.end == FIRST_END:
+            end_B = jnp.argmax(jnp.where(mask_BL, text_BL, -1), axis=1)
+        else:
+            end_B = jnp.argmax((text_BL == self.end) & mask_BL, axis=1)
+        pooled_BP = jnp.take_along_axis(seq_BLD, end_B[:, None, None], axis=1)[:, 0]
+        if self.projected:
+            project = nn.Dense(self.projected, use_bias=False, dtype=self.dtype, name="projection")
+            pooled_BP = project(pooled_BP)
+        pooled_BP *= mask_BL.any(1)[:, None]  # an empty caption has no end
+        return condition.Cond(seq_BLD * mask_BL[..., None], mask_BL, pooled_BP)
+
+
+def from_config(config: dict, *, dtype: str = "float32") -> ClipText:
+    """The text tower that a checkpoint's config.json describes, alone or beside its image tower.
+
+    Raises:
+      ConfigError: a field asks for something not implemented, or is no sensible size.
+    """
+    text = config.get("text_config", config)
+    if not isinstance(text, dict):
+        raise errors.ConfigError(
+            f"text_config is {text!r}", where=hf.CONFIG, fix="give an object of sizes"
+        )
+    sizes = hf.fields(text, ClipText, _FIELDS)
+    blocks.check(sizes)
+    whole = "text_config" in config or "WithProjection" in str(config.get("architectures"))
+    sizes["projected"] = config.get("projection_dim", sizes["projected"]) if whole else 0
+    return ClipText(**sizes, dtype=dtype)
