@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from t2i_jax.text import encoder
+from t2i_jax.text import encoder, gpt2
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -124,3 +124,57 @@ def test_padding_changes_no_valid_state(saved):
         *(compute(source, t, mask_BL)[0] for t in (text_BL, other_BL)), strict=True
     ):
         np.testing.assert_array_equal(ours[mask_BL], theirs[mask_BL])
+
+
+@pytest.fixture(scope="module")
+def speaker(tmp_path_factory):
+    torch.manual_seed(1)
+    model = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(**GPT2 | dict(n_positions=80, n_layer=3))
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    folder = tmp_path_factory.mktemp("speaker")
+    model.save_pretrained(folder)
+    text_BL = np.random.default_rng(0).integers(0, VOCAB, (3, LENGTH)).astype(np.int32)
+    net = encoder.make(str(folder))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, text_BL > -1)
+    return model, net, encoder.load(str(folder), shapes), text_BL
+
+
+def test_gpt2_says_what_torch_says_token_for_token(speaker):
+    """Rows of unequal length at once against torch's one at a time."""
+    model, net, variables, text_BL = speaker
+    lengths = np.array([9, 4, 1])
+    mask_BL = np.arange(LENGTH) < lengths[:, None]
+    said = jax.jit(
+        lambda v, t, m: gpt2.generate(
+            net, v, t, m, jax.random.key(0), new=64, end=VOCAB, temperature=0
+        )
+    )
+    got_BN, alive_BN = said(variables, text_BL, mask_BL)
+    assert alive_BN.all()
+    for row, n in enumerate(lengths):
+        ids = torch.tensor(text_BL[row : row + 1, :n]).long()
+        options = dict(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        np.testing.assert_array_equal(got_BN[row], want[0, n:].numpy())
+    assert len(np.unique(got_BN)) > 3  # not one word for ever
+
+
+def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(speaker):
+    _, net, variables, text_BL = speaker
+    mask_BL = np.ones(text_BL.shape, bool)
+    options = dict(new=20, end=3)
+    draw = lambda seed, **more: jax.device_get(
+        gpt2.generate(net, variables, text_BL, mask_BL, jax.random.key(seed), **options, **more)
+    )
+    greedy, _ = draw(0, temperature=0)
+    np.testing.assert_array_equal(draw(1, top_k=1)[0], greedy)
+    np.testing.assert_array_equal(draw(2, top_p=1e-6)[0], greedy)
+    text_BN, alive_BN = draw(3, temperature=3.0)
+    assert (text_BN != greedy).any()
+    assert (alive_BN[:, 1:] <= alive_BN[:, :-1]).all()
+    assert (text_BN[~alive_BN] == 3).all()
+    assert (text_BN[alive_BN] != 3).all()

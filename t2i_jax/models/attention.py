@@ -4,12 +4,15 @@ import jax
 import jax.numpy as jnp
 
 
-def attention(q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None, bias_NTS=None, causal=False, scale=None):
+def attention(
+    q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None, mask_BTS=None, bias_NTS=None, causal=False, scale=None
+):
     """softmax(scale·q·k + bias)·v, softmax in float32.   -> BTNH
 
-    Keys where mask_BS is False are not seen, nor, if causal, those behind the query; scale is 1/√H.
+    Keys where a mask is False are not seen, nor, if causal, those behind the query; scale is 1/√H.
     """
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
+    mask = mask if mask_BTS is None else mask_BTS[:, None]
     bias = None if bias_NTS is None else bias_NTS[None].astype(q_BTNH.dtype)
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, bias, mask, scale=scale, is_causal=causal

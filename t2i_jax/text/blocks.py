@@ -33,7 +33,11 @@ class Layer(nn.Module):
     causal: bool = False
 
     @nn.compact
-    def __call__(self, x_ND, mask_BL):
+    def __call__(self, x_ND, mask_BL, cache=None, place_BL=None):
+        """Tokens after the block; with a cache of keys and values (each BSNH), what it became, too.
+
+        With a cache the tokens come to stand at place_BL, and see what stands at no later place.
+        """
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         attention_norm, mlp_norm = (
             nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
@@ -44,13 +48,25 @@ class Layer(nn.Module):
         h_ND = attention_norm(x_ND) if before else x_ND
         qkv = dense(3 * width, name="qkv")(h_ND).reshape(*mask_BL.shape, 3, self.heads, -1)
         q_BLNH, k_BLNH, v_BLNH = (qkv[:, :, i] for i in range(3))
-        seen_BLNH = attention.attention(q_BLNH, k_BLNH, v_BLNH, mask_BS=mask_BL, causal=self.causal)
+        if cache is None:
+            seen_BLNH = attention.attention(
+                *(q_BLNH, k_BLNH, v_BLNH), mask_BS=mask_BL, causal=self.causal
+            )
+        else:
+            row_B1 = jnp.arange(mask_BL.shape[0])[:, None]
+            cache = tuple(
+                old.at[row_B1, place_BL].set(new)
+                for old, new in zip(cache, (k_BLNH, v_BLNH), strict=True)
+            )
+            seen_BLS = jnp.arange(cache[0].shape[1]) <= place_BL[..., None]
+            seen_BLNH = attention.attention(q_BLNH, *cache, mask_BTS=seen_BLS)
         x_ND = x_ND + dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
         x_ND = x_ND if before else attention_norm(x_ND)
         h_ND = mlp_norm(x_ND) if before else x_ND
         up_NM = ACTIVATIONS[self.activation](dense(self.mlp_width, name="up")(h_ND))
         x_ND = x_ND + dense(width, name="down")(up_NM)
-        return x_ND if before else mlp_norm(x_ND)
+        x_ND = x_ND if before else mlp_norm(x_ND)
+        return x_ND if cache is None else (x_ND, cache)
 
 
 def positions(text_BL, max_length: int):

@@ -4,7 +4,9 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
+from t2i_jax import errors
 from t2i_jax.text import blocks, condition, hf
 
 _FIELDS = {
@@ -57,25 +59,115 @@ class Gpt2(nn.Module):
     mlp_width: int = 3072
     dtype: str = "float32"
 
-    @nn.compact
+    def setup(self):
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        self.word, self.position = embed(self.vocab), embed(self.max_length)
+        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
+        self.layer = [blocks.Layer(*sizes, "before", True) for _ in range(self.depth)]
+        self.norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False)
+
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer, the last one normed."""
-        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
         place_L = blocks.positions(text_BL, self.max_length)
-        x_BLD = embed(self.vocab, name="word")(text_BL)
-        x_BLD += embed(self.max_length, name="position")(place_L)
+        x_BLD = self.word(text_BL) + self.position(place_L)
         states = [x_BLD.reshape(-1, self.width)]
-        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
-        for i in range(self.depth):
-            layer = blocks.Layer(*sizes, "before", True, name=f"layer_{i}")
+        for layer in self.layer:
             states.append(layer(states[-1], mask_BL))
-        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
-        states[-1] = norm(states[-1])
+        states[-1] = self.norm(states[-1])
         return [x_ND.reshape(x_BLD.shape) for x_ND in states]
+
+    def extend(self, text_BL, place_BL, cache):
+        """Logits after each token (BLV, float32) and the cache with these tokens at their places.
+
+        cache: keys and values of every layer, see `empty_cache`.
+        """
+        x_BLD = self.word(text_BL) + self.position(place_BL)
+        x_ND, grown = x_BLD.reshape(-1, self.width), []
+        for layer, old in zip(self.layer, cache, strict=True):
+            x_ND, new = layer(x_ND, jnp.ones(text_BL.shape, bool), old, place_BL)
+            grown.append(new)
+        logits = self.word.attend(self.norm(x_ND)).astype(jnp.float32)
+        return logits.reshape(*text_BL.shape, -1), tuple(grown)
+
+    def empty_cache(self, batch: int, length: int):
+        """Keys and values of `length` tokens, for `extend`."""
+        shape = (batch, length, self.heads, self.width // self.heads)
+        return tuple((jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.depth))
 
     def __call__(self, text_BL, mask_BL) -> condition.Cond:
         """The last layer's states, zero where the mask is False, and their mean."""
         return condition.of_states(self.states(text_BL, mask_BL)[-1], mask_BL)
+
+
+def generate(
+    net: Gpt2,
+    variables,
+    text_BL,
+    mask_BL,
+    key,
+    *,
+    new: int,
+    end: int = 50256,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+):
+    """Goes on with each row by at most `new` tokens.   -> (text BN int32, mask BN), N = new
+
+    A row that has put out `end` puts out nothing more: its mask is False from there on. Rows of
+    unequal length go on from their own last token, each as it would alone.
+
+    Args:
+      key: one for the batch; rows draw by their number.
+      temperature: of the softmax; 0 takes the likeliest token.
+      top_k: only the k likeliest tokens are drawn; 0: all.
+      top_p: only the likeliest that together reach this probability (arXiv:1904.09751).
+    Raises:
+      ConfigError: prompts and new tokens are longer than the network's positions.
+    """
+    b, length = text_BL.shape
+    if length + new > net.max_length:
+        raise errors.ConfigError(
+            f"{length} tokens and {new} new ones are more than the {net.max_length} positions",
+            where="generate",
+            fix=f"ask for at most {net.max_length - length} new tokens",
+        )
+    extend = functools.partial(net.apply, variables, method="extend")
+    place_BL = jnp.broadcast_to(jnp.arange(length), text_BL.shape)
+    logits_BLV, cache = extend(text_BL, place_BL, net.empty_cache(b, length + new))
+    last_B = mask_BL.sum(1) - 1
+    logits_BV = jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]
+    keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
+
+    def step(carry, i):
+        logits_BV, cache, alive_B = carry
+        if temperature == 0:
+            token_B = logits_BV.argmax(-1)
+        else:
+            logits_BV = _keep(logits_BV / temperature, top_k, top_p)
+            draw = lambda k, logits: jax.random.categorical(jax.random.fold_in(k, i), logits)
+            token_B = jax.vmap(draw)(keys_B, logits_BV)
+        alive_B &= token_B != end
+        token_B = jnp.where(alive_B, token_B, end).astype(jnp.int32)
+        logits_B1V, cache = extend(token_B[:, None], (last_B + 1 + i)[:, None], cache)
+        return (logits_B1V[:, 0], cache, alive_B), (token_B, alive_B)
+
+    start = (logits_BV, cache, mask_BL.any(1))
+    _, (text_NB, mask_NB) = jax.lax.scan(step, start, jnp.arange(new))
+    return text_NB.T, mask_NB.T
+
+
+def _keep(logits_BV, top_k: int, top_p: float):
+    """The logits of tokens that may be drawn, −∞ for all others."""
+    sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
+    floor_B1 = jnp.full((logits_BV.shape[0], 1), -jnp.inf)
+    if top_k:
+        floor_B1 = sorted_BV[:, top_k - 1 : top_k]
+    probability_BV = jax.nn.softmax(jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf))
+    before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
+    kept_B1 = jnp.maximum((before_BV < top_p).sum(-1, keepdims=True), 1)
+    nucleus_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
+    return jnp.where(logits_BV >= jnp.maximum(floor_B1, nucleus_B1), logits_BV, -jnp.inf)
 
 
 def from_config(config: dict, *, dtype: str = "float32") -> Gpt2:
