@@ -75,6 +75,8 @@ def run(main, *, required=(), argv=None) -> None:
     except Exception as e:
         if debug:
             raise
+        if lost := distributed.lost_peer(e):
+            _fail(lost, 70)
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
         _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
 

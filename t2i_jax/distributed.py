@@ -1,6 +1,7 @@
 """Several processes as one program: start-up, barriers, ends that the others notice."""
 
 import os
+import re
 import socket
 import sys
 import threading
@@ -90,6 +91,24 @@ def barrier(name: str) -> None:
 
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+def lost_peer(e: Exception) -> str | None:
+    """What to say where an exchange with another process failed; None if that is not it."""
+    if "jax" not in sys.modules:
+        return None
+    import jax
+
+    failed = re.search(r"Gloo|NCCL|coordination service|Connection (reset|closed)", str(e))
+    if jax.process_count() == 1 or not isinstance(e, jax.errors.JaxRuntimeError) or not failed:
+        return None
+    me, n = jax.process_index(), jax.process_count()
+    others = [i for i in range(n) if i != me]
+    who = f"process {others[0]}" if n == 2 else f"one of the processes {others}"
+    return (
+        f"{who} died or cannot be reached (at process {me} of {n}). Fix: see the logs of the "
+        "others for the cause, then start all again: they go on from the last checkpoint"
+    )
 
 
 def leave(code: int) -> None:

@@ -123,7 +123,9 @@ def _remat() -> dict:
             found[place + name] = {
                 "temporaries": case.compiled.memory_analysis().temp_size_in_bytes,
                 "gathered": gathered.bytes if gathered else 0,
-                "parameter_bytes": sum(x.nbytes for x in jax.tree.leaves(case.state.nets)),
+                "parameter_bytes": sum(
+                    x.nbytes for x in jax.tree.leaves((case.state.nets, case.frozen))
+                ),
                 "loss": case.train(1)[0]["model/loss"],
             }
     return found

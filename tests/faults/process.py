@@ -225,6 +225,7 @@ def p8(lab):
         took = time.monotonic() - since
         assert ended.code not in (0, None)
         assert took < 5 + 30, took
+        assert_error(ended, 70, f"process {victim} died or cannot be reached")
         kept = steps(folder)[-1]
         again = [
             lab.end(p)
