@@ -27,6 +27,7 @@ test: venv
 faults: venv
 	$(PY) -m pytest tests -m slow
 	$(PY) -m tests.faults --long
+	$(PY) -m tests.faults.broken
 
 lint: venv
 	$(PY) -m ruff check .

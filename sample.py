@@ -7,11 +7,7 @@ from absl import flags
 
 from t2i_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "builtin:<name> or an exported model's folder."
-)
-STEP = flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default.")
+MODEL = cli.model_flags()
 PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Prompts, one a line, or JSONL.")
 NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What to be guided away from.")
@@ -37,31 +33,21 @@ def main():
         negative_prompt=NEGATIVE_PROMPT.value,
         options=tuple(sorted(cli.given(OPTIONS).items())),
     )
-    if WORKDIR.value and CHECKPOINT.value:
-        raise errors.ConfigError(
-            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
-        )
-    source = WORKDIR.value or CHECKPOINT.value
-    step = STEP.value
+    step, default_model, hint = MODEL["step"].value, None, ""
     wanted = [requests.check(default._replace(prompt=p), "--prompt") for p in PROMPT.value]
     if PROMPTS_FILE.value:
         wanted += requests.read_file(PROMPTS_FILE.value, default)
     if REPRODUCE.value:
         request, model, drawn_at = requests.from_picture(REPRODUCE.value)
         step = drawn_at if step is None else step
-        source = source or (model if model.startswith("builtin:") else None)
+        default_model = model if model.startswith("builtin:") else None
+        hint = f"; the picture was drawn with {model}"
         wanted.append(request)
     if not wanted:
         raise errors.ConfigError(
             "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
         )
-    if not source:
-        raise errors.ConfigError(
-            "no model",
-            where="the command line",
-            fix="add --workdir=… or --checkpoint=builtin:shapes"
-            + (f"; the picture was drawn with {model}" if REPRODUCE.value else ""),
-        )
+    source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
     pipe = pipeline.Pipeline.load(source, step=step)

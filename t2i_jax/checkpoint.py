@@ -299,7 +299,7 @@ class Checkpoints:
         """
         if jax.default_backend() != "cpu":
             return items
-        self._stage = _copy_into(self._stage, items) if self._stage else _copy(items)
+        self._stage = _copy_into(self._stage, items)
         return self._stage
 
     def _checkpointer(self):
@@ -406,13 +406,9 @@ def _items(state: State) -> dict:
     }
 
 
-@jax.jit
-def _copy(new):
-    return jax.tree.map(jnp.copy, new)
-
-
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _copy_into(old, new):
+    """Copies of `new`, in the memory of `old` (a tree like it, or None)."""
     return jax.tree.map(jnp.copy, new)
 
 

@@ -27,6 +27,37 @@ def sampling_flags() -> dict:
     }
 
 
+def model_flags() -> dict:
+    """Flags that say which model; see `model`."""
+    return {
+        "workdir": flags.DEFINE_string("workdir", None, "A run of train.py."),
+        "checkpoint": flags.DEFINE_string(
+            "checkpoint", None, "builtin:<name> or an exported model's folder."
+        ),
+        "step": flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default."),
+    }
+
+
+def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
+    """The one model that the flags name, else the default.
+
+    Raises:
+      ConfigError: two models are named, or none where there is no default either.
+    """
+    named = [options[name].value for name in ("workdir", "checkpoint") if options[name].value]
+    if len(named) > 1:
+        raise errors.ConfigError(
+            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
+        )
+    if not (named or default):
+        raise errors.ConfigError(
+            "no model",
+            where="the command line",
+            fix=f"add --workdir=… or --checkpoint=builtin:shapes{hint}",
+        )
+    return named[0] if named else default
+
+
 def process_flags() -> dict:
     """Flags of `distributed.start`."""
     return {

@@ -7,11 +7,7 @@ from absl import flags
 
 from t2i_jax import cli
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
-CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "builtin:<name> or an exported model's folder."
-)
-STEP = flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default.")
+MODEL = cli.model_flags()
 EVALUATORS = flags.DEFINE_list("evaluators", ["shapes"], "Files of t2i_jax/evaluators.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures to draw and judge.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
@@ -20,16 +16,10 @@ OPTIONS = cli.sampling_flags()
 
 
 def main():
-    from t2i_jax import errors, pipeline
+    source = cli.model(MODEL)
+    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    source = WORKDIR.value or CHECKPOINT.value
-    if not source:
-        raise errors.ConfigError(
-            "no model",
-            where="the command line",
-            fix="add --workdir=… or --checkpoint=builtin:shapes",
-        )
-    pipe = pipeline.Pipeline.load(source, step=STEP.value)
+    pipe = pipeline.Pipeline.load(source, step=MODEL["step"].value)
     options = cli.given(OPTIONS)
     result = {"model": source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
     for name in EVALUATORS.value:

@@ -44,12 +44,7 @@ class Stop(Exception):
     """A signal came while something between two steps was running."""
 
 
-def train(
-    config: ml_collections.ConfigDict,
-    workdir,
-    *,
-    restart: bool = False,
-) -> dict:
+def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) -> dict:
     """Trains what the config says in `workdir`, going on from its newest sound checkpoint.
 
     Returns the last step's metrics. Everything is checked before anything is written or compiled.

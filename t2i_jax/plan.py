@@ -14,7 +14,6 @@ from t2i_jax import errors, loop, sharding, weights
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-ITEM = {"pred": 1, "s8": 1, "u8": 1, "s32": 4, "u32": 4, "f32": 4, "bf16": 2, "f16": 2, "f64": 8}
 WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")  # what hides traffic
 
 
@@ -161,7 +160,9 @@ class DoesNotFit(Exception):
 
     def __init__(self, message: str):
         super().__init__(message)
-        found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message)
+        found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message) or re.search(
+            r"required for HLO temporaries \(([\d.]+)([KMG])\)", message
+        )
         scale = {"K": 2**10, "M": 2**20, "G": 2**30}
         self.used = int(float(found[1]) * scale[found[2]]) if found else None
 
@@ -204,13 +205,12 @@ def traffic(text: str) -> dict[str, Traffic]:
     """Collectives by kind in a compiled program's text, loop bodies as often as they run."""
     program = _Program(text)
     found = collections.defaultdict(lambda: Traffic(0, 0, 0))
-    asynchronous = program.channels_of_fusions()
     for name, times in program.runs().items():
         for i, line in enumerate(program.computations[name]):
             match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
             channel = re.search(r"channel_id=\d+,", line)
-            fused = bool(channel) and channel[0] in asynchronous
-            if not match or (fused and "AsyncCollectiveStart" not in program.text_of(name)):
+            fused = bool(channel) and channel[0] in program.fused
+            if not match or (fused and name not in program.starts):
                 continue
             result, kind, start = match.groups()
             size = times * _size(result, halved=bool(start) and kind != "all-reduce")
@@ -224,7 +224,11 @@ def traffic(text: str) -> dict[str, Traffic]:
 
 
 class _Program:
-    """A compiled program's text: computations, the entry under the name "", as lists of lines."""
+    """A compiled program's text: computations, the entry under the name "", as lists of lines.
+
+    starts, ends: fusions into which XLA:TPU wrote a collective's start or end.
+    fused: channel of such a collective -> the names of all its fusions.
+    """
 
     def __init__(self, text: str):
         self.computations, current = {}, None
@@ -233,6 +237,17 @@ class _Program:
                 current = self.computations.setdefault("" if head[1] else head[2], [])
             elif current is not None and " = " in line:
                 current.append(line)
+        self.starts, self.ends = set(), set()
+        channels = collections.defaultdict(set)
+        for name, lines in self.computations.items():
+            whole = "\n".join(lines)
+            if "AsyncCollectiveStart" in whole:
+                self.starts.add(name)
+            if "AsyncCollectiveDone" in whole:
+                self.ends.add(name)
+            for channel in re.findall(r"channel_id=\d+,", whole):
+                channels[channel].add(name)
+        self.fused = {c: names for c, names in channels.items() if names & self.starts}
 
     def runs(self) -> dict[str, int]:
         """Computation -> how often one run of the program runs it."""
@@ -258,20 +273,9 @@ class _Program:
                 return True
         return False
 
-    def text_of(self, name: str) -> str:
-        return "\n".join(self.computations[name])
-
-    def channels_of_fusions(self) -> set[str]:
-        """Channels of collectives that XLA:TPU wrote into a start, a middle and an end fusion."""
-        texts = map(self.text_of, self.computations)
-        starts = [text for text in texts if "AsyncCollectiveStart" in text]
-        return {channel for text in starts for channel in re.findall(r"channel_id=\d+,", text)}
-
     def works_in_fusions(self, channel: str) -> bool:
         """As `works_beside`, where start and end are fusions."""
-        fusions = [name for name in self.computations if channel in self.text_of(name)]
-        starts = [name for name in fusions if "AsyncCollectiveStart" in self.text_of(name)]
-        ends = [name for name in fusions if "AsyncCollectiveDone" in self.text_of(name)]
+        starts, ends = self.fused[channel] & self.starts, self.fused[channel] & self.ends
         for lines in self.computations.values() if starts and ends else ():
             at = [i for i, x in enumerate(lines) if _calls(x, starts)]
             to = [i for i, x in enumerate(lines) if _calls(x, ends)]
@@ -324,8 +328,14 @@ def _calls(line: str, names) -> bool:
 def _size(result: str, *, halved: bool) -> int:
     """Bytes of a result's type; of a start's (operands, results, flags) only the results."""
     sizes = [
-        ITEM.get(kind, 4) * math.prod(int(n) for n in dims.split(",") if n)
+        _width(kind) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
         if not (halved and kind == "u32" and not dims)
     ]
     return sum(sizes[len(sizes) // 2 :]) if halved else sum(sizes)
+
+
+def _width(kind: str) -> int:
+    """Bytes of one number of HLO's type, such as bf16, f8e4m3fn or pred."""
+    bits = re.search(r"\d+", kind)
+    return max(int(bits[0]) // 8, 1) if bits else 1

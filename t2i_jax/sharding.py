@@ -35,7 +35,7 @@ GATHERED = "gathered"  # the name under which remat policies know parameters mad
 TENSOR_RULES = (
     (r"(query|picture|kvs_\d+)/(q|kv)/.*kernel$", -1),
     (r"(mlp_gate|mlp_up)/.*kernel$", -1),
-    (r"layer_\d+/up/kernel$", -1),  # of the text encoders
+    (r"layer_\d+/(gate|up)/kernel$", -1),  # of the text encoders
     (r"layer_\d+/down/kernel$", -2),
     (r"(blocks|attentions)_\d+/(out|cross_out|mlp_leave)/.*kernel$", -2),
 )

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from t2i_jax import optim, sharding
 from t2i_jax.objective import Aux, Objective
 
-FAULTY = "nonfinite_array"
+FAULTY = "nonfinite_array"  # a net's metric: the number of the gradient's first faulty array
 
 
 class State(NamedTuple):
@@ -53,8 +53,8 @@ def make_update(
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
     fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
-    changes nothing but the step number and `skipped`; metrics say so, and under "<net>/FAULTY"
-    which array of a net's gradient was the first, in the order of its leaves (−1: none).
+    changes nothing but the step number and `skipped`; metrics say so, and "<net>/nonfinite_array"
+    says which array of a net's gradient was the first, in the order of its leaves (−1: none).
 
     `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
     the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples

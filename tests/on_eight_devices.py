@@ -109,25 +109,27 @@ def main():
             "split_kernels": sorted(path.removesuffix("/Dense_0/kernel") for path in tensor),
             "types": types,
         }
-    found |= _remat() | _scan() | _draw() if long else {}
+    if long:
+        found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw()
+    else:
+        found |= _remat(mesh={"data": 1})
     print(json.dumps(found))
 
 
-def _remat() -> dict:
-    """The step of eight layers, with and without, on one device and split over all."""
+def _remat(place="", **options) -> dict:
+    """The step of eight layers, with and without."""
     found, deep = {}, dict(batch_size=64, depth=8, patch=1, scan=True)
-    for place, options in {"": dict(mesh={"data": 1}), "fsdp ": dict(strategy="fsdp")}.items():
-        for name, policy in (("no remat", "none"), ("remat", "full")):
-            case = Case(**options, **deep, remat=policy)
-            gathered = plan.traffic(case.compiled.as_text()).get("all-gather")
-            found[place + name] = {
-                "temporaries": case.compiled.memory_analysis().temp_size_in_bytes,
-                "gathered": gathered.bytes if gathered else 0,
-                "parameter_bytes": sum(
-                    x.nbytes for x in jax.tree.leaves((case.state.nets, case.frozen))
-                ),
-                "loss": case.train(1)[0]["model/loss"],
-            }
+    for name, policy in (("no remat", "none"), ("remat", "full")):
+        case = Case(**options, **deep, remat=policy)
+        gathered = plan.traffic(case.compiled.as_text()).get("all-gather")
+        found[place + name] = {
+            "temporaries": case.compiled.memory_analysis().temp_size_in_bytes,
+            "gathered": gathered.bytes if gathered else 0,
+            "parameter_bytes": sum(
+                x.nbytes for x in jax.tree.leaves((case.state.nets, case.frozen))
+            ),
+            "loss": case.train(1)[0]["model/loss"],
+        }
     return found
 
 

@@ -42,6 +42,12 @@ CASES = {
     "unwritable workdir": (["train.py", CONFIG, "--workdir=/dev/null/run"], 74, "/dev/null/run"),
     "nothing to draw": (["sample.py", "--checkpoint=builtin:shapes"], 78, "nothing to draw"),
     "no model": (["sample.py", "--prompt=a circle"], 78, "no model"),
+    "two models to draw with": ([*BUILTIN, "--workdir=runs/flow"], 78, "two models"),
+    "two models to judge": (
+        ["-m", "t2i_jax.evaluate", "--checkpoint=builtin:shapes", "--workdir=runs/flow"],
+        78,
+        "two models",
+    ),
     "empty prompt": (["sample.py", "--checkpoint=builtin:shapes", "--prompt="], 78, "empty"),
     "negative seed": (["sample.py", "--prompt=a circle", "--seed=-1"], 78, "seed is -1"),
     "unknown builtin": (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.faults import inputs, process, storage  # noqa: F401  (they register their rows)
+from tests.faults import broken, inputs, process, storage  # noqa: F401  (they register their rows)
 from tests.faults.lab import ROWS, Lab
 
 
@@ -20,3 +20,8 @@ def test_survives(lab, row):
     text = row.run(lab)
     if text and text.startswith("skipped"):
         pytest.skip(text)
+
+
+@pytest.mark.parametrize("break_", broken.BREAKS, ids=lambda b: f"{b.row} {b.file}")
+def test_every_break_still_has_its_line(break_):
+    assert broken.made_wrong(break_) != (broken.ROOT / "t2i_jax" / break_.file).read_text()

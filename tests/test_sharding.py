@@ -115,7 +115,6 @@ def test_both_axes_together_split_the_state(found):
     assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
 
 
-@SLOW
 def test_remat_saves_memory_and_changes_nothing(found):
     assert found["remat"]["temporaries"] <= 0.3 * found["no remat"]["temporaries"]
     assert found["remat"]["loss"] == pytest.approx(found["no remat"]["loss"], rel=1e-6)
@@ -126,7 +125,7 @@ def test_remat_works_on_split_parameters_which_are_gathered_again(found):
     """A checkpoint around the whole loss would replace the blocks' own policy."""
     plain, remat = found["fsdp no remat"], found["fsdp remat"]
     assert remat["temporaries"] <= 0.35 * plain["temporaries"]
-    assert remat["loss"] == pytest.approx(found["no remat"]["loss"], rel=1e-6)
+    assert remat["loss"] == pytest.approx(plain["loss"], rel=1e-6)
     assert plain["gathered"] <= 1.1 * plain["parameter_bytes"]
     assert 1.5 * plain["parameter_bytes"] <= remat["gathered"] <= 2.1 * plain["parameter_bytes"]
 

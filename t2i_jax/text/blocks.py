@@ -1,8 +1,12 @@
-"""The transformer block of BERT, CLIP and GPT-2.   N = B·L tokens · D width · H head width"""
+"""What BERT, CLIP and GPT-2 are made of.
+
+B batch · L text length · N = B·L tokens · D width · H head width
+"""
 
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors
@@ -67,6 +71,42 @@ class Layer(nn.Module):
         x_ND = x_ND + dense(width, name="down")(up_NM)
         x_ND = x_ND if before else mlp_norm(x_ND)
         return x_ND if cache is None else (x_ND, cache)
+
+
+class Causal(nn.Module):
+    """A stack of layers in which a token sees those before it: CLIP's text tower and GPT-2.
+
+    `dtype` computes, parameters stay float32.
+    """
+
+    vocab: int
+    width: int
+    depth: int
+    heads: int
+    mlp_width: int
+    max_length: int
+    epsilon: float
+    activation: str
+    dtype: str
+
+    def setup(self):
+        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
+        self.word, self.position = embed(self.vocab), embed(self.max_length)
+        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
+        self.layer = [Layer(*sizes, "before", True) for _ in range(self.depth)]
+        self.norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False)
+
+    def states(self, text_BL, mask_BL) -> list[jax.Array]:
+        """BLD after the embeddings and after every layer, not normed but for one more: the last
+        layer's, normed.
+        """
+        place_L = positions(text_BL, self.max_length)
+        x_BLD = self.word(text_BL) + self.position(place_L)
+        states = [x_BLD.reshape(-1, self.width)]
+        for layer in self.layer:
+            states.append(layer(states[-1], mask_BL))
+        states.append(self.norm(states[-1]))
+        return [x_ND.reshape(x_BLD.shape) for x_ND in states]
 
 
 def positions(text_BL, max_length: int):

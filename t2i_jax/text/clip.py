@@ -3,10 +3,7 @@
 B batch · L text length · D width · P projected width
 """
 
-import functools
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors
@@ -48,7 +45,7 @@ def names(config) -> hf.Names:
     )
 
 
-class ClipText(nn.Module):
+class ClipText(blocks.Causal):
     """The text tower; `dtype` computes, parameters stay float32.
 
     projected: width of the pooled vector's projection; 0: the checkpoint has none.
@@ -63,27 +60,9 @@ class ClipText(nn.Module):
     max_length: int = 77
     epsilon: float = 1e-5
     activation: str = "quick_gelu"
+    dtype: str = "float32"
     projected: int = 512
     end: int = 49407
-    dtype: str = "float32"
-
-    @nn.compact
-    def states(self, text_BL, mask_BL) -> list[jax.Array]:
-        """BLD after the embeddings and after every layer, not normed but for one more: the last
-        layer's, normed.
-        """
-        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
-        place_L = blocks.positions(text_BL, self.max_length)
-        x_BLD = embed(self.vocab, name="word")(text_BL)
-        x_BLD += embed(self.max_length, name="position")(place_L)
-        states = [x_BLD.reshape(-1, self.width)]
-        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
-        for i in range(self.depth):
-            layer = blocks.Layer(*sizes, "before", True, name=f"layer_{i}")
-            states.append(layer(states[-1], mask_BL))
-        norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
-        states.append(norm(states[-1]))
-        return [x_ND.reshape(x_BLD.shape) for x_ND in states]
 
     @nn.compact
     def __call__(self, text_BL, mask_BL) -> condition.Cond:

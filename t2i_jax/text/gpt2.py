@@ -2,7 +2,6 @@
 
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -46,35 +45,23 @@ def names(config) -> hf.Names:
     )
 
 
-class Gpt2(nn.Module):
+class Gpt2(blocks.Causal):
     """The decoder without its head; `dtype` computes, parameters stay float32."""
 
     vocab: int = 50257
     width: int = 768
     depth: int = 12
     heads: int = 12
+    mlp_width: int = 3072
     max_length: int = 1024
     epsilon: float = 1e-5
     activation: str = "gelu_new"
-    mlp_width: int = 3072
     dtype: str = "float32"
-
-    def setup(self):
-        embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
-        self.word, self.position = embed(self.vocab), embed(self.max_length)
-        sizes = (self.heads, self.mlp_width, self.epsilon, self.activation, self.dtype)
-        self.layer = [blocks.Layer(*sizes, "before", True) for _ in range(self.depth)]
-        self.norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False)
 
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer, the last one normed."""
-        place_L = blocks.positions(text_BL, self.max_length)
-        x_BLD = self.word(text_BL) + self.position(place_L)
-        states = [x_BLD.reshape(-1, self.width)]
-        for layer in self.layer:
-            states.append(layer(states[-1], mask_BL))
-        states[-1] = self.norm(states[-1])
-        return [x_ND.reshape(x_BLD.shape) for x_ND in states]
+        *states, _, normed = super().states(text_BL, mask_BL)
+        return [*states, normed]
 
     def extend(self, text_BL, place_BL, cache):
         """Logits after each token (BLV, float32) and the cache with these tokens at their places.

@@ -1,0 +1,107 @@
+"""Breaks each guarantee once, in a copy, and wants its row to fail.   python -m tests.faults.broken
+
+A row that survives a break proves nothing about what it promises. Numbers of breaks choose some.
+"""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parent.parent.parent
+COPIED = ("t2i_jax", "configs", "tests", "train.py", "sample.py", "setup.py", "pyproject.toml")
+
+
+class Break(NamedTuple):
+    """A line of the package made wrong, and the row that has to see it."""
+
+    row: str
+    file: str
+    right: str
+    wrong: str
+
+
+BREAKS = (
+    # G1: what a resumed run needs is restored.
+    Break("P4", "loop.py", "iterate(start, config.steps)", "iterate(0, config.steps)"),
+    Break(
+        "P4", "checkpoint.py", 'opt, skipped = found["opt"]["opt"],', "opt, skipped = target.opt,"
+    ),
+    Break("P4", "step.py", "state.step)\n        nets, opt", "0)\n        nets, opt"),
+    Break("B1", "metrics.py", 'if row["step"] <= start:', "if True:"),
+    # G2, G3: examples and noise belong to a slot of the global batch.
+    Break("T2", "data/loader.py", "int(step) * self._batch_size + slot", "int(step) * 4 + slot"),
+    Break(
+        "T2", "data/loader.py", "np.array(self._slots, np.int32)", "np.arange(b, dtype=np.int32)"
+    ),
+    Break("T1", "step.py", "return jax.lax.psum(found, axes), ", "return found, "),
+    # G4: damage is found, and nothing starts over by itself.
+    Break("C6", "checkpoint.py", "if prints[name] != arrays[name]]", "if False]"),
+    Break("C5", "checkpoint.py", "reason = _difference(folder, step, manifest)", 'reason = ""'),
+    Break("C8", "checkpoint.py", "        if reasons:\n", "        if False:\n"),
+    Break("C9", "checkpoint.py", ">= ATTEMPTS:", ">= 99:"),
+    Break("C10", "checkpoint.py", "p.name.isdecimal() and not p.is_symlink()", "True"),
+    Break("T7", "checkpoint.py", "if wanted != known:", "if False:"),
+    Break("T5", "workdir.py", "    if differences:\n", "    if False:\n"),
+    # G5: what is not finite reaches neither weights nor disk.
+    Break("N1", "step.py", "jnp.where(finite, a, b)", "a"),
+    Break("N2", "loop.py", "if skips.over(row):", "if False:"),
+    Break("N3", "checkpoint.py", "        if bad:\n", "        if False:\n"),
+    # G6: a signal is heard in every phase.
+    Break("P4", "loop.py", "return bool(self.requested)", "return False"),
+    Break("P5", "loop.py", "multihost_utils.reached_preemption_sync_point(n)", "False"),
+    # G7: nothing waits for ever.
+    Break("P9", "watchdog.py", "if time.monotonic() > deadline:", "if False:"),
+    # G8: one writer, who looks before each commit whether it still is.
+    Break("C11", "owner.py", 'if found["machine"] == self._me["machine"]:', "if False:"),
+    Break("C11", "checkpoint.py", "        self._guard()\n        images.", "        images."),
+    # G10: a broken example costs its slot, and too many the run.
+    Break("D1", "data/loader.py", "weight_B[row] = 0", "weight_B[row] = 1"),
+    Break("D7", "data/loader.py", "if broken == n or broken > max(", "if 0 > max("),
+    # G11: errors name the fix.
+    Break("C3", "errors.py", "Fix: {fix}", "{fix}"),
+)
+
+
+def made_wrong(break_: Break, root: pathlib.Path = ROOT) -> str:
+    """The file's text after the break. Raises ValueError if the right line is not there once."""
+    text = (root / "t2i_jax" / break_.file).read_text()
+    if text.count(break_.right) != 1:
+        raise ValueError(f"{break_.right!r} is not once in {break_.file}")
+    return text.replace(break_.right, break_.wrong)
+
+
+def main(argv) -> int:
+    chosen = [int(a) for a in argv] or range(len(BREAKS))
+    missed = 0
+    for i in chosen:
+        break_ = BREAKS[i]
+        with tempfile.TemporaryDirectory() as folder:
+            for name in COPIED:
+                copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+                copy(ROOT / name, pathlib.Path(folder, name))
+            pathlib.Path(folder, "t2i_jax", break_.file).write_text(made_wrong(break_))
+            done = subprocess.run(
+                [sys.executable, "-m", "tests.faults", "--long", break_.row],
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": folder},
+                capture_output=True,
+                text=True,
+            )
+        seen = f"{break_.row:4} FAILED" in done.stdout
+        missed += not seen
+        last = [line for line in done.stdout.splitlines() if line and "survived" not in line][-1:]
+        print(
+            f"{i:2} {break_.row:4} {'seen' if seen else 'MISSED'}  "
+            f"{break_.file}: {break_.wrong.strip()!r}  {last[0][:100] if seen and last else ''}",
+            flush=True,
+        )
+    print(f"{len(chosen) - missed}/{len(chosen)} breaks seen")
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
