@@ -114,7 +114,7 @@ class Run:
             process_count=jax.process_count(),
             bad_budget=config.bad_budget,
         )
-        self.frozen = weights.frozen(family, config)  # `train` places them
+        self.frozen = weights.frozen_shapes(family, config)  # `train` loads them
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(config)
@@ -134,7 +134,7 @@ class Run:
     def train(self, interrupt, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
         config, workdir = self.config, self.workdir
-        self.frozen = jax.device_put(self.frozen, self.layout.nets(self.frozen))
+        self.frozen = weights.frozen(self.predictor.objective, config, self.layout.nets)
         if config.cache:
             encode = functools.partial(self.predictor.run, config.cache, self.frozen)
             self.batches.extra = cache.precompute(encode, self.source, self.predictor.tokenize)

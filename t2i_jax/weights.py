@@ -10,7 +10,8 @@ import safetensors
 import safetensors.numpy
 from flax import traverse_util
 
-from t2i_jax import checkpoint, errors, images, objective
+from t2i_jax import checkpoint, errors, images, objective, sharding
+from t2i_jax.text import encoder
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
@@ -82,11 +83,12 @@ def abstract_nets(family: objective.Objective, config):
     return jax.eval_shape(family.init, key, abstract_batch(config))
 
 
-def frozen(family: objective.Objective, config):
-    """The nets no loss trains, filled from `config.load`; numpy or device arrays, not yet placed.
+def frozen_shapes(family: objective.Objective, config):
+    """The shapes of the nets no loss trains, after a look whether `config.load` can fill them.
 
     Raises:
       ConfigError: `config.load` names an unknown net, or a frozen net has no source.
+      DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
     shapes = abstract_nets(family, config)
     for name in config.load:
@@ -96,38 +98,55 @@ def frozen(family: objective.Objective, config):
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-    nets = {}
-    for name in shapes:
-        if name in family.trained:
-            continue
+    shapes = {name: shape for name, shape in shapes.items() if name not in family.trained}
+    for name, shape in shapes.items():
         if name in config.load:
-            nets[name] = load_net(config.load[name], name, shapes[name])
-        elif config.allow_random:
-            key = jax.random.key(config.seed)
-            batch = abstract_batch(config, 1)
-            zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
-            nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-        else:
+            if not _is_ours(config.load[name]):
+                encoder.check(config.load[name], shape)
+        elif not config.allow_random:
             raise errors.ConfigError(
                 f"frozen net {name!r} has no weights",
                 where="config.load",
                 fix=f"set config.load.{name} to a checkpoint, or train with a :debug config",
             )
-    return nets
+    return shapes
+
+
+def frozen(family: objective.Objective, config, place=None):
+    """The nets no loss trains, filled from `config.load`; see `frozen_shapes`.
+
+    Args:
+      place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
+    """
+    shapes = frozen_shapes(family, config)
+    where = place(shapes) if place else jax.tree.map(lambda _: _here(), shapes)
+    targets, nets = sharding.on(shapes, where), {}
+    for name, target in targets.items():
+        if name in config.load:
+            nets[name] = load_net(config.load[name], name, target)
+        else:
+            key = jax.random.key(config.seed)
+            batch = abstract_batch(config, 1)
+            zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
+            nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
+    return jax.device_put(nets, where)
 
 
 def load_net(source: str, name: str, target):
     """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
-    if source.startswith("builtin:") or _is_ours(pathlib.Path(source)):
+    if _is_ours(source):
         return load_trained(locate(source), {name: target}, step=None)[0][name]
-    from t2i_jax.text import encoder
-
     return encoder.load(source, target)
 
 
-def _is_ours(folder: pathlib.Path) -> bool:
-    return (folder / "config.json").exists() and "objective" in json.loads(
-        (folder / "config.json").read_text()
+def _here():
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _is_ours(source: str) -> bool:
+    path = pathlib.Path(source) / "config.json"
+    return source.startswith("builtin:") or (
+        path.exists() and "objective" in json.loads(path.read_text())
     )
 
 
@@ -145,12 +164,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | None):
     config = read_config(folder)
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
-    placed = jax.tree.map(
-        lambda s: jax.ShapeDtypeStruct(
-            s.shape, s.dtype, sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        ),
-        targets,
-    )
+    placed = sharding.on(targets, jax.tree.map(lambda s: s.sharding or _here(), targets))
     ema = [name for name in config.ema if name in targets]
     nets = checkpoints.restore_nets(step, placed, ema)
     return nets, step

@@ -51,8 +51,7 @@ class Case:
         placed = self.layout.state(self.shapes)
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
         self.state = jax.jit(init, out_shardings=placed)(key, zeros)
-        frozen = weights.frozen(family, config)
-        self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
+        self.frozen = weights.frozen(family, config, self.layout.nets)
         rng = np.random.default_rng(0)
         n, size = config.batch_size, batch["image"].shape
         self.batch = self.layout.place(

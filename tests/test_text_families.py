@@ -1,14 +1,21 @@
-"""Every family of text encoders against transformers and torch; skipped where torch is missing."""
+"""Every family of text encoders against what transformers and torch compute.
+
+Stored results need no torch; where it is importable, it computes them again, and with
+--update-golden stores them.
+"""
+
+import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from t2i_jax.text import encoder, gpt2
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
+GOLDEN = pathlib.Path(__file__).parent / "goldens"
+SPEAKER = "gpt-2, speaking"
 VOCAB, LENGTH, END = 37, 9, 36
 T5 = dict(vocab_size=VOCAB, d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=3)
 CLIP = dict(
@@ -41,54 +48,125 @@ CASES = {  # name -> torch's class, its config
     "clip, both towers": ("CLIPModel", CLIP),
     "gpt-2": ("GPT2Model", GPT2),
     "gpt-2 with a head": ("GPT2LMHeadModel", GPT2),
+    SPEAKER: ("GPT2LMHeadModel", GPT2 | dict(n_positions=80, n_layer=3)),
 }
 
 
-def config_of(name, options):
+def torch_model(case):
+    """A network of transformers with its own first weights."""
+    transformers = pytest.importorskip("transformers")
+    name, options = CASES[case]
     if name == "CLIPModel":
         vision = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=1, image_size=8)
         vision |= dict(num_attention_heads=3, patch_size=4)
-        return transformers.CLIPConfig(
+        config = transformers.CLIPConfig(
             text_config=options, vision_config=vision, projection_dim=options["projection_dim"]
         )
-    return getattr(transformers, name).config_class(**options)
+    else:
+        config = getattr(transformers, name).config_class(**options)
+    return getattr(transformers, name)(config)
 
 
-@pytest.fixture(scope="module", params=CASES)
-def saved(request, tmp_path_factory):
-    """A random network as transformers saves it, what it computes, and a batch of captions."""
-    name, options = CASES[request.param]
-    torch.manual_seed(0)
-    model = getattr(transformers, name)(config_of(name, options)).eval()
-    with torch.no_grad():  # biases and norms start as constants: make each count
-        for parameter in model.parameters():
-            parameter.add_(0.2 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("encoder")
-    model.save_pretrained(folder)
+def numbers(shapes):
+    """Weights of which each counts, biases and norms, too: the same wherever they are made."""
+    rng = np.random.default_rng(0)
+    draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+    return {
+        name: 0.25 * draw(shape) + (len(shape) == 1 and name.endswith("weight"))
+        for name, shape in sorted(shapes.items())
+    }
+
+
+def write(folder, config, shapes):
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {k: np.asarray(v, np.float32) for k, v in numbers(shapes).items()}
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def batch():
+    """Captions of unequal length: 9, 4 and 1 tokens, the last of each the end."""
     lengths = np.array([9, 4, 1])
     text_BL = np.random.default_rng(0).integers(3, VOCAB - 1, (3, LENGTH)).astype(np.int32)
     mask_BL = np.arange(LENGTH) < lengths[:, None]
     text_BL[np.arange(3), lengths - 1] = END
-    text_BL[~mask_BL] = options.get("pad_token_id", 0)
-    inner = model
-    for part in ("encoder",) if "T5" in name else ("roberta", "transformer", "text_model"):
-        inner = getattr(inner, part, inner)
-    if name == "DistilBertModel":
-        inner = model
-    tokens = dict(
-        input_ids=torch.tensor(text_BL).long(), attention_mask=torch.tensor(mask_BL).long()
-    )
+    return text_BL, mask_BL
+
+
+def by_torch(case, folder):
+    """Saves a network as transformers does, gives it our numbers; what it then computes."""
+    torch = pytest.importorskip("torch")
+    model = torch_model(case)
+    model.save_pretrained(folder)
+    saved = safetensors.numpy.load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    shapes = {name: x.shape for name, x in saved.items() if x.dtype.kind == "f"}
+    write(folder, config, shapes)
+    model = type(model).from_pretrained(folder).eval()
+    name, options = CASES[case]
+    text_BL, mask_BL = batch()
+    text_BL = np.where(mask_BL, text_BL, options.get("pad_token_id", 0))
     with torch.inference_mode():
-        out = inner(**tokens, output_hidden_states=True)
-        states = [x.numpy() for x in out.hidden_states]
-        pooled = None
+        if case == SPEAKER:
+            return config, shapes, {"said": torch_says(model, text_BL, mask_BL)}
+        inner = model
+        for part in ("encoder",) if "T5" in name else ("roberta", "transformer", "text_model"):
+            inner = getattr(inner, part, inner) if name != "DistilBertModel" else model
+        out = inner(
+            input_ids=torch.tensor(text_BL).long(),
+            attention_mask=torch.tensor(mask_BL).long(),
+            output_hidden_states=True,
+        )
+        want = {f"state_{i:02}": x.numpy() for i, x in enumerate(out.hidden_states)}
         if "CLIP" in name:
-            states.append(out.last_hidden_state.numpy())
-            pooled = out.pooler_output
-            if hasattr(model, "text_projection"):
-                pooled = model.text_projection(pooled)
-            pooled = pooled.numpy()
-    return str(folder), text_BL, mask_BL, states, pooled
+            want[f"state_{len(want):02}"] = out.last_hidden_state.numpy()
+            project = getattr(model, "text_projection", lambda x: x)
+            want["pooled"] = project(out.pooler_output).numpy()
+    return config, shapes, want
+
+
+def torch_says(model, text_BL, mask_BL):
+    """The likeliest 64 tokens after each caption, one caption at a time."""
+    torch = pytest.importorskip("torch")
+    options = dict(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
+    said = []
+    for ids, mask in zip(text_BL, mask_BL, strict=True):
+        ids = torch.tensor(ids[mask][None]).long()
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        said.append(whole[0, ids.shape[1] :].numpy())
+    return np.array(said)
+
+
+def by_golden(case, folder):
+    stored = json.loads((GOLDEN / "text_families.json").read_text())[case]
+    write(folder, stored["config"], stored["shapes"])
+    with np.load(GOLDEN / "text_families.npz") as arrays:
+        return {k.split("/")[1]: v for k, v in arrays.items() if k.split("/")[0] == case}
+
+
+def update(case, config, shapes, want):
+    path = GOLDEN / "text_families.json"
+    stored = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(stored | {case: {"config": config, "shapes": shapes}}, indent=1))
+    path = path.with_suffix(".npz")
+    arrays = dict(np.load(path)) if path.exists() else {}
+    np.savez_compressed(path, **arrays | {f"{case}/{k}": v for k, v in want.items()})
+
+
+@pytest.fixture(scope="module", params=CASES)
+def stored(request, tmp_path_factory):
+    """A network's folder and what torch computed with it, as it was stored."""
+    folder = tmp_path_factory.mktemp("encoder")
+    return str(folder), by_golden(request.param, folder)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def computed(request, tmp_path_factory, update_golden):
+    """A network's folder and what torch computes with it now."""
+    folder = tmp_path_factory.mktemp("encoder")
+    config, shapes, want = by_torch(request.param, folder)
+    if update_golden:
+        update(request.param, config, shapes, want)
+    return str(folder), want
 
 
 def compute(source, text_BL, mask_BL, dtype="float32"):
@@ -98,27 +176,57 @@ def compute(source, text_BL, mask_BL, dtype="float32"):
     return jax.jit(both)(encoder.load(source, shapes), text_BL, mask_BL)
 
 
-def test_every_layer_is_what_torch_computes(saved):
-    source, text_BL, mask_BL, want, pooled = saved
+def check_states(source, want):
+    text_BL, mask_BL = batch()
     got, cond = compute(source, text_BL, mask_BL)
-    assert len(got) == len(want)
-    for ours, theirs in zip(got, want, strict=True):
+    states = [want[k] for k in sorted(want) if k.startswith("state")]
+    assert len(got) == len(states)
+    for ours, theirs in zip(got, states, strict=True):
         scale = np.abs(theirs[mask_BL]).max()
         np.testing.assert_allclose(ours[mask_BL], theirs[mask_BL], atol=1e-5 * scale, rtol=0)
-    if pooled is not None:
-        scale = np.abs(pooled).max()
-        np.testing.assert_allclose(cond.pooled_BD, pooled, atol=1e-5 * scale, rtol=0)
+    if "pooled" in want:
+        scale = np.abs(want["pooled"]).max()
+        np.testing.assert_allclose(cond.pooled_BD, want["pooled"], atol=1e-5 * scale, rtol=0)
 
 
-def test_bfloat16_is_near(saved):
-    source, text_BL, mask_BL, want, _ = saved
+def check_said(source, want):
+    """Rows of unequal length at once."""
+    text_BL, mask_BL = batch()
+    net = encoder.make(source)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
+    says = lambda v, t, m: gpt2.generate(
+        net, v, t, m, jax.random.key(0), new=64, end=VOCAB, temperature=0
+    )
+    got_BN, alive_BN = jax.jit(says)(encoder.load(source, shapes), text_BL, mask_BL)
+    assert alive_BN.all()
+    np.testing.assert_array_equal(got_BN, want)
+    assert len(np.unique(got_BN)) > 3  # not one word for ever
+
+
+def check(source, want):
+    check_said(source, want["said"]) if "said" in want else check_states(source, want)
+
+
+def test_every_layer_is_what_torch_computed(stored):
+    check(*stored)
+
+
+def test_every_layer_is_what_torch_computes(computed):
+    check(*computed)
+
+
+def test_bfloat16_is_near(stored):
+    source, _ = stored
+    text_BL, mask_BL = batch()
     got, _ = compute(source, text_BL, mask_BL, "bfloat16")
-    error = np.abs(np.asarray(got[-1], np.float32) - want[-1])[mask_BL]
-    assert error.mean() <= 2e-2 * np.abs(want[-1][mask_BL]).mean()
+    exact, _ = compute(source, text_BL, mask_BL)
+    error = np.abs(np.asarray(got[-1], np.float32) - exact[-1])[mask_BL]
+    assert error.mean() <= 2e-2 * np.abs(exact[-1][mask_BL]).mean()
 
 
-def test_padding_changes_no_valid_state(saved):
-    source, text_BL, mask_BL, _, _ = saved
+def test_padding_changes_no_valid_state(stored):
+    source, _ = stored
+    text_BL, mask_BL = batch()
     other_BL = np.where(mask_BL, text_BL, 5)
     for ours, theirs in zip(
         *(compute(source, t, mask_BL)[0] for t in (text_BL, other_BL)), strict=True
@@ -126,47 +234,13 @@ def test_padding_changes_no_valid_state(saved):
         np.testing.assert_array_equal(ours[mask_BL], theirs[mask_BL])
 
 
-@pytest.fixture(scope="module")
-def speaker(tmp_path_factory):
-    torch.manual_seed(1)
-    model = transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(**GPT2 | dict(n_positions=80, n_layer=3))
-    ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
-    folder = tmp_path_factory.mktemp("speaker")
-    model.save_pretrained(folder)
-    text_BL = np.random.default_rng(0).integers(0, VOCAB, (3, LENGTH)).astype(np.int32)
-    net = encoder.make(str(folder))
-    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, text_BL > -1)
-    return model, net, encoder.load(str(folder), shapes), text_BL
-
-
-def test_gpt2_says_what_torch_says_token_for_token(speaker):
-    """Rows of unequal length at once against torch's one at a time."""
-    model, net, variables, text_BL = speaker
-    lengths = np.array([9, 4, 1])
-    mask_BL = np.arange(LENGTH) < lengths[:, None]
-    said = jax.jit(
-        lambda v, t, m: gpt2.generate(
-            net, v, t, m, jax.random.key(0), new=64, end=VOCAB, temperature=0
-        )
-    )
-    got_BN, alive_BN = said(variables, text_BL, mask_BL)
-    assert alive_BN.all()
-    for row, n in enumerate(lengths):
-        ids = torch.tensor(text_BL[row : row + 1, :n]).long()
-        options = dict(max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
-        want = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
-        np.testing.assert_array_equal(got_BN[row], want[0, n:].numpy())
-    assert len(np.unique(got_BN)) > 3  # not one word for ever
-
-
-def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(speaker):
-    _, net, variables, text_BL = speaker
+def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(tmp_path):
+    by_golden(SPEAKER, tmp_path)
+    text_BL, _ = batch()
     mask_BL = np.ones(text_BL.shape, bool)
-    options = dict(new=20, end=3)
+    net = encoder.make(str(tmp_path))
+    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
+    variables, options = encoder.load(str(tmp_path), shapes), dict(new=20, end=3)
     draw = lambda seed, **more: jax.device_get(
         gpt2.generate(net, variables, text_BL, mask_BL, jax.random.key(seed), **options, **more)
     )

@@ -23,11 +23,20 @@ def make(source: str | None, *, dtype: str = "float32") -> nn.Module:
     return family.from_config(config, dtype=dtype)
 
 
+def check(source: str, abstract_variables) -> None:
+    """Raises DataError unless `load` will find every tensor, and no other."""
+    _spec(source, abstract_variables)
+
+
 def load(source: str, abstract_variables):
-    """Variables {"params": …} of the encoder `make(source)`, in the shapes and types given."""
+    """Variables {"params": …} of the encoder `make(source)`: shaped, typed and placed as given."""
+    return {"params": hf.load(_spec(source, abstract_variables))}
+
+
+def _spec(source, abstract_variables):
     folder = hf.locate(source)
     config, family = _read(folder)
-    return {"params": hf.load(folder, abstract_variables["params"], family.names(config))}
+    return hf.match(folder, abstract_variables["params"], family.names(config))
 
 
 def _read(folder):

@@ -7,11 +7,15 @@ import fnmatch
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
+import math
 import pathlib
 import re
 from typing import NamedTuple
 
+import jax
+import ml_dtypes
 import numpy as np
 import safetensors
 from absl import logging
@@ -26,7 +30,7 @@ MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9d
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
 SHOWN = 10  # tensors named in one message
 
@@ -113,32 +117,39 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     return found
 
 
-def load(folder: pathlib.Path, abstract_params, names: Names):
-    """Parameters shaped and typed as `abstract_params`, numpy arrays, from a checkpoint's folder.
+class Source(NamedTuple):
+    """What makes one parameter: tensors joined along the last axis, transposed first or not."""
+
+    leaf: jax.ShapeDtypeStruct
+    tensors: list
+    transposed: bool
+
+
+def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Source]:
+    """Path of each parameter -> where it comes from in a checkpoint's folder. Reads headers only.
 
     Raises:
-      DataError: tensors are missing, unexpected, of another shape or not finite, or a file is no
-        whole safetensors file.
+      DataError: tensors are missing, unexpected or of another shape, or a file is no whole
+        safetensors file.
     """
     found = _tensors(folder, names)
     plan, problems, used = {}, [], set()
     for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
         sources, kernel = _sources(path, names)
         kernel = kernel and not names.untransposed
-        plan[path] = sources, kernel, leaf.dtype
+        plan[path] = Source(leaf, [found.get(source) for source in sources], kernel)
         used.update(sources)
         shape = (*leaf.shape[:-1], leaf.shape[-1] // len(sources))
         shape = shape[::-1] if kernel else shape
         for source in sources:
-            has = tuple(found[source].get_shape()) if source in found else "none"
+            has = found[source].shape if source in found else "none"
             if has != shape:
                 problems.append(f"{source}: want {shape}, found {has}")
-            elif (kind := found[source].get_dtype()) not in FLOATS:
+            elif (kind := found[source].kind) not in FLOATS:
                 problems.append(f"{source}: want one of {', '.join(FLOATS)}, found {kind}")
     for source in sorted(found.keys() - used):
         if not any(fnmatch.fnmatchcase(source, pattern) for pattern in names.ignored):
-            has = tuple(found[source].get_shape())
-            problems.append(f"{source[:200]}: want none, found {has}")
+            problems.append(f"{source[:200]}: want none, found {found[source].shape}")
     if problems:
         more = " …" if len(problems) > SHOWN else ""
         raise errors.DataError(
@@ -146,7 +157,19 @@ def load(folder: pathlib.Path, abstract_params, names: Names):
             where=str(folder),
             fix="use the config.json that was saved with these weights",
         )
-    params = {path: _read(folder, found, *spec) for path, spec in plan.items()}
+    return plan
+
+
+def load(sources: dict[str, Source]):
+    """The parameters that `match` found.
+
+    Where a shape has a sharding, the parameter becomes a device array that lies so, and each
+    process reads the bytes of its own devices' parts; otherwise it is a whole numpy array.
+
+    Raises:
+      DataError: a tensor holds values that are not finite.
+    """
+    params = {path: _array(source) for path, source in sources.items()}
     return traverse_util.unflatten_dict(params, sep="/")
 
 
@@ -218,8 +241,33 @@ def _check(folder: pathlib.Path) -> pathlib.Path:
     )
 
 
+class _Tensor(NamedTuple):
+    """Where a tensor lies in a safetensors file; it is read by parts, never mapped into memory."""
+
+    path: pathlib.Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self, index) -> np.ndarray:
+        """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
+        spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
+        out = np.empty([len(span) for span in spans], FLOATS[self.kind])
+        steps = [math.prod(self.shape[i + 1 :]) for i in range(len(spans))]
+        split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
+        axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
+        rows = out.reshape(math.prod(out.shape[:axis]), -1)
+        with self.path.open("rb") as file:
+            for row, place in zip(rows, itertools.product(*spans[:axis]), strict=True):
+                at = sum(i * n for i, n in zip((*place, spans[axis].start), steps, strict=False))
+                file.seek(self.start + at * out.itemsize)
+                file.readinto(row.view(np.uint8))
+        return out
+
+
 def _tensors(folder, names):
-    """torch name without prefix -> slice of an open file."""
+    """torch name without prefix -> _Tensor."""
     files = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
@@ -232,19 +280,7 @@ def _tensors(folder, names):
                 where=str(folder / INDEX),
                 fix="take the checkpoint from a source you trust",
             )
-        try:
-            with (folder / file).open("rb") as start:
-                header = int.from_bytes(start.read(8), "little")
-            if header > HEADER_BYTES:  # so that hostile ones take neither time nor memory
-                raise ValueError(f"a header of {header:,} bytes")
-            tensors = safetensors.safe_open(folder / file, framework="np")
-        except (safetensors.SafetensorError, OSError, ValueError) as e:
-            raise errors.DataError(
-                f"not a whole safetensors file: {e}",
-                where=str(folder / file),
-                fix="copy it again",
-            ) from e
-        for name in tensors.keys():  # noqa: SIM118 not a mapping
+        for name, tensor in _header(folder / file).items():
             prefix = next((p for p in names.prefixes if name.startswith(p)), "")
             plain = name.removeprefix(prefix)
             for old, new in names.renamed:
@@ -255,8 +291,29 @@ def _tensors(folder, names):
                     where=str(folder / file),
                     fix="save the checkpoint again with save_pretrained",
                 )
-            found[plain] = tensors.get_slice(name)
+            found[plain] = tensor
     return found
+
+
+def _header(path: pathlib.Path) -> dict[str, _Tensor]:
+    """A safetensors file's tensors by name, after the library found it whole."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
+                raise ValueError(f"a header of {size:,} bytes")
+            text = file.read(size)
+        safetensors.safe_open(path, framework="np")
+        header = json.loads(text)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise errors.DataError(
+            f"not a whole safetensors file: {e}", where=str(path), fix="copy it again"
+        ) from e
+    return {
+        name: _Tensor(path, name, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+        for name, t in header.items()
+        if name != "__metadata__"
+    }
 
 
 def _sources(path: str, names: Names) -> tuple[list[str], bool]:
@@ -268,13 +325,29 @@ def _sources(path: str, names: Names) -> tuple[list[str], bool]:
     return [f"{m.format(layer)}.{_LEAVES[leaf]}" for m in modules], leaf == "kernel"
 
 
-def _read(folder, found, sources, kernel, dtype):
-    parts = [np.asarray(found[source][...]).astype(dtype, copy=False) for source in sources]
-    for source, part in zip(sources, parts, strict=True):
+def _array(source: Source):
+    part, leaf = functools.partial(_part, source), source.leaf
+    if getattr(leaf, "sharding", None) is None:
+        return part((slice(None),) * len(leaf.shape))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _part(source: Source, index) -> np.ndarray:
+    """A parameter at `index`, a slice for each axis."""
+    leaf, parts = source.leaf, []
+    *lead, last = (range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
+    width = leaf.shape[-1] // len(source.tensors)
+    for i, tensor in enumerate(source.tensors):
+        inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
+        if not inside:
+            continue
+        at = [slice(span.start, span.stop) for span in (*lead, inside)]
+        part = tensor.read(at[::-1] if source.transposed else at)
         if not np.isfinite(part).all():
             raise errors.DataError(
-                f"{source} holds NaN or infinite values",
-                where=str(folder),
+                f"{tensor.name} holds NaN or infinite values",
+                where=str(tensor.path),
                 fix="copy the checkpoint again",
             )
-    return np.concatenate([part.T if kernel else part for part in parts], axis=-1)
+        parts.append((part.T if source.transposed else part).astype(leaf.dtype, copy=False))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
