@@ -11,18 +11,23 @@ STEP = flags.DEFINE_integer("step", None, "Its checkpoint; the newest by default
 OUTPUT = flags.DEFINE_string("output", None, "A new folder.")
 CARD = flags.DEFINE_string("card", None, "A Markdown file to go with the weights.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the stored weights.")
+MERGE = flags.DEFINE_bool("merge", False, "Add LoRA adapters to the nets they adapt.")
 
 
 def main():
-    from t2i_jax import errors, pipeline, weights
+    from t2i_jax import errors, lora, pipeline, weights
 
     output = pathlib.Path(OUTPUT.value)
     if output.exists() and any(output.iterdir()):
         raise errors.ConfigError("the folder is not empty", where=str(output), fix="name a new one")
     pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value)
     card = pathlib.Path(CARD.value).read_text() if CARD.value else "# A model made with t2i_jax\n"
-    trained = {name: pipe.nets[name] for name in pipe.predictor.objective.trained}
-    weights.export(output, trained, pipe.config, card=card, dtype=DTYPE.value)
+    nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
+    if MERGE.value:
+        nets, config = lora.merge_run(nets, config)
+        names = [name.removesuffix(lora.SUFFIX) for name in names]
+    held = {name: nets[name] for name in names}
+    weights.export(output, held, config, card=card, dtype=DTYPE.value)
     print(output)
 
 

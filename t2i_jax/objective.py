@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from t2i_jax import plugins
+from t2i_jax import lora, plugins
 
 # net name -> Linen variables {"params": …, "batch_stats": …}
 Nets = Mapping[str, Mapping[str, Any]]
@@ -55,5 +55,6 @@ class Objective(NamedTuple):
 
 
 def make(config) -> Objective:
-    """The objective that `config.objective` names."""
-    return plugins.load("objectives", config.objective).make(config)
+    """The objective that `config.objective` names, with the adapters of `config.lora`."""
+    family = plugins.load("objectives", config.objective).make(config)
+    return lora.wrap(family, config.lora) if config.get("lora") else family

@@ -1,0 +1,141 @@
+"""Low-rank adapters for any net of any family (LoRA, Hu et al. 2021, arXiv:2106.09685).
+
+A kernel W of an adapted net is W + (alpha/rank)·A·B wherever the family reads it (equation 3); W
+stays as it is, A and B are the parameters of a net of their own, called `<net>_lora`. Kernels are
+(in, out); stacked ones of scanned layers (depth, in, out) have an A and a B for each layer, and of
+a convolution (height, width, in, out) all axes but the last count as "in".
+"""
+
+import functools
+import math
+import re
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.core import meta
+
+from t2i_jax import errors, plugins
+
+SUFFIX = "_lora"
+
+
+class Options(NamedTuple):
+    """config.lora.<net>.
+
+    rank: of A·B.   alpha: scale of their product, over rank; 0 means rank, a scale of 1.
+    match: regular expression found in the paths of the adapted kernels.
+    """
+
+    rank: int = 8
+    alpha: float = 0.0
+    match: str = ""
+
+
+def wrap(family, spec):
+    """The objective with adapters: nets that `spec` names are frozen, and their adapters trained.
+
+    The adapter of a net that losses train is trained by them in its place; that of a frozen net by
+    the last loss, of a GAN its generator's.
+
+    Args:
+      spec: config.lora, net -> `Options`.
+    Raises:
+      ConfigError: no such net or option, or nothing in a net to adapt.
+    """
+    options = _options(spec)
+    adapter = lambda name: name + SUFFIX
+
+    def init(key, batch):
+        nets = dict(family.init(key, batch))
+        for i, (name, option) in enumerate(options.items()):
+            if name not in nets:
+                raise errors.ConfigError(
+                    f"no net {name!r} to adapt", where="config.lora", fix=errors.nearest(name, nets)
+                )
+            params = _init(jax.random.fold_in(key, i), nets[name]["params"], option, name)
+            nets[adapter(name)] = {"params": params}
+        return nets
+
+    merged = functools.partial(merge_nets, options=options)
+    losses = [_adapted(loss, merged, options) for loss in family.losses]
+    frozen = tuple(adapter(name) for name in options if name not in family.trained)
+    losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
+    predict = {name: _with(fn, merged) for name, fn in family.predict.items()}
+    return family._replace(init=init, losses=tuple(losses), predict=predict)
+
+
+def merge_nets(nets, options):
+    """The nets a family knows. An adapted one whose adapter is not there is not there either."""
+    whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
+    for name, option in options.items():
+        if name + SUFFIX in nets:
+            params = merge(nets[name]["params"], nets[name + SUFFIX]["params"], option)
+            whole[name] = {**nets[name], "params": params}
+    return whole
+
+
+def merge_run(nets, config):
+    """A run's nets and config as if there had never been adapters."""
+    plain = config.copy_and_resolve_references()
+    plain.lora = {}
+    return merge_nets(nets, _options(config.lora)), plain
+
+
+def merge(params, adapter, option: Options):
+    """A net's parameters with its adapter's products added: a net like any other."""
+    flat = traverse_util.flatten_dict(meta.unbox(params), sep="/")
+    pairs = traverse_util.flatten_dict(meta.unbox(adapter), sep="/")
+    scale = (option.alpha or option.rank) / option.rank
+    for path in {path.rpartition("/")[0] for path in pairs}:
+        change = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
+        flat[path] = flat[path] + scale * change.reshape(flat[path].shape).astype(flat[path].dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _init(key, params, option: Options, name: str):
+    """A from a normal of variance 1/in, B zero: the adapted net starts as the net."""
+    found = {}
+    for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
+        if not (path.endswith("kernel") and leaf.ndim >= 2 and re.search(option.match, path)):
+            continue
+        lead = leaf.shape[:1] if leaf.ndim == 3 else ()
+        inputs, outputs = math.prod(leaf.shape[len(lead) : -1]), leaf.shape[-1]
+        shape = (*lead, inputs, option.rank)
+        key, draw = jax.random.split(key)
+        found[f"{path}/a"] = jax.random.normal(draw, shape) / math.sqrt(inputs)
+        found[f"{path}/b"] = jnp.zeros((*lead, option.rank, outputs))
+    if not found:
+        raise errors.ConfigError(
+            f"no kernel of {name!r} matches {option.match!r}",
+            where=f"config.lora.{name}.match",
+            fix="leave it out to adapt all",
+        )
+    return traverse_util.unflatten_dict(found, sep="/")
+
+
+def _options(spec) -> dict[str, Options]:
+    found = {}
+    for name, given in spec.items():
+        found[name] = plugins.call(Options, where=f"config.lora.{name}", options=given)
+        if found[name].rank < 1:
+            raise errors.ConfigError(
+                f"rank is {found[name].rank}", where=f"config.lora.{name}", fix="give 1 or more"
+            )
+    return found
+
+
+def _adapted(loss, merged, options):
+    nets = tuple(name + SUFFIX if name in options else name for name in loss.nets)
+    return loss._replace(nets=nets, fn=_with(loss.fn, merged))
+
+
+def _with(fn, merged):
+    """A loss or prediction on merged nets, its other arguments as they are."""
+
+    @functools.wraps(fn)  # whose signature tells the options
+    def on_merged(nets, *args, **options):
+        return fn(merged(nets), *args, **options)
+
+    return on_merged

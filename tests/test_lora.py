@@ -1,0 +1,118 @@
+"""Adapters: start as nothing, learn, are small, and merge into what they are with the net."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from t2i_jax import errors, loop, lora, objective, pipeline, weights
+from tests import runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def adapted(run, spec=None):
+    """A run's model, frozen, with adapters."""
+    config = runs.config(steps=2, lora=spec or dict(model=dict(rank=2)))
+    config.load = dict(model=str(run))
+    config.optim = dict(model_lora=dict(name="adam", learning_rate=1e-2))
+    config.ema = dict(model_lora=0.5)
+    return config
+
+
+@pytest.fixture(scope="module")
+def tuned(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("lora")
+    loop.train(adapted(run), workdir)
+    return workdir
+
+
+def test_an_adapter_starts_as_nothing_and_its_net_stays(run, tuned):
+    base, now = (pipeline.Pipeline.load(str(path)) for path in (run, tuned))
+    np.testing.assert_array_equal(*(jax.tree.leaves(p.nets["model"])[3] for p in (base, now)))
+    family = now.predictor.objective
+    assert family.trained == ("model_lora",)
+    fresh = jax.jit(family.init)(
+        jax.random.key(0), jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch(now.config))
+    )
+    options = lora.Options(rank=2)
+    for adapter, same in ((fresh["model_lora"], True), (now.nets["model_lora"], False)):
+        merged = lora.merge(now.nets["model"]["params"], adapter["params"], options)
+        pairs = zip(
+            jax.tree.leaves(merged), jax.tree.leaves(now.nets["model"]["params"]), strict=True
+        )
+        assert all(bool((a == b).all()) for a, b in pairs) == same
+
+
+def batch(config):
+    return weights.abstract_batch(config, 2)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4), (3, 3, 5, 4)])
+def test_a_merged_kernel_is_the_sum_of_both(shape):
+    """Of a dense layer, of stacked ones, and of a convolution (Hu et al. 2021, equation 3)."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    params = {"layer": {"kernel": kernel, "bias": np.zeros(4, np.float32)}}
+    options = lora.Options(rank=2, alpha=6.0)
+    adapter = lora._init(jax.random.key(0), params, options, "net")
+    pair = adapter["layer"]["kernel"]
+    pair["b"] = rng.normal(size=pair["b"].shape).astype(np.float32)
+    got = lora.merge(params, adapter, options)["layer"]
+    x = rng.normal(size=(2, *shape[:-1]))
+    if len(shape) == 3:
+        want = [x @ (kernel[i] + 3 * pair["a"][i] @ pair["b"][i]) for i in range(3)]
+        want = np.stack([w[:, i] for i, w in enumerate(want)], 1)
+        ours = np.einsum("nli,lio->nlo", x, got["kernel"])
+    else:
+        flat = x.reshape(2, -1)
+        want = flat @ kernel.reshape(-1, 4) + 3 * flat @ pair["a"] @ pair["b"]
+        ours = flat @ got["kernel"].reshape(-1, 4)
+    np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
+    assert got["bias"] is params["layer"]["bias"]
+
+
+def test_the_exported_adapter_is_small_and_draws_what_the_merged_model_draws(run, tuned, tmp_path):
+    export = [sys.executable, "-m", "t2i_jax.export", f"--workdir={tuned}", "--dtype=float32"]
+    for name, more in (("alone", []), ("merged", ["--merge"])):
+        done = subprocess.run([*export, f"--output={tmp_path / name}", *more], cwd=ROOT)
+        assert done.returncode == 0
+    size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
+    assert weights.held(tmp_path / "alone") == ["model_lora"]
+    assert weights.held(tmp_path / "merged") == ["model"]
+    assert size("alone") < 0.7 * size("merged")
+    draw = lambda path: pipeline.Pipeline.load(str(path))(["a red circle"], steps=2).astype(int)
+    alone, merged, base = map(draw, (tmp_path / "alone", tmp_path / "merged", run))
+    assert np.abs(alone - draw(tuned)).max() == 0
+    assert np.abs(alone - merged).max() <= 1
+    assert np.abs(alone - base).max() > 1
+
+
+def test_the_adapter_of_a_frozen_encoder_is_trained_by_the_last_loss(run):
+    config = adapted(run, dict(text=dict(rank=2, match="qkv")))
+    config.load = {}
+    family = objective.make(config)
+    assert family.losses[0].nets == ("model", "text_lora")
+    shapes = weights.abstract_nets(family, config)
+    assert set(shapes["text_lora"]["params"]["layer_0"]) == {"qkv"}
+    config.cache = "encode"
+    with pytest.raises(errors.ConfigError, match="cached caption states"):
+        objective.make(config)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dict(model=dict(rank=0)), "rank is 0"),
+        (dict(model=dict(rnk=4)), "rnk"),
+        (dict(modell=dict()), "no net 'modell' to adapt"),
+        (dict(model=dict(match="nothing")), "no kernel of 'model' matches 'nothing'"),
+    ],
+)
+def test_a_bad_adapter_is_refused_before_anything_is_written(run, tmp_path, spec, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        loop.train(adapted(run, spec), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
