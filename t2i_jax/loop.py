@@ -114,7 +114,7 @@ class Run:
             process_count=jax.process_count(),
             bad_budget=config.bad_budget,
         )
-        self.frozen = weights.frozen_shapes(family, config)  # `train` loads them
+        self.frozen = weights.frozen_shapes(family, config)  # see load_frozen
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(config)
@@ -134,10 +134,9 @@ class Run:
     def train(self, interrupt, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
         config, workdir = self.config, self.workdir
-        self.frozen = weights.frozen(self.predictor.objective, config, self.layout.nets)
+        self.load_frozen()
         if config.cache:
-            encode = functools.partial(self.predictor.run, config.cache, self.frozen)
-            self.batches.extra = cache.precompute(encode, self.source, self.predictor.tokenize)
+            self.batches.extra = cache.extra(workdir / cache.FOLDER, *self.caption_states())
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
@@ -212,6 +211,21 @@ class Run:
         logging.info("done: %d steps in %s", n, workdir)
         return row
 
+    def caption_states(self):
+        """What `cache.extra` and `cache.write` ask for after the folder."""
+        config, predictor = self.config, self.predictor
+        if not config.cache:
+            raise errors.ConfigError(
+                "it names no prediction", where="config.cache", fix="set --config.cache=encode"
+            )
+        encode = functools.partial(predictor.run, config.cache, self.frozen)
+        known = cache.identity(self.frozen, self.source, predictor.tokenize, config.cache)
+        return encode, self.source, predictor.tokenize, known
+
+    def load_frozen(self) -> None:
+        """Fills the frozen nets, of which there are only shapes so far."""
+        self.frozen = weights.frozen(self.predictor.objective, self.config, self.layout.nets)
+
     def trace(self):
         """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
         batch = self._example
@@ -235,12 +249,20 @@ class Run:
             logging.info("resuming %s after %d steps", self.workdir, start)
             return state, start, checkpoints.meta(start)["hooked"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
-        if not config.init_from:
+        if config.init_from:
+            logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
+            source = weights.locate(config.init_from)
+            nets, _ = weights.load_trained(source, self.shapes.nets, step=None)
+        else:
             logging.info("no checkpoint in %s: starting from scratch", self.workdir)
-            return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
-        logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
-        source = weights.locate(config.init_from)
-        nets, _ = weights.load_trained(source, self.shapes.nets, step=None)
+            family = self.predictor.objective
+            nets = weights.pretrained(family, config, self.layout.nets)
+            if not nets:
+                return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
+            logging.info("but for pretrained %s", sorted(nets))
+            fresh = lambda *args: {name: family.init(*args)[name] for name in family.trained}
+            made = jax.jit(fresh, out_shardings=self.layout.nets(self.shapes.nets))(key, zeros)
+            nets = made | nets
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
         return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
 

@@ -55,7 +55,7 @@ class Loader:
       seed: of the order and the augmentation.
       augment: names of transforms.AUGMENTATIONS, applied in this order.
       bad_budget: share of broken examples at which `iterate` stops; see there.
-      extra: record numbers -> more arrays for the batch, such as cached caption states.
+      extra: record numbers and mask_BL -> more arrays for the batch, such as cached states.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class Loader:
         }
         records = np.array(records, np.int64)
         if self.extra:
-            arrays |= self.extra(records)
+            arrays |= self.extra(records, mask_BL)
         return Batch(arrays, records, bad)
 
     def iterate(self, start: int, stop: int | None = None) -> Iterator[Batch]:

@@ -1,0 +1,117 @@
+"""Caption states on disk: those of memory, after a kill too; another encoder's are refused."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from t2i_jax import errors, loop, pipeline, weights
+from t2i_jax.data import cache
+from tests import runs, test_conditioning
+
+ROOT = pathlib.Path(__file__).parent.parent
+COMMAND = [sys.executable, "-m", "t2i_jax.data.cache", "--config=configs/shapes_flow.py:debug"]
+COMMAND += ["--config.cache=encode", "--config.loss.prediction=v", "--config.data.size=12000"]
+
+
+def cached(**changes):
+    config = runs.config(cache="encode", steps=3, prompts=(), save_every=9, **changes)
+    config.data.size = 12000
+    return config
+
+
+def start(workdir, failpoint=""):
+    environment = {**os.environ, "T2I_ENABLE_FAILPOINTS": "1", "T2I_FAILPOINT": failpoint}
+    command = [*COMMAND, f"--workdir={workdir}"]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A workdir with captions' states, made by a start that was killed and a second one."""
+    workdir = tmp_path_factory.mktemp("cached")
+    assert start(workdir, "cache.file:2=kill").returncode == -signal.SIGKILL
+    first = workdir / "captions/states-00000.array_record"
+    before = first.stat().st_mtime_ns
+    assert not (workdir / "captions/manifest.json").exists()
+    done = start(workdir)
+    assert done.returncode == 0, done.stderr
+    assert first.stat().st_mtime_ns == before  # not computed again
+    return workdir
+
+
+def test_training_reads_the_files_and_its_losses_are_those_without(written, tmp_path, caplog):
+    """From memory bit for bit, without a cache to float16's rounding."""
+    losses = []
+    shutil.copytree(written, tmp_path / "disk")
+    for name, config in (("disk", cached()), ("memory", cached()), ("none", cached())):
+        config.cache = "" if name == "none" else "encode"
+        with caplog.at_level("INFO", logger="absl"):
+            loop.train(config, tmp_path / name)
+        assert ("encoding" in caplog.text) == (name == "memory")
+        caplog.clear()
+        losses.append([row["model/loss"] for row in runs.rows(tmp_path / name)])
+    assert losses[0] == losses[1]
+    assert losses[0] == pytest.approx(losses[2], rel=1e-3)
+
+
+def test_states_of_another_encoder_data_set_or_length_are_refused(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    for changes, named in ((dict(seed=1), "encoder"), (dict(text_length=12), "text_length")):
+        with pytest.raises(errors.ConfigError, match=f"stale: .*{named}"):
+            loop.train(cached(**changes), tmp_path / "run")
+    other = cached()
+    other.data.size = 500
+    with pytest.raises(errors.ConfigError, match="stale: data"):
+        loop.train(other, tmp_path / "run")
+    assert not (tmp_path / "run/config.json").exists()
+
+
+def test_a_damaged_file_is_named(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    path = tmp_path / "run/captions/states-00001.array_record"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(errors.DataError, match="states-00001"):
+        loop.train(cached(), tmp_path / "run")
+
+
+def test_the_manifest_says_what_the_states_are(written):
+    manifest = json.loads((written / "captions/manifest.json").read_text())
+    assert (manifest["width"], manifest["pooled"], manifest["dtype"]) == (32, 32, "float16")
+    assert len(manifest["files"]) > 1
+    assert not list((written / "captions").glob("*.tmp"))
+
+
+class Few:
+    """A source of a few captions, one of them twice, one empty."""
+
+    fingerprint = "few"
+    texts = ("a red circle", "", "the blue square on the left of a circle", "a red circle")
+
+    def __len__(self):
+        return len(self.texts)
+
+    def captions(self):
+        return self.texts
+
+
+def test_states_of_several_encoders_lie_where_their_tokens_do(tmp_path):
+    config = runs.config()
+    config.load = dict(text=test_conditioning.small_encoders(tmp_path))
+    predictor = pipeline.Predictor(config)
+    nets = weights.frozen(predictor.objective, config)
+    encode = functools.partial(predictor.run, "encode", nets)
+    extra = cache.precompute(encode, Few(), predictor.tokenize, batch_size=2)
+    text_BL, mask_BL, _ = predictor.tokenize(list(Few.texts))
+    direct = encode({"text": text_BL, "mask": mask_BL})
+    got = extra(np.arange(4), mask_BL)
+    np.testing.assert_allclose(got["cond_seq"], direct.seq_BLD, atol=3e-3)
+    np.testing.assert_allclose(got["cond_pooled"], direct.pooled_BD, atol=3e-3)
+    np.testing.assert_array_equal(got["cond_seq"][0], got["cond_seq"][3])
