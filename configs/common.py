@@ -19,7 +19,9 @@ def base() -> ml_collections.ConfigDict:
     config.augment = ()  # names of t2i_jax/data/transforms.py
     config.bad_budget = 0.01  # share of broken examples that stops the run
     config.text_length = 32  # tokens a caption is padded or cut to
-    config.load = dict()  # net -> where its weights come from: {"text": "minilm"}
+    config.load = dict()  # net -> where its weights come from: {"text": "minilm"}, or several
+    config.text = dict()  # dtype, and a family's options: dict(clip=dict(skip=1))
+    config.lora = dict()  # net -> dict(rank=8): its adapter `<net>_lora` is trained, see lora.py
     config.allow_random = False  # frozen nets without a source: only :debug configs
     config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
 

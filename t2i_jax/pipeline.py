@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from t2i_jax import errors, images, objective, plugins, weights
-from t2i_jax.text import tokenize
+from t2i_jax.text import encoder
 
 SEED_LIMIT = 2**32
 COUNT_LIMIT = 10_000  # of sampling steps and the like
@@ -26,7 +26,7 @@ class Predictor:
         self.config, self._layout = config, layout
         self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
-        self.tokenize = tokenize.open(config.load.get("text", "bytes"), config.text_length)
+        self.tokenize = encoder.tokenizer(config.load.get("text"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
 
     def check(self, name: str, **given) -> dict:
@@ -179,10 +179,12 @@ class Pipeline:
         folder = weights.locate(source)
         config = weights.read_config(folder)
         predictor = Predictor(config)
-        shapes = weights.abstract_nets(predictor.objective, config)
-        trained = {name: shapes[name] for name in predictor.objective.trained}
-        nets, step = weights.load_trained(folder, trained, step=step)
-        return cls(predictor, {**nets, **weights.frozen(predictor.objective, config)}, source, step)
+        family = predictor.objective
+        shapes = weights.abstract_nets(family, config)
+        held = weights.held(folder) or family.trained
+        nets, step = weights.load_trained(folder, {name: shapes[name] for name in held}, step=step)
+        nets |= weights.frozen(family, config, besides=held)
+        return cls(predictor, nets, source, step)
 
     def __call__(self, captions, **options):
         """Pictures for captions, see Predictor.sample.   -> uint8 BHWC"""

@@ -67,10 +67,11 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
 def abstract_batch(config, batch_size: int | None = None):
     """Shapes and types of a batch, without data."""
     b = batch_size or config.batch_size
+    length = sum(encoder.lengths(config.load.get("text"), config.text_length))
     shapes = {
         "image": ((b, config.res, config.res, 3), "float32"),
-        "text": ((b, config.text_length), "int32"),
-        "mask": ((b, config.text_length), "bool"),
+        "text": ((b, length), "int32"),
+        "mask": ((b, length), "bool"),
         "index": ((b,), "int32"),
         "weight": ((b,), "float32"),
     }
@@ -84,43 +85,43 @@ def abstract_nets(family: objective.Objective, config):
 
 
 def frozen_shapes(family: objective.Objective, config):
-    """The shapes of the nets no loss trains, after a look whether `config.load` can fill them.
+    """The shapes of the nets no loss trains, after a look whether `config.load` fills its nets.
 
     Raises:
       ConfigError: `config.load` names an unknown net, or a frozen net has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
     shapes = abstract_nets(family, config)
-    for name in config.load:
+    for name, source in config.load.items():
         if name not in shapes:
             raise errors.ConfigError(
                 f"objective {config.objective!r} has no net {name!r}",
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-    shapes = {name: shape for name, shape in shapes.items() if name not in family.trained}
-    for name, shape in shapes.items():
-        if name in config.load:
-            if not _is_ours(config.load[name]):
-                encoder.check(config.load[name], shape)
-        elif not config.allow_random:
+        if not _is_ours(source):
+            encoder.check(source, shapes[name])
+    found = {name: shape for name, shape in shapes.items() if name not in family.trained}
+    for name in found:
+        if name not in config.load and not config.allow_random:
             raise errors.ConfigError(
                 f"frozen net {name!r} has no weights",
                 where="config.load",
                 fix=f"set config.load.{name} to a checkpoint, or train with a :debug config",
             )
-    return shapes
+    return found
 
 
-def frozen(family: objective.Objective, config, place=None):
-    """The nets no loss trains, filled from `config.load`; see `frozen_shapes`.
+def frozen(family: objective.Objective, config, place=None, *, besides=()):
+    """The nets no loss trains, filled from `config.load`, or random where the config allows it.
 
     Args:
       place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
+      besides: names of nets that came from elsewhere.
     """
     shapes = frozen_shapes(family, config)
-    where = place(shapes) if place else jax.tree.map(lambda _: _here(), shapes)
-    targets, nets = sharding.on(shapes, where), {}
+    targets = _placed({name: s for name, s in shapes.items() if name not in besides}, place)
+    nets = {}
     for name, target in targets.items():
         if name in config.load:
             nets[name] = load_net(config.load[name], name, target)
@@ -129,25 +130,41 @@ def frozen(family: objective.Objective, config, place=None):
             batch = abstract_batch(config, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-    return jax.device_put(nets, where)
+    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
 
 
-def load_net(source: str, name: str, target):
+def pretrained(family: objective.Objective, config, place=None):
+    """The trained nets that `config.load` names, as they are there; `place` as in `frozen`."""
+    shapes = abstract_nets(family, config)
+    named = {name: shapes[name] for name in family.trained if name in config.load}
+    targets = _placed(named, place)
+    nets = {name: load_net(config.load[name], name, targets[name]) for name in named}
+    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+
+
+def load_net(source, name: str, target):
     """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
     if _is_ours(source):
         return load_trained(locate(source), {name: target}, step=None)[0][name]
     return encoder.load(source, target)
 
 
+def _placed(shapes, place):
+    where = place(shapes) if place else jax.tree.map(lambda _: _here(), shapes)
+    return sharding.on(shapes, where)
+
+
 def _here():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _is_ours(source: str) -> bool:
+def _is_ours(source) -> bool:
+    if not isinstance(source, str):
+        return False  # several pretrained encoders
+    if source.startswith("builtin:"):
+        return True
     path = pathlib.Path(source) / "config.json"
-    return source.startswith("builtin:") or (
-        path.exists() and "objective" in json.loads(path.read_text())
-    )
+    return path.exists() and "objective" in json.loads(path.read_text())
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | None):
@@ -170,6 +187,14 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | None):
     return nets, step
 
 
+def held(folder: pathlib.Path) -> list[str]:
+    """The nets that an exported model's file holds; none if the folder is a run's."""
+    if not (folder / EXPORTED).exists():
+        return []
+    with _opened(folder / EXPORTED) as tensors:
+        return sorted({name.partition("/")[0] for name in tensors.keys()})  # noqa: SIM118
+
+
 def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") -> None:
     """Writes model.safetensors, config.json and README.md: what sampling needs and nothing else."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -184,13 +209,18 @@ def to_json(config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def _read_exported(path: pathlib.Path, targets):
+def _opened(path: pathlib.Path):
     try:
-        flat = safetensors.numpy.load_file(path)
+        return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise errors.DataError(
             f"not a whole safetensors file: {e}", where=str(path), fix="copy or export it again"
         ) from e
+
+
+def _read_exported(path: pathlib.Path, targets):
+    with _opened(path) as tensors:
+        flat = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
     wanted = traverse_util.flatten_dict(targets, sep="/")
     bad = [
         f"{name}: want {wanted[name].shape}, found {flat[name].shape if name in flat else None}"

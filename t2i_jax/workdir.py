@@ -126,7 +126,7 @@ def flat(config) -> dict:
     found = {}
 
     def visit(prefix, value):
-        if isinstance(value, dict) and value:
+        if isinstance(value, dict):
             for key, child in value.items():
                 visit(f"{prefix}.{key}" if prefix else key, child)
         else:

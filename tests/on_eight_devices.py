@@ -5,13 +5,17 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.on_eight_devi
 
 import functools
 import json
+import pathlib
 import sys
+import tempfile
 
 import jax
 import numpy as np
 
 from configs import shapes_transformer
 from t2i_jax import fingerprint, objective, optim, pipeline, plan, sharding, step, weights
+from t2i_jax.text import encoder
+from tests import test_text_families
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -51,7 +55,8 @@ class Case:
         placed = self.layout.state(self.shapes)
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
         self.state = jax.jit(init, out_shardings=placed)(key, zeros)
-        self.frozen = weights.frozen(family, config, self.layout.nets)
+        frozen = _text()
+        self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
         rng = np.random.default_rng(0)
         n, size = config.batch_size, batch["image"].shape
         self.batch = self.layout.place(
@@ -76,6 +81,13 @@ class Case:
             self.state, values = self.compiled(self.state, self.frozen, self.batch)
             first = first or {k: float(v) for k, v in values.items()}
         return first, jax.device_get(self.state.nets["model"]["params"])
+
+
+@functools.cache
+def _text():
+    """The text encoder of debug configs, with random weights, in host memory."""
+    config = shapes_transformer.get_config("debug")
+    return jax.device_get(weights.frozen(objective.make(config), config))
 
 
 def main():
@@ -111,13 +123,13 @@ def main():
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw()
     else:
-        found |= _remat(mesh={"data": 1})
+        found |= _remat(mesh={"data": 1}) | _encoders()
     print(json.dumps(found))
 
 
 def _remat(place="", **options) -> dict:
     """The step of eight layers, with and without."""
-    found, deep = {}, dict(batch_size=64, depth=8, patch=1, scan=True)
+    found, deep = {}, dict(batch_size=16, depth=8, patch=1, scan=True)
     for name, policy in (("no remat", "none"), ("remat", "full")):
         case = Case(**options, **deep, remat=policy)
         gathered = plan.traffic(case.compiled.as_text()).get("all-gather")
@@ -130,6 +142,35 @@ def _remat(place="", **options) -> dict:
             "loss": case.train(1)[0]["model/loss"],
         }
     return found
+
+
+def _encoders() -> dict:
+    """Pretrained encoders, loaded in parts and computed on all devices and on one."""
+    found, layout = {}, sharding.Layout({"data": -1}, "fsdp")
+    rows = lambda x: np.resize(x, (8, *x.shape[1:]))
+    text_BL, mask_BL = map(rows, test_text_families.batch())
+    for case in ("roberta", "t5 1.1", "umt5", "clip, projected", "gpt-2"):
+        with tempfile.TemporaryDirectory() as folder:
+            test_text_families.by_golden(case, pathlib.Path(folder))
+            net = encoder.make(folder)
+            shapes = {"text": jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)}
+            split = sharding.on(shapes, layout.nets(shapes))
+            nets = {"text": encoder.load(folder, split["text"])}
+            whole = {"text": encoder.load(folder, shapes["text"])}
+        apply = lambda nets, *batch, net=net: net.apply(nets["text"], *batch)
+        spread = lambda nets, *batch, run=apply: run(layout.gather(nets), *layout.spread(batch))
+        one, all_ = (
+            jax.device_get(jax.jit(f)(n, text_BL, mask_BL)._replace(mask_BL=0))
+            for f, n in ((apply, whole), (spread, nets))
+        )
+        arrays = jax.tree.leaves(nets)
+        found[case] = {
+            "difference": _difference(all_, one),
+            "held": sum(x.addressable_shards[0].data.nbytes for x in arrays)
+            / sum(x.nbytes for x in arrays),
+            "equal": fingerprint.of(nets)[0] == fingerprint.of(jax.device_put(whole))[0],
+        }
+    return {"encoders": found}
 
 
 def _draw() -> dict:

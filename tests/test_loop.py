@@ -57,7 +57,7 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
     records = np.array([7, 0, 7, 39])
     text, mask, _ = pipe.predictor.tokenize([source[i]["caption"] for i in records])
     direct = encode({"text": text, "mask": mask})
-    cached = extra(records)
+    cached = extra(records, mask)
     assert {name: array.dtype for name, array in cached.items()} == dict.fromkeys(
         ("cond_seq", "cond_pooled"), np.float16
     )

@@ -115,6 +115,13 @@ def test_both_axes_together_split_the_state(found):
     assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
 
 
+def test_pretrained_encoders_are_read_in_parts_and_compute_the_same(found):
+    for case, seen in found["encoders"].items():
+        assert seen["equal"], case
+        assert seen["held"] <= 0.3, case
+        assert seen["difference"] <= 1e-6, case
+
+
 def test_remat_saves_memory_and_changes_nothing(found):
     assert found["remat"]["temporaries"] <= 0.3 * found["no remat"]["temporaries"]
     assert found["remat"]["loss"] == pytest.approx(found["no remat"]["loss"], rel=1e-6)

@@ -477,5 +477,45 @@ def test_a_folder_without_tokenizer_is_explained(folder):
         tokenize.open(str(folder), 8)
 
 
+def test_clips_own_files_make_its_tokens(folder, tmp_path):
+    """Bytes as letters, merges in their order, the start and end that CLIP wants."""
+    letters = [chr(c) for c in (*range(33, 127), *range(161, 173), *range(174, 256))]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    merges = ["r e", "re d</w>", "c i", "ci r"]
+    words = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    copy = shutil.copytree(folder, tmp_path / "clip")
+    for name, text in {
+        "vocab.json": json.dumps({word: i for i, word in enumerate(words)}),
+        "merges.txt": "\n".join(["#version: 0.2", *merges]),
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "CLIPTokenizer"}),
+    }.items():
+        (copy / name).write_text(text)
+    tokens = tokenize.open(str(copy), 12)(["A  RED circ", ""])
+    want = ["<|startoftext|>", "a</w>", "red</w>", "cir", "c</w>", "<|endoftext|>"]
+    assert [words[i] for i in tokens.text_BL[0][tokens.mask_BL[0]]] == want
+    assert not tokens.mask_BL[1].any()
+
+
+def test_a_sentencepiece_model_makes_the_tokens_that_sentencepiece_makes(folder, tmp_path):
+    import sentencepiece
+
+    copy = shutil.copytree(folder, tmp_path / "t5")
+    words = ["a red circle on a blue square", "the green star is left of the ring"] * 30
+    with (copy / "spiece.model").open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            **dict(sentence_iterator=iter(words), model_writer=model, vocab_size=40),
+            **dict(pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False),
+            minloglevel=2,
+        )
+    (copy / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer"}))
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(copy / "spiece.model"))
+    captions = ["a blue ring", "on the left of a star"]
+    tokens = tokenize.open(str(copy), 24)(captions)
+    for row, caption in enumerate(captions):
+        want = [*oracle.encode(caption), 1]
+        assert tokens.text_BL[row][tokens.mask_BL[row]].tolist() == want
+
+
 def test_the_golden_is_small():
     assert pathlib.Path(golden.PATH).stat().st_size < 100_000

@@ -72,7 +72,7 @@ def numbers(shapes):
     rng = np.random.default_rng(0)
     draw = lambda shape: rng.normal(size=shape).astype(np.float32)
     return {
-        name: 0.25 * draw(shape) + (len(shape) == 1 and name.endswith("weight"))
+        name: 0.15 * draw(shape) + (len(shape) == 1 and name.endswith("weight"))
         for name, shape in sorted(shapes.items())
     }
 

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2i_jax import errors, losses, plugins, randomness
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
-from t2i_jax.text import encoder
+from t2i_jax.text import condition, encoder
 from t2i_jax.text.condition import Cond
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
@@ -34,17 +35,22 @@ class Options(NamedTuple):
       "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
              (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
     time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
-    text_dropout: share of captions replaced by the null condition.
+    text_dropout: share of captions replaced by the null condition; of several encoders, a share
+      for each makes them miss independently (SD3, arXiv:2403.03206).
+    train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
     prediction: str = "v"
     time_mean: float = 0.0
     time_std: float = 1.0
-    text_dropout: float = 0.1
+    text_dropout: float | tuple[float, ...] = 0.1
+    train_text: bool = False
 
 
 def make(config) -> Objective:
-    """Nets "model" (trained) and "text" (frozen); predictions sample, encode, loss_at_times."""
+    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, encode,
+    loss_at_times.
+    """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     if options.prediction not in ("v", "x", "edm"):
         raise errors.ConfigError(
@@ -65,7 +71,23 @@ def make(config) -> Objective:
                 where=f"config.{name}",
                 fix=f"use {max(value // unit, 1) * unit} or {(value // unit + 1) * unit}",
             )
-    text = encoder.make(config.load.get("text"))
+    text = encoder.make(
+        config.load.get("text"), length=config.text_length, **config.get("text", {})
+    )
+    segments = getattr(text, "segments", None)
+    dropout = np.array(options.text_dropout, np.float32)
+    if dropout.ndim and dropout.shape != (len(segments or ()),):
+        raise errors.ConfigError(
+            f"text_dropout has {dropout.size} shares for {len(segments or (1,))} encoders",
+            where="config.loss.text_dropout",
+            fix="give one number, or one for each of config.load.text",
+        )
+    if config.cache and (options.train_text or "text" in config.get("lora", {})):
+        raise errors.ConfigError(
+            "cached caption states cannot change with an encoder that learns",
+            where="config.cache",
+            fix="set --config.cache= (nothing)",
+        )
     shape_HWC = (config.res, config.res, 3)
 
     def init(key, batch):
@@ -108,8 +130,8 @@ def make(config) -> Objective:
         t_B = jax.nn.sigmoid(
             options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
         )
-        drop_B = jax.vmap(lambda k: jax.random.uniform(k))(keys[2]) < options.text_dropout
-        cond = drop(encode(nets, batch), drop_B)
+        draw_B = jax.vmap(lambda k: jax.random.uniform(k, dropout.shape))(keys[2])
+        cond = condition.drop(encode(nets, batch), draw_B < dropout, segments)
         value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
@@ -143,7 +165,7 @@ def make(config) -> Objective:
                 fix=errors.nearest(sampler, ode.SOLVERS),
             )
         cond = encode(nets, batch)
-        null = drop(cond, jnp.ones(batch["index"].shape, bool))
+        null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
         if "negative_text" in batch:
             null = text.apply(nets["text"], batch["negative_text"], batch["negative_mask"])
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
@@ -159,7 +181,8 @@ def make(config) -> Objective:
         return jnp.clip(image_BHWC, -1, 1)
 
     predict = {"sample": sample, "encode": encode, "loss_at_times": loss_at_times}
-    return Objective(init, (Loss(("model",), loss),), predict)
+    trained = ("model", "text") if options.train_text else ("model",)
+    return Objective(init, (Loss(trained, loss),), predict)
 
 
 def from_edm(out_BHWC, z_BHWC, t):
@@ -170,9 +193,3 @@ def from_edm(out_BHWC, z_BHWC, t):
     power = (1 - t) ** 2 * DATA_STD**2 + t**2  # of z
     skip = (t - (1 - t) * DATA_STD**2) / power  # (1 − c_skip)/t
     return skip * z_BHWC - DATA_STD * jax.lax.rsqrt(power) * out_BHWC
-
-
-def drop(cond: Cond, drop_B) -> Cond:
-    """The null condition, no valid token and a zero pooled vector, where drop_B is True."""
-    mask_BL = cond.mask_BL & ~drop_B[:, None]
-    return Cond(cond.seq_BLD, mask_BL, jnp.where(drop_B[:, None], 0, cond.pooled_BD))

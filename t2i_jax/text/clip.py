@@ -50,6 +50,8 @@ class ClipText(blocks.Causal):
 
     projected: width of the pooled vector's projection; 0: the checkpoint has none.
     end: the end token's number. Where it is FIRST_END, the end is the largest number in a row.
+    skip: how many of the last layers the token states leave out: 0 is the last layer, normed; 1 the
+      penultimate, as it is, which Stable Diffusion XL and 3 read. The pooled vector is the last's.
     """
 
     vocab: int = 49408
@@ -63,16 +65,18 @@ class ClipText(blocks.Causal):
     dtype: str = "float32"
     projected: int = 512
     end: int = 49407
+    skip: int = 0
 
     @nn.compact
     def __call__(self, text_BL, mask_BL) -> condition.Cond:
-        """Normed states, zero where the mask is False, and the end token's, projected."""
-        seq_BLD = self.states(text_BL, mask_BL)[-1]
+        """Token states, zero where the mask is False, and the end token's last, projected."""
+        *states, last_BLD = self.states(text_BL, mask_BL)
+        seq_BLD = states[-1 - self.skip] if self.skip else last_BLD
         if self.end == FIRST_END:
             end_B = jnp.argmax(jnp.where(mask_BL, text_BL, -1), axis=1)
         else:
             end_B = jnp.argmax((text_BL == self.end) & mask_BL, axis=1)
-        pooled_BP = jnp.take_along_axis(seq_BLD, end_B[:, None, None], axis=1)[:, 0]
+        pooled_BP = jnp.take_along_axis(last_BLD, end_B[:, None, None], axis=1)[:, 0]
         if self.projected:
             project = nn.Dense(self.projected, use_bias=False, dtype=self.dtype, name="projection")
             pooled_BP = project(pooled_BP)
@@ -80,9 +84,11 @@ class ClipText(blocks.Causal):
         return condition.Cond(seq_BLD * mask_BL[..., None], mask_BL, pooled_BP)
 
 
-def from_config(config: dict, *, dtype: str = "float32") -> ClipText:
+def from_config(config: dict, *, dtype: str = "float32", skip: int = 0) -> ClipText:
     """The text tower that a checkpoint's config.json describes, alone or beside its image tower.
 
+    Args:
+      skip: see `ClipText`.
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
@@ -95,4 +101,8 @@ def from_config(config: dict, *, dtype: str = "float32") -> ClipText:
     blocks.check(sizes)
     whole = "text_config" in config or "WithProjection" in str(config.get("architectures"))
     sizes["projected"] = config.get("projection_dim", sizes["projected"]) if whole else 0
-    return ClipText(**sizes, dtype=dtype)
+    if not 0 <= skip < sizes["depth"]:
+        raise errors.ConfigError(
+            f"skip is {skip}", where="config.text.clip.skip", fix=f"use 0 to {sizes['depth'] - 1}"
+        )
+    return ClipText(**sizes, dtype=dtype, skip=skip)

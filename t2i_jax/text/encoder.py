@@ -1,42 +1,125 @@
-"""Text encoders by source: the module that a checkpoint's config.json names, and its parameters."""
+"""Text encoders by source: the module that a checkpoint's config.json names, and its parameters.
+
+B batch · L text length · D width
+"""
 
 import flax.linen as nn
+import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, plugins
 from t2i_jax.text import bert, clip, gpt2, hf, t5, tokenize
+from t2i_jax.text.condition import Cond
 
 FAMILIES = {
     model_type: family for family in (bert, clip, gpt2, t5) for model_type in family.MODEL_TYPES
 }
 
 
-def make(source: str | None, *, dtype: str = "float32") -> nn.Module:
-    """A module `(text_BL, mask_BL) -> Cond` for `source` (see hf.locate), still without weights.
+class Joined(nn.Module):
+    """Several encoders of one caption, as in SD3 (arXiv:2403.03206, section 4).
 
-    None makes the small random encoder of bytes that debug configs use.
+    Their tokens stand one after another in text_BL, `lengths` of each, of the last perhaps fewer;
+    so do their states, narrower ones filled up with zeros. Pooled vectors are joined.
     """
+
+    encoders: tuple[nn.Module, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def segments(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and pooled width of each encoder, in their order."""
+        pooled = (getattr(e, "projected", 0) or e.width for e in self.encoders)
+        return tuple(zip(self.lengths, pooled, strict=True))
+
+    def __call__(self, text_BL, mask_BL) -> Cond:
+        ends = [sum(self.lengths[:i]) for i in range(1, len(self.lengths))]
+        texts, masks = (jnp.split(x, ends, axis=1) for x in (text_BL, mask_BL))
+        conds = [fn(*tokens) for fn, *tokens in zip(self.encoders, texts, masks, strict=True)]
+        widest = max(c.seq_BLD.shape[-1] for c in conds)
+        fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])))
+        return Cond(
+            jnp.concatenate([fill(c.seq_BLD) for c in conds], axis=1),
+            mask_BL,
+            jnp.concatenate([c.pooled_BD for c in conds], axis=-1),
+        )
+
+
+def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Module:
+    """A module `(text_BL, mask_BL) -> Cond` for `source`, still without weights.
+
+    Args:
+      source: a checkpoint (see hf.locate), several that read each caption together, or None for the
+        small random encoder of bytes that debug configs use.
+      length: config.text_length, which several encoders need to know.
+      dtype: what it computes in.
+      options: family -> more options of its `from_config`, such as clip={"skip": 1}.
+    """
+    known = {_name(family): family for family in FAMILIES.values()}
+    for name in options:
+        if name not in known:
+            raise errors.ConfigError(
+                f"no family of text encoders {name!r}",
+                where="config.text",
+                fix=errors.nearest(name, known),
+            )
     if source is None:
         return bert.Bert(
             vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
         )
+    if not isinstance(source, str):
+        encoders = tuple(make(one, dtype=dtype, **options) for one in source)
+        return Joined(encoders, lengths(source, length))
     config, family = _read(hf.locate(source))
-    return family.from_config(config, dtype=dtype)
+    own = {"dtype": dtype, **options.get(_name(family), {})}
+    where = f"config.text.{_name(family)}"
+    return plugins.call(family.from_config, config, where=where, options=own)
 
 
-def check(source: str, abstract_variables) -> None:
+def lengths(source, length: int) -> tuple[int, ...]:
+    """How many tokens each encoder of a source reads: `length`, or of several none more than its
+    positions.
+    """
+    if source is None or isinstance(source, str):
+        return (length,)
+    return tuple(min(length, getattr(make(one), "max_length", length)) for one in source)
+
+
+def tokenizer(source, length: int):
+    """`captions -> Tokens` for `make(source, length=length)`."""
+    names = ("bytes",) if source is None else (source,) if isinstance(source, str) else source
+    each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
+    return each[0] if len(each) == 1 else tokenize.Several(each)
+
+
+def check(source, abstract_variables) -> None:
     """Raises DataError unless `load` will find every tensor, and no other."""
-    _spec(source, abstract_variables)
+    for one, variables in _each(source, abstract_variables["params"]):
+        _match(one, variables)
 
 
-def load(source: str, abstract_variables):
+def load(source, abstract_variables):
     """Variables {"params": …} of the encoder `make(source)`: shaped, typed and placed as given."""
-    return {"params": hf.load(_spec(source, abstract_variables))}
+    found = [hf.load(_match(*pair)) for pair in _each(source, abstract_variables["params"])]
+    if isinstance(source, str):
+        return {"params": found[0]}
+    return {"params": {f"encoders_{i}": params for i, params in enumerate(found)}}
 
 
-def _spec(source, abstract_variables):
+def _each(source, params):
+    """(source, its parameters) of one or several encoders."""
+    if isinstance(source, str):
+        return [(source, params)]
+    return [(one, params[f"encoders_{i}"]) for i, one in enumerate(source)]
+
+
+def _match(source: str, params):
     folder = hf.locate(source)
     config, family = _read(folder)
-    return hf.match(folder, abstract_variables["params"], family.names(config))
+    return hf.match(folder, params, family.names(config))
+
+
+def _name(family) -> str:
+    return family.__name__.rpartition(".")[2]
 
 
 def _read(folder):

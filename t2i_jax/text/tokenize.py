@@ -14,7 +14,10 @@ from t2i_jax.text import hf
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
 MARKS = 4  # combining marks kept on one character
 BYTES_VOCAB = 260  # padding, start, end, one spare, 256 bytes
-VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json")
+VOCABULARIES = (
+    *("tokenizer.json", "vocab.txt", "vocab.json"),
+    *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),  # SentencePiece's
+)
 FILES = (
     *VOCABULARIES,
     *("merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -67,6 +70,26 @@ class Tokenizer:
             lost = f"{lost} {normalise(captions[row][CHARACTERS:])}".strip()
             cut.append(lost or None)
         return Tokens(text_BL, mask_BL, cut)
+
+
+class Several:
+    """Tokenizers of several encoders that read each caption: their tokens one after another.
+
+    A caption has lost what all of them lost.   fixed: tokens before the last encoder's, which alone
+    may be cut shorter.
+    """
+
+    def __init__(self, tokenizers):
+        self._each = tokenizers
+        self.fixed = sum(t.length for t in tokenizers[:-1])
+        self.length = sum(t.length for t in tokenizers)
+        joined = " ".join(t.fingerprint for t in tokenizers)
+        self.fingerprint = hashlib.sha256(joined.encode()).hexdigest()
+
+    def __call__(self, captions) -> Tokens:
+        texts, masks, cuts = zip(*(tokenize(captions) for tokenize in self._each), strict=True)
+        least = [min(cut, key=len) if all(cut) else None for cut in zip(*cuts, strict=True)]
+        return Tokens(np.concatenate(texts, 1), np.concatenate(masks, 1), least)
 
 
 def open(name: str, length: int) -> Tokenizer:

@@ -1,4 +1,7 @@
-"""Tries every fault, prints a line for each.   python -m tests.faults [--long] [ID …]"""
+"""Tries every fault, prints a line for each.   python -m tests.faults [--long] [--noise] [ID …]
+
+--noise shows, too, what libraries say of their broken disks and dead peers.
+"""
 
 import os
 import pathlib
@@ -16,6 +19,8 @@ from tests.faults.lab import ROWS, Lab
 def main(argv) -> int:
     long, wanted = "--long" in argv, [a for a in argv if not a.startswith("-")]
     chosen = [r for r in ROWS if (r.id in wanted if wanted else long or not r.long)]
+    if "--noise" not in argv:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     survived = skipped = 0
     with tempfile.TemporaryDirectory(prefix="faults") as root:
         lab = Lab(pathlib.Path(root), long=long)

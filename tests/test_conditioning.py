@@ -1,0 +1,144 @@
+"""Conditions from one encoder or several, cut short, dropped, or learning with the generator."""
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+
+from configs import shapes_finetune
+from t2i_jax import errors, loop, objective, pipeline, weights
+from t2i_jax.text import condition, encoder
+from tests import runs, test_text_families
+
+WORDS = ["<pad>", "<end>", "a", "red", "blue", "circle", "square", "on", "the", "left"]
+
+
+def small_encoders(root):
+    """Folders of a CLIP with nine positions and a T5, each with a small tokenizer of words."""
+    folders = []
+    for case in ("clip, projected", "t5 1.1"):
+        folder = root / case
+        folder.mkdir()
+        test_text_families.by_golden(case, folder)
+        words = tokenizers.Tokenizer(
+            tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a")
+        )
+        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        words.post_processor = tokenizers.processors.TemplateProcessing(
+            single="$A <end>", special_tokens=[("<end>", 1)]
+        )
+        words.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text(
+            '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}'
+        )
+        folders.append(str(folder))
+    return tuple(folders)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return small_encoders(tmp_path_factory.mktemp("encoders"))
+
+
+def encoded(source, captions, length=16, **options):
+    net = encoder.make(source, length=length, **options)
+    text_BL, mask_BL, cut = encoder.tokenizer(source, length)(captions)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
+    return net, jax.jit(net.apply)(encoder.load(source, shapes), text_BL, mask_BL), cut
+
+
+def test_several_encoders_are_each_of_them_side_by_side(pair):
+    captions = ["a red circle", "", "the blue square on the left " * 3]
+    net, both, cut = encoded(pair, captions)
+    _, clip, _ = encoded(pair[0], captions, length=9)
+    _, t5, t5_cut = encoded(pair[1], captions)
+    assert net.lengths == (9, 16)
+    assert net.segments == ((9, 10), (16, 24))
+    np.testing.assert_allclose(both.seq_BLD[:, :9], clip.seq_BLD, atol=1e-6)
+    np.testing.assert_allclose(both.seq_BLD[:, 9:], t5.seq_BLD, atol=1e-6)
+    np.testing.assert_array_equal(both.mask_BL, np.concatenate([clip.mask_BL, t5.mask_BL], 1))
+    pooled = np.concatenate([clip.pooled_BD, t5.pooled_BD], 1)
+    np.testing.assert_allclose(both.pooled_BD, pooled, atol=1e-6)
+    assert not both.mask_BL[1].any()
+    assert not both.pooled_BD[1].any()
+    assert cut == t5_cut == [None, None, "on the left"]  # CLIP lost more, but T5 read it
+
+
+def test_narrower_states_are_filled_up_with_zeros(tmp_path):
+    text_BL, mask_BL = test_text_families.batch()
+    sources = []
+    for case in ("t5 1.1", "gpt-2"):
+        folder = tmp_path / case
+        folder.mkdir()
+        test_text_families.by_golden(case, folder)
+        sources.append(encoder.make(str(folder)))
+    wide = encoder.Joined((sources[0].clone(width=32), sources[1]), (9, 9))
+    tokens = [np.concatenate([x, x], 1) for x in (text_BL, mask_BL)]
+    cond, _ = wide.init_with_output(jax.random.key(0), *tokens)
+    assert cond.seq_BLD.shape == (3, 18, 32)
+    assert np.abs(cond.seq_BLD[0, 9:, :24]).min() > 0
+    assert not cond.seq_BLD[:, 9:, 24:].any()
+
+
+def test_clip_reads_the_penultimate_layer_on_request(pair):
+    captions = ["a red circle on the left"]
+    net, last, _ = encoded(pair[0], captions, length=9)
+    _, cond, _ = encoded(pair[0], captions, length=9, clip=dict(skip=1))
+    text_BL, mask_BL, _ = encoder.tokenizer(pair[0], 9)(captions)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
+    variables = encoder.load(pair[0], shapes)
+    states = net.apply(variables, text_BL, mask_BL, method="states")
+    np.testing.assert_allclose(cond.seq_BLD[mask_BL], states[-3][mask_BL], atol=1e-6)
+    np.testing.assert_allclose(cond.pooled_BD, last.pooled_BD, atol=1e-6)
+    for options, message in (
+        (dict(clip=dict(skip=2)), "skip is 2"),
+        (dict(clip=dict(layer=2)), "unknown option 'layer'"),
+        (dict(klip=dict()), "did you mean 'clip'"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            encoder.make(pair[0], **options)
+
+
+def test_each_encoder_is_dropped_on_its_own():
+    rng = np.random.default_rng(0)
+    cond = condition.Cond(rng.normal(size=(4, 5, 3)), np.ones((4, 5), bool), np.ones((4, 7)))
+    drop_BE = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], bool)
+    got = condition.drop(cond, drop_BE, ((2, 3), (3, 4)))
+    np.testing.assert_array_equal(got.mask_BL, ~np.repeat(drop_BE, [2, 3], 1))
+    np.testing.assert_array_equal(got.pooled_BD, ~np.repeat(drop_BE, [3, 4], 1))
+    whole = condition.drop(cond, drop_BE[:, 0], ((2, 3), (3, 4)))
+    np.testing.assert_array_equal(whole.mask_BL, ~np.repeat(drop_BE[:, :1], 5, 1))
+
+
+def test_a_run_with_several_encoders_trains_resumes_and_draws(pair, tmp_path):
+    config = runs.config(steps=1, prompts=())
+    config.load, config.loss = dict(text=pair), dict(prediction="v", text_dropout=(0.5, 0.2))
+    config.text = dict(dtype="bfloat16", clip=dict(skip=1))
+    loop.train(config, tmp_path)
+    config.steps = 2
+    loop.train(config, tmp_path)
+    assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2]
+    pipe = pipeline.Pipeline.load(str(tmp_path))
+    assert weights.abstract_batch(pipe.config)["text"].shape == (8, 25)
+    assert pipe(["a red circle"], steps=1).shape == (1, 16, 16, 3)
+    config.loss = dict(text_dropout=(0.5, 0.2, 0.1))
+    with pytest.raises(errors.ConfigError, match="3 shares for 2 encoders"):
+        objective.make(config)
+
+
+def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp_path):
+    config = shapes_finetune.get_config("debug")
+    config.load, config.steps, config.ema = dict(text=pair[1]), 3, dict(model=0.5, text=0.5)
+    config.optim.text = dict(name="adam", learning_rate=1e-3)  # the first step's gradient is zero
+    loop.train(config, tmp_path)
+    pipe = pipeline.Pipeline.load(str(tmp_path))
+    shapes = weights.abstract_nets(pipe.predictor.objective, config)
+    before = encoder.load(pair[1], shapes["text"])
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, pipe.nets["text"])
+    assert 0 < max(jax.tree.leaves(moved)) < 0.01  # from there, and not far
+    row = runs.rows(tmp_path)[-1]
+    assert row["text/learning_rate"] == pytest.approx(1e-3)
+    assert row["text/grad_norm"] > 0
+    config.cache = "encode"
+    with pytest.raises(errors.ConfigError, match="cached caption states cannot change"):
+        objective.make(config)
