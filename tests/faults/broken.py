@@ -28,9 +28,12 @@ BREAKS = (
     # G1: what a resumed run needs is restored.
     Break("P4", "loop.py", "iterate(start, config.steps)", "iterate(0, config.steps)"),
     Break(
-        "P4", "checkpoint.py", 'opt, skipped = found["opt"]["opt"],', "opt, skipped = target.opt,"
+        "P4",
+        "checkpoint.py",
+        'opt, skipped = found["opt"]["opt"],',
+        'opt, skipped = jax.tree.map(jnp.zeros_like, found["opt"]["opt"]),',
     ),
-    Break("P4", "step.py", "state.step)\n        nets, opt", "0)\n        nets, opt"),
+    Break("P4", "checkpoint.py", "jnp.int32(step), target", "jnp.int32(step - 1), target"),
     Break("B1", "metrics.py", 'if row["step"] <= start:', "if True:"),
     # G2, G3: examples and noise belong to a slot of the global batch.
     Break("T2", "data/loader.py", "int(step) * self._batch_size + slot", "int(step) * 4 + slot"),
