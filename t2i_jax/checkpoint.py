@@ -351,8 +351,9 @@ class Checkpoints:
     def _sweep(self) -> None:
         """Removes what unfinished saves left, but whole folders without a manifest."""
         for path in list(self._folder.iterdir()):
-            stray = path.name.isdecimal() and not (path / MANIFEST).is_file()
-            if stray and path.is_dir() and not path.is_symlink():  # another format's, perhaps
+            link = path.is_symlink()  # never followed, and in the way of a save of that step
+            stray = path.name.isdecimal() and (link or not (path / MANIFEST).is_file())
+            if stray and path.is_dir() and not link:  # another format's, perhaps
                 path.rename(_free_name(path, "unfinished"))
             elif ".orbax-checkpoint-tmp" in path.name or stray or path.suffix == ".removed":
                 self._remove(path)

@@ -12,6 +12,8 @@ import traceback
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import pytest
+
 from tests.faults import inputs, process, storage  # noqa: F401  (they register their rows)
 from tests.faults.lab import ROWS, Lab
 
@@ -31,7 +33,7 @@ def main(argv) -> int:
                 if text.startswith("skipped"):
                     word, skipped = "skipped", skipped + 1
                 survived += word == "survived"
-            except Exception:
+            except (Exception, pytest.fail.Exception):  # the latter of pytest.raises
                 text, word = traceback.format_exc(), "FAILED"
             seconds = time.monotonic() - since
             print(f"{row.id:4} {word:9} {seconds:5.1f} s  {row.promise}  {text}", flush=True)

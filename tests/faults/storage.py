@@ -120,7 +120,19 @@ def c5(lab):
 
 @row("C6", "one bit flipped in any file is found before the first step")
 def c6(lab):
-    return detected(lab, ("bit flipped",))
+    text = detected(lab, ("bit flipped",))
+    folder = lab.folder()
+    small, checkpoint.SMALL = checkpoint.SMALL, 0  # as if no file had its hash in the manifest
+    try:
+        saved(folder, 1, 2)
+        data = max(files(folder, 2), key=lambda p: p.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+        assert newest(folder)[1] == 1, "silent: the fingerprint"
+    finally:
+        checkpoint.SMALL = small
+    return f"{text}; one by its fingerprint alone"
 
 
 @row("C7", "a file missing, or swapped with another step's, is found")
@@ -188,7 +200,9 @@ def c10(lab):
     where = folder / "checkpoints"
     outside.mkdir()
     (outside / "precious").write_text("x")
-    (where / "9").symlink_to(outside)
+    shutil.copytree(where / "2", outside / "3")  # whole, but not ours to follow
+    (where / "9").symlink_to(outside / "3")
+    shutil.copytree(where / "2", where / "2.bak")
     (where / "7").write_text("a file")
     (where / "5.orbax-checkpoint-tmp-123" / "params").mkdir(parents=True)
     (where / "6" / "params").mkdir(parents=True)  # committed, but without a manifest
@@ -198,7 +212,7 @@ def c10(lab):
     assert newest(folder)[1] == 2
     assert (outside / "precious").read_text() == "x"
     left = {p.name for p in where.iterdir()}
-    assert {"1", "2", "notes"} <= left
+    assert {"1", "2", "2.bak", "notes"} <= left
     assert not left & {"5.orbax-checkpoint-tmp-123", "6", "4.removed"}
     checkpoints = saved(folder, 7, 9)
     assert checkpoints.steps() == [7, 9]
