@@ -132,7 +132,8 @@ that has no TPU.
 256 picture tokens of 32 px, MiniLM's states of 32 tokens, bfloat16 products, float32 weights,
 AdamW and one average, blocks scanned. *pictures*: the largest power of two on a chip whose
 program fits its memory; the other figures are of that program. *peak*: arguments, temporaries and
-results together, and their share of the chip's memory. *moved*: results of all collectives of one
+results together, and their share of the chip's memory; where not even one picture fits, what the
+compiler wanted for temporaries alone. *moved*: results of all collectives of one
 step (of one whole draw) on one chip; *hidden*: the share of these bytes that the schedule moves
 while something is computed. *compile*: seconds on two CPU cores that had other work, too.
 
