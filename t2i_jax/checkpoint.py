@@ -7,6 +7,7 @@ checkpoint and is renamed to <step>.unfinished. A damaged one is renamed to <ste
 
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+import tensorstore
 from absl import logging
 
 from t2i_jax import distributed, errors, failpoints, fingerprint, images
@@ -172,15 +174,17 @@ class Checkpoints:
                 reasons.append(f"{step}: {ATTEMPTS} starts from it died before their first step")
                 logging.warning("checkpoint %s", reasons[-1])
                 continue
+            distributed.barrier(f"{step}.attempt")  # all have read the number that changes now
+            tries = attempts.get(str(step), 0)
+            self._write_attempts({**attempts, str(step): tries + 1})  # reading may kill us, too
             try:
-                state = self.restore(step, target)
-            except Damaged as e:
+                return self.restore(step, target), step
+            except errors.Error as e:
+                self._write_attempts(attempts)
+                if not isinstance(e, Damaged):
+                    raise
                 reasons.append(f"{step}: {e.what}")
                 self._set_aside(step, e)
-                continue
-            attempts[str(step)] = attempts.get(str(step), 0) + 1
-            self._write_attempts(attempts)
-            return state, step
         reasons += [f"{p.name}: set aside" for p in sorted(self._folder.glob("*.corrupt"))]
         if reasons:
             raise errors.DataError(
@@ -282,6 +286,8 @@ class Checkpoints:
         try:
             with contextlib.closing(_orbax()) as reader:
                 return reader.restore(folder, args=ocp.args.Composite(**args))
+        except (TypeError, AttributeError, ImportError):
+            raise  # a fault of programs, as the files' metadata were found as they were written
         except Exception as e:
             if not (folder / MANIFEST).exists():
                 raise self._gone(step) from e
@@ -413,9 +419,30 @@ def _copy_into(old, new):
     return jax.tree.map(jnp.copy, new)
 
 
+class _Mapped(ocp.type_handlers.ArrayHandler):
+    """Arrays read from files that are mapped into memory: TensorStore then copies once less."""
+
+    async def deserialize(self, infos, args=None):
+        context = tensorstore.Context(
+            {
+                "cache_pool#ocdbt": {"total_bytes_limit": 10**8},
+                "file_io_concurrency": {"limit": 128},
+                "file_io_mode": {"mode": "memmap"},
+            }
+        )
+        infos = [copy.copy(info) for info in infos]
+        for info in infos:
+            info.ts_context = context
+        return await super().deserialize(infos, args)
+
+
 def _orbax() -> ocp.AsyncCheckpointer:
     # Without compression: weights hardly shrink, and the time would be the training's.
-    handlers = {name: ocp.PyTreeCheckpointHandler(use_compression=False) for name in ITEMS}
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _Mapped()))
+    handlers = {
+        name: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
+        for name in ITEMS
+    }
     return ocp.AsyncCheckpointer(
         ocp.CompositeCheckpointHandler(meta=ocp.JsonCheckpointHandler(), **handlers)
     )

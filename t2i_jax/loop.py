@@ -203,6 +203,7 @@ class Run:
             if (n + 1) % config.log_every == 0:
                 row = self._flush(writer, skips) or row
         row = self._flush(writer, skips) or row
+        checkpoints.progressed()  # a signal before the first step is no death
         with watchdog.phase("save"):
             checkpoints.close()
         writer.close()
