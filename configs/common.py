@@ -73,7 +73,7 @@ def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment on a laptop in seconds: tiny, random text encoder, nothing fetched."""
     config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
-    config.load, config.allow_random, config.cache = {}, True, ""
+    config.load, config.text, config.allow_random, config.cache = {}, {}, True, ""
     config.text_length = 16
     config.model.update(width=16, depth=1, heads=2)
     config.log_every, config.save_every, config.sample_every = 2, 3, 0

@@ -225,7 +225,12 @@ class Checkpoints:
             fingerprint.path_of(path): [str(leaf.dtype), list(leaf.shape)]
             for path, leaf in jax.tree_util.tree_leaves_with_path(items)
         }
-        known = {name: spec[:2] for name, spec in arrays.items() if name.split("/")[0] in items}
+        asked = {(item, part) for item, parts in items.items() for part in parts}
+        known = {
+            name: spec[:2]
+            for name, spec in arrays.items()
+            if tuple(name.split("/")[:2]) in asked  # of the nets asked for
+        }
         if wanted != known:
             names = [n for n in {**wanted, **known} if wanted.get(n) != known.get(n)]
             lines = [f"{n}: saved {known.get(n)}, now {wanted.get(n)}" for n in names[:10]]
@@ -236,7 +241,9 @@ class Checkpoints:
             )
         args = {
             name: ocp.args.PyTreeRestore(
-                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item)
+                item,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                partial_restore=True,
             )
             for name, item in items.items()
             if item

@@ -93,6 +93,17 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
+def as_first(value: bool) -> bool:
+    """What process 0 found, on every process."""
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+
+
 def lost_peer(e: Exception) -> str | None:
     """What to say where an exchange with another process failed; None if that is not it."""
     if "jax" not in sys.modules:

@@ -23,6 +23,8 @@ def main():
     pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value)
     card = pathlib.Path(CARD.value).read_text() if CARD.value else "# A model made with t2i_jax\n"
     nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
+    if MERGE.value and not config.lora:
+        raise errors.ConfigError("no adapters to merge", where=WORKDIR.value, fix="omit --merge")
     if MERGE.value:
         nets, config = lora.merge_run(nets, config)
         names = [name.removesuffix(lora.SUFFIX) for name in names]

@@ -136,7 +136,9 @@ class Run:
         config, workdir = self.config, self.workdir
         self.load_frozen()
         if config.cache:
-            self.batches.extra = cache.extra(workdir / cache.FOLDER, *self.caption_states())
+            with watchdog.phase("captions"):
+                folder_ = workdir / cache.FOLDER
+                self.batches.extra = cache.extra(folder_, *self.caption_states())
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
@@ -220,7 +222,7 @@ class Run:
                 "it names no prediction", where="config.cache", fix="set --config.cache=encode"
             )
         encode = functools.partial(predictor.run, config.cache, self.frozen)
-        known = cache.identity(self.frozen, self.source, predictor.tokenize, config.cache)
+        known = cache.identity(config, self.frozen, self.source, predictor.tokenize)
         return encode, self.source, predictor.tokenize, known
 
     def load_frozen(self) -> None:
@@ -261,9 +263,10 @@ class Run:
             if not nets:
                 return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
             logging.info("but for pretrained %s", sorted(nets))
-            fresh = lambda *args: {name: family.init(*args)[name] for name in family.trained}
-            made = jax.jit(fresh, out_shardings=self.layout.nets(self.shapes.nets))(key, zeros)
-            nets = made | nets
+            lacking = [name for name in family.trained if name not in nets]
+            placed = self.layout.nets({name: self.shapes.nets[name] for name in lacking})
+            fresh = lambda *args: {name: family.init(*args)[name] for name in lacking}
+            nets |= jax.jit(fresh, out_shardings=placed)(key, zeros)
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
         return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
 

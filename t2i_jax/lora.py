@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, plugins, sharding
 
 SUFFIX = "_lora"
 
@@ -48,14 +48,21 @@ def wrap(family, spec):
     adapter = lambda name: name + SUFFIX
 
     def init(key, batch):
-        nets = dict(family.init(key, batch))
+        key_family, key_adapters = jax.random.split(key)
+        nets = dict(family.init(key_family, batch))
         for i, (name, option) in enumerate(options.items()):
             if name not in nets:
                 raise errors.ConfigError(
                     f"no net {name!r} to adapt", where="config.lora", fix=errors.nearest(name, nets)
                 )
-            params = _init(jax.random.fold_in(key, i), nets[name]["params"], option, name)
-            nets[adapter(name)] = {"params": params}
+            if more := sorted(set(nets[name]) - {"params"}):
+                raise errors.ConfigError(
+                    f"net {name!r} has {more} beside its parameters",
+                    where=f"config.lora.{name}",
+                    fix="adapt a net without such collections",
+                )
+            key_net = jax.random.fold_in(key_adapters, i)
+            nets[adapter(name)] = {"params": _init(key_net, nets[name]["params"], option, name)}
         return nets
 
     merged = functools.partial(merge_nets, options=options)
@@ -84,13 +91,16 @@ def merge_run(nets, config):
 
 
 def merge(params, adapter, option: Options):
-    """A net's parameters with its adapter's products added: a net like any other."""
-    flat = traverse_util.flatten_dict(meta.unbox(params), sep="/")
+    """A net's parameters with its adapter's products added: a net like any other.
+
+    A kernel that is split over devices stays so, until a module reads it.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
     pairs = traverse_util.flatten_dict(meta.unbox(adapter), sep="/")
     scale = (option.alpha or option.rank) / option.rank
-    for path in {path.rpartition("/")[0] for path in pairs}:
-        change = jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
-        flat[path] = flat[path] + scale * change.reshape(flat[path].shape).astype(flat[path].dtype)
+    for path in sorted({path.rpartition("/")[0] for path in pairs}):
+        change = scale * jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
+        flat[path] = sharding.add(flat[path], change)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
@@ -103,8 +113,8 @@ def _init(key, params, option: Options, name: str):
         lead = leaf.shape[:1] if leaf.ndim == 3 else ()
         inputs, outputs = math.prod(leaf.shape[len(lead) : -1]), leaf.shape[-1]
         shape = (*lead, inputs, option.rank)
-        key, draw = jax.random.split(key)
-        found[f"{path}/a"] = jax.random.normal(draw, shape) / math.sqrt(inputs)
+        draw = jax.random.normal(jax.random.fold_in(key, len(found)), shape)
+        found[f"{path}/a"] = draw / math.sqrt(inputs)
         found[f"{path}/b"] = jnp.zeros((*lead, option.rank, outputs))
     if not found:
         raise errors.ConfigError(
@@ -118,11 +128,24 @@ def _init(key, params, option: Options, name: str):
 def _options(spec) -> dict[str, Options]:
     found = {}
     for name, given in spec.items():
-        found[name] = plugins.call(Options, where=f"config.lora.{name}", options=given)
-        if found[name].rank < 1:
+        where = f"config.lora.{name}"
+        if not hasattr(given, "items"):
+            raise errors.ConfigError(f"it is {given!r}", where=where, fix="give dict(rank=8)")
+        option = found[name] = plugins.call(Options, where=where, options=given)
+        if type(option.rank) is not int or option.rank < 1:
             raise errors.ConfigError(
-                f"rank is {found[name].rank}", where=f"config.lora.{name}", fix="give 1 or more"
+                f"rank is {option.rank!r}", where=where, fix="give a whole number, 1 or more"
             )
+        if not isinstance(option.alpha, int | float) or not 0 <= option.alpha < math.inf:
+            raise errors.ConfigError(
+                f"alpha is {option.alpha!r}", where=where, fix="give a number, 0 or more"
+            )
+        try:
+            re.compile(option.match)
+        except (re.error, TypeError) as e:
+            raise errors.ConfigError(
+                f"match {option.match!r} is no regular expression: {e}", where=where, fix="mend it"
+            ) from e
     return found
 
 

@@ -57,4 +57,4 @@ class Objective(NamedTuple):
 def make(config) -> Objective:
     """The objective that `config.objective` names, with the adapters of `config.lora`."""
     family = plugins.load("objectives", config.objective).make(config)
-    return lora.wrap(family, config.lora) if config.get("lora") else family
+    return lora.wrap(family, config.lora) if config.lora else family

@@ -206,6 +206,15 @@ class Split(meta.AxisMetadata):
         return self.replace(there=moved(self.there), back=moved(self.back))
 
 
+def add(x, change):
+    """A parameter, split or whole, and a change of as many elements; it lies as it did."""
+    value = x.value if isinstance(x, Split) else x
+    change = change.reshape(value.shape).astype(value.dtype)
+    if not isinstance(x, Split):
+        return x + change
+    return x.replace_boxed(value + jax.lax.with_sharding_constraint(change, x.back))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(there, back, x):
     """x laid out as `there`; its cotangent as `back`."""

@@ -9,7 +9,14 @@ import time
 
 import jax
 
-LIMITS = {"restore": 3600.0, "compile": 7200.0, "step": 1800.0, "save": 3600.0, "hooks": 14400.0}
+LIMITS = {
+    "captions": 86400.0,
+    "restore": 3600.0,
+    "compile": 7200.0,
+    "step": 1800.0,
+    "save": 3600.0,
+    "hooks": 14400.0,
+}
 
 _phases: list[tuple[str, float, float]] = []  # name, limit, deadline; the innermost last
 

@@ -61,7 +61,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    return ml_collections.ConfigDict(values)
+    return ml_collections.ConfigDict({"lora": {}, "text": {}} | values)  # younger keys
 
 
 def abstract_batch(config, batch_size: int | None = None):
@@ -163,8 +163,10 @@ def _is_ours(source) -> bool:
         return False  # several pretrained encoders
     if source.startswith("builtin:"):
         return True
-    path = pathlib.Path(source) / "config.json"
-    return path.exists() and "objective" in json.loads(path.read_text())
+    try:
+        return "objective" in json.loads((pathlib.Path(source) / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | None):

@@ -53,7 +53,7 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
     _, clip, _ = encoded(pair[0], captions, length=9)
     _, t5, t5_cut = encoded(pair[1], captions)
     assert net.lengths == (9, 16)
-    assert net.segments == ((9, 10), (16, 24))
+    assert net.parts == ((9, 10), (16, 24))
     np.testing.assert_allclose(both.seq_BLD[:, :9], clip.seq_BLD, atol=1e-6)
     np.testing.assert_allclose(both.seq_BLD[:, 9:], t5.seq_BLD, atol=1e-6)
     np.testing.assert_array_equal(both.mask_BL, np.concatenate([clip.mask_BL, t5.mask_BL], 1))
@@ -94,6 +94,10 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
         (dict(clip=dict(skip=2)), "skip is 2"),
         (dict(clip=dict(layer=2)), "unknown option 'layer'"),
         (dict(klip=dict()), "did you mean 'clip'"),
+        (dict(t5=dict()), "no encoder of the family 't5'"),
+        (dict(clip=3), "give dict"),
+        (dict(dtype="bf16"), "did you mean 'bfloat16'"),
+        (dict(clip=dict(skip=0.5)), "skip is 0.5"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
             encoder.make(pair[0], **options)
@@ -121,8 +125,16 @@ def test_a_run_with_several_encoders_trains_resumes_and_draws(pair, tmp_path):
     pipe = pipeline.Pipeline.load(str(tmp_path))
     assert weights.abstract_batch(pipe.config)["text"].shape == (8, 25)
     assert pipe(["a red circle"], steps=1).shape == (1, 16, 16, 3)
-    config.loss = dict(text_dropout=(0.5, 0.2, 0.1))
-    with pytest.raises(errors.ConfigError, match="3 shares for 2 encoders"):
+    for shares, message in (((0.5, 0.2, 0.1), "3 shares for 2"), (1.5, "shares from 0 to 1")):
+        config.loss = dict(text_dropout=shares)
+        with pytest.raises(errors.ConfigError, match=message):
+            objective.make(config)
+
+
+def test_a_share_for_each_of_one_encoder_is_one_too_many():
+    config = runs.config()
+    config.loss = dict(text_dropout=(0.1, 0.1))
+    with pytest.raises(errors.ConfigError, match="2 shares for 1 encoders"):
         objective.make(config)
 
 
@@ -139,6 +151,11 @@ def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp
     row = runs.rows(tmp_path)[-1]
     assert row["text/learning_rate"] == pytest.approx(1e-3)
     assert row["text/grad_norm"] > 0
+    learned = runs.config(steps=1, prompts=())
+    learned.load = dict(text=str(tmp_path))  # one net of a run with two, and its tokenizer
+    loop.train(learned, tmp_path / "next")
+    again = pipeline.Pipeline.load(str(tmp_path / "next")).nets["text"]
+    jax.tree.map(np.testing.assert_array_equal, again, pipe.nets["text"])
     config.cache = "encode"
     with pytest.raises(errors.ConfigError, match="cached caption states cannot change"):
         objective.make(config)

@@ -7,6 +7,7 @@ import pytest
 
 from configs import shapes_flow
 from t2i_jax import errors, objective, plugins, randomness, weights
+from t2i_jax.data import cache
 from t2i_jax.objectives import flow
 
 
@@ -52,6 +53,17 @@ def test_a_fresh_network_starts_at_a_loss_of_order_one(made, config):
         family, _, loss = made[prediction]
         nets = jax.jit(family.init)(jax.random.key(0), batch(config))
         assert 0.3 < loss(nets, batch(config), jax.random.key(2)) < 3
+
+
+def test_cached_caption_states_give_the_encoders_loss(made, config):
+    """To the rounding of float16."""
+    family, nets, loss = made["v"]
+    whole = batch(config)
+    states = cache.arrays(family.predict["encode"](nets, whole))
+    direct, cached = (loss(nets, b, jax.random.key(2)) for b in (whole, whole | states))
+    assert direct == pytest.approx(cached, rel=1e-3)
+    wrong = {name: 0 * x for name, x in states.items()}
+    assert abs(direct / loss(nets, whole | wrong, jax.random.key(2)) - 1) > 3e-3  # they count
 
 
 @pytest.mark.parametrize("prediction", ["v", "x", "edm"])

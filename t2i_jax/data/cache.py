@@ -20,8 +20,9 @@ from absl import flags, logging
 from array_record.python import array_record_data_source, array_record_module
 from ml_collections import config_flags
 
-from t2i_jax import cli, errors, failpoints, fingerprint, images
+from t2i_jax import cli, distributed, errors, failpoints, fingerprint, images, owner, workdir
 from t2i_jax.data import transforms
+from t2i_jax.text import encoder
 
 FORMAT = 1
 BUCKET = 8  # captions are encoded at lengths that are multiples of this
@@ -29,6 +30,7 @@ BATCH = 64
 LIMIT = 8 * 2**30  # bytes of states in memory
 SHARD = 64 * BATCH  # captions in a file
 FOLDER, MANIFEST, BUILDING, PLACES = "captions", "manifest.json", "building.json", "places.npy"
+AGAIN = "make it again: python -m t2i_jax.data.cache with the run's flags"
 DTYPE = np.dtype(np.float16)  # finer than bfloat16 at the same size: states are near 1
 
 
@@ -37,13 +39,18 @@ def arrays(cond) -> dict:
     return {"cond_seq": cond.seq_BLD.astype(DTYPE), "cond_pooled": cond.pooled_BD.astype(DTYPE)}
 
 
-def identity(nets, source, tokenize, prediction: str) -> dict:
-    """What the states depend on: encoder, tokenizer and data by hashes, and the text length."""
+def identity(config, nets, source, tokenize) -> dict:
+    """What the states depend on: encoder, tokenizer and data by hashes, and the text length.
+
+    nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
+    """
+    module = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
     prints, _ = fingerprint.of(nets)
+    text = f"{config.objective} {module!r} {json.dumps(prints, sort_keys=True)}"
     return {
         "format": FORMAT,
-        "prediction": prediction,
-        "encoder": hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest(),
+        "prediction": config.cache,
+        "encoder": hashlib.sha256(text.encode()).hexdigest(),
         "tokenizer": tokenize.fingerprint,
         "data": source.fingerprint,
         "text_length": tokenize.length,
@@ -59,16 +66,21 @@ def extra(folder: pathlib.Path, encode, source, tokenize, known: dict):
       ConfigError: the folder's states are another encoder's, tokenizer's or data set's, or those in
         memory would take more than LIMIT bytes.
     """
-    if not (folder / MANIFEST).exists():
+    if not distributed.as_first((folder / MANIFEST).exists()):
         return precompute(encode, source, tokenize)
-    manifest = json.loads((folder / MANIFEST).read_text())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as e:
+        raise errors.DataError(
+            f"cannot be read: {e}", where=str(folder / MANIFEST), fix=AGAIN
+        ) from e
     stale = [key for key in known if manifest.get(key) != known[key]]
     if stale:
         stale = [f"{key} {str(manifest.get(key))[:12]} → {str(known[key])[:12]}" for key in stale]
         raise errors.ConfigError(
             "the cached captions are stale: " + "; ".join(stale),
             where=str(folder),
-            fix="remove the folder, and make it again with python -m t2i_jax.data.cache",
+            fix=AGAIN,
         )
     return _Stored(folder, manifest)
 
@@ -86,7 +98,7 @@ class _Stored:
                 raise errors.DataError(
                     f"not the {size} bytes that were written",
                     where=str(path),
-                    fix="remove the folder, and make it again with python -m t2i_jax.data.cache",
+                    fix=AGAIN,
                 )
             paths.append(str(path))
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
@@ -99,7 +111,8 @@ class _Stored:
         for i, record in enumerate(found):
             values = np.frombuffer(record, DTYPE)
             pooled[i] = values[: self._p]
-            seq[i, mask_BL[i]] = values[self._p :].reshape(-1, self._d)
+            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
+                seq[i, mask_BL[i]] = values[self._p :].reshape(-1, self._d)
         return {"cond_seq": seq, "cond_pooled": pooled}
 
 
@@ -118,7 +131,8 @@ def precompute(encode, source, tokenize, *, batch_size: int = BATCH):
     offsets = np.concatenate([[0], np.cumsum(captions.lengths)])
     for row, seq_VD, pooled_P in captions.states(encode, captions.order, batch_size):
         if flat is None:
-            _check_size(int(offsets[-1]) * seq_VD.shape[-1] * DTYPE.itemsize)
+            numbers = offsets[-1] * seq_VD.shape[-1] + len(captions.order) * len(pooled_P)
+            _check_size(int(numbers) * DTYPE.itemsize)
             flat = np.empty((offsets[-1], seq_VD.shape[-1]), DTYPE)
             pooled = np.empty((len(captions.order), len(pooled_P)), DTYPE)
         flat[offsets[row] : offsets[row + 1]], pooled[row] = seq_VD, pooled_P
@@ -129,7 +143,8 @@ def precompute(encode, source, tokenize, *, batch_size: int = BATCH):
         rows = captions.row_of_record[records]
         seq = np.zeros((*mask_BL.shape, flat.shape[1]), DTYPE)
         for i, row in enumerate(rows):
-            seq[i, mask_BL[i]] = flat[offsets[row] : offsets[row + 1]]
+            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
+                seq[i, mask_BL[i]] = flat[offsets[row] : offsets[row + 1]]
         return {"cond_seq": seq, "cond_pooled": pooled[rows]}
 
     return from_memory
@@ -141,26 +156,18 @@ def write(folder: pathlib.Path, encode, source, tokenize, known: dict) -> dict:
     Files that an earlier start finished, of the same identity, are kept.
     """
     captions = _Captions(source, tokenize)
-    folder.mkdir(parents=True, exist_ok=True)
-    building = folder / BUILDING
-    if not building.exists() or json.loads(building.read_text()) != known:
-        for path in [p for name in (MANIFEST, PLACES, "states-*") for p in folder.glob(name)]:
-            path.unlink()
-        images.write_whole(building, json.dumps(known).encode())
-    order, files = captions.order, {}
+    order, files = captions.order, _begin(folder, known)
     for start in range(0, len(order), SHARD):
-        path = folder / f"states-{start // SHARD:05d}.array_record"
+        name = f"states-{start // SHARD:05d}.array_record"
+        if name in files:
+            continue
+        failpoints.hit("cache.file")
         rows = order[start : start + SHARD]
-        if not path.exists():
-            failpoints.hit("cache.file")
-            temporary = path.with_suffix(".tmp")
-            writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
-            for _, seq_VD, pooled_P in captions.states(encode, rows, BATCH):
-                writer.write(pooled_P.tobytes() + np.ascontiguousarray(seq_VD).tobytes())
-            writer.close()
-            temporary.replace(path)
-            logging.info("%d of %d captions", start + len(rows), len(order))
-        files[path.name] = path.stat().st_size
+        states = captions.states(encode, rows, BATCH)
+        records = (pooled_P.tobytes() + seq_VD.tobytes() for _, seq_VD, pooled_P in states)
+        files[name] = _write_file(folder / name, records)
+        images.write_whole(folder / BUILDING, json.dumps([known, files]).encode())
+        logging.info("%d of %d captions", start + len(rows), len(order))
     _, seq_VD, pooled_P = next(captions.states(encode, order[:1], 1))
     sizes = {"width": seq_VD.shape[-1], "pooled": len(pooled_P), "dtype": DTYPE.name}
     place_of_row = np.empty(len(order), np.int64)
@@ -172,6 +179,46 @@ def write(folder: pathlib.Path, encode, source, tokenize, known: dict) -> dict:
     return manifest
 
 
+def _begin(folder: pathlib.Path, known: dict) -> dict:
+    """The files that an earlier start finished, with their sizes; removes all others."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        before, files = json.loads((folder / BUILDING).read_text())
+    except (OSError, ValueError):
+        before, files = None, {}
+    size = lambda name: (folder / name).stat().st_size if (folder / name).is_file() else None
+    files = {name: n for name, n in files.items() if before == known and size(name) == n}
+    for path in [p for name in (MANIFEST, PLACES, "states-*") for p in folder.glob(name)]:
+        if path.name not in files:
+            path.unlink()
+    return files
+
+
+def _write_file(path: pathlib.Path, records) -> int:
+    """Writes records, whole or not at all.   -> bytes"""
+    temporary = path.with_suffix(".tmp")
+    writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
+    for record in records:
+        try:
+            writer.write(record)
+        except RuntimeError as e:  # what array_record makes of a full disk
+            raise _unwritable(path, e) from e
+    try:
+        writer.close()
+        temporary.replace(path)
+        return path.stat().st_size
+    except (OSError, RuntimeError) as e:
+        raise _unwritable(path, e) from e
+
+
+def _unwritable(path, e):
+    return errors.StorageError(
+        f"cannot be written: {str(e).splitlines()[0][:200]}",
+        where=str(path),
+        fix="make room there, and start the same command again: it goes on",
+    )
+
+
 class _Captions:
     """A source's distinct captions as tokens, and their rows in the order of their length."""
 
@@ -179,7 +226,9 @@ class _Captions:
         row_of, self.row_of_record = {}, np.zeros(len(source), np.int64)
         for record, caption in enumerate(_captions(source)):
             self.row_of_record[record] = row_of.setdefault(caption, len(row_of))
-        self._text_NL, self._mask_NL, _ = tokenize(list(row_of))
+        texts = list(row_of)
+        blocks = [tokenize(texts[i : i + SHARD])[:2] for i in range(0, len(texts), SHARD)]
+        self._text_NL, self._mask_NL = (np.concatenate(x) for x in zip(*blocks, strict=True))
         self._least = getattr(tokenize, "fixed", 0) + 1
         last = self._mask_NL.shape[1] - self._mask_NL[:, ::-1].argmax(1)
         self._width_N = np.where(self._mask_NL.any(1), last, 0)
@@ -235,12 +284,13 @@ def main():
     run.load_frozen()
     started = time.perf_counter()
     folder = run.workdir / FOLDER
+    holder = owner.Owner(run.workdir)
+    workdir.make(run.workdir)
+    holder.acquire()
     try:
         manifest = write(folder, *run.caption_states())
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write there: {e}", where=str(folder), fix="make room, and start again"
-        ) from e
+    finally:
+        holder.release()
     size = sum(manifest["files"].values())
     print(
         f"{manifest['captions']} captions, {size / 1e6:.1f} MB, "

@@ -71,18 +71,22 @@ def make(config) -> Objective:
                 where=f"config.{name}",
                 fix=f"use {max(value // unit, 1) * unit} or {(value // unit + 1) * unit}",
             )
-    text = encoder.make(
-        config.load.get("text"), length=config.text_length, **config.get("text", {})
-    )
-    segments = getattr(text, "segments", None)
+    text = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
+    parts = getattr(text, "parts", None)
     dropout = np.array(options.text_dropout, np.float32)
-    if dropout.ndim and dropout.shape != (len(segments or ()),):
+    if dropout.ndim and dropout.shape != (len(parts or ()),):
         raise errors.ConfigError(
-            f"text_dropout has {dropout.size} shares for {len(segments or (1,))} encoders",
+            f"text_dropout has {dropout.size} shares for {len(parts or (1,))} encoders",
             where="config.loss.text_dropout",
             fix="give one number, or one for each of config.load.text",
         )
-    if config.cache and (options.train_text or "text" in config.get("lora", {})):
+    if not ((dropout >= 0) & (dropout <= 1)).all():
+        raise errors.ConfigError(
+            f"text_dropout is {options.text_dropout}",
+            where="config.loss.text_dropout",
+            fix="give shares from 0 to 1",
+        )
+    if config.cache and (options.train_text or "text" in config.lora):
         raise errors.ConfigError(
             "cached caption states cannot change with an encoder that learns",
             where="config.cache",
@@ -131,7 +135,7 @@ def make(config) -> Objective:
             options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
         )
         draw_B = jax.vmap(lambda k: jax.random.uniform(k, dropout.shape))(keys[2])
-        cond = condition.drop(encode(nets, batch), draw_B < dropout, segments)
+        cond = condition.drop(encode(nets, batch), draw_B < dropout, parts)
         value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t2i_jax import errors
 from t2i_jax.text import blocks, condition, hf
 
 _BERT = {
@@ -98,10 +99,15 @@ class Bert(nn.Module):
     first: int = 0
     dtype: str = "float32"
 
+    @property
+    def positions(self) -> int:
+        """The most tokens it reads."""
+        return self.max_length - self.first
+
     @nn.compact
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer; only valid tokens mean anything."""
-        place_L = self.first + blocks.positions(text_BL, self.max_length - self.first)
+        place_L = self.first + blocks.positions(text_BL, self.positions)
         embed = functools.partial(nn.Embed, features=self.width)
         x_BLD = embed(self.vocab, name="word")(text_BL)
         x_BLD += embed(self.max_length, name="position")(place_L)
@@ -130,6 +136,11 @@ def from_config(config: dict, *, dtype: str = "float32") -> Bert:
     else:
         sizes = hf.fields(config, Bert, _FIELDS, _IMPLEMENTED)
     if config["model_type"] in ROBERTAS:
-        sizes["first"] = config.get("pad_token_id", 1) + 1
+        pad = config.get("pad_token_id", 1)
+        if type(pad) is not int or pad < 0:
+            raise errors.ConfigError(
+                f"pad_token_id is {pad!r}", where=hf.CONFIG, fix="it should be like 1"
+            )
+        sizes["first"] = pad + 1
     blocks.check(sizes)
     return Bert(**sizes, dtype=dtype)

@@ -89,6 +89,11 @@ class Causal(nn.Module):
     activation: str
     dtype: str
 
+    @property
+    def positions(self) -> int:
+        """The most tokens it reads."""
+        return self.max_length
+
     def setup(self):
         embed = functools.partial(nn.Embed, features=self.width, dtype=self.dtype)
         self.word, self.position = embed(self.vocab), embed(self.max_length)

@@ -97,11 +97,13 @@ def from_config(config: dict, *, dtype: str = "float32", skip: int = 0) -> ClipT
         raise errors.ConfigError(
             f"text_config is {text!r}", where=hf.CONFIG, fix="give an object of sizes"
         )
+    if "projection_dim" in config:
+        text = text | {"projection_dim": config["projection_dim"]}
     sizes = hf.fields(text, ClipText, _FIELDS)
     blocks.check(sizes)
-    whole = "text_config" in config or "WithProjection" in str(config.get("architectures"))
-    sizes["projected"] = config.get("projection_dim", sizes["projected"]) if whole else 0
-    if not 0 <= skip < sizes["depth"]:
+    if not ("text_config" in config or "WithProjection" in str(config.get("architectures"))):
+        sizes["projected"] = 0
+    if type(skip) is not int or not 0 <= skip < sizes["depth"]:
         raise errors.ConfigError(
             f"skip is {skip}", where="config.text.clip.skip", fix=f"use 0 to {sizes['depth'] - 1}"
         )

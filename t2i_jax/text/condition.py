@@ -27,18 +27,18 @@ def of_states(seq_BLD, mask_BL) -> Cond:
     return Cond(seq_BLD, mask_BL, masked_mean(seq_BLD, mask_BL))
 
 
-def drop(cond: Cond, drop_BE, segments=None) -> Cond:
+def drop(cond: Cond, drop_BE, parts=None) -> Cond:
     """The null condition, no valid token and a zero pooled vector, where drop_BE is True.
 
     Args:
       drop_BE: of each of E encoders; B: of all together.
-      segments: tokens and pooled width of each encoder, where they are dropped one by one.
+      parts: tokens and pooled width of each encoder, where they are dropped one by one.
     """
     if drop_BE.ndim == 1:
-        drop_BE, segments = drop_BE[:, None], None
-    segments = segments or ((cond.mask_BL.shape[1], cond.pooled_BD.shape[1]),)
+        drop_BE, parts = drop_BE[:, None], None
+    parts = parts or ((cond.mask_BL.shape[1], cond.pooled_BD.shape[1]),)
     dropped_BL, dropped_BD = (
         jnp.repeat(drop_BE, np.array(sizes), axis=1, total_repeat_length=sum(sizes))
-        for sizes in zip(*segments, strict=True)
+        for sizes in zip(*parts, strict=True)
     )
     return Cond(cond.seq_BLD, cond.mask_BL & ~dropped_BL, jnp.where(dropped_BD, 0, cond.pooled_BD))

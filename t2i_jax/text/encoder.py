@@ -3,6 +3,8 @@
 B batch · L text length · D width
 """
 
+import pathlib
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -13,6 +15,7 @@ from t2i_jax.text.condition import Cond
 FAMILIES = {
     model_type: family for family in (bert, clip, gpt2, t5) for model_type in family.MODEL_TYPES
 }
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Joined(nn.Module):
@@ -26,7 +29,7 @@ class Joined(nn.Module):
     lengths: tuple[int, ...]
 
     @property
-    def segments(self) -> tuple[tuple[int, int], ...]:
+    def parts(self) -> tuple[tuple[int, int], ...]:
         """Tokens and pooled width of each encoder, in their order."""
         pooled = (getattr(e, "projected", 0) or e.width for e in self.encoders)
         return tuple(zip(self.lengths, pooled, strict=True))
@@ -54,25 +57,15 @@ def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Mo
       dtype: what it computes in.
       options: family -> more options of its `from_config`, such as clip={"skip": 1}.
     """
-    known = {_name(family): family for family in FAMILIES.values()}
-    for name in options:
-        if name not in known:
-            raise errors.ConfigError(
-                f"no family of text encoders {name!r}",
-                where="config.text",
-                fix=errors.nearest(name, known),
-            )
+    _check_options(source, dtype, options)
     if source is None:
         return bert.Bert(
             vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
         )
-    if not isinstance(source, str):
-        encoders = tuple(make(one, dtype=dtype, **options) for one in source)
-        return Joined(encoders, lengths(source, length))
-    config, family = _read(hf.locate(source))
-    own = {"dtype": dtype, **options.get(_name(family), {})}
-    where = f"config.text.{_name(family)}"
-    return plugins.call(family.from_config, config, where=where, options=own)
+    if isinstance(source, str):
+        return _make(source, dtype, options)
+    encoders = tuple(_make(one, dtype, options) for one in source)
+    return Joined(encoders, lengths(source, length))
 
 
 def lengths(source, length: int) -> tuple[int, ...]:
@@ -81,14 +74,26 @@ def lengths(source, length: int) -> tuple[int, ...]:
     """
     if source is None or isinstance(source, str):
         return (length,)
-    return tuple(min(length, getattr(make(one), "max_length", length)) for one in source)
+    return tuple(min(length, getattr(make(one), "positions", length)) for one in source)
 
 
 def tokenizer(source, length: int):
     """`captions -> Tokens` for `make(source, length=length)`."""
     names = ("bytes",) if source is None else (source,) if isinstance(source, str) else source
-    each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
+    each = [
+        tokenize.open(origin(name), n)
+        for name, n in zip(names, lengths(source, length), strict=True)
+    ]
     return each[0] if len(each) == 1 else tokenize.Several(each)
+
+
+def origin(source: str) -> str:
+    """The pretrained checkpoint an encoder comes from: the source, or of a run of ours, in which it
+    learned, what the run began with.
+    """
+    path = pathlib.Path(source) / hf.CONFIG
+    config = hf.read_json(path) if path.is_file() else {}
+    return origin(config["load"]["text"]) if "objective" in config else source
 
 
 def check(source, abstract_variables) -> None:
@@ -103,6 +108,35 @@ def load(source, abstract_variables):
     if isinstance(source, str):
         return {"params": found[0]}
     return {"params": {f"encoders_{i}": params for i, params in enumerate(found)}}
+
+
+def _make(source: str, dtype: str, options) -> nn.Module:
+    config, family = _read(hf.locate(origin(source)))
+    own = {"dtype": dtype, **options.get(_name(family), {})}
+    where = f"config.text.{_name(family)}"
+    return plugins.call(family.from_config, config, where=where, options=own)
+
+
+def _check_options(source, dtype, options) -> None:
+    """Options of families that are not there, or that are none, are errors."""
+    sources = () if source is None else (source,) if isinstance(source, str) else source
+    here = {_name(_read(hf.locate(origin(one)))[1]) for one in sources}
+    for name, given in options.items():
+        if name not in here:
+            raise errors.ConfigError(
+                f"no encoder of the family {name!r} is loaded",
+                where="config.text",
+                fix=errors.nearest(name, here | {"dtype"}),
+            )
+        if not hasattr(given, "items"):
+            raise errors.ConfigError(
+                f"it is {given!r}", where=f"config.text.{name}", fix="give dict(…) of options"
+            )
+    for value in (dtype, *(given.get("dtype", dtype) for given in options.values())):
+        if value not in DTYPES:
+            raise errors.ConfigError(
+                f"dtype is {value!r}", where="config.text", fix=errors.nearest(value, DTYPES)
+            )
 
 
 def _each(source, params):

@@ -13,6 +13,7 @@ _FIELDS = {
     "n_embd": "width",
     "n_layer": "depth",
     "n_head": "heads",
+    "n_inner": "mlp_width",
     "n_positions": "max_length",
     "layer_norm_epsilon": "epsilon",
     "activation_function": "activation",
@@ -163,6 +164,8 @@ def from_config(config: dict, *, dtype: str = "float32") -> Gpt2:
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
+    if config.get("n_inner") is None:
+        config = config | {"n_inner": 4 * config.get("n_embd", Gpt2.width)}
     sizes = hf.fields(config, Gpt2, _FIELDS, _IMPLEMENTED)
     blocks.check(sizes)
-    return Gpt2(**sizes, mlp_width=config.get("n_inner") or 4 * sizes["width"], dtype=dtype)
+    return Gpt2(**sizes, dtype=dtype)

@@ -136,6 +136,9 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     plan, problems, used = {}, [], set()
     for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
         sources, kernel = _sources(path, names)
+        if not sources:
+            problems.append(f"{path}: no net of this kind has it")
+            continue
         kernel = kernel and not names.untransposed
         plan[path] = Source(leaf, [found.get(source) for source in sources], kernel)
         used.update(sources)
@@ -198,6 +201,7 @@ def _sha256(path, size, mtime_ns) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@functools.cache
 def _fetch(name: str) -> pathlib.Path:
     import huggingface_hub
 
@@ -222,7 +226,7 @@ def _check(folder: pathlib.Path) -> pathlib.Path:
         raise errors.DataError(
             f"no such folder; looked for {CONFIG} and {WEIGHTS} or {INDEX} in it",
             where=str(folder),
-            fix="give minilm, the folder that save_pretrained wrote, or hf:org/name",
+            fix="give minilm, a folder that save_pretrained wrote, hf:org/name, or a run's workdir",
         )
     weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
     if weights and (folder / CONFIG).is_file():
@@ -258,11 +262,19 @@ class _Tensor(NamedTuple):
         split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
         axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
         rows = out.reshape(math.prod(out.shape[:axis]), -1)
-        with self.path.open("rb") as file:
+        with self.path.open("rb", buffering=0) as file:
             for row, place in zip(rows, itertools.product(*spans[:axis]), strict=True):
                 at = sum(i * n for i, n in zip((*place, spans[axis].start), steps, strict=False))
                 file.seek(self.start + at * out.itemsize)
-                file.readinto(row.view(np.uint8))
+                rest = memoryview(row.view(np.uint8))
+                while rest and (n := file.readinto(rest)):  # no more than 2 GiB at once
+                    rest = rest[n:]
+                if rest:
+                    raise errors.DataError(
+                        f"the file ends within {self.name}",
+                        where=str(self.path),
+                        fix="copy it again; was it being written?",
+                    )
         return out
 
 
@@ -328,7 +340,7 @@ def _sources(path: str, names: Names) -> tuple[list[str], bool]:
     """The torch tensors that make the parameter at `path`, and whether they are transposed."""
     module, _, leaf = path.rpartition("/")
     layer = "".join(re.findall(r"_(\d+)(?:/|$)", module))
-    modules = names.tensors[re.sub(r"_\d+(?=/|$)", "_{}", module)]
+    modules = names.tensors.get(re.sub(r"_\d+(?=/|$)", "_{}", module), ())
     modules = (modules,) if isinstance(modules, str) else modules
     return [f"{m.format(layer)}.{_LEAVES[leaf]}" for m in modules], leaf == "kernel"
 
