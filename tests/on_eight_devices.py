@@ -5,6 +5,7 @@ XLA_FLAGS=--xla_force_host_platform_device_count=8 python -m tests.on_eight_devi
 
 import functools
 import json
+import math
 import pathlib
 import sys
 import tempfile
@@ -38,25 +39,39 @@ LONG = {
 class Case:
     """A run's parts, without a loop."""
 
-    def __init__(self, mesh=None, strategy="data", accumulate=1, batch_size=16, **model):
+    def __init__(
+        self,
+        mesh=None,
+        strategy="data",
+        accumulate=1,
+        batch_size=16,
+        lora=None,
+        abstract=False,
+        **model,
+    ):
         config = shapes_transformer.get_config("debug")
+        config.lora = lora or {}
         config.batch_size = batch_size
         config.model.update(width=32, heads=4, mlp_ratio=2.0, **model)
         config.optim = {"model": {"name": "adamw", "learning_rate": 1e-3}}
         config.loss.time_std = 0.5
         family = objective.make(config)
-        optimisers = {"model": optim.make(config.optim.model, steps=10, where="")}
+        (self.net,) = family.trained
+        optimisers = {self.net: optim.make(config.optim.model, steps=10, where="")}
         mesh = mesh or {"data": -1}
         alone = jax.devices()[:1] if mesh == {"data": 1} else None
         self.layout = sharding.Layout(mesh, strategy, devices=alone)
-        init = functools.partial(step.init, family, optimisers, {"model": 0.9})
+        init = functools.partial(step.init, family, optimisers, {self.net: 0.9})
         batch, key = weights.abstract_batch(config), jax.random.key(0)
         self.shapes = jax.eval_shape(init, key, batch)
         placed = self.layout.state(self.shapes)
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
-        self.state = jax.jit(init, out_shardings=placed)(key, zeros)
-        frozen = _text()
+        frozen = _text() if not lora else weights.frozen(family, config)
         self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
+        if abstract:
+            self.state = sharding.on(self.shapes, placed)
+        else:
+            self.state = jax.jit(init, out_shardings=placed)(key, zeros)
         rng = np.random.default_rng(0)
         n, size = config.batch_size, batch["image"].shape
         self.batch = self.layout.place(
@@ -69,7 +84,7 @@ class Case:
             }
         )
         update = step.make_update(
-            family, optimisers, ema={"model": 0.9}, accumulate=accumulate, layout=self.layout
+            family, optimisers, ema={self.net: 0.9}, accumulate=accumulate, layout=self.layout
         )
         update = jax.jit(update, donate_argnums=0, out_shardings=(placed, self.layout.whole))
         self.compiled = update.lower(self.state, self.frozen, self.batch).compile()
@@ -80,7 +95,7 @@ class Case:
         for _ in range(steps):
             self.state, values = self.compiled(self.state, self.frozen, self.batch)
             first = first or {k: float(v) for k, v in values.items()}
-        return first, jax.device_get(self.state.nets["model"]["params"])
+        return first, jax.device_get(self.state.nets[self.net]["params"])
 
 
 @functools.cache
@@ -121,27 +136,45 @@ def main():
             "types": types,
         }
     if long:
-        found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw()
+        found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw() | _lora()
     else:
-        found |= _remat(mesh={"data": 1}) | _encoders()
+        found |= _remat(mesh={"data": 1}, run=False) | _encoders()
     print(json.dumps(found))
 
 
-def _remat(place="", **options) -> dict:
-    """The step of eight layers, with and without."""
+def _remat(place="", *, run=True, **options) -> dict:
+    """The step of eight layers, with and without; without `run` it is only compiled."""
     found, deep = {}, dict(batch_size=16, depth=8, patch=1, scan=True)
     for name, policy in (("no remat", "none"), ("remat", "full")):
-        case = Case(**options, **deep, remat=policy)
+        case = Case(**options, **deep, remat=policy, abstract=not run)
         gathered = plan.traffic(case.compiled.as_text()).get("all-gather")
-        found[place + name] = {
+        seen = found[place + name] = {
             "temporaries": case.compiled.memory_analysis().temp_size_in_bytes,
             "gathered": gathered.bytes if gathered else 0,
             "parameter_bytes": sum(
-                x.nbytes for x in jax.tree.leaves((case.state.nets, case.frozen))
+                math.prod(x.shape) * 4 for x in jax.tree.leaves((case.shapes.nets, case.frozen))
             ),
-            "loss": case.train(1)[0]["model/loss"],
         }
+        if run:
+            seen["loss"] = case.train(1)[0]["model/loss"]
     return found
+
+
+def _lora() -> dict:
+    """Adapters of a scanned net under remat, on one device and split over all."""
+    found = {}
+    for name, options in {"one": dict(mesh={"data": 1}), "fsdp": dict(strategy="fsdp")}.items():
+        case = Case(**options, depth=4, scan=True, remat="full", lora={"model": {"rank": 2}})
+        moved = plan.traffic(case.compiled.as_text())
+        values, params = case.train()
+        found[name] = {
+            "loss": values["model_lora/loss"],
+            "reduced": sum(moved[k].bytes for k in ("all-reduce", "reduce-scatter") if k in moved),
+            "frozen_bytes": sum(x.nbytes for x in jax.tree.leaves(case.frozen["model"])),
+        }
+        found[name]["difference"] = _difference(params, first := found.setdefault("params", params))
+    del found["params"], first
+    return {"lora": found}
 
 
 def _encoders() -> dict:

@@ -60,7 +60,7 @@ def test_cached_caption_states_give_the_encoders_loss(made, config):
     family, nets, loss = made["v"]
     whole = batch(config)
     states = cache.arrays(family.predict["encode"](nets, whole))
-    direct, cached = (loss(nets, b, jax.random.key(2)) for b in (whole, whole | states))
+    direct, cached = (float(loss(nets, b, jax.random.key(2))) for b in (whole, whole | states))
     assert direct == pytest.approx(cached, rel=1e-3)
     wrong = {name: 0 * x for name, x in states.items()}
     assert abs(direct / loss(nets, whole | wrong, jax.random.key(2)) - 1) > 3e-3  # they count

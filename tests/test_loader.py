@@ -242,9 +242,12 @@ def test_a_cut_caption_is_told_once(caplog):
 
 
 def test_extra_arrays_follow_the_records():
-    stream = make(Source(20), extra=lambda records: {"double": 2 * records})
+    stream = make(
+        Source(20), extra=lambda records, mask_BL: {"double": 2 * records, "mask": ~mask_BL}
+    )
     batch = stream.batch(1)
     assert batch.arrays["double"].tolist() == (2 * batch.records).tolist()
+    assert (batch.arrays["mask"] != stream.batch(1).arrays["mask"]).sum() == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Stored results need no torch; where it is importable, it computes them again, an
 --update-golden stores them.
 """
 
+import functools
 import json
 import pathlib
 
@@ -169,11 +170,19 @@ def computed(request, tmp_path_factory, update_golden):
     return str(folder), want
 
 
-def compute(source, text_BL, mask_BL, dtype="float32"):
+@functools.cache
+def program(source, dtype):
+    """Variables of an encoder, and its jitted function: variables, tokens -> states, Cond."""
+    text_BL, mask_BL = batch()
     net = encoder.make(source, dtype=dtype)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return jax.jit(both)(encoder.load(source, shapes), text_BL, mask_BL)
+    return encoder.load(source, shapes), jax.jit(both)
+
+
+def compute(source, text_BL, mask_BL, dtype="float32"):
+    variables, apply = program(source, dtype)
+    return apply(variables, text_BL, mask_BL)
 
 
 def check_states(source, want):
