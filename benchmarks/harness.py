@@ -88,7 +88,7 @@ def parity(ours: pathlib.Path, peer: pathlib.Path, tolerance: float = 1e-4) -> f
     return worst
 
 
-def compare(name: str, ours: Arm, peer: Arm, parity: float, *, amount: float) -> dict:
+def compare(name: str, ours: Arm, peer: Arm, parity: float | None, *, amount: float) -> dict:
     """Rounds of `amount` pictures (or megabytes) in turns; prints and returns how many each arm
     does in a core-second, and their ratio.
 
