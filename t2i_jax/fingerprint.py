@@ -6,6 +6,8 @@ a flipped bit changes the second sum for certain, as its weights are odd.
 """
 
 import functools
+import hashlib
+import json
 import math
 
 import jax
@@ -29,6 +31,12 @@ def of(tree) -> tuple[dict, list]:
         if not finite:
             bad.append(name)
     return prints, bad
+
+
+def digest(tree) -> str:
+    """One hash of all of a tree's fingerprints."""
+    prints, _ = of(tree)
+    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
 
 
 def path_of(path) -> str:

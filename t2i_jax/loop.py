@@ -155,6 +155,7 @@ class Run:
         )
         meta = {
             "data": self.source.fingerprint,
+            "frozen": self._frozen_digest,
             "t2i_jax": t2i_jax.__version__,
             "jax": jax.__version__,
         }
@@ -228,6 +229,7 @@ class Run:
     def load_frozen(self) -> None:
         """Fills the frozen nets, of which there are only shapes so far."""
         self.frozen = weights.frozen(self.predictor.objective, self.config, self.layout.nets)
+        self._frozen_digest = fingerprint.digest(self.frozen)
 
     def trace(self):
         """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
@@ -250,7 +252,14 @@ class Run:
         if found := checkpoints.restore_newest(target):
             state, start = found
             logging.info("resuming %s after %d steps", self.workdir, start)
-            return state, start, checkpoints.meta(start)["hooked"]
+            meta = checkpoints.meta(start)
+            if meta.get("frozen", self._frozen_digest) != self._frozen_digest:
+                raise errors.ConfigError(
+                    f"the frozen nets {sorted(self.frozen)} are not those the run was trained with",
+                    where="config.load",
+                    fix="bring their files back, or use a new --workdir with --config.init_from",
+                )
+            return state, start, meta["hooked"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
         if config.init_from:
             logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)

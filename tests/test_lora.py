@@ -1,6 +1,7 @@
 """Adapters: start as nothing, learn, are small, and merge into what they are with the net."""
 
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -17,7 +18,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 def debug(**changes):
     config = shapes_transformer.get_config("debug")
     config.loss.prediction, config.optim.model.decay = "v", "constant"
-    config.update(steps=3, sample_every=0, **changes)
+    config.update({"steps": 3, "sample_every": 0, **changes})
     return config
 
 
@@ -59,6 +60,18 @@ def test_an_adapter_starts_as_nothing_and_its_net_stays(base, tuned):
             jax.tree.leaves(merged), jax.tree.leaves(now.nets["model"]["params"]), strict=True
         )
         assert all(bool((a == b).all()) for a, b in pairs) == same
+
+
+def test_a_run_does_not_go_on_with_other_frozen_nets(base, tuned, tmp_path):
+    shutil.copytree(base, tmp_path / "base")
+    shutil.copytree(tuned, tmp_path / "run")
+    config = adapted(tmp_path / "base")
+    config.steps = 4
+    text = (tmp_path / "run/config.json").read_text().replace(str(base), str(tmp_path / "base"))
+    (tmp_path / "run/config.json").write_text(text)
+    loop.train(debug(steps=6), tmp_path / "base")  # trained on meanwhile
+    with pytest.raises(errors.ConfigError, match="not those the run was trained with"):
+        loop.train(config, tmp_path / "run")
 
 
 def batch(config):

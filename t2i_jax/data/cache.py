@@ -45,8 +45,7 @@ def identity(config, nets, source, tokenize) -> dict:
     nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
     """
     module = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
-    prints, _ = fingerprint.of(nets)
-    text = f"{config.objective} {module!r} {json.dumps(prints, sort_keys=True)}"
+    text = f"{config.objective} {module!r} {fingerprint.digest(nets)}"
     return {
         "format": FORMAT,
         "prediction": config.cache,
