@@ -47,6 +47,7 @@ def written(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_training_reads_the_files(written, tmp_path, caplog):
     shutil.copytree(written, tmp_path / "run")
     with caplog.at_level("INFO", logger="absl"):

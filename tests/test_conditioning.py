@@ -114,6 +114,7 @@ def test_each_encoder_is_dropped_on_its_own():
     np.testing.assert_array_equal(whole.mask_BL, ~np.repeat(drop_BE[:, :1], 5, 1))
 
 
+@pytest.mark.slow
 def test_a_run_with_several_encoders_trains_and_draws(pair, tmp_path):
     config = shapes_transformer.get_config("debug")
     config.steps = 1
@@ -136,6 +137,7 @@ def test_a_share_for_each_of_one_encoder_is_one_too_many():
         objective.make(config)
 
 
+@pytest.mark.slow
 def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp_path):
     config = shapes_finetune.get_config("debug")
     config.model = shapes_transformer.get_config("debug").model  # compiles faster

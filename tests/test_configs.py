@@ -39,6 +39,7 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("name", TRAINED)
 def test_a_config_trains_resumes_and_predicts(name, tmp_path, pictures):
     config = debug(name)
+    config.model = debug("shapes_transformer").model  # compiles faster; test_loop has the other
     if config.data.source == "folder":
         config.data.path = str(pictures)
     config.optim.model.decay = "constant"  # one program, however many the steps

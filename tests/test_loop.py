@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from configs import shapes_transformer
 from t2i_jax import errors, loop, pipeline, plan
 from t2i_jax.data import cache, shapes
 from tests.runs import config, rows
@@ -42,8 +43,9 @@ def test_a_finished_run_is_left_alone(run):
 
 
 def test_a_run_without_averages_saves_resumes_and_draws(tmp_path):
-    loop.train(config(ema={}, steps=3), tmp_path)
-    loop.train(config(ema={}, steps=4), tmp_path)  # goes on
+    small = shapes_transformer.get_config("debug").model  # compiles faster
+    loop.train(config(ema={}, steps=3, model=small), tmp_path)
+    loop.train(config(ema={}, steps=4, model=small), tmp_path)  # goes on
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     assert pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=1).shape[0] == 1
 

@@ -62,6 +62,7 @@ def test_an_adapter_starts_as_nothing_and_its_net_stays(base, tuned):
         assert all(bool((a == b).all()) for a, b in pairs) == same
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_frozen_nets(base, tuned, tmp_path):
     shutil.copytree(base, tmp_path / "base")
     shutil.copytree(tuned, tmp_path / "run")
@@ -102,6 +103,7 @@ def test_a_merged_kernel_is_the_sum_of_both(shape):
     assert got["bias"] is params["layer"]["bias"]
 
 
+@pytest.mark.slow
 def test_the_exported_adapter_is_small_and_draws_what_the_merged_model_draws(base, tuned, tmp_path):
     export = [sys.executable, "-m", "t2i_jax.export", f"--workdir={tuned}", "--dtype=float32"]
     for name, more in (("alone", []), ("merged", ["--merge"])):
