@@ -23,6 +23,7 @@ import numpy as np
 
 from benchmarks import harness
 
+COUNT = 64  # captions encoded in buckets
 BASE = dict(vocab_size=30522, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
 CASES = {  # name -> class of transformers (None: a checkpoint by name), its sizes, batch, tokens
     "minilm": (None, "minilm", 64, 32),
@@ -134,7 +135,7 @@ def against_torch() -> None:
 
 
 def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
-    """Encodes 256 captions; padded to the case's length, or in buckets."""
+    """Encodes COUNT captions; padded to the case's length, or in buckets."""
     import jax
 
     from t2i_jax.data import cache, shapes
@@ -143,7 +144,7 @@ def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
     length = CASES[case][3]
     given = tokenize.open("minilm", length)  # its numbers are valid for every vocabulary here
     encode = prepared(str(folder), length)
-    texts = list(dict.fromkeys(shapes.make(size=320, res=32).captions()))[:256]
+    texts = list(dict.fromkeys(shapes.make(size=320, res=32).captions()))[:COUNT]
 
     class Data:
         """What the cache wants of a source."""
@@ -184,7 +185,7 @@ def in_buckets() -> None:
             )
             folder = pathlib.Path(name)
             same = harness.parity(folder / "ours.npz", folder / "peer.npz", 5e-3)  # of float16
-            harness.compare(f"text_encoders/{case}/buckets", a, b, same, amount=256)
+            harness.compare(f"text_encoders/{case}/buckets", a, b, same, amount=COUNT)
             a.close()
             b.close()
 
