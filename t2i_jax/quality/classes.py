@@ -1,0 +1,46 @@
+"""The Inception Score, from probabilities of classes.
+
+N rows, one a picture · K classes
+"""
+
+import numpy as np
+
+from t2i_jax import errors
+from t2i_jax.quality import features, kernel
+
+
+def inception_score(probability_NK, *, splits: int = 10) -> kernel.Estimate:
+    """exp of the mean KL divergence of p(y|x) from p(y) (Salimans et al. 2016, sec. 4), 1 … K.
+
+    Mean and spread over `splits` parts of the pictures in their order, so shuffle sorted ones.
+    Inception Score where the classes are those of Inception on ImageNet.
+
+    Args:
+      probability_NK: p(y|x), from 0 to 1, of sum 1.
+    Raises:
+      DataError: no probabilities. ConfigError: more splits than pictures.
+    """
+    where = "quality.classes.inception_score"
+    features.check(where, probability=probability_NK)
+    p_NK = np.asarray(probability_NK, np.float64)
+    if (p_NK < 0).any() or (np.abs(p_NK.sum(1) - 1) > 1e-3).any():
+        raise errors.DataError(
+            f"rows sum to {p_NK.sum(1).min():.4g} … {p_NK.sum(1).max():.4g}, values start at "
+            f"{p_NK.min():.4g}",
+            where=where,
+            fix="give probabilities, the softmax of the logits",
+        )
+    if not 1 <= splits <= len(p_NK):
+        raise errors.ConfigError(
+            f"{splits} splits of {len(p_NK)} pictures",
+            where=where,
+            fix="ask for at least 1 and at most one a picture",
+        )
+    scores = [np.exp(_divergence(part_NK)) for part_NK in np.array_split(p_NK, splits)]
+    return kernel.Estimate(float(np.mean(scores)), float(np.std(scores)))
+
+
+def _divergence(p_NK) -> float:
+    """Mean KL(p(y|x) ‖ p(y)); 0 log 0 = 0."""
+    ratio_NK = np.divide(p_NK, p_NK.mean(0), out=np.ones_like(p_NK), where=p_NK > 0)
+    return (p_NK * np.log(ratio_NK)).sum(1).mean()
