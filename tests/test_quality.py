@@ -151,16 +151,19 @@ CASES = {
 }
 
 
+def exact(x, y):
+    """From singular values of the product of centred features: no covariance, nothing squared."""
+    a, b = ((v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (x, y))
+    apart = np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum()
+    return apart - 2 * linalg.svdvals(a @ b.T).sum()
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_frechet_agrees_with_the_features_themselves(case):
-    """Singular values of the product of centred features: no covariance, nothing squared."""
     first, second, options = CASES[case]
     x, y = gaussian(*first, **options), gaussian(*second, shift=0.1, **options)
-    a, b = ((v - v.mean(0)) / np.sqrt(len(v) - 1) for v in (x, y))
-    wanted = np.square(x.mean(0) - y.mean(0)).sum() + np.square(a).sum() + np.square(b).sum()
-    wanted -= 2 * linalg.svdvals(a @ b.T).sum()
-    assert fid(x, y) == pytest.approx(wanted, rel=1e-7)
-    assert fid(y, x) == pytest.approx(wanted, rel=1e-7)
+    assert fid(x, y) == pytest.approx(exact(x, y), rel=1e-7)
+    assert fid(y, x) == pytest.approx(exact(x, y), rel=1e-7)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -183,15 +186,27 @@ def test_small_distances_keep_their_digits():
         assert fid(x, x * 1.001) == pytest.approx(1e-6 * power, rel=1e-6)
 
 
-def test_features_of_any_scale_count():
-    """Independent features add up, whatever their units."""
-    rng, scale_D = np.random.default_rng(0), 10.0 ** -np.arange(0, 12, 2)
-    x, y = (linalg.qr(v - v.mean(0), mode="economic")[0] for v in rng.standard_normal((2, 200, 6)))
-    y = y * np.arange(1, 7)
-    wanted = np.square(scale_D * np.arange(6)).sum() / 199
-    assert fid(x * scale_D, y * scale_D) == pytest.approx(wanted, rel=1e-9)
-    last = fid((x * scale_D)[:, [0, 5]] * [0, 1], (y * scale_D)[:, [0, 5]] * [0, 1])
-    assert last == pytest.approx((scale_D[5] * 5) ** 2 / 199, rel=1e-9)
+@pytest.mark.parametrize("tail", [1e-2, 1e-3])
+def test_directions_that_one_set_lacks_count_in_full(tail):
+    """Their roots are of the size of rounding in a product of covariances."""
+    turn_DD = np.linalg.qr(np.random.default_rng(1).standard_normal((48, 48)))[0]
+    small_DD = turn_DD[24:].T @ turn_DD[24:]
+    x = gaussian(300, 48)
+    x -= (1 - tail) * (x @ small_DD)
+    y = x - x @ small_DD
+    wanted = exact(x, y)
+    assert 0 < wanted < 1e-3 * np.trace(np.cov(x.T))
+    assert fid(x, y) == pytest.approx(wanted, rel=1e-6)
+    assert fid(y, x) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_rounding_beyond_the_rank_does_not_count():
+    """Single rows far from zero, merged, leave more directions than there can be."""
+    x, y = gaussian(6, 48, 0, shift=1e5), gaussian(300, 48, 1, shift=1e5)
+    got = statistics.frechet(
+        functools.reduce(statistics.merge, map(statistics.of, x[:, None])), statistics.of(y)
+    )
+    assert got == pytest.approx(exact(x, y), rel=1e-9)
 
 
 # --- statistics -----------------------------------------------------------------------------------
@@ -313,6 +328,13 @@ def test_cmmd_is_the_gaussian_kernels_mean():
     assert kernel.cmmd(x, y) == pytest.approx(wanted, rel=1e-8)
 
 
+def test_cmmd_of_nearly_equal_sets_keeps_its_digits():
+    """A shift by e is far below the last digit of the kernel's mean: e²/σ² to first order."""
+    x = embedded(gaussian(40, 16))
+    moved = x + 1e-6 * np.eye(16)[0]
+    assert kernel.cmmd(x, moved) == pytest.approx(1000 * 1e-12 / 100, rel=0.02)
+
+
 # --- manifolds ------------------------------------------------------------------------------------
 
 
@@ -328,8 +350,8 @@ def test_blocks_do_not_change_anything(monkeypatch):
 
 
 def test_distances_are_right_and_copies_at_zero():
-    x = gaussian(40, 30, shift=100.0).astype(np.float32)
-    y = np.concatenate([x[:5], gaussian(20, 30, 1, shift=100.0).astype(np.float32)])
+    x = gaussian(40, 30, shift=1e4).astype(np.float32)
+    y = np.concatenate([x[:5], gaussian(20, 30, 1, shift=1e4).astype(np.float32)])
     ((_, got),) = features.squared_distances(x, y)
     wanted = np.square(x[:, None].astype(float) - y[None].astype(float)).sum(-1)
     np.testing.assert_allclose(got, wanted, rtol=1e-10)
@@ -337,19 +359,21 @@ def test_distances_are_right_and_copies_at_zero():
 
 
 def test_manifolds_by_hand():
-    """On a line: real pictures at 0, 1, 2, 10 and fake ones at 0.5, 5, 30, 31."""
-    real, fake = np.array([[0.0], [1], [2], [10]]), np.array([[0.5], [5], [30], [31]])
+    """On a line."""
+    real, fake = np.array([[0.0], [1], [2], [10]]), np.array([[0.5], [5], [30], [31], [32]])
     got = manifold.compare(real, fake, k=1, density_k=1)
-    # Real radii 1, 1, 1, 8; fake radii 4.5, 4.5, 1, 1.
-    assert got.precision == 2 / 4
+    # Real radii 1, 1, 1, 8; fake radii 4.5, 4.5, 1, 1, 1.
+    assert got.precision == 2 / 5
     assert got.recall == 3 / 4
-    assert got.density == (2 + 1) / 4
+    assert got.density == (2 + 1) / 5
     assert got.coverage == 3 / 4
 
 
-def test_a_set_covers_itself():
-    x = small(pictures(0))
-    got = manifold.compare(x, np.repeat(x, 2, 0)[::2])
+@pytest.mark.parametrize("times", [1, 8])
+def test_a_set_covers_itself(times):
+    """Also where neighbours are copies and the radius is 0."""
+    x = np.repeat(small(pictures(0))[:60], times, 0)
+    got = manifold.compare(x, x[::-1].copy())
     assert got.precision == got.recall == got.coverage == 1
     far = manifold.compare(x, x + 100)
     assert far == (0, 0, 0, 0)

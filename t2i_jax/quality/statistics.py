@@ -176,33 +176,29 @@ def frechet(a: Statistics, b: Statistics) -> float:
     apart = np.square(a.mean_D - b.mean_D).sum() + power
     root_DR = _root(a)
     square_RR = root_DR.T @ (b.scatter_DD / (b.count - 1)) @ root_DR
-    shared, error = _roots_of_eigenvalues(square_RR)
+    shared, error = _roots_of_eigenvalues(square_RR)  # three times as fast as singular values
     if 2 * error > TOLERANCE * (apart - 2 * shared):
-        shared = _singular_values(root_DR.T @ _root(b)).sum()
+        shared = linalg.svdvals(root_DR.T @ _root(b), check_finite=False).sum()
     distance = apart - 2 * shared
     resolution = 4 * len(a.mean_D) * np.finfo(np.float64).eps * power
     return float(distance) if distance > resolution else 0.0
 
 
 def _root(statistics) -> np.ndarray:
-    """A factor F of the covariance F Fᵀ, as wide as the covariance's rank: pivoted Cholesky.
-
-    Variances are brought to 1 first, so that features of a small scale count like the others.
-    """
+    """A factor F of the covariance F Fᵀ, as wide as the covariance's rank: pivoted Cholesky."""
     count, mean_D, scatter_DD = statistics
-    scale_D = np.sqrt(np.diagonal(scatter_DD))
-    scale_D = np.where(scale_D > 0, scale_D, 1)
-    factor_DD, order_D, rank, _ = linalg.lapack.dpstrf(
-        scatter_DD / np.outer(scale_D, scale_D), lower=True, overwrite_a=True
-    )
+    factor_DD, order_D, rank, _ = linalg.lapack.dpstrf(scatter_DD / (count - 1), lower=True)
     rank = min(rank, count - 1)  # what lies beyond is rounding
-    root_DR = np.zeros((len(mean_D), rank))
+    root_DR = np.empty((len(mean_D), rank))
     root_DR[order_D - 1] = np.tril(factor_DD)[:, :rank]
-    return root_DR * (scale_D / np.sqrt(count - 1))[:, None]
+    return root_DR
 
 
 def _roots_of_eigenvalues(square_RR) -> tuple[float, float]:
-    """The sum of the roots of a matrix's eigenvalues, and a cautious bound of its rounding."""
+    """The sum of the roots of a matrix's eigenvalues, and a bound of what rounding costs it.
+
+    Rounding moves every eigenvalue by about the largest one's last digit: much for small ones.
+    """
     if not square_RR.size:
         return 0.0, 0.0
     value_R = linalg.eigvalsh(square_RR, lower=True, driver="evd", check_finite=False)
@@ -210,21 +206,6 @@ def _roots_of_eigenvalues(square_RR) -> tuple[float, float]:
     root_R = np.sqrt(np.maximum(value_R, 0))
     error = (noise / np.maximum(root_R, np.sqrt(noise))).sum() if noise > 0 else 0.0
     return float(root_R.sum()), float(error)
-
-
-def _singular_values(cross_RS):
-    """Of any matrix, by eigenvalues of a square that keeps small ones: three times as fast.
-
-    A triangle whose rows fall in size has a square that LAPACK reduces, from the lower triangle,
-    without mixing large into small.
-    """
-    if len(cross_RS) > cross_RS.shape[1]:
-        cross_RS = cross_RS.T
-    order_R = linalg.lapack.dpstrf(cross_RS @ cross_RS.T, lower=True)[1] - 1
-    triangle_RR = linalg.qr(cross_RS[order_R].T, mode="r", check_finite=False)[0][: len(cross_RS)]
-    square_RR = triangle_RR @ triangle_RR.T
-    value_R = linalg.eigvalsh(square_RR, lower=True, driver="evd", check_finite=False)
-    return np.sqrt(np.maximum(value_R, 0))
 
 
 def _check_widths(a: Statistics, b: Statistics, where: str) -> None:
