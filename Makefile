@@ -38,6 +38,8 @@ bench: venv
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.sampler
 	$(PY) -m benchmarks.checkpoint
+	$(PY) -m benchmarks.text_encoders
+	$(PY) -m benchmarks.fid
 
 clean:
 	rm -rf $(VENV) build *.egg-info

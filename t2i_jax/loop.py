@@ -137,8 +137,8 @@ class Run:
         self.load_frozen()
         if config.cache:
             with watchdog.phase("captions"):
-                folder_ = workdir / cache.FOLDER
-                self.batches.extra = cache.extra(folder_, *self.caption_states())
+                states = self.caption_states()
+                self.batches.extra = cache.extra(workdir / cache.FOLDER, *states)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
@@ -254,6 +254,7 @@ class Run:
             logging.info("resuming %s after %d steps", self.workdir, start)
             meta = checkpoints.meta(start)
             if meta.get("frozen", self._frozen_digest) != self._frozen_digest:
+                checkpoints.progressed()  # refused, not dead
                 raise errors.ConfigError(
                     f"the frozen nets {sorted(self.frozen)} are not those the run was trained with",
                     where="config.load",

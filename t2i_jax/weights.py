@@ -194,7 +194,8 @@ def held(folder: pathlib.Path) -> list[str]:
     if not (folder / EXPORTED).exists():
         return []
     with _opened(folder / EXPORTED) as tensors:
-        return sorted({name.partition("/")[0] for name in tensors.keys()})  # noqa: SIM118
+        names = tensors.keys()  # it is no mapping
+        return sorted({name.partition("/")[0] for name in names})
 
 
 def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") -> None:
@@ -222,7 +223,8 @@ def _opened(path: pathlib.Path):
 
 def _read_exported(path: pathlib.Path, targets):
     with _opened(path) as tensors:
-        flat = {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118
+        names = tensors.keys()  # it is no mapping
+        flat = {name: tensors.get_tensor(name) for name in names}
     wanted = traverse_util.flatten_dict(targets, sep="/")
     bad = [
         f"{name}: want {wanted[name].shape}, found {flat[name].shape if name in flat else None}"

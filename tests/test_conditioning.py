@@ -103,6 +103,12 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
             encoder.make(pair[0], **options)
 
 
+def test_a_run_that_began_with_no_checkpoint_is_no_source_of_an_encoder(tmp_path):
+    (tmp_path / "config.json").write_text('{"objective": "flow", "load": {}}')
+    with pytest.raises(errors.ConfigError, match="began with None"):
+        encoder.make(str(tmp_path))
+
+
 def test_each_encoder_is_dropped_on_its_own():
     rng = np.random.default_rng(0)
     cond = condition.Cond(rng.normal(size=(4, 5, 3)), np.ones((4, 5), bool), np.ones((4, 7)))

@@ -171,10 +171,13 @@ def write(folder: pathlib.Path, encode, source, tokenize, known: dict) -> dict:
     sizes = {"width": seq_VD.shape[-1], "pooled": len(pooled_P), "dtype": DTYPE.name}
     place_of_row = np.empty(len(order), np.int64)
     place_of_row[order] = np.arange(len(order))
-    with (folder / PLACES).open("wb") as f:
-        np.save(f, place_of_row[captions.row_of_record])
     manifest = {**known, **sizes, "captions": len(order), "files": files}
-    images.write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    try:
+        with (folder / PLACES).open("wb") as f:
+            np.save(f, place_of_row[captions.row_of_record])
+        images.write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+    except OSError as e:
+        raise _unwritable(folder, e) from e
     return manifest
 
 
@@ -297,7 +300,7 @@ def main():
     )
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # the loop imports this file, and train.py has flags of these names
     CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, configs/<name>.py.")
     WORKDIR = flags.DEFINE_string("workdir", None, "The run that will train with them.")
     cli.run(main, required=("config", "workdir"))

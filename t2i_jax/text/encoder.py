@@ -79,21 +79,30 @@ def lengths(source, length: int) -> tuple[int, ...]:
 
 def tokenizer(source, length: int):
     """`captions -> Tokens` for `make(source, length=length)`."""
-    names = ("bytes",) if source is None else (source,) if isinstance(source, str) else source
-    each = [
-        tokenize.open(origin(name), n)
-        for name, n in zip(names, lengths(source, length), strict=True)
-    ]
+    names = [origin(one) for one in _sources(source)] or ["bytes"]
+    each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
     return each[0] if len(each) == 1 else tokenize.Several(each)
 
 
 def origin(source: str) -> str:
     """The pretrained checkpoint an encoder comes from: the source, or of a run of ours, in which it
     learned, what the run began with.
+
+    Raises:
+      ConfigError: a run that began with no checkpoint, or with several.
     """
     path = pathlib.Path(source) / hf.CONFIG
     config = hf.read_json(path) if path.is_file() else {}
-    return origin(config["load"]["text"]) if "objective" in config else source
+    if "objective" not in config:
+        return source
+    began = config.get("load", {}).get("text")
+    if not isinstance(began, str):
+        raise errors.ConfigError(
+            f"its text encoder began with {began!r}, not with one checkpoint",
+            where=str(path),
+            fix="give a pretrained checkpoint as config.load.text",
+        )
+    return origin(began)
 
 
 def check(source, abstract_variables) -> None:
@@ -119,8 +128,7 @@ def _make(source: str, dtype: str, options) -> nn.Module:
 
 def _check_options(source, dtype, options) -> None:
     """Options of families that are not there, or that are none, are errors."""
-    sources = () if source is None else (source,) if isinstance(source, str) else source
-    here = {_name(_read(hf.locate(origin(one)))[1]) for one in sources}
+    here = {_name(_read(hf.locate(origin(one)))[1]) for one in _sources(source)}
     for name, given in options.items():
         if name not in here:
             raise errors.ConfigError(
@@ -137,6 +145,10 @@ def _check_options(source, dtype, options) -> None:
             raise errors.ConfigError(
                 f"dtype is {value!r}", where="config.text", fix=errors.nearest(value, DTYPES)
             )
+
+
+def _sources(source) -> tuple[str, ...]:
+    return () if source is None else (source,) if isinstance(source, str) else tuple(source)
 
 
 def _each(source, params):
