@@ -48,7 +48,7 @@ def encoded(source, captions, length=16, **options):
 
 
 def test_several_encoders_are_each_of_them_side_by_side(pair):
-    captions = ["a red circle", "", "the blue square on the left " * 3]
+    captions = ["a red circle", "", "the blue square on the left " * 3, "a red circle " * 4]
     net, both, cut = encoded(pair, captions)
     _, clip, _ = encoded(pair[0], captions, length=9)
     _, t5, t5_cut = encoded(pair[1], captions)
@@ -61,7 +61,12 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
     np.testing.assert_allclose(both.pooled_BD, pooled, atol=1e-6)
     assert not both.mask_BL[1].any()
     assert not both.pooled_BD[1].any()
-    assert cut == t5_cut == [None, None, "on the left"]  # CLIP lost more, but T5 read it
+    assert cut == t5_cut == [None, None, "on the left", None]  # CLIP lost more, but T5 read it
+
+
+def test_a_roberta_beside_others_reads_no_more_than_its_positions(pair, tmp_path):
+    test_text_families.by_golden("roberta", tmp_path)  # eleven places, of which captions have nine
+    assert encoder.lengths((str(tmp_path), pair[1]), 32) == (9, 32)
 
 
 def test_narrower_states_are_filled_up_with_zeros(tmp_path):

@@ -17,7 +17,7 @@ import safetensors.numpy
 from hypothesis import strategies
 
 from t2i_jax import errors
-from t2i_jax.text import encoder, hf, tokenize
+from t2i_jax.text import bert, encoder, hf, tokenize
 from tests import make_minilm_golden as golden
 
 CONFIG = dict(
@@ -475,6 +475,34 @@ def test_fingerprint_is_of_the_tokenizer_alone(minilm, tmp_path):
 def test_a_folder_without_tokenizer_is_explained(folder):
     with pytest.raises(errors.DataError, match=r"looked for tokenizer\.json.*found none.*Fix"):
         tokenize.open(str(folder), 8)
+
+
+def test_parts_of_a_parameter_are_those_of_the_whole(folder):
+    net = encoder.make(str(folder))
+    tokens = [jax.ShapeDtypeStruct((1, 6), dtype) for dtype in ("int32", "bool")]
+    params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
+    config = hf.read_json(folder / "config.json")
+    rng = np.random.default_rng(0)
+    for path, source in hf.match(folder, params, bert.names(config)).items():
+        shape = source.leaf.shape
+        whole = hf._part(source, (slice(None),) * len(shape))
+        assert whole.shape == shape, path
+        for _ in range(4):
+            ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in shape]
+            index = tuple(slice(int(a), int(b)) for a, b in ends)
+            np.testing.assert_array_equal(hf._part(source, index), whole[index])
+
+
+def test_a_file_cut_short_after_it_was_looked_at_is_noticed(folder, tmp_path):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    net = encoder.make(str(copy))
+    tokens = [jax.ShapeDtypeStruct((1, 6), dtype) for dtype in ("int32", "bool")]
+    params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
+    sources = hf.match(copy, params, bert.names(hf.read_json(copy / "config.json")))
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.truncate((copy / "model.safetensors").stat().st_size - 200)
+    with pytest.raises(errors.DataError, match="the file ends within"):
+        hf.load(sources)
 
 
 def test_clips_own_files_make_its_tokens(folder, tmp_path):
