@@ -203,7 +203,8 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     run = loop.Run(config, folder / "run")
     run.load_frozen()
     stored = cache.extra(folder / "run" / cache.FOLDER, *run.caption_states())
-    fixed = stored(np.arange(64), run.predictor.tokenize(["a red circle"] * 64).mask_BL)
+    captions = [run.source[i]["caption"] for i in range(64)]
+    fixed = stored(np.arange(64), run.predictor.tokenize(captions).mask_BL)
     run.batches.extra = stored if cached else None
     always = run.layout.place(fixed)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), run._example)
