@@ -100,7 +100,7 @@ def peer(case: str, folder: pathlib.Path) -> None:
     import torch
     import transformers
 
-    from t2i_jax.text import hf
+    from t2i_jax import hf
 
     torch.set_num_threads(harness.THREADS)
     name = CASES[case][0] or "AutoModel"

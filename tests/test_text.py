@@ -16,8 +16,8 @@ import pytest
 import safetensors.numpy
 from hypothesis import strategies
 
-from t2i_jax import errors
-from t2i_jax.text import bert, encoder, hf, tokenize
+from t2i_jax import errors, hf
+from t2i_jax.text import bert, encoder, tokenize
 from tests import make_minilm_golden as golden
 
 CONFIG = dict(

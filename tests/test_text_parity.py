@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from t2i_jax.text import encoder, hf
+from t2i_jax import hf
+from t2i_jax.text import encoder
 from tests import make_minilm_golden as golden
 
 torch = pytest.importorskip("torch")

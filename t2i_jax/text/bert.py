@@ -9,8 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
-from t2i_jax.text import blocks, condition, hf
+from t2i_jax import errors, hf
+from t2i_jax.text import blocks, condition
 
 _BERT = {
     "word": "embeddings.word_embeddings",

@@ -6,8 +6,8 @@ B batch · L text length · D width · P projected width
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import errors
-from t2i_jax.text import blocks, condition, hf
+from t2i_jax import errors, hf
+from t2i_jax.text import blocks, condition
 
 _FIELDS = {
     "vocab_size": "vocab",

@@ -8,8 +8,8 @@ import pathlib
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import errors, plugins
-from t2i_jax.text import bert, clip, gpt2, hf, t5, tokenize
+from t2i_jax import errors, hf, plugins
+from t2i_jax.text import bert, clip, gpt2, t5, tokenize
 from t2i_jax.text.condition import Cond
 
 FAMILIES = {

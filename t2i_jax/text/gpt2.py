@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
-from t2i_jax.text import blocks, condition, hf
+from t2i_jax import errors, hf
+from t2i_jax.text import blocks, condition
 
 _FIELDS = {
     "vocab_size": "vocab",

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, hf
 from t2i_jax.models import attention
-from t2i_jax.text import blocks, condition, hf
+from t2i_jax.text import blocks, condition
 
 _FIELDS = {
     "vocab_size": "vocab",

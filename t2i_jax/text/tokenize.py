@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors
-from t2i_jax.text import hf
+from t2i_jax import errors, hf
 
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
 MARKS = 4  # combining marks kept on one character

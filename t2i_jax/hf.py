@@ -39,8 +39,10 @@ class Names(NamedTuple):
     """How a family's parameters are called in torch.
 
     tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
-      `{}` stands for the layer's number on both sides. A leaf `kernel` is the transposed torch
-      `weight`, `embedding` and `scale` are `weight` as it is, `bias` is `bias`.
+      `{}` stands for the layer's number on both sides, of several in their order. A leaf `kernel`
+      is the torch `weight`, its input before its output and, of a convolution, height and width
+      before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
+      and a leaf `value` is what the torch name itself names.
     prefixes: what checkpoints with a head put before every name, the first that fits is removed.
     renamed: parts of names that some checkpoints write otherwise -> ours.
     ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
@@ -54,7 +56,11 @@ class Names(NamedTuple):
     untransposed: bool = False
 
 
-_LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"}
+_LEAVES = {
+    **{"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
+_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a kernel's
 
 
 def locate(name: str) -> pathlib.Path:
@@ -118,11 +124,11 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
 
 
 class Source(NamedTuple):
-    """What makes one parameter: tensors joined along the last axis, transposed first or not."""
+    """What makes one parameter: tensors, their axes put in order, joined along the last one."""
 
     leaf: jax.ShapeDtypeStruct
     tensors: list
-    transposed: bool
+    axes: tuple[int, ...]
 
 
 def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Source]:
@@ -139,11 +145,11 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
         if not sources:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        kernel = kernel and not names.untransposed
-        plan[path] = Source(leaf, [found.get(source) for source in sources], kernel)
+        axes = tuple(range(len(leaf.shape)))
+        axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
+        plan[path] = Source(leaf, [found.get(source) for source in sources], axes)
         used.update(sources)
-        shape = (*leaf.shape[:-1], leaf.shape[-1] // len(sources))
-        shape = shape[::-1] if kernel else shape
+        shape = _back((*leaf.shape[:-1], leaf.shape[-1] // len(sources)), axes)
         for source in sources:
             has = found[source].shape if source in found else "none"
             if has != shape:
@@ -337,12 +343,13 @@ def _header(path: pathlib.Path) -> dict[str, _Tensor]:
 
 
 def _sources(path: str, names: Names) -> tuple[list[str], bool]:
-    """The torch tensors that make the parameter at `path`, and whether they are transposed."""
+    """The torch tensors that make the parameter at `path`, and whether they are of a kernel."""
     module, _, leaf = path.rpartition("/")
-    layer = "".join(re.findall(r"_(\d+)(?:/|$)", module))
+    numbers = re.findall(r"_(\d+)(?=/|$)", module)
     modules = names.tensors.get(re.sub(r"_\d+(?=/|$)", "_{}", module), ())
     modules = (modules,) if isinstance(modules, str) else modules
-    return [f"{m.format(layer)}.{_LEAVES[leaf]}" for m in modules], leaf == "kernel"
+    ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
+    return [m.format(*numbers) + ending for m in modules], leaf == "kernel"
 
 
 def _array(source: Source):
@@ -362,12 +369,17 @@ def _part(source: Source, index) -> np.ndarray:
         if not inside:
             continue
         at = [slice(span.start, span.stop) for span in (*lead, inside)]
-        part = tensor.read(at[::-1] if source.transposed else at)
+        part = tensor.read(_back(at, source.axes))
         if not np.isfinite(part).all():
             raise errors.DataError(
                 f"{tensor.name} holds NaN or infinite values",
                 where=str(tensor.path),
                 fix="copy the checkpoint again",
             )
-        parts.append((part.T if source.transposed else part).astype(leaf.dtype, copy=False))
+        parts.append(part.transpose(source.axes).astype(leaf.dtype, copy=False))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _back(values, axes) -> tuple:
+    """What stands for a parameter's axes, in the order of its tensor's."""
+    return tuple(value for _, value in sorted(zip(axes, values, strict=True), key=lambda x: x[0]))

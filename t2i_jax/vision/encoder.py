@@ -1,0 +1,63 @@
+"""Image networks by source: the module that a checkpoint's config.json names, and its parameters.
+
+A checkpoint is a folder with config.json and model.safetensors: of Hugging Face, or made of a torch
+file by `python -m t2i_jax.vision.convert`.   B pictures · H W pixels · C channels
+"""
+
+import os
+import pathlib
+
+import flax.linen as nn
+
+from t2i_jax import errors, hf
+
+FAMILIES = {}
+CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
+FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
+
+
+def locate(source: str) -> pathlib.Path:
+    """The folder of a checkpoint: one of CONVERTED, a local folder, or `hf:org/name[@revision]`.
+
+    Raises:
+      DataError: it is not there; says where it was looked for, and what to do.
+    """
+    if source not in CONVERTED:
+        return hf.locate(source)
+    home = pathlib.Path(os.environ.get(FOLDER, "~/.cache/t2i_jax")).expanduser()
+    if not (home / source / hf.WEIGHTS).is_file():
+        raise errors.DataError(
+            f"no weights of {source!r}: looked for {home / source / hf.WEIGHTS}",
+            where=f"{FOLDER} is {os.environ.get(FOLDER, 'not set')}",
+            fix=f"make them: python -m t2i_jax.vision.convert {source} (needs torch: see --help)",
+        )
+    return home / source
+
+
+def make(source: str) -> nn.Module:
+    """A module `image_BHWC -> Features`, still without weights.
+
+    It takes pictures in [-1, 1] of `module.res` pixels a side, and does its own normalisation.
+    """
+    config, family = _read(locate(source))
+    return family.from_config(config)
+
+
+def load(source: str, abstract_variables):
+    """Variables {"params": …} of the module `make(source)`: shaped, typed and placed as given."""
+    folder = locate(source)
+    config, family = _read(folder)
+    names = family.names(config)
+    return {"params": hf.load(hf.match(folder, abstract_variables["params"], names))}
+
+
+def _read(folder):
+    config = hf.read_json(folder / hf.CONFIG)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise errors.ConfigError(
+            f"model_type {model_type!r} is no image network",
+            where=str(folder / hf.CONFIG),
+            fix=f"use a checkpoint of one of {', '.join(sorted(FAMILIES))}",
+        )
+    return config, FAMILIES[model_type]
