@@ -41,6 +41,7 @@ def base() -> ml_collections.ConfigDict:
     config.sample_every = 500
     config.eval_every = 0
     config.keep = 2  # checkpoints kept
+    config.best = ""  # and that of the largest evaluator/metric; "-evaluator/metric": the least
     return config
 
 

@@ -25,7 +25,7 @@ from t2i_jax import distributed, errors, failpoints, fingerprint, images
 from t2i_jax.step import State
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+MANIFEST, BEST = "manifest.json", "best.json"
 SMALL = 2**20  # bytes; the manifest holds smaller files' hashes, too
 FAILURES = 3  # saves in a row that may fail
 ATTEMPTS = 3  # starts from one checkpoint that may die before their first step
@@ -44,7 +44,7 @@ class Checkpoints:
     it needs.
 
     Args:
-      keep: finished checkpoints that stay, at least 2 of them verified.
+      keep: finished checkpoints that stay beside the best, at least 2 of them verified.
       create: False for readers, which change nothing.
       guard: called before anything is written; raises if the workdir is another's by now.
     """
@@ -69,8 +69,30 @@ class Checkpoints:
         found = (p for p in self._folder.iterdir() if p.name.isdecimal() and not p.is_symlink())
         return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
 
-    def choose(self, step: int | None = None) -> int:
-        """The newest step, or the given one if it is there."""
+    def best(self) -> dict | None:
+        """{"step", "metric", "value"} as `set_best` was told last; None if it is not there."""
+        try:
+            found = json.loads((self._folder / BEST).read_text())
+            there = (self._folder / str(found["step"]) / MANIFEST).is_file()
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+        return found if there else None
+
+    def set_best(self, step: int, metric: str, value: float) -> None:
+        """From now on that step's checkpoint stays, and the one named before does not."""
+        found = {"step": step, "metric": metric, "value": value}
+        images.write_whole(self._folder / BEST, json.dumps(found).encode())
+
+    def choose(self, step: int | str | None = None) -> int:
+        """The newest step, or the given one if it is there, or "best"."""
+        if step == "best":
+            if found := self.best():
+                return found["step"]
+            raise errors.ConfigError(
+                "no checkpoint is the best",
+                where=str(self._folder),
+                fix="train with --config.best=<metric>, or choose a step by its number",
+            )
         steps = self.steps()
         if not steps or (step is not None and step not in steps):
             raise errors.ConfigError(
@@ -330,8 +352,10 @@ class Checkpoints:
         failpoints.hit("manifest.before")
         self._guard()
         images.write_whole(folder / MANIFEST, text.encode())
+        best = self.best() or {}
         for old in self.steps()[: -self._keep]:
-            self._remove(self._folder / str(old))
+            if old != best.get("step"):
+                self._remove(self._folder / str(old))
 
     def _failed(self, step: int, e: Exception) -> None:
         self._failures += 1

@@ -34,8 +34,21 @@ def model_flags() -> dict:
         "checkpoint": flags.DEFINE_string(
             "checkpoint", None, "builtin:<name> or an exported model's folder."
         ),
-        "step": flags.DEFINE_integer("step", None, "A run's checkpoint; the newest by default."),
+        "step": step_flag(),
     }
+
+
+def step_flag():
+    """--step: a number, "best" or None."""
+    text = 'A run\'s checkpoint, a number or "best"; the newest by default.'
+    return flags.DEFINE(_Step(), "step", None, text)
+
+
+class _Step(flags.ArgumentParser):
+    """Parses --step."""
+
+    def parse(self, argument):
+        return argument if argument == "best" else int(argument)
 
 
 def model(options: dict, *, default: str | None = None, hint: str = "") -> str:

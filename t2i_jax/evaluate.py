@@ -1,6 +1,17 @@
-"""Judges a model.   python -m t2i_jax.evaluate --checkpoint=builtin:shapes --evaluators=shapes"""
+"""Judges a model, or a folder of pictures.
 
+python -m t2i_jax.evaluate --checkpoint=builtin:shapes --protocol=shapes
+python -m t2i_jax.evaluate --images=out/theirs --protocol=coco-fid-30k --data=coco/val2014
+
+prints one row, a JSON object with all that is needed to repeat it, and appends it to results.jsonl
+in the --workdir, or wherever --output says. --evaluators runs files of t2i_jax/evaluators, such as
+`shapes`, with the model alone.
+"""
+
+import datetime
 import json
+import pathlib
+import subprocess
 import time
 
 from absl import flags
@@ -8,32 +19,140 @@ from absl import flags
 from t2i_jax import cli
 
 MODEL = cli.model_flags()
-EVALUATORS = flags.DEFINE_list("evaluators", ["shapes"], "Files of t2i_jax/evaluators.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 512, "Pictures to draw and judge.", lower_bound=1)
+IMAGES = flags.DEFINE_string("images", None, "Pictures of any system, in place of a model.")
+PROTOCOL = flags.DEFINE_string("protocol", None, "evaluators/protocols/<name>.json, or a file.")
+DATA = flags.DEFINE_string("data", None, "The folder of captioned pictures that it asks for.")
+REFERENCE = flags.DEFINE_string("reference", None, "An .npz with mu and sigma, for fid alone.")
+EXTRACTOR = flags.DEFINE_string("extractor", None, "In place of the protocol's.")
+CLIP = flags.DEFINE_string("clip", None, "In place of the protocol's: folder or hf:org/name.")
+OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the row.")
+EVALUATORS = flags.DEFINE_list("evaluators", [], "Files of t2i_jax/evaluators; without --protocol.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Pictures to draw.", lower_bound=1)
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
-SEED = flags.DEFINE_integer("seed", 0, "Of prompts and noise.", lower_bound=0)
+SEED = flags.DEFINE_integer("seed", None, "Of prompts and noise.", lower_bound=0)
 OPTIONS = cli.sampling_flags()
 
 
 def main():
-    source = cli.model(MODEL)
-    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+    from t2i_jax import errors
 
-    pipe = pipeline.Pipeline.load(source, step=MODEL["step"].value)
+    if bool(PROTOCOL.value) == bool(EVALUATORS.value):
+        raise errors.ConfigError(
+            "one of --protocol and --evaluators is needed",
+            where="the command line",
+            fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
+        )
+    if IMAGES.value and (EVALUATORS.value or cli.given({**MODEL, **OPTIONS})):
+        raise errors.ConfigError(
+            "pictures and what draws pictures",
+            where="--images",
+            fix="give it with --protocol alone",
+        )
+    row = _by_protocol() if PROTOCOL.value else _by_evaluators()
+    text = json.dumps(row)
+    print(text)
+    output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
+    if output:
+        try:
+            with pathlib.Path(output).open("a") as f:
+                f.write(text + "\n")
+        except OSError as e:
+            raise errors.StorageError(
+                f"cannot be written: {e.strerror}", where=output, fix="choose --output"
+            ) from e
+
+
+def _by_protocol() -> dict:
+    from t2i_jax.data import pictures
+    from t2i_jax.evaluators import protocol as judge
+    from t2i_jax.quality import protocol
+
     options = cli.given(OPTIONS)
-    result = {"model": source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
+    ours = protocol.read(
+        PROTOCOL.value,
+        path=DATA.value,
+        num_images=NUM_IMAGES.value,
+        seed=SEED.value,
+        sample=options,
+        extractor=EXTRACTOR.value,
+        clip=CLIP.value,
+    )
+    started = time.perf_counter()
+    nets = judge.Networks(ours)
+    if IMAGES.value:
+        found = pictures.Pictures(IMAGES.value)
+        measure = judge.Measure(ours, nets, found.batches(BATCH_SIZE.value), REFERENCE.value)
+        model = {
+            "images": IMAGES.value,
+            "images_sha256": found.fingerprint,
+            "num_images": len(found) - len(found.broken),
+            "broken": len(found.broken),
+        }
+    else:
+        pipe = _pipeline(averaged=ours.ema)
+        model = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
+        model |= {"sample": pipe.predictor.check("sample", **ours.sample)}
+        drawn = judge.drawn(
+            *(pipe.predictor.bound, pipe.nets, ours), ours.captions(), BATCH_SIZE.value
+        )
+        measure = judge.Measure(ours, nets, drawn, REFERENCE.value)
+    return {
+        **{"protocol": ours.name, **model},
+        **measure.metrics(),
+        **measure.provenance,
+        "definition": ours._asdict(),
+        "definition_sha256": ours.sha256,
+        **_circumstances(started),
+    }
+
+
+def _by_evaluators() -> dict:
+    pipe = _pipeline()
+    options = cli.given(OPTIONS)
+    result = {"model": pipe.source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
+    given = {"num_images": NUM_IMAGES.value, "seed": SEED.value}
+    given = {name: value for name, value in given.items() if value is not None}
     for name in EVALUATORS.value:
         started = time.perf_counter()
-        found = pipe.evaluate(
-            name,
-            num_images=NUM_IMAGES.value,
-            batch_size=BATCH_SIZE.value,
-            seed=SEED.value,
-            sample=options,
-        )
+        found = pipe.evaluate(name, batch_size=BATCH_SIZE.value, sample=options, **given)
         result |= {f"{name}/{k}": v for k, v in found.items()}
         result[f"{name}/seconds"] = round(time.perf_counter() - started, 1)
-    print(json.dumps(result))
+    return result
+
+
+def _pipeline(**options):
+    source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
+    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+
+    return pipeline.Pipeline.load(source, step=MODEL["step"].value, **options)
+
+
+def _digest(pipe) -> str:
+    from t2i_jax import fingerprint
+
+    return fingerprint.digest(pipe.nets)
+
+
+def _circumstances(started: float) -> dict:
+    """When, with what and on what a row was made."""
+    import jax
+
+    import t2i_jax
+
+    asked = ["git", "-C", str(pathlib.Path(t2i_jax.__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # an installed package
+    device = jax.devices()[0]
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "t2i_jax": t2i_jax.__version__,
+        "commit": commit,
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {device.platform} {device.device_kind}",
+    }
 
 
 if __name__ == "__main__":

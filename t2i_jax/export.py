@@ -7,7 +7,7 @@ from absl import flags
 from t2i_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
-STEP = flags.DEFINE_integer("step", None, "Its checkpoint; the newest by default.")
+STEP = cli.step_flag()
 OUTPUT = flags.DEFINE_string("output", None, "A new folder.")
 CARD = flags.DEFINE_string("card", None, "A Markdown file to go with the weights.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the stored weights.")

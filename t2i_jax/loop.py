@@ -1,6 +1,7 @@
 """The one training loop: evaluate, save, take a batch, step, log. It knows no family."""
 
 import collections
+import concurrent.futures
 import functools
 import json
 import pathlib
@@ -151,7 +152,11 @@ class Run:
         with watchdog.phase("restore"):
             state, start, hooked = self._first_state(checkpoints)
         writer = metrics.Writer(
-            workdir, start=start, stop=config.steps, batch_size=config.batch_size
+            workdir,
+            start=start,
+            stop=config.steps,
+            batch_size=config.batch_size,
+            events=start if hooked else start - 1,
         )
         meta = {
             "data": self.source.fingerprint,
@@ -171,12 +176,14 @@ class Run:
                     hooked = True
                 except Stop:
                     pass
+            self.hooks.collect(writer, checkpoints)
             last = interrupt.requested_at(n) or n == config.steps
-            if n > saved and (last or n % config.save_every == 0):
+            if n > saved and (last or n % config.save_every == 0 or self.hooks.rates(n)):
                 row = self._flush(writer, skips) or row
                 with watchdog.phase("save"):
                     failpoints.hit("save.before", n)
-                    checkpoints.save(state, {**meta, "hooked": hooked})
+                    done = self.hooks.collect(writer, checkpoints, before=n)
+                    checkpoints.save(state, {**meta, "hooked": hooked and done})
                     failpoints.hit("save.started", n)
                 saved = n
             if last:
@@ -209,6 +216,9 @@ class Run:
         checkpoints.progressed()  # a signal before the first step is no death
         with watchdog.phase("save"):
             checkpoints.close()
+        if not interrupt.requested or n == config.steps:
+            with watchdog.phase("hooks"):
+                self.hooks.collect(writer, checkpoints, before=n + 1)
         writer.close()
         if interrupt.requested and n < config.steps:
             raise interrupt.preempted(workdir, f"after step {n}")
@@ -351,10 +361,17 @@ def check(config) -> None:
             )
     if config.init_from:
         weights.locate(config.init_from)
+    if config.best and not (config.eval_every and config.evaluators):
+        raise errors.ConfigError(
+            "nothing is evaluated", where="config.best", fix="set eval_every and evaluators"
+        )
 
 
 class Hooks:
-    """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets."""
+    """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets.
+
+    Processes draw together; what follows is the first one's alone, behind the training.
+    """
 
     def __init__(self, predictor, workdir):
         self._predictor, self._workdir, self._config = predictor, workdir, predictor.config
@@ -362,30 +379,72 @@ class Hooks:
             name: predictor.evaluator(name, **options)
             for name, options in self._config.evaluators.items()
         }
+        self._main = jax.process_index() == 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
+        self._jobs = collections.deque()
 
     def run(self, n: int, state, frozen, writer) -> None:
         config = self._config
-        due = lambda every: every and (n % every == 0 or n == config.steps)
-        draw = due(config.sample_every) and config.prompts and "sample" in self._predictor.bound
-        judge = due(config.eval_every) and self._evaluators
-        if not (draw or judge):
+        draw = self._due(n, config.sample_every) and config.prompts
+        judge = self._due(n, config.eval_every) and self._evaluators
+        if not ((draw and "sample" in self._predictor.bound) or judge):
             return
         nets = {**averaged(state), **frozen}
-        if draw:
+        if draw and "sample" in self._predictor.bound:
             drawn = self._predictor.sample(nets, list(config.prompts), seed=config.seed)
-            if jax.process_index() == 0:
+            if self._main:
                 path = self._workdir / "samples" / f"step_{n:08d}.png"
                 path.parent.mkdir(exist_ok=True)
                 images.save(path, images.grid(drawn), {"prompts": list(config.prompts)})
-        found = {
-            f"{name}/{key}": value
-            for name, run in (self._evaluators.items() if judge else ())
-            for key, value in run(nets, n).items()
-        }
-        if found:
+                writer.picture(n, "samples", images.grid(drawn))
+        if judge:
+            finish = {name: run(nets, n) for name, run in self._evaluators.items()}
+            if self._main:
+                self._jobs.append((n, self._thread.submit(_finished, finish)))
+        writer.pause()
+
+    def rates(self, n: int) -> bool:
+        """Whether the checkpoint of a step may become the best."""
+        return bool(
+            self._config.best and self._evaluators and self._due(n, self._config.eval_every)
+        )
+
+    def collect(self, writer, checkpoints, *, before: int = 0) -> bool:
+        """Writes results that are there, waiting for those of steps before the given one.
+
+        Returns whether none is outstanding.
+        """
+        while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
+            n, job = self._jobs.popleft()
+            found = job.result()
             logging.info("step %d · %s", n, " ".join(f"{k} {v:.3f}" for k, v in found.items()))
             writer.event(n, found)
-        writer.pause()
+            if self._config.best:
+                self._rate(n, found, checkpoints)
+        return not self._jobs
+
+    def _due(self, n: int, every: int) -> bool:
+        return bool(every) and (n % every == 0 or n == self._config.steps)
+
+    def _rate(self, n: int, found, checkpoints) -> None:
+        metric = self._config.best.removeprefix("-")
+        if metric not in found:
+            raise errors.ConfigError(
+                f"no evaluator measures {metric!r}",
+                where="config.best",
+                fix=errors.nearest(metric, found),
+            )
+        sign = -1 if self._config.best.startswith("-") else 1
+        best = checkpoints.best()
+        if not best or best["metric"] != metric or sign * (found[metric] - best["value"]) > 0:
+            checkpoints.set_best(n, metric, found[metric])
+            logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])
+
+
+def _finished(evaluations) -> dict:
+    return {
+        f"{name}/{key}": value for name, fn in evaluations.items() for key, value in fn().items()
+    }
 
 
 def averaged(state: step.State):

@@ -19,16 +19,18 @@ class Writer:
 
     A row of metrics.jsonl is {"step": n, name: value, …}; step n is the n-th update, from 1. Rows
     beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
-    step has exactly one row. What a full disk refuses is kept and written later. Only process 0
-    writes.
+    step has exactly one row; so are evaluations, in events.jsonl, of steps after `events`. What a
+    full disk refuses is kept and written later. Only process 0 writes.
     """
 
-    def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
+    def __init__(
+        self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int, events: int
+    ):
         self._workdir, self._start = workdir, start
         self._first = jax.process_index() == 0
         if self._first:
-            for name in ("metrics", "events"):
-                _cut(workdir / f"{name}.jsonl", start)
+            _cut(workdir / "metrics.jsonl", start)
+            _cut(workdir / "events.jsonl", events)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         _cut(quarantine(workdir), start)
         self._unwritten: dict[str, list[str]] = {"metrics": [], "events": []}
@@ -63,6 +65,11 @@ class Writer:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image_HWC) -> None:
+        """A uint8 picture for TensorBoard."""
+        if self._first:
+            self._board.add_image(name, image_HWC, step, dataformats="HWC")
 
     def before(self, count: int) -> list[dict]:
         """The newest rows that earlier starts left, at most `count`."""

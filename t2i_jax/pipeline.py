@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from t2i_jax import errors, images, objective, plugins, weights
+from t2i_jax.data import transforms
 from t2i_jax.text import encoder
 
 SEED_LIMIT = 2**32
@@ -137,10 +138,23 @@ class Predictor:
             out.append(images.to_uint8(pictures)[: len(captions) - start])
         return np.concatenate(out)
 
+    def batch(self, pictures, captions):
+        """Uint8 pictures HWC with their captions as a batch that predictions take."""
+        text_BL, mask_BL, _ = self.tokenize(captions)
+        squares = [transforms.square(picture, self.config.res) for picture in pictures]
+        return {
+            "image": transforms.to_float(np.stack(squares)),
+            "text": text_BL,
+            "mask": mask_BL,
+            "index": np.arange(len(captions), dtype=np.int32),
+            "weight": np.ones(len(captions), np.float32),
+        }
+
     @property
     def bound(self):
-        """name -> host function, the `predict` that evaluators get."""
+        """name -> host function, the `predict` that evaluators get; "batch" makes their batches."""
         named = {name: functools.partial(self.run, name) for name in self.objective.predict}
+        named["batch"] = self.batch
         return named | ({"sample": self.sample} if "sample" in named else {})
 
 
@@ -172,9 +186,11 @@ class Pipeline:
         self.config, self.source, self.step = predictor.config, source, step
 
     @classmethod
-    def load(cls, source: str, *, step: int | None = None) -> "Pipeline":
-        """Opens a run's workdir (its newest checkpoint, or that of `step`), an exported model's
-        folder, or `builtin:name`.
+    def load(
+        cls, source: str, *, step: int | str | None = None, averaged: bool = True
+    ) -> "Pipeline":
+        """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
+        model's folder, or `builtin:name`; with averaged parameters where there are any.
         """
         folder = weights.locate(source)
         config = weights.read_config(folder)
@@ -182,7 +198,8 @@ class Pipeline:
         family = predictor.objective
         shapes = weights.abstract_nets(family, config)
         held = weights.held(folder) or family.trained
-        nets, step = weights.load_trained(folder, {name: shapes[name] for name in held}, step=step)
+        wanted = {name: shapes[name] for name in held}
+        nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
         nets |= weights.frozen(family, config, besides=held)
         return cls(predictor, nets, source, step)
 
@@ -192,4 +209,4 @@ class Pipeline:
 
     def evaluate(self, name: str, **options) -> dict:
         """Runs one evaluator of t2i_jax/evaluators on this model."""
-        return self.predictor.evaluator(name, **options)(self.nets, self.step or 0)
+        return self.predictor.evaluator(name, **options)(self.nets, self.step or 0)()

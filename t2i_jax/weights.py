@@ -61,7 +61,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    return ml_collections.ConfigDict({"lora": {}, "text": {}} | values)  # younger keys
+    return ml_collections.ConfigDict({"lora": {}, "text": {}, "best": ""} | values)  # younger keys
 
 
 def abstract_batch(config, batch_size: int | None = None):
@@ -169,10 +169,14 @@ def _is_ours(source) -> bool:
         return False
 
 
-def load_trained(folder: pathlib.Path, targets, *, step: int | None):
+def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, averaged: bool = True):
     """Trained nets (averaged where the run averages them) and the step they are of.
 
     The nets have the shapes of `targets`; an exported model has no step: None.
+
+    Args:
+      step: a number, "best", or None for the newest.
+      averaged: False for the parameters themselves.
     """
     if (folder / EXPORTED).exists():
         if step is not None:
@@ -184,7 +188,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | None):
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
     placed = sharding.on(targets, jax.tree.map(lambda s: s.sharding or _here(), targets))
-    ema = [name for name in config.ema if name in targets]
+    ema = [name for name in config.ema if name in targets and averaged]
     nets = checkpoints.restore_nets(step, placed, ema)
     return nets, step
 

@@ -13,7 +13,7 @@ from t2i_jax import checkpoint, errors, images, weights
 
 FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
-    *("prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
+    *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
 )
 WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too

@@ -282,7 +282,7 @@ def paint(said):
 
 def test_the_evaluator_reports_every_attribute_of_every_group():
     run = shapes.make({"sample": painter()}, num_images=61)
-    result = run({}, 0)
+    result = run({}, 0)()
     assert result["num_images"] == 61.0
     names = {"full_match", *shapes.ATTRIBUTES}
     both = {f"{group}/{name}" for group in ("seen", "heldout") for name in names}
@@ -306,7 +306,7 @@ def test_the_evaluator_tells_groups_and_attributes_apart():
         }
         return scene._replace(relation=opposite.get(scene.relation))
 
-    result = shapes.make({"sample": painter(change)}, num_images=64)({}, 0)
+    result = shapes.make({"sample": painter(change)}, num_images=64)({}, 0)()
     assert (result["seen/shape"], result["seen/colour"], result["seen/background"]) == (1, 1, 1)
     assert result["seen/relation"] == 0
     assert result["heldout/shape"] < 0.3

@@ -72,6 +72,27 @@ def make(
             where="config.data",
             fix=f"splits are {', '.join(SPLITS)}; give a holdout in [0, 1)",
         )
+    root, sizes, pictures = scan(path)
+    examples = captioned(root, sizes, pictures)
+    chosen = [e for e in examples if (_share(e[0]) < holdout) == (split == "test")]
+    if not chosen:
+        raise errors.DataError(
+            f"no examples in split {split!r} with holdout {holdout}",
+            where=str(root),
+            fix="change config.data.holdout: 0.05 leaves 5 % to the test split",
+        )
+    digest = hashlib.sha256()
+    for name, caption in chosen:
+        digest.update(json.dumps([name, sizes[name], caption]).encode() + b"\n")
+    return Source(root, chosen, digest.hexdigest(), res, pad)
+
+
+def scan(path) -> tuple[pathlib.Path, dict[str, int], list[str]]:
+    """A folder, the sizes of its picture, caption and metadata files by name, and its pictures.
+
+    Raises:
+      DataError: no folder, no picture in it, or a link that leaves it.
+    """
     root = pathlib.Path(path).expanduser().resolve()
     if not path or not root.is_dir():
         raise errors.DataError(
@@ -85,18 +106,7 @@ def make(
             where=str(root),
             fix="check the path, or convert the pictures to one of these formats",
         )
-    examples = _captioned(root, sizes, pictures)
-    chosen = [e for e in examples if (_share(e[0]) < holdout) == (split == "test")]
-    if not chosen:
-        raise errors.DataError(
-            f"no examples in split {split!r} with holdout {holdout}",
-            where=str(root),
-            fix="change config.data.holdout: 0.05 leaves 5 % to the test split",
-        )
-    digest = hashlib.sha256()
-    for name, caption in chosen:
-        digest.update(json.dumps([name, sizes[name], caption]).encode() + b"\n")
-    return Source(root, chosen, digest.hexdigest(), res, pad)
+    return root, sizes, pictures
 
 
 def _scan(root, folder):
@@ -117,8 +127,12 @@ def _scan(root, folder):
                 yield name, entry.stat().st_size
 
 
-def _captioned(root, sizes, pictures) -> list:
-    """[(picture, caption), …] in the order of names; warns of what is left out."""
+def captioned(root, sizes, pictures) -> list:
+    """[(picture, caption), …] in the order of names; warns of what is left out.
+
+    Raises:
+      DataError: no captions, or a metadata file that does not read.
+    """
     captions, absent = {}, []
     for metadata in [name for name in sizes if pathlib.PurePosixPath(name).name in METADATA]:
         if f"{metadata.removesuffix('csv')}jsonl" in sizes:

@@ -93,8 +93,9 @@ def make(
       splits: of the data set; "test" holds pairs of colour and shape seen in training.
       sample: options for the sampler; the model's own by default.
     Returns:
-      run(nets, step) -> `num_images`, and the share of right pictures per attribute and as
-      `full_match`: over all, and after "seen/", "heldout/", "single/" and "pair/" over these alone.
+      run(nets, step) -> a function that gives `num_images`, and the share of right pictures per
+      attribute and as `full_match`: over all, and after "seen/", "heldout/", "single/" and "pair/"
+      over these alone.
     """
     splits = tuple(splits)
     if not splits or num_images < len(splits):
@@ -103,29 +104,37 @@ def make(
             where="evaluator shapes",
             fix="judge one picture of a split at least",
         )
-    groups, captions = [], []
+    captions = []
     for place, split in enumerate(splits):
         size = len(range(place, num_images, len(splits)))
-        texts = shapes.make(split=split, size=size, seed=seed).captions()
-        captions += texts
-        group = "seen" if split == "test" else split
-        groups += [(group, "pair" if shapes.parse(text).relation else "single") for text in texts]
+        captions += shapes.make(split=split, size=size, seed=seed).captions()
 
-    def run(nets, step) -> dict[str, float]:
+    def run(nets, step):
         images = predict["sample"](
             nets, captions, seed=seed, batch_size=batch_size, **(sample or {})
         )
-        found = [judge(image, text) for image, text in zip(images, captions, strict=True)]
-        result = {"num_images": float(len(captions)), **_shares(found)}
-        for group in dict.fromkeys(itertools.chain(*zip(*groups, strict=True))):
-            part = [f for f, of in zip(found, groups, strict=True) if group in of]
-            result |= {f"{group}/{name}": share for name, share in _shares(part).items()}
-        return result
+        return lambda: shares(
+            [judge(image, text) for image, text in zip(images, captions, strict=True)], captions
+        )
 
     return run
 
 
-def _shares(found) -> dict[str, float]:
+def shares(found, captions) -> dict[str, float]:
+    """What `judge` found of pictures of captions as shares of right pictures, see `make`."""
+    groups: dict[str, list] = {}
+    for judged, text in zip(found, captions, strict=True):
+        said = shapes.parse(text)
+        pairs = {(thing.colour, thing.shape) for thing in said.objects}
+        groups.setdefault("heldout" if pairs & shapes.HELD_OUT else "seen", []).append(judged)
+        groups.setdefault("pair" if said.relation else "single", []).append(judged)
+    result = {"num_images": float(len(found)), **_means(found)}
+    for group, part in sorted(groups.items()):
+        result |= {f"{group}/{name}": share for name, share in _means(part).items()}
+    return result
+
+
+def _means(found) -> dict[str, float]:
     values = {name: [f[name] for f in found if name in f] for name in ("full_match", *ATTRIBUTES)}
     return {name: float(np.mean(v)) for name, v in values.items() if v}
 

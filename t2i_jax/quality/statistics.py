@@ -18,7 +18,7 @@ from t2i_jax import errors, images
 from t2i_jax.quality import features
 
 GATHER, ROWS = "quality.statistics.gather", 2048
-FIELDS = ("count", "mean", "scatter", "source", "sha256")
+AGAIN = "make the file again"
 DAMAGE = (OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile)
 TOLERANCE = 1e-7  # of the distance: what rounding may cost on the fast route
 
@@ -85,61 +85,89 @@ def _with(total, batches) -> Statistics:
 
 
 def save(path, statistics: Statistics, *, source: Mapping[str, str]) -> None:
+    """Writes statistics as `save_arrays` does."""
+    save_arrays(path, statistics._asdict(), source=source)
+
+
+def load(path, *, expected: Mapping[str, str]) -> Statistics:
+    """Reads what `save` wrote; arguments and errors as of `load_arrays`."""
+    found = load_arrays(path, expected=expected)
+    try:
+        return Statistics(**{**found, "count": int(found["count"])})
+    except DAMAGE as e:
+        raise errors.DataError(f"no statistics: {e}", where=str(path), fix=AGAIN) from e
+
+
+def save_arrays(path, arrays: Mapping[str, np.ndarray], *, source: Mapping[str, str]) -> None:
     """Writes an .npz without pickle: the arrays, what made them, and a SHA-256 of it all.
 
     Args:
       path: of the file, which appears whole or not at all.
-      source: what made the features, such as the hashes of extractor, preprocessing and data.
+      source: what made them, such as the hashes of extractor, preprocessing and data.
     """
-    text = json.dumps(dict(source), sort_keys=True)
-    count, mean_D, scatter_DD = statistics
-    values = (
-        np.int64(count),
-        mean_D,
-        scatter_DD,
-        np.str_(text),
-        np.str_(_sha256(statistics, text)),
-    )
-    data = io.BytesIO()
-    np.savez(data, **dict(zip(FIELDS, values, strict=True)))
+    text, data = json.dumps(dict(source), sort_keys=True), io.BytesIO()
+    arrays = {name: np.asarray(value) for name, value in arrays.items()}
+    np.savez(data, **arrays, source=np.str_(text), sha256=np.str_(_sha256(arrays, text)))
     images.write_whole(path, data.getvalue())
 
 
-def load(path, *, expected: Mapping[str, str]) -> Statistics:
-    """Reads what `save` wrote.
+def load_arrays(path, *, expected: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Reads what `save_arrays` wrote.
 
     Args:
       expected: entries of the source that must be these, such as the extractor's hash.
     Raises:
       DataError: no such file, one that is damaged, or one that something else made.
     """
-    path, fix = pathlib.Path(path), "make the file again"
+    path = pathlib.Path(path)
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            count, mean_D, scatter_DD, text, sha256 = (file[name] for name in FIELDS)
-        found = Statistics(int(count), mean_D, scatter_DD)
-        text = str(text)
-        whole = _sha256(found, text) == str(sha256)
+            found = {name: file[name] for name in file.files}
+        text, sha256 = str(found.pop("source")), str(found.pop("sha256"))
+        whole = _sha256(found, text) == sha256
         source = json.loads(text) if whole else None
     except DAMAGE as e:
         reason = (str(e).splitlines() or ["?"])[0][:200]
-        raise errors.DataError(f"no statistics: {reason}", where=str(path), fix=fix) from e
+        raise errors.DataError(f"not readable: {reason}", where=str(path), fix=AGAIN) from e
     if not whole:
-        raise errors.DataError("the SHA-256 does not match", where=str(path), fix=fix)
+        raise errors.DataError("the SHA-256 does not match", where=str(path), fix=AGAIN)
     stale = [key for key, value in expected.items() if source.get(key) != value]
     if stale:
         stale = [f"{key} {source.get(key)!s:.12} → {expected[key]!s:.12}" for key in stale]
         raise errors.DataError(
-            "statistics of something else: " + "; ".join(stale), where=str(path), fix=fix
+            "statistics of something else: " + "; ".join(stale), where=str(path), fix=AGAIN
         )
     return found
 
 
-def _sha256(statistics, text) -> str:
-    count, mean_D, scatter_DD = statistics
-    hashed = hashlib.sha256(f"{count} {scatter_DD.shape} {text}".encode())
-    for values in (mean_D, scatter_DD):
-        hashed.update(np.ascontiguousarray(values, "<f8"))
+def load_foreign(path) -> Statistics:
+    """The mean and covariance, `mu` and `sigma`, of an .npz of other programs.
+
+    Such files do not tell of how many pictures they are: `count` is one more than the features'.
+
+    Raises:
+      DataError: no such file, or none with a mean and a covariance of one width.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mean_D, covariance_DD = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
+        if covariance_DD.shape != mean_D.shape * 2 or mean_D.ndim != 1:
+            raise ValueError(f"mu {mean_D.shape}, sigma {covariance_DD.shape}")
+    except DAMAGE as e:
+        reason = (str(e).splitlines() or ["?"])[0][:200]
+        raise errors.DataError(
+            f"no statistics: {reason}", where=str(path), fix="give an .npz with mu and sigma"
+        ) from e
+    return Statistics(len(mean_D) + 1, mean_D, covariance_DD * len(mean_D))
+
+
+def _sha256(arrays, text) -> str:
+    hashed = hashlib.sha256(text.encode())
+    for name in sorted(arrays):
+        value = np.asarray(arrays[name])
+        little = value.astype(value.dtype.newbyteorder("<"), copy=False)
+        hashed.update(f"{name} {little.dtype.str} {value.shape}".encode())
+        hashed.update(np.ascontiguousarray(little))
     return hashed.hexdigest()
 
 

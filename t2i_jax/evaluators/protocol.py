@@ -1,0 +1,334 @@
+"""Judges a model, or pictures of any origin, by a protocol file: see `quality.protocol`.
+
+N M pictures, drawn and real
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from t2i_jax import distributed, errors, plugins
+from t2i_jax.data import transforms
+from t2i_jax.evaluators import shapes
+from t2i_jax.quality import classes, kernel, manifold, retrieval, statistics
+from t2i_jax.quality import protocol as protocols
+from t2i_jax.quality.protocol import Protocol
+from t2i_jax.vision import extractor
+
+CACHE = "T2I_JAX_CACHE"  # environment variable: where features of real pictures are kept
+BATCH = 64  # pictures drawn, or read, together
+INCEPTION = "inception"
+OTHERWISE = {"fid": "fd", "spatial_fid": "spatial_fd", "kid": "kd"}  # not of Inception
+CMMD = "clip-vit-large-patch14-336"  # the network that the name means
+
+
+class Metric(NamedTuple):
+    """drawn, real: the columns it needs of either set. fn(drawn, real, **options) -> values."""
+
+    drawn: tuple[str, ...]
+    real: tuple[str, ...]
+    fn: Callable
+
+
+def _frechet(column: str, name: str) -> Metric:
+    def fn(drawn, real):
+        theirs = real["statistics"] if "statistics" in real else statistics.of(real[column])
+        return {name: statistics.frechet(statistics.of(drawn[column]), theirs)}
+
+    return Metric((column,), (column,), fn)
+
+
+def _kid(drawn, real, *, subsets=100, subset_size=1000, seed=0):
+    options = dict(subsets=subsets, subset_size=subset_size, seed=seed)
+    mean, spread = kernel.kid(real["pooled"], drawn["pooled"], **options)
+    return {"kid": mean, "kid_spread": spread}
+
+
+def _inception_score(drawn, real, *, splits=10):
+    logits_NK = drawn["logits"].astype(np.float64)
+    weight_NK = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
+    probability_NK = weight_NK / weight_NK.sum(1, keepdims=True)
+    mean, spread = classes.inception_score(probability_NK, splits=splits)
+    return {"inception_score": mean, "inception_score_spread": spread}
+
+
+def _manifold(drawn, real, *, k=3, density_k=5):
+    found = manifold.compare(real["pooled"], drawn["pooled"], k=k, density_k=density_k)
+    return found._asdict()
+
+
+def _memorised(drawn, real, *, ratio=1 / 3):
+    found = manifold.memorised(real["trained"], drawn["pooled"], ratio=ratio)
+    return {"memorised": found.share, "memorised_distance": float(np.median(found.distance_M))}
+
+
+def _clip_score(drawn, real):
+    cosine_N = (drawn["image_emb"] * drawn["text_emb"]).sum(1, dtype=np.float64)
+    return {"clip_score": float(100 * np.maximum(cosine_N, 0).mean())}
+
+
+def _r_precision(drawn, real, *, candidates=100, seed=0):
+    similarity_NN = drawn["image_emb"].astype(np.float64) @ drawn["text_emb"].T
+    return {"r_precision": retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)}
+
+
+def _cmmd(drawn, real):
+    return {"cmmd": kernel.cmmd(real["image_emb"], drawn["image_emb"])}
+
+
+def _shapes(drawn, real):
+    return shapes.shares(drawn["shapes"], drawn["captions"])
+
+
+METRICS = {
+    "fid": _frechet("pooled", "fid"),
+    "spatial_fid": _frechet("spatial", "spatial_fid"),
+    "kid": Metric(("pooled",), ("pooled",), _kid),
+    "inception_score": Metric(("logits",), (), _inception_score),
+    "manifold": Metric(("pooled",), ("pooled",), _manifold),
+    "memorised": Metric(("pooled",), ("trained",), _memorised),
+    "clip_score": Metric(("image_emb", "text_emb"), (), _clip_score),
+    "r_precision": Metric(("image_emb", "text_emb"), (), _r_precision),
+    "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd),
+    "shapes": Metric(("captions", "shapes"), (), _shapes),
+}
+OF_CLIP = ("image_emb", "text_emb")
+
+
+def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None, **changes):
+    """The evaluator: draws what a protocol says and measures it.
+
+    Args:
+      predict: name -> host function; "sample" draws uint8 pictures for captions.
+      protocol: a name of evaluators/protocols, the path of a file, or a `Protocol`.
+      batch_size: pictures drawn together.
+      reference: an .npz with mu and sigma, in place of the real pictures' features.
+      changes: other values for fields of the protocol, and `path`, see `quality.protocol.read`.
+    Returns:
+      run(nets, step) -> a function that gives the metrics by name. `run` needs all processes, the
+        function only the first, in whatever thread. What is not measured with Inception is called
+        after its extractor, "fd-…" in place of "fid".
+    Raises:
+      ConfigError, DataError: unknown metrics or options, or networks that are not there: before
+        anything is drawn.
+    """
+    ours = protocol if isinstance(protocol, Protocol) else protocols.read(protocol, **changes)
+    nets = Networks(ours)
+    captions = ours.captions()
+
+    def run(model, step):
+        batches = drawn(predict, model, ours, captions, batch_size)
+        return Measure(ours, nets, batches, reference).metrics
+
+    return run
+
+
+def drawn(predict, model, ours: Protocol, captions, batch_size: int):
+    """Batches (pictures, their captions) of a model, all by one program."""
+    for start in range(0, len(captions), batch_size):
+        some = captions[start : start + batch_size]
+        index = np.minimum(np.arange(start, start + batch_size), len(captions) - 1)
+        texts = [captions[i] for i in index]
+        options = {"seed": ours.seed, "index": index, "batch_size": batch_size, **ours.sample}
+        yield predict["sample"](model, texts, **options)[: len(some)], some
+
+
+class Networks:
+    """The networks that a protocol's metrics need, with the columns they are asked for."""
+
+    def __init__(self, protocol: Protocol):
+        where = f"protocol {protocol.name}"
+        for name, options in protocol.metrics.items():
+            if name not in METRICS:
+                raise errors.ConfigError(
+                    f"no metric {name!r}", where=where, fix=errors.nearest(name, METRICS)
+                )
+            fn = METRICS[name].fn
+            plugins.check_options(fn, options, where=f"{where}, {name}", given=2)
+        chosen = [METRICS[name] for name in protocol.metrics]
+        self.drawn = {column for metric in chosen for column in metric.drawn}
+        self.real = {column for metric in chosen for column in metric.real}
+        if "trained" in self.real and not protocol.train:
+            raise errors.ConfigError(
+                "memorised needs the training pictures", where=where, fix='add "train": […]'
+            )
+        both = self.drawn | self.real
+        self.extract = self.dual = None
+        if both & {*extractor.COLUMNS, "trained"}:
+            self.extract = _opened(extractor.Extractor, protocol, "extractor")
+        if both & {*OF_CLIP}:
+            self.dual = _opened(extractor.DualEncoder, protocol, "clip")
+
+    def columns(self, names, pictures, captions=None) -> dict[str, np.ndarray]:
+        """Those of the columns that networks give, for pictures and their captions."""
+        own = sorted(names & extractor.COLUMNS.keys())
+        found = self.extract(pictures, own) if own else {}
+        if "image_emb" in names:
+            found["image_emb"] = self.dual.images(pictures)
+        if "text_emb" in names:
+            found["text_emb"] = self.dual.texts(captions)
+        return found
+
+    def provenance(self) -> dict:
+        """The networks by name and hash."""
+        opened = {"extractor": self.extract, "clip": self.dual}
+        return {
+            key: {"name": net.label, "fingerprint": net.fingerprint}
+            for key, net in opened.items()
+            if net
+        }
+
+
+def _opened(kind, protocol, field: str):
+    source = getattr(protocol, field)
+    if not source:
+        examples = {
+            "extractor": "inception or efficientnet_lite0",
+            "clip": "the folder or hf:org/name of a CLIP checkpoint",
+        }
+        raise errors.ConfigError(
+            f"its metrics need a network, and it names none as {field}",
+            where=f"protocol {protocol.name}",
+            fix=f"give --{field}=…, such as {examples[field]}",
+        )
+    return kind(source, protocol.resize)
+
+
+class Measure:
+    """One evaluation: what networks and judges make of pictures, drawn and real.
+
+    Needs all processes; `metrics` the first alone, in whatever thread.   provenance: what made the
+    numbers, by hashes.
+
+    Args:
+      batches: (uint8 pictures HWC of any size, their captions or None), …
+    Raises:
+      ConfigError: a metric needs captions, and there are none, or more than --reference has.
+    """
+
+    def __init__(self, protocol: Protocol, nets: Networks, batches, reference=None):
+        self._protocol, self._nets = protocol, nets
+        self._columns, self._res = {}, 0
+        self._first = jax.process_index() == 0
+        self._judges = concurrent.futures.ThreadPoolExecutor(1, "judge")
+        self.provenance = nets.provenance()
+        if reference:
+            self._real = {"statistics": self._read(reference)}
+        for pictures, captions in batches:
+            self._add(pictures, captions)
+        if not reference:
+            self._real = self._real_features()
+
+    def _add(self, pictures, captions) -> None:
+        self._res = self._res or len(pictures[0])
+        wanted = self._nets.drawn
+        if captions is None and wanted & {"captions", "text_emb"}:
+            raise errors.ConfigError(
+                "the pictures have no captions, and a metric needs them",
+                where=f"protocol {self._protocol.name}",
+                fix="write metadata.jsonl beside the pictures, or choose other metrics",
+            )
+        found = self._nets.columns(wanted, pictures, captions)
+        if "captions" in wanted and self._first:
+            found["captions"] = list(captions)
+            found["shapes"] = [self._judges.submit(_judge, pictures, captions)]
+        for name, rows in found.items():
+            self._columns.setdefault(name, []).append(rows)
+
+    def _read(self, reference) -> statistics.Statistics:
+        if more := {c for m in self._protocol.metrics for c in METRICS[m].real if m != "fid"}:
+            raise errors.ConfigError(
+                f"a mean and a covariance are enough for fid alone, not for {sorted(more)}",
+                where="--reference",
+                fix="leave it out, or choose a protocol without other distances",
+            )
+        found = statistics.load_foreign(reference)
+        content = pathlib.Path(reference).read_bytes()
+        self.provenance["real"] = {"sha256": hashlib.sha256(content).hexdigest()}
+        return found
+
+    def _real_features(self) -> dict:
+        found, names = {}, self._nets.real
+        if wanted := names - {"trained"}:
+            found |= self._features("real", self._protocol.sources("data", self._res), wanted)
+        if "trained" in names:
+            sources = self._protocol.sources("train", self._res)
+            found["trained"] = self._features("trained", sources, {"pooled"})["pooled"]
+        return found
+
+    def metrics(self) -> dict[str, float]:
+        """The protocol's metrics by name."""
+        drawn = {name: np.concatenate(parts) for name, parts in self._columns.items()}
+        drawn["shapes"] = [row for job in drawn.get("shapes", ()) for row in job.result()]
+        self._judges.shutdown()
+        values = {}
+        for name, options in self._protocol.metrics.items():
+            found = METRICS[name].fn(drawn, self._real, **options)
+            values |= {self._named(key, METRICS[name]): value for key, value in found.items()}
+        return values
+
+    def _named(self, key: str, metric: Metric) -> str:
+        base = key.removesuffix("_spread")
+        if set(metric.drawn) & {*OF_CLIP}:
+            label = self._nets.dual.label
+            return key if (base, label) == ("cmmd", CMMD) else f"{key}-{label}"
+        if not set(metric.drawn) & extractor.COLUMNS.keys():
+            return key
+        label = self._nets.extract.label
+        if label == INCEPTION and base in (*OTHERWISE, "inception_score"):
+            return key
+        return f"{OTHERWISE.get(base, base)}{key.removeprefix(base)}-{label}"
+
+    def _features(self, role: str, sources, columns) -> dict[str, np.ndarray]:
+        """Columns of real pictures, computed once and kept in a file under their hash."""
+        nets = self._nets.provenance()
+        made_of = {
+            "data": [source.fingerprint for source in sources],
+            "res": self._protocol.res or self._res,
+            "nets": [net["fingerprint"] for net in nets.values()],
+            "columns": sorted(columns),
+        }
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        home = pathlib.Path(os.environ.get(CACHE, "~/.cache/t2i_jax")).expanduser()
+        path = home / "features" / f"{key[:32]}.npz"
+        if distributed.as_first(path.is_file()):
+            found = statistics.load_arrays(path, expected={"made_of": key})
+        else:
+            logging.info("features of %d pictures, once …", sum(map(len, sources)))
+            found = self._extracted(sources, made_of["res"], columns)
+            if self._first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                statistics.save_arrays(path, found, source={"made_of": key})
+        count = len(next(iter(found.values())))
+        broken = sum(map(len, sources)) - count
+        if broken:
+            logging.warning("%d of the %s pictures are broken and left out", broken, role)
+        self.provenance[role] = {"sha256": key, "pictures": count, "broken": broken}
+        return found
+
+    def _extracted(self, sources, res: int, columns) -> dict[str, np.ndarray]:
+        parts, pictures = {}, []
+        examples = ((source, record) for source in sources for record in range(len(source)))
+        for source, record in (*examples, (None, None)):
+            if source is not None:
+                try:
+                    pictures.append(transforms.square(source[record]["image"], res))
+                except transforms.BadExample as e:
+                    logging.warning("record %d: %s", record, e)
+            if len(pictures) == BATCH or (source is None and pictures):
+                for name, rows in self._nets.columns(columns, pictures).items():
+                    parts.setdefault(name, []).append(rows)
+                pictures = []
+        return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _judge(pictures, captions):
+    return [shapes.judge(*pair) for pair in zip(pictures, captions, strict=True)]

@@ -1,0 +1,168 @@
+"""Protocols: JSON files of all that a figure depends on beside the model.
+
+What a file leaves out has the default of `Protocol`'s field; `evaluators/protocols` holds ours.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from t2i_jax import errors, plugins
+
+FOLDER = pathlib.Path(__file__).parent.parent / "evaluators" / "protocols"
+
+
+class Protocol(NamedTuple):
+    """How a model is judged.
+
+    data: sources of captions and real pictures by their options ("source", "split", …), which get
+      equal shares of the captions.
+    metrics: name -> options, of `quality.measure.METRICS`.
+    num_images: pictures drawn in all.
+    per_caption: how many of them of each caption.
+    seed: of the choice of captions and the noise.
+    sample: options for the sampler; the model's own by default.
+    ema: averaged parameters, where the model has them.
+    res: side of the real pictures; the drawn ones' by default.
+    extractor: the image network of distances between sets, see `vision.encoder.locate`.
+    clip: the dual encoder that compares pictures with captions.
+    resize: the rule by which pictures come to a network's side, of `vision.resize.RULES`.
+    train: as `data`: the pictures that a model may have memorised.
+    """
+
+    name: str
+    data: tuple[Mapping[str, Any], ...]
+    metrics: Mapping[str, Mapping[str, Any]]
+    num_images: int
+    per_caption: int = 1
+    seed: int = 0
+    sample: Mapping[str, Any] = {}
+    ema: bool = True
+    res: int | None = None
+    extractor: str | None = None
+    clip: str | None = None
+    resize: str = "clean"
+    train: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self._asdict(), sort_keys=True).encode()).hexdigest()
+
+    def sources(self, name: str, res: int):
+        """The data sources of the field `name`, "data" or "train"."""
+        return [_source(options, self.res or res, self.name) for options in getattr(self, name)]
+
+    def captions(self) -> list[str]:
+        """One for each picture to draw, in order."""
+        found, sources = [], self.sources("data", self.res or 32)  # no picture is looked at
+        count = self.num_images // self.per_caption
+        for place, source in enumerate(sources):
+            records = self._choose(len(range(place, count, len(sources))), len(source))
+            if hasattr(source, "captions"):
+                texts = list(source.captions())
+                found += [texts[record] for record in records]
+            else:
+                found += [source[int(record)]["caption"] for record in records]
+        return [text for text in found for _ in range(self.per_caption)]
+
+    def _choose(self, count: int, size: int) -> np.ndarray:
+        """Records of a source, ascending; all of it, over and over, where that is not enough."""
+        whole, rest = divmod(count, size)
+        chosen = np.sort(np.random.default_rng(self.seed).permutation(size)[:rest])
+        return np.concatenate([*[np.arange(size)] * whole, chosen])
+
+
+def read(name: str, *, path: str | None = None, **changes) -> Protocol:
+    """A protocol by its name in FOLDER, or by the path of a .json file.
+
+    Args:
+      path: for the `path` of data that a protocol leaves open with null.
+      changes: other values for its fields; its name then says so.
+    Raises:
+      ConfigError: no such protocol, or a field that is unknown, missing or of a wrong kind.
+    """
+    file = pathlib.Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        known = [p.stem for p in FOLDER.glob("*.json")]
+        raise errors.ConfigError(
+            f"no protocol {name!r}",
+            where="--protocol",
+            fix=f"{errors.nearest(name, known)}, or give the path of a .json file",
+        ) from e
+    except (OSError, ValueError) as e:
+        raise errors.ConfigError(
+            f"not readable as JSON: {e}", where=str(file), fix="see evaluators/protocols"
+        ) from e
+    changes = {key: value for key, value in changes.items() if value not in (None, {})}
+    label = file.stem + "".join(f" {key}={changes[key]}" for key in sorted(changes))
+    values = _checked(values, changes, str(file))
+    if path:
+        opened = [part for part in values["data"] if part.get("path", "") is None]
+        if not opened:
+            raise errors.ConfigError(
+                "the protocol names its data itself", where="--data", fix="leave --data out"
+            )
+        for part in opened:
+            part["path"] = path
+    if any(value is None for part in values["data"] for value in part.values()):
+        raise errors.ConfigError(
+            f"protocol {file.stem!r} judges data of yours", where="--data", fix="give its folder"
+        )
+    return Protocol(**{**values, "name": label})
+
+
+def _checked(values, changes, where: str) -> dict:
+    """The fields of a file with the changes, each of the kind it should be."""
+    if not isinstance(values, dict):
+        raise errors.ConfigError("no object", where=where, fix="write {…}")
+    values = {**values, **changes}
+    known = [field for field in Protocol._fields if field != "name"]
+    for field in values:
+        if field not in known:
+            raise errors.ConfigError(
+                f"unknown field {field!r}", where=where, fix=errors.nearest(field, known)
+            )
+    for field in ("data", "metrics", "num_images"):
+        if not values.get(field):
+            raise errors.ConfigError(f"{field} is missing", where=where, fix="add it")
+    whole = lambda v: type(v) is int and v >= 1
+    text = lambda v: v is None or isinstance(v, str)
+    parts = lambda v: isinstance(v, list) and all(isinstance(p, dict) and "source" in p for p in v)
+    kinds = {
+        **dict.fromkeys(("num_images", "per_caption"), (whole, "a whole number from 1")),
+        "seed": (lambda v: type(v) is int and 0 <= v < 2**32, "a whole number from 0 to 2³² − 1"),
+        "res": (lambda v: v is None or whole(v), "a number of pixels or null"),
+        "ema": (lambda v: isinstance(v, bool), "true or false"),
+        **dict.fromkeys(("extractor", "clip", "resize"), (text, "a name")),
+        **dict.fromkeys(("data", "train"), (parts, 'a list of {"source": …}')),
+        "sample": (lambda v: isinstance(v, dict), "an object of options"),
+        "metrics": (
+            lambda v: isinstance(v, dict) and all(isinstance(x, dict) for x in v.values()),
+            "an object: name -> options",
+        ),
+    }
+    for field, value in values.items():
+        fits, wanted = kinds[field]
+        if not fits(value):
+            raise errors.ConfigError(
+                f"{field} is {value!r}", where=where, fix=f"it should be {wanted}"
+            )
+    if values["num_images"] % values.get("per_caption", 1):
+        raise errors.ConfigError(
+            f"{values['num_images']} pictures, {values['per_caption']} of each caption",
+            where=where,
+            fix="make num_images a multiple of per_caption",
+        )
+    return values
+
+
+def _source(options, res: int, name: str):
+    options = {"res": res, **options}
+    module = plugins.load("data", options.pop("source"))
+    return plugins.call(module.make, where=f"protocol {name}", options=options)

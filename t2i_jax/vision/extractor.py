@@ -1,0 +1,109 @@
+"""Features of pictures of any size, batch by batch, over all devices.
+
+N pictures · H W pixels · C channels · D K features, classes
+"""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from t2i_jax import errors, fingerprint
+from t2i_jax.text import encoder as text_encoder
+from t2i_jax.vision import encoder, resize
+
+COLUMNS = {"pooled": "pooled_BD", "logits": "logits_BK", "spatial": "spatial_BD"}
+BATCH = 32  # pictures a device takes at once
+
+
+class Extractor:
+    """An image network with its weights, and the rule by which pictures come to its side.
+
+    label: what results call it. fingerprint: of weights, sizes and rule.
+    """
+
+    def __init__(self, source: str, rule: str = "clean"):
+        self._resize = resize.by_name(rule)
+        module = self._module = encoder.make(source)
+        image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
+        shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+        variables = encoder.load(source, shapes)
+        self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
+        self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{module!r}:{rule}"
+        self._apply = _Apply(module.apply, variables)
+
+    def __call__(self, pictures, wanted) -> dict[str, np.ndarray]:
+        """Columns, of COLUMNS, of uint8 pictures HWC: the same on every process.   -> ND, NK
+
+        Raises:
+          ConfigError: the network has no such thing.
+        """
+        image_NHWC = np.stack([self._resize(p, self._module.res) for p in pictures])
+        found = self._apply(image_NHWC / np.float32(127.5) - 1)
+        found = {name: getattr(found, COLUMNS[name]) for name in wanted}
+        for name, value in found.items():
+            if value is None:
+                raise errors.ConfigError(
+                    f"{self.label} gives no {name} features",
+                    where="extractor",
+                    fix="use another extractor, or leave out the metrics of these",
+                )
+        return found
+
+
+class DualEncoder:
+    """A CLIP checkpoint's two towers: pictures and captions to embeddings of length 1."""
+
+    def __init__(self, source: str, rule: str = "clean"):
+        self._image = Extractor(source, rule)
+        self.label, self.fingerprint = self._image.label, self._image.fingerprint
+        module = text_encoder.make(source)
+        self._tokenize = text_encoder.tokenizer(source, module.positions)
+        tokens = [jax.ShapeDtypeStruct((1, module.positions), t) for t in ("int32", "bool")]
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *tokens)
+        pooled = lambda *args: module.apply(*args).pooled_BD
+        self._text = _Apply(pooled, text_encoder.load(source, shapes))
+
+    def images(self, pictures) -> np.ndarray:
+        """Embeddings of uint8 pictures HWC.   -> ND"""
+        return _unit(self._image(pictures, ["pooled"])["pooled"])
+
+    def texts(self, captions) -> np.ndarray:
+        """Embeddings of captions.   -> ND"""
+        return _unit(self._text(*self._tokenize(captions)[:2]))
+
+
+def _unit(x_ND):
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+
+
+class _Apply:
+    """`fn(variables, *arrays)` of N rows: processes share them, and each its devices."""
+
+    def __init__(self, fn, variables):
+        devices = np.array(jax.local_devices())
+        mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
+        self._rows = NamedSharding(mesh, PartitionSpec("data"))
+        self._variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+        self._fn = jax.jit(fn, out_shardings=self._rows)
+        self._size = BATCH * len(devices)
+
+    def __call__(self, *arrays):
+        processes, total = jax.process_count(), len(arrays[0])
+        share = -(-total // processes)
+        mine = np.arange(share) * processes + jax.process_index()
+        parts = []
+        for start in range(0, share, self._size):
+            rows = np.resize(mine[start : start + self._size], self._size)
+            placed = [jax.device_put(x[np.minimum(rows, total - 1)], self._rows) for x in arrays]
+            part = jax.device_get(self._fn(self._variables, *placed))
+            parts.append(jax.tree.map(lambda x, n=min(self._size, share - start): x[:n], part))
+        found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        if processes > 1:
+            found = jax.tree.map(_woven, multihost_utils.process_allgather(found))
+        return jax.tree.map(lambda x: x[:total], found)
+
+
+def _woven(x_PN):
+    """Row i of process p is row i·P + p of all."""
+    return np.swapaxes(x_PN, 0, 1).reshape(-1, *x_PN.shape[2:])
