@@ -182,6 +182,22 @@ def load(sources: dict[str, Source]):
     return traverse_util.unflatten_dict(params, sep="/")
 
 
+def number(folder: pathlib.Path, name: str) -> float:
+    """A tensor of one number, by its torch name.
+
+    Raises:
+      DataError: there is none of that name, or it holds more.
+    """
+    tensor = _tensors(folder, Names({})).get(name)
+    if tensor is None or math.prod(tensor.shape) != 1 or tensor.kind not in FLOATS:
+        raise errors.DataError(
+            f"{name}: want one number, found {tensor.shape if tensor else 'none'}",
+            where=str(folder),
+            fix="use a checkpoint that has it",
+        )
+    return float(np.fromfile(tensor.path, FLOATS[tensor.kind], 1, offset=tensor.start)[0])
+
+
 def _minilm() -> pathlib.Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
     folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, hf
-from t2i_jax.text import blocks, condition
+from t2i_jax.models import blocks
+from t2i_jax.text import condition
 
 _BERT = {
     "word": "embeddings.word_embeddings",

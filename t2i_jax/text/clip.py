@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t2i_jax import errors, hf
-from t2i_jax.text import blocks, condition
+from t2i_jax.models import blocks
+from t2i_jax.text import condition
 
 _FIELDS = {
     "vocab_size": "vocab",

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax import errors, hf
-from t2i_jax.models import attention
-from t2i_jax.text import blocks, condition
+from t2i_jax.models import attention, blocks
+from t2i_jax.text import condition
 
 _FIELDS = {
     "vocab_size": "vocab",

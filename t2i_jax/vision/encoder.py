@@ -10,8 +10,9 @@ import pathlib
 import flax.linen as nn
 
 from t2i_jax import errors, hf
+from t2i_jax.vision import clip, dino, vit
 
-FAMILIES = {}
+FAMILIES = {model_type: family for family in (clip, dino) for model_type in family.MODEL_TYPES}
 CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
 FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
 
@@ -53,6 +54,8 @@ def load(source: str, abstract_variables):
 
 def _read(folder):
     config = hf.read_json(folder / hf.CONFIG)
+    if (folder / vit.PREPROCESSOR).is_file():
+        config["preprocessor"] = hf.read_json(folder / vit.PREPROCESSOR)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
         raise errors.ConfigError(

@@ -1,6 +1,6 @@
-"""What BERT, CLIP and GPT-2 are made of.
+"""What the pretrained transformers of texts and pictures are made of.
 
-B batch · L text length · N = B·L tokens · D width · H head width
+B batch · L length · N = B·L tokens · D width · H head width · M width within the MLP
 """
 
 import functools
@@ -22,10 +22,24 @@ ACTIVATIONS = {
 }
 
 
+class Value(nn.Module):
+    """A parameter that is no weight of a product: a token, a scale."""
+
+    shape: tuple[int, ...]
+    init: nn.initializers.Initializer = nn.initializers.normal(0.02)
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        return self.param("value", self.init, self.shape)
+
+
 class Layer(nn.Module):
     """Attention and MLP on flattened tokens: products of ND are faster than those of BLD.
 
     normed: "after" each sum, as in BERT, or "before" attention and MLP, as in GPT-2.
+    gated: `up` makes two halves, the activated first of which multiplies the second, as in SwiGLU
+      (arXiv:2002.05202).
+    scaled: what attention and MLP add is multiplied channel by channel (arXiv:2103.17239).
     """
 
     heads: int
@@ -35,6 +49,8 @@ class Layer(nn.Module):
     dtype: str
     normed: str = "after"
     causal: bool = False
+    gated: bool = False
+    scaled: bool = False
 
     @nn.compact
     def __call__(self, x_ND, mask_BL, cache=None, place_BL=None):
@@ -64,13 +80,26 @@ class Layer(nn.Module):
             )
             seen_BLS = jnp.arange(cache[0].shape[1]) <= place_BL[..., None]
             seen_BLNH = attention.attention(q_BLNH, *cache, mask_BTS=seen_BLS)
-        x_ND = x_ND + dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
+        out_ND = dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
+        x_ND = x_ND + self._scale(out_ND, "attention_scale")
         x_ND = x_ND if before else attention_norm(x_ND)
         h_ND = mlp_norm(x_ND) if before else x_ND
-        up_NM = ACTIVATIONS[self.activation](dense(self.mlp_width, name="up")(h_ND))
-        x_ND = x_ND + dense(width, name="down")(up_NM)
+        act = ACTIVATIONS[self.activation]
+        up_NM = dense((1 + self.gated) * self.mlp_width, name="up")(h_ND)
+        if self.gated:
+            gate_NM, up_NM = jnp.split(up_NM, 2, axis=-1)
+            up_NM = act(gate_NM) * up_NM
+        else:
+            up_NM = act(up_NM)
+        down_ND = dense(width, name="down")(up_NM)
+        x_ND = x_ND + self._scale(down_ND, "mlp_scale")
         x_ND = x_ND if before else mlp_norm(x_ND)
         return x_ND if cache is None else (x_ND, cache)
+
+    def _scale(self, x_ND, name: str):
+        if not self.scaled:
+            return x_ND
+        return x_ND * Value(x_ND.shape[-1:], nn.initializers.ones, name=name)().astype(x_ND.dtype)
 
 
 class Causal(nn.Module):
