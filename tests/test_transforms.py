@@ -51,6 +51,8 @@ TRANSPARENT = lambda *values: chunk(b"tRNS", struct.pack(f">{len(values)}H", *va
         (pixel(1, 0, b"\x80"), (255, 255, 255)),
         (pixel(2, 0, b"\x80"), (170, 170, 170)),
         (pixel(16, 0, b"\x80\xff"), (128, 128, 128)),
+        (pixel(16, 0, b"\0\xff"), (1, 1, 1)),
+        (pixel(16, 0, b"\xff\xff"), (255, 255, 255)),
         (pixel(16, 2, b"\x80\xff\x10\xff\xff\0"), (128, 16, 255)),
         (pixel(16, 6, b"\x80\0\x10\0\xff\0\xff\xff"), (128, 16, 255)),
         (pixel(16, 4, b"\0\0\x80\0"), (127, 127, 127)),  # half black over white

@@ -24,8 +24,8 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
     """PNG, JPEG or WebP -> uint8 RGB HWC.
 
     The first frame, upright by its EXIF orientation; transparency over white; grey, palette and
-    CMYK as RGB; 16-bit samples by their upper byte; colour profiles are ignored. The size is read
-    from the header before any pixel is.
+    CMYK as RGB; 16-bit grey divided by 257 and rounded, 16-bit colours by their upper byte; colour
+    profiles are ignored. The size is read from the header before any pixel is.
 
     Args:
       data: the file.
@@ -56,7 +56,8 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):
-        return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        grey_HW1 = np.round(np.asarray(image) / 257).astype(np.uint8)[..., None]
+        return np.repeat(grey_HW1, 3, axis=-1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
