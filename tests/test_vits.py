@@ -12,9 +12,10 @@ import math
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
-from t2i_jax import errors, hf
+from t2i_jax import errors
 from t2i_jax.quality import captions, retrieval
 from t2i_jax.text import encoder as text_encoder
 from t2i_jax.vision import clip, dino, encoder, resize, vit
@@ -60,7 +61,8 @@ def by_torch(case, folder):
     model = torch_model(case)
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    shapes = {name: x.shape for name, x in hf._tensors(folder, hf.Names({})).items()}
+    saved = safetensors.numpy.load_file(folder / "model.safetensors")
+    shapes = {name: x.shape for name, x in saved.items()}
     families.write(folder, config, shapes)
     model = type(model).from_pretrained(folder).eval()
     family, want = clip if "clip" in case else dino, {}
@@ -378,6 +380,7 @@ def encoded(image, kind="PNG", **options):
         (encoded(Image.new("L", (1, 1), 64)), (64, 64, 64)),
         (encoded(Image.new("RGBA", (1, 1), (255, 0, 0, 0))), (255, 255, 255)),
         (encoded(Image.fromarray(np.full((1, 1), 255, np.uint16))), (1, 1, 1)),
+        (encoded(Image.fromarray(np.full((1, 1), 65535, np.uint16))), (255, 255, 255)),
         (encoded(Image.new("CMYK", (1, 1), (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
         (encoded(Image.new("RGB", (1, 1), "blue").convert("P")), (0, 0, 255)),
         (animation(), (255, 0, 0)),
