@@ -25,7 +25,7 @@ GOLDEN = families.GOLDEN / "vits.json"
 KIND = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, patch_size=4)
 CLIP = KIND | dict(image_size=14, intermediate_size=40, projection_dim=10)
 DINO = KIND | dict(image_size=12, mlp_ratio=2)
-SIDES = ((12, 12), (28, 28), (8, 20))  # learned by DINO, and 7 × 7 and 2 × 5 patches
+SIDES = ((12, 12), (8, 20))  # learned by DINO, and 2 × 5 patches in place of 3 × 3
 CASES = {  # name -> torch's class, its config, sides of pictures
     "clip": ("CLIPVisionModel", CLIP | dict(hidden_act="gelu"), [(14, 14)]),
     "clip, projected": ("CLIPVisionModelWithProjection", CLIP, [(14, 14)]),
