@@ -139,7 +139,8 @@ def _circumstances(started: float) -> dict:
 
     import t2i_jax
 
-    asked = ["git", "-C", str(pathlib.Path(t2i_jax.__file__).parent), "rev-parse", "HEAD"]
+    here = str(pathlib.Path(t2i_jax.__file__).parent)
+    asked = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

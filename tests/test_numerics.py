@@ -1,8 +1,20 @@
 """The installed XLA computes what it should: releases that did not are named in setup.py."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def test_as_users_compile():
+    """The checks below in a process without the tests' flags."""
+    names = ("test_batched_small_products_are_right", "test_high_rank_reductions_run")
+    code = f"from tests import test_numerics as t; {'; '.join(f't.{name}()' for name in names)}"
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 def test_batched_small_products_are_right():

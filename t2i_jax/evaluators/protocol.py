@@ -18,7 +18,7 @@ from absl import logging
 from t2i_jax import distributed, errors, plugins
 from t2i_jax.data import transforms
 from t2i_jax.evaluators import shapes
-from t2i_jax.quality import classes, kernel, manifold, retrieval, statistics
+from t2i_jax.quality import captions, classes, kernel, manifold, retrieval, statistics
 from t2i_jax.quality import protocol as protocols
 from t2i_jax.quality.protocol import Protocol
 from t2i_jax.vision import extractor
@@ -71,17 +71,22 @@ def _memorised(drawn, real, *, ratio=1 / 3):
 
 
 def _clip_score(drawn, real):
-    cosine_N = (drawn["image_emb"] * drawn["text_emb"]).sum(1, dtype=np.float64)
-    return {"clip_score": float(100 * np.maximum(cosine_N, 0).mean())}
+    return {"clip_score": captions.clip_score(drawn["image_emb"], drawn["text_emb"])}
 
 
 def _r_precision(drawn, real, *, candidates=100, seed=0):
-    similarity_NN = drawn["image_emb"].astype(np.float64) @ drawn["text_emb"].T
+    similarity_NN = captions.cosines(drawn["image_emb"], drawn["text_emb"])
     return {"r_precision": retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)}
 
 
 def _cmmd(drawn, real):
-    return {"cmmd": kernel.cmmd(real["image_emb"], drawn["image_emb"])}
+    sides = (_unit(side["image_emb"]) for side in (real, drawn))
+    return {"cmmd": kernel.cmmd(*sides)}
+
+
+def _unit(x_ND):
+    x_ND = x_ND.astype(np.float64)
+    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
 
 
 def _shapes(drawn, real):
@@ -122,23 +127,23 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
     """
     ours = protocol if isinstance(protocol, Protocol) else protocols.read(protocol, **changes)
     nets = Networks(ours)
-    captions = ours.captions()
+    texts = ours.captions()
 
     def run(model, step):
-        batches = drawn(predict, model, ours, captions, batch_size)
+        batches = drawn(predict, model, ours, texts, batch_size)
         return Measure(ours, nets, batches, reference).metrics
 
     return run
 
 
-def drawn(predict, model, ours: Protocol, captions, batch_size: int):
+def drawn(predict, model, ours: Protocol, texts, batch_size: int):
     """Batches (pictures, their captions) of a model, all by one program."""
-    for start in range(0, len(captions), batch_size):
-        some = captions[start : start + batch_size]
-        index = np.minimum(np.arange(start, start + batch_size), len(captions) - 1)
-        texts = [captions[i] for i in index]
+    for start in range(0, len(texts), batch_size):
+        index = np.minimum(np.arange(start, start + batch_size), len(texts) - 1)
         options = {"seed": ours.seed, "index": index, "batch_size": batch_size, **ours.sample}
-        yield predict["sample"](model, texts, **options)[: len(some)], some
+        pictures = predict["sample"](model, [texts[i] for i in index], **options)
+        some = texts[start : start + batch_size]
+        yield pictures[: len(some)], some
 
 
 class Networks:
@@ -167,14 +172,14 @@ class Networks:
         if both & {*OF_CLIP}:
             self.dual = _opened(extractor.DualEncoder, protocol, "clip")
 
-    def columns(self, names, pictures, captions=None) -> dict[str, np.ndarray]:
+    def columns(self, names, pictures, texts=None) -> dict[str, np.ndarray]:
         """Those of the columns that networks give, for pictures and their captions."""
         own = sorted(names & extractor.COLUMNS.keys())
         found = self.extract(pictures, own) if own else {}
         if "image_emb" in names:
             found["image_emb"] = self.dual.images(pictures)
         if "text_emb" in names:
-            found["text_emb"] = self.dual.texts(captions)
+            found["text_emb"] = self.dual.texts(texts)
         return found
 
     def provenance(self) -> dict:
@@ -222,24 +227,24 @@ class Measure:
         self.provenance = nets.provenance()
         if reference:
             self._real = {"statistics": self._read(reference)}
-        for pictures, captions in batches:
-            self._add(pictures, captions)
+        for pictures, texts in batches:
+            self._add(pictures, texts)
         if not reference:
             self._real = self._real_features()
 
-    def _add(self, pictures, captions) -> None:
+    def _add(self, pictures, texts) -> None:
         self._res = self._res or len(pictures[0])
         wanted = self._nets.drawn
-        if captions is None and wanted & {"captions", "text_emb"}:
+        if texts is None and wanted & {"captions", "text_emb"}:
             raise errors.ConfigError(
                 "the pictures have no captions, and a metric needs them",
                 where=f"protocol {self._protocol.name}",
                 fix="write metadata.jsonl beside the pictures, or choose other metrics",
             )
-        found = self._nets.columns(wanted, pictures, captions)
+        found = self._nets.columns(wanted, pictures, texts)
         if "captions" in wanted and self._first:
-            found["captions"] = list(captions)
-            found["shapes"] = [self._judges.submit(_judge, pictures, captions)]
+            found["captions"] = list(texts)
+            found["shapes"] = [self._judges.submit(_judge, pictures, texts)]
         for name, rows in found.items():
             self._columns.setdefault(name, []).append(rows)
 
@@ -330,5 +335,5 @@ class Measure:
         return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 
-def _judge(pictures, captions):
-    return [shapes.judge(*pair) for pair in zip(pictures, captions, strict=True)]
+def _judge(pictures, texts):
+    return [shapes.judge(*pair) for pair in zip(pictures, texts, strict=True)]

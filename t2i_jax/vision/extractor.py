@@ -23,7 +23,8 @@ class Extractor:
     """
 
     def __init__(self, source: str, rule: str = "clean"):
-        self._resize = resize.by_name(rule)
+        resize.check(rule)
+        self._rule = rule
         module = self._module = encoder.make(source)
         image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
         shapes = jax.eval_shape(module.init, jax.random.key(0), image)
@@ -38,8 +39,8 @@ class Extractor:
         Raises:
           ConfigError: the network has no such thing.
         """
-        image_NHWC = np.stack([self._resize(p, self._module.res) for p in pictures])
-        found = self._apply(image_NHWC / np.float32(127.5) - 1)
+        squares = [resize.resize(p, self._module.res, self._rule) for p in pictures]
+        found = self._apply(np.stack(squares) / np.float32(127.5) - 1)
         found = {name: getattr(found, COLUMNS[name]) for name in wanted}
         for name, value in found.items():
             if value is None:
@@ -52,7 +53,7 @@ class Extractor:
 
 
 class DualEncoder:
-    """A CLIP checkpoint's two towers: pictures and captions to embeddings of length 1."""
+    """A CLIP checkpoint's two towers: pictures and captions to embeddings in one space."""
 
     def __init__(self, source: str, rule: str = "clean"):
         self._image = Extractor(source, rule)
@@ -66,15 +67,11 @@ class DualEncoder:
 
     def images(self, pictures) -> np.ndarray:
         """Embeddings of uint8 pictures HWC.   -> ND"""
-        return _unit(self._image(pictures, ["pooled"])["pooled"])
+        return self._image(pictures, ["pooled"])["pooled"]
 
     def texts(self, captions) -> np.ndarray:
         """Embeddings of captions.   -> ND"""
-        return _unit(self._text(*self._tokenize(captions)[:2]))
-
-
-def _unit(x_ND):
-    return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
+        return self._text(*self._tokenize(captions)[:2])
 
 
 class _Apply:

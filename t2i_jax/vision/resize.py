@@ -45,10 +45,7 @@ def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:
     Raises:
       ConfigError: an unknown rule. DataError: no uint8 picture.
     """
-    if rule not in RULES:
-        raise errors.ConfigError(
-            f"no rule {rule!r}", where="vision.resize", fix=errors.nearest(rule, RULES)
-        )
+    check(rule)
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or not image_HWC.size:
         raise errors.DataError(
             f"a picture is {image_HWC.dtype}{list(image_HWC.shape)}",
@@ -58,6 +55,14 @@ def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:
     if rule == "clean":
         return _clean(image_HWC, side)
     return _bilinear(image_HWC, side, centred=rule == "legacy_pytorch")
+
+
+def check(rule: str) -> None:
+    """Raises ConfigError unless it is one of RULES."""
+    if rule not in RULES:
+        raise errors.ConfigError(
+            f"no rule {rule!r}", where="vision.resize", fix=errors.nearest(rule, RULES)
+        )
 
 
 def _clean(image_HWC, side):
