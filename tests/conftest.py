@@ -10,8 +10,10 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirecto
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 # Half of the time went into making machine code fast that runs for milliseconds; test_numerics and
 # the benchmarks compile as users do.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 
 import pytest
 

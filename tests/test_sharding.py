@@ -27,7 +27,8 @@ def long():
 
 def on_eight_devices(*flags):
     """What tests/on_eight_devices.py saw: case -> numbers."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-m", "tests.on_eight_devices", *flags],
         cwd=ROOT,

@@ -71,9 +71,12 @@ class Lab:
         command = [sys.executable, "train.py", config, f"--workdir={workdir}", *flags]
         if wrap:
             command = ["sh", "-c", wrap, "sh", *command]
+        flags = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+        )
         environment = {
             **os.environ,
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": flags,
             "JAX_PLATFORMS": "cpu",
             "T2I_ENABLE_FAILPOINTS": "1",
             "T2I_FAILPOINT": failpoint,
