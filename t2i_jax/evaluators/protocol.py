@@ -138,6 +138,7 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
 
 def drawn(predict, model, ours: Protocol, texts, batch_size: int):
     """Batches (pictures, their captions) of a model, all by one program."""
+    batch_size = min(batch_size, len(texts))
     for start in range(0, len(texts), batch_size):
         index = np.minimum(np.arange(start, start + batch_size), len(texts) - 1)
         options = {"seed": ours.seed, "index": index, "batch_size": batch_size, **ours.sample}

@@ -1,0 +1,384 @@
+"""Protocols: what they draw, measure and name; folders of pictures; evaluators behind a run."""
+
+import functools
+import io
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_jax import errors, images, loop, pipeline, plugins
+from t2i_jax.data import pictures
+from t2i_jax.data import shapes as world
+from t2i_jax.evaluators import protocol as evaluator
+from t2i_jax.quality import protocol, statistics
+from t2i_jax.vision import extractor
+from tests import test_vits
+from tests.runs import config
+from tests.test_shapes_judge import painter
+
+SMALL = {
+    "data": [{"source": "shapes", "split": "test", "size": 12}],
+    "num_images": 12,
+    "metrics": {"shapes": {}},
+}
+
+
+def write(tmp_path, **changes):
+    """A protocol file."""
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps(SMALL | changes))
+    return str(path)
+
+
+TEXTS = world.make(split="test", size=12).captions()
+
+
+@pytest.fixture(scope="session")
+def dual(tmp_path_factory):
+    """A tiny CLIP checkpoint, which is an extractor, too, with a tokenizer of bytes."""
+    folder = tmp_path_factory.mktemp("clip")
+    test_vits.by_golden("clip, both towers", folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(evaluator.CACHE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def real(nets, texts, **options):
+    """Draws the test split itself."""
+    by_text = {e["caption"]: e["image"] for e in world.make(split="test", size=13, res=32)}
+    return np.stack([by_text[text] for text in texts])
+
+
+def measured(tmp_path, sample=real, **changes):
+    return evaluator.make({"sample": sample}, protocol=write(tmp_path, **changes))({}, 0)()
+
+
+# --- protocols ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted(protocol.FOLDER.glob("*.json")), ids=lambda p: p.stem)
+def test_our_protocols_read(path):
+    data = "/nowhere" if "null" in path.read_text() else None
+    assert protocol.read(path.stem, path=data).num_images > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_image": 3}, "did you mean 'num_images'"),
+        ({"num_images": 0}, "num_images is missing"),
+        ({"num_images": 2.5}, "a whole number"),
+        ({"data": [{"split": "test"}]}, "a list of"),
+        ({"metrics": {"shapes": 1}}, "an object"),
+        ({"metrics": {"shpaes": {}}}, "did you mean 'shapes'"),
+        ({"metrics": {"kid": {"subset": 3}}, "extractor": "x"}, "did you mean 'subsets'"),
+        ({"metrics": {"fid": {}}}, "names none as extractor"),
+        ({"metrics": {"clip_score": {}}}, "names none as clip"),
+        ({"metrics": {"memorised": {}}, "extractor": "x"}, "training pictures"),
+        ({"data": [{"source": "folder", "path": None}]}, "give its folder"),
+        ({"data": [{"source": "shape"}]}, "did you mean 'shapes"),
+        ({"per_caption": 5}, "multiple of per_caption"),
+        ({"metrics": {"fid": {}}, "extractor": "inception"}, "vision.convert inception"),
+    ],
+)
+def test_what_is_wrong_with_a_protocol_is_said_before_anything_is_drawn(
+    tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setenv("T2I_JAX_WEIGHTS", str(tmp_path))
+    with pytest.raises(errors.Error, match=message):
+        evaluator.make({}, protocol=write(tmp_path, **changes))
+
+
+def test_an_unknown_protocol_names_those_there_are():
+    with pytest.raises(errors.ConfigError, match="did you mean 'shapes'"):
+        protocol.read("shape")
+
+
+def test_captions_are_chosen_by_the_seed_and_whole_sets_keep_their_order(tmp_path):
+    read = lambda **changes: protocol.read(write(tmp_path, **changes)).captions()
+    whole = world.make(split="test", size=12).captions()
+    assert read() == whole
+    some = read(num_images=5)
+    assert some != whole[:5]
+    assert set(some) < set(whole)
+    assert some == read(num_images=5) != read(num_images=5, seed=1)
+    assert read(num_images=30)[:24] == whole * 2
+    assert read(num_images=6, per_caption=3) == [t for t in read(num_images=2) for _ in range(3)]
+    two = [{"source": "shapes", "split": s, "size": 3} for s in ("test", "heldout")]
+    held_out = world.make(split="heldout", size=3).captions()
+    assert read(data=two, num_images=6) == world.make(split="test", size=3).captions() + held_out
+
+
+def test_changes_show_in_the_name_and_the_hash(tmp_path):
+    plain, changed = (protocol.read(write(tmp_path), **c) for c in ({}, {"seed": 3}))
+    assert (plain.name, changed.name) == ("own", "own seed=3")
+    assert plain.sha256 != changed.sha256
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+def test_pictures_that_show_what_captions_say_are_all_right_whatever_the_batch(tmp_path):
+    sample = painter()
+    run = evaluator.make({"sample": sample}, protocol=write(tmp_path), batch_size=5)
+    assert run("nets", 0)()["full_match"] == 1.0
+    seen = [(nets, len(texts), options["index"].tolist()) for nets, texts, options in sample.calls]
+    ends = [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11, 11, 11, 11]]  # one program for all
+    assert seen == [("nets", 5, index) for index in ends]
+
+
+def test_real_pictures_are_at_no_distance_and_harm_is_at_some(tmp_path, dual):
+    ask = dict(
+        extractor=str(dual), metrics={"fid": {}, "kid": dict(subset_size=12), "manifold": {}}
+    )
+    label = dual.name
+    same = measured(tmp_path, **ask)
+    assert same[f"fd-{label}"] == 0
+    assert same[f"precision-{label}"] == same[f"recall-{label}"] == 1
+    assert {key.rpartition("-")[0] or key for key in same} >= {"fd", "kd", "kd_spread", "coverage"}
+    noise = np.random.default_rng(0).normal(size=(12, 32, 32, 3))
+    harmed = lambda scale: (
+        lambda *args, **options: np.clip(real(*args) + scale * noise, 0, 255).astype(np.uint8)
+    )
+    levels = [measured(tmp_path, harmed(s), **ask)[f"fd-{label}"] for s in (0, 8, 16, 32, 64)]
+    assert levels == sorted(levels)
+    assert levels[1] > 0
+
+
+def test_features_of_real_pictures_are_kept_and_known_by_what_made_them(
+    tmp_path, dual, cache, monkeypatch
+):
+    ask = dict(extractor=str(dual), metrics={"fid": {}})
+    first = measured(tmp_path, **ask)
+    assert len(list(cache.rglob("*.npz"))) == 1
+    calls, plain = [], extractor.Extractor.__call__
+
+    def counting(self, some, wanted):
+        calls.append(len(some))
+        return plain(self, some, wanted)
+
+    monkeypatch.setattr(extractor.Extractor, "__call__", counting)
+    assert measured(tmp_path, **ask) == first
+    assert calls == [12]  # the drawn ones alone
+    measured(tmp_path, **ask, resize="legacy_pytorch")
+    measured(tmp_path, **ask, res=16)
+    more = [{"source": "shapes", "split": "test", "size": 13}]
+    measured(tmp_path, real, **ask, data=more)
+    assert len(list(cache.rglob("*.npz"))) == 4
+    for path in cache.rglob("*.npz"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(errors.DataError, match="make the file again"):
+        measured(tmp_path, **ask)
+
+
+def test_a_mean_and_covariance_of_others_stand_for_the_real_pictures(tmp_path, dual):
+    ask = dict(extractor=str(dual), metrics={"fid": {}})
+    shown = [e["image"] for e in world.make(split="heldout", size=20, res=32)]
+    features = extractor.Extractor(str(dual))(shown, ["pooled"])["pooled"].astype(np.float64)
+    path = tmp_path / "theirs.npz"
+    np.savez(path, mu=features.mean(0), sigma=np.cov(features, rowvar=False))
+    run = evaluator.make(
+        {"sample": real}, protocol=write(tmp_path, **ask), reference=str(path), batch_size=12
+    )
+    drawn = extractor.Extractor(str(dual))(real({}, TEXTS), ["pooled"])["pooled"]
+    wanted = statistics.frechet(statistics.of(drawn), statistics.of(features))
+    (got,) = run({}, 0)().values()
+    assert got == pytest.approx(wanted, rel=1e-6)
+    more = write(tmp_path, **ask | {"metrics": {"fid": {}, "manifold": {}}})
+    with pytest.raises(errors.ConfigError, match="not for"):
+        evaluator.make({"sample": real}, protocol=more, reference=str(path))({}, 0)
+
+
+def test_features_do_not_depend_on_the_batch_and_rows_of_processes_are_woven(dual):
+    shown = [e["image"] for e in world.make(size=7, res=20)]
+    whole = extractor.Extractor(str(dual))(shown, ["pooled"])["pooled"]
+    for i in (0, 6):
+        alone = extractor.Extractor(str(dual))(shown[i : i + 1], ["pooled"])["pooled"]
+        np.testing.assert_allclose(alone[0], whole[i], rtol=1e-5, atol=1e-6)
+    rows_PN = np.arange(12).reshape(4, 3).T  # three processes, rows i·3 + p
+    assert extractor._woven(rows_PN).tolist() == list(range(12))
+
+
+# --- folders of pictures --------------------------------------------------------------------------
+
+
+def encoded(image, kind="PNG"):
+    data = io.BytesIO()
+    image.save(data, kind)
+    return data.getvalue()
+
+
+def test_a_folder_is_judged_as_the_model_that_drew_it(tmp_path):
+    folder, texts = tmp_path / "drawn", TEXTS
+    folder.mkdir()
+    drawn = painter()({}, texts)
+    for i, (picture, text) in enumerate(zip(drawn, texts, strict=True)):
+        images.save(folder / f"{i:05d}.png", picture, {"prompt": text})
+    ours = protocol.read(write(tmp_path))
+    nets = evaluator.Networks(ours)
+    found = pictures.Pictures(folder)
+    got = evaluator.Measure(ours, nets, found.batches(5)).metrics()
+    assert got == evaluator.make({"sample": painter()}, protocol=ours)({}, 0)()
+    before = found.fingerprint
+    images.save(folder / "00000.png", drawn[0], {"prompt": texts[1]})
+    assert pictures.Pictures(folder).fingerprint != before
+    (folder / "00003.png").write_bytes(encoded(Image.fromarray(drawn[3])))  # without its prompt
+    with pytest.raises(errors.ConfigError, match="no captions"):
+        evaluator.Measure(ours, nets, pictures.Pictures(folder).batches(5))
+
+
+def test_odd_pictures_are_taken_and_broken_ones_counted(tmp_path, dual):
+    rng = np.random.default_rng(0)
+    colour = Image.fromarray(rng.integers(0, 256, (20, 30, 3), np.uint8))
+    odd = {
+        "grey": colour.convert("L"),
+        "palette": colour.convert("P"),
+        "alpha": colour.convert("RGBA"),
+        "deep": Image.fromarray(rng.integers(0, 2**16, (9, 9), np.uint16)),
+        "dot": colour.crop((0, 0, 1, 1)),
+        "large": colour.resize((1200, 800)),
+    }
+    for name, image in odd.items():
+        (tmp_path / f"{name}.png").write_bytes(encoded(image))
+    whole = encoded(colour)
+    for name, data in {"cut": whole[:-60], "empty": b"", "text": b"no picture"}.items():
+        (tmp_path / f"{name}.png").write_bytes(data)
+    found = pictures.Pictures(tmp_path)
+    (batch,) = found.batches(16)
+    assert [len(p) for p in batch[0]] == [
+        20,
+        9,
+        1,
+        20,
+        800,
+        20,
+    ]  # alpha deep dot grey large palette
+    assert batch[1] is None
+    assert sorted(found.broken) == ["cut.png", "empty.png", "text.png"]
+    features = extractor.Extractor(str(dual))(batch[0], ["pooled"])["pooled"]
+    assert np.isfinite(features).all()
+    for name in odd:
+        (tmp_path / f"{name}.png").unlink()
+    with pytest.raises(errors.DataError, match="none of 3 files"):
+        list(pictures.Pictures(tmp_path).batches(2))
+
+
+# --- behind a run ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rated(run, tmp_path_factory):
+    """A run whose evaluator likes step 2 best; keeps one more checkpoint than that."""
+    workdir = tmp_path_factory.mktemp("rated")
+    loop.train(best_config(steps=6), workdir)
+    return workdir
+
+
+def best_config(**changes):
+    evaluators = {"held_out_loss": {**LOSS, "batch_size": 4, "num_images": 8}}
+    return config(
+        **{
+            **dict(evaluators=evaluators, eval_every=2, best="held_out_loss/mean", keep=1),
+            **dict(prompts=(), save_every=100),
+            **changes,
+        }
+    )
+
+
+LOSS = dict(data=dict(source="shapes", split="test", size=8, res=16))
+
+
+def events(workdir):
+    return [json.loads(line) for line in (workdir / "events.jsonl").read_text().splitlines()]
+
+
+def test_every_evaluation_has_one_row_and_the_best_checkpoint_stays(rated):
+    rows = events(rated)
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    assert {f"held_out_loss/{i}" for i in range(8)} < rows[0].keys()
+    best = max(rows, key=lambda row: row["held_out_loss/mean"])  # the largest, as it was asked for
+    kept = sorted(int(p.name) for p in (rated / "checkpoints").iterdir() if p.name.isdecimal())
+    assert kept == sorted({best["step"], 6})
+    pipe = pipeline.Pipeline.load(str(rated), step="best")
+    assert pipe.step == best["step"]
+    run = pipe.predictor.evaluator("held_out_loss", **best_config().evaluators.held_out_loss)
+    assert run(pipe.nets, 0)()["mean"] == pytest.approx(best["held_out_loss/mean"], rel=1e-5)
+
+
+def test_without_a_best_checkpoint_none_can_be_asked_for(run):
+    with pytest.raises(errors.ConfigError, match=r"config\.best"):
+        pipeline.Pipeline.load(str(run), step="best")
+
+
+def test_parameters_may_be_asked_for_as_they_are(run):
+    nets = [pipeline.Pipeline.load(str(run), averaged=a).nets["model"] for a in (True, False)]
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), *nets)
+    assert max(jax.tree.leaves(apart)) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_every": 0}, "nothing is evaluated"),
+        ({"best": "held_out_loss/maen", "steps": 2}, "did you mean 'held_out_loss/mean'"),
+    ],
+)
+def test_a_best_that_nothing_measures_is_an_error(tmp_path, changes, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        loop.train(best_config(**changes), tmp_path)
+
+
+class Slow:
+    """Hooks' parts: evaluators that end when they are told."""
+
+    def __init__(self):
+        self.go = threading.Event()
+        self.rows, self.said = [], []
+
+    def evaluator(self, nets, n):
+        return lambda: (self.go.wait(10), {"x": float(n)})[1]
+
+    event = lambda self, n, found: self.rows.append((n, found))
+    pause = lambda self: None
+    best = lambda self: self.said[-1] if self.said else None
+
+    def set_best(self, step, metric, value):
+        self.said.append(dict(step=step, metric=metric, value=value))
+
+
+def test_evaluators_end_behind_the_training(tmp_path):
+    slow = Slow()
+    predictor = pipeline.Predictor(best_config(evaluators={}, best="-slow/x"))
+    hooks = loop.Hooks(predictor, tmp_path)
+    hooks._evaluators = {"slow": slow.evaluator}
+    empty = loop.step.State(0, {}, {}, {}, 0)
+    for n in (2, 4):
+        hooks.run(n, empty, {}, slow)  # returns at once
+    assert not hooks.collect(slow, slow)
+    assert slow.rows == []
+    slow.go.set()
+    assert not hooks.collect(slow, slow, before=4) or len(slow.rows) == 2  # waits for the first
+    assert slow.rows[0] == (2, {"slow/x": 2.0})
+    assert hooks.collect(slow, slow, before=5)
+    assert slow.rows == [(2, {"slow/x": 2.0}), (4, {"slow/x": 4.0})]
+    assert slow.said == [dict(step=2, metric="slow/x", value=2.0)]  # the least
+
+
+def test_held_out_loss_needs_the_prediction_and_one_batch():
+    make = functools.partial(plugin, "held_out_loss")
+    with pytest.raises(errors.ConfigError, match="no prediction 'loss_at_times'"):
+        make({}, **LOSS)
+    with pytest.raises(errors.ConfigError, match="no batch of 64"):
+        make({"loss_at_times": None}, **LOSS)
+
+
+def plugin(name, predict, **options):
+    return plugins.load("evaluators", name).make(predict, **options)
