@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["t2i_jax", "t2i_jax.*"]),
-    package_data={"t2i_jax": ["builtin/*/*"]},
+    package_data={"t2i_jax": ["builtin/*/*", "evaluators/protocols/*.json"]},
     install_requires=[
         # 0.10.2 is silently wrong on CPU (jax#39103); 0.11.0 crashes reducing many axes (#39257)
         "jax>=0.10.1,!=0.10.2,!=0.11.0",
@@ -47,6 +47,7 @@ setup(
         "bench": ["psutil", "torch==2.13.0"],
         # what the tests' oracles need beside transformers
         "parity": ["scikit-image", "torch==2.13.0", "torchmetrics"],
-        "dev": ["hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "report": ["matplotlib"],  # the curves of t2i_jax.compare
+        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-timeout", "ruff"],
     },
 )

@@ -92,8 +92,11 @@ def given(options: dict) -> dict:
     return {name: flag.value for name, flag in options.items() if flag.value is not None}
 
 
-def run(main, *, required=(), argv=None) -> None:
-    """Parses the flags, runs `main()` and exits with the code the error asks for."""
+def run(main, *, required=(), arguments: str = "", argv=None) -> None:
+    """Parses the flags, runs `main()` and exits with the code the error asks for.
+
+    arguments: what to call the arguments that are no flags, one at least: `main` is given them.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     argv = sys.argv if argv is None else argv
     debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
@@ -108,8 +111,8 @@ def run(main, *, required=(), argv=None) -> None:
         logging.get_absl_handler().addFilter(_of_interest)
         if not debug:
             threading.excepthook = _in_background
-        _parse(argv, required)
-        main()
+        rest = _parse(argv, required, arguments)
+        main(*[rest] if arguments else [])
     except errors.Error as e:
         if debug:
             raise
@@ -141,7 +144,7 @@ def _in_background(args) -> None:
     logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
 
 
-def _parse(argv, required) -> None:
+def _parse(argv, required, arguments) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
         for name in required:  # a config file that failed to load says so only when it is used
@@ -159,15 +162,20 @@ def _parse(argv, required) -> None:
             where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
             fix="see --help for the flags, and the config file for its keys",
         ) from e
-    if rest[1:]:
+    if rest[1:] and not arguments:
         raise errors.ConfigError(
             f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"
+        )
+    if arguments and not rest[1:]:
+        raise errors.ConfigError(
+            f"no {arguments}", where="the command line", fix=f"name one {arguments} at least"
         )
     for name in required:
         if not flags.FLAGS[name].value:
             raise errors.ConfigError(
                 f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
             )
+    return rest[1:]
 
 
 def _flag_of(message: str, argv) -> str:

@@ -19,8 +19,10 @@ class Writer:
 
     A row of metrics.jsonl is {"step": n, name: value, …}; step n is the n-th update, from 1. Rows
     beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
-    step has exactly one row; so are evaluations, in events.jsonl, of steps after `events`. What a
-    full disk refuses is kept and written later. Only process 0 writes.
+    step has exactly one row; so are evaluations, in events.jsonl, of steps after `events`. A row of
+    times.jsonl is {"step": n, "seconds": …}, all that its steps took since the row before, without
+    compiling and evaluating. What a full disk refuses is kept and written later. Only process 0
+    writes.
     """
 
     def __init__(
@@ -29,11 +31,12 @@ class Writer:
         self._workdir, self._start = workdir, start
         self._first = jax.process_index() == 0
         if self._first:
-            _cut(workdir / "metrics.jsonl", start)
+            for name in ("metrics", "times"):
+                _cut(workdir / f"{name}.jsonl", start)
             _cut(workdir / "events.jsonl", events)
             self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
         _cut(quarantine(workdir), start)
-        self._unwritten: dict[str, list[str]] = {"metrics": [], "events": []}
+        self._unwritten: dict[str, list[str]] = {"metrics": [], "events": [], "times": []}
         self._pending: list[tuple[int, dict]] = []
         self._batch_size, self._stop = batch_size, stop
         self._terminal = self._first and bool(sys.stderr) and sys.stderr.isatty()
@@ -108,6 +111,8 @@ class Writer:
         now = time.perf_counter()
         steps = row["step"] - self._done
         rate = steps / max(now - self._since, 1e-9)
+        if steps > 0:
+            self._append("times", [{"step": row["step"], "seconds": now - self._since}])
         self._since, self._done = now, row["step"]
         for name, value in row.items():
             if name != "step" and math.isfinite(value):

@@ -2,6 +2,7 @@
 
 import json
 import logging as std_logging
+import os
 import pathlib
 import platform
 
@@ -45,6 +46,7 @@ def describe(path: pathlib.Path, config) -> None:
         "t2i_jax": t2i_jax.__version__,
         "processes": jax.process_count(),
         "devices": [str(d) for d in jax.devices()],
+        "cores": cores(),
     }
     try:
         images.write_whole(path / "config.json", weights.to_json(config).encode())
@@ -61,6 +63,13 @@ def describe(path: pathlib.Path, config) -> None:
         logger.removeHandler(old)
         old.close()
     logger.addHandler(handler)
+
+
+def cores() -> int:
+    """What an hour of this program counts: CPU cores of all processes, or accelerators."""
+    if jax.default_backend() != "cpu":
+        return jax.device_count()
+    return len(os.sched_getaffinity(0)) * jax.process_count()
 
 
 def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
