@@ -198,6 +198,11 @@ def number(folder: pathlib.Path, name: str) -> float:
     return float(np.fromfile(tensor.path, FLOATS[tensor.kind], 1, offset=tensor.start)[0])
 
 
+def pattern(module: str) -> str:
+    """A module's path as Names writes it: `{}` in place of numbers."""
+    return re.sub(r"_\d+(?=/|$)", "_{}", module)
+
+
 def _minilm() -> pathlib.Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
     folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None
@@ -362,7 +367,7 @@ def _sources(path: str, names: Names) -> tuple[list[str], bool]:
     """The torch tensors that make the parameter at `path`, and whether they are of a kernel."""
     module, _, leaf = path.rpartition("/")
     numbers = re.findall(r"_(\d+)(?=/|$)", module)
-    modules = names.tensors.get(re.sub(r"_\d+(?=/|$)", "_{}", module), ())
+    modules = names.tensors.get(pattern(module), ())
     modules = (modules,) if isinstance(modules, str) else modules
     ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
     return [m.format(*numbers) + ending for m in modules], leaf == "kernel"

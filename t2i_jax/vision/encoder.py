@@ -10,9 +10,13 @@ import pathlib
 import flax.linen as nn
 
 from t2i_jax import errors, hf
-from t2i_jax.vision import clip, dino, vit
+from t2i_jax.vision import clip, dino, efficientnet, inception, lpips, vit
 
-FAMILIES = {model_type: family for family in (clip, dino) for model_type in family.MODEL_TYPES}
+FAMILIES = {
+    model_type: family
+    for family in (clip, dino, efficientnet, inception, lpips)
+    for model_type in family.MODEL_TYPES
+}
 CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
 FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
 
