@@ -157,7 +157,7 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
             elif (kind := found[source].kind) not in FLOATS:
                 problems.append(f"{source}: want one of {', '.join(FLOATS)}, found {kind}")
     for source in sorted(found.keys() - used):
-        if not any(fnmatch.fnmatchcase(source, pattern) for pattern in names.ignored):
+        if not ignored(source, names):
             problems.append(f"{source[:200]}: want none, found {found[source].shape}")
     if problems:
         more = " …" if len(problems) > SHOWN else ""
@@ -196,6 +196,11 @@ def number(folder: pathlib.Path, name: str) -> float:
             fix="use a checkpoint that has it",
         )
     return float(np.fromfile(tensor.path, FLOATS[tensor.kind], 1, offset=tensor.start)[0])
+
+
+def ignored(tensor: str, names: Names) -> bool:
+    """Whether a checkpoint's tensor is of no use to us."""
+    return any(fnmatch.fnmatchcase(tensor, known) for known in names.ignored)
 
 
 def pattern(module: str) -> str:

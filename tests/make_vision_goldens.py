@@ -1,4 +1,4 @@
-"""What pytorch-fid, torch-fidelity, lpips and efficientnet_lite_pytorch say, for tests without them.
+"""What pytorch-fid, torch-fidelity, lpips and efficientnet_lite_pytorch say, to test without them.
 
 python -m tests.make_vision_goldens      (rewrites tests/goldens/vision.npz)
 
@@ -32,6 +32,11 @@ def pictures(name: str) -> np.ndarray:
     coarse = np.repeat(np.repeat(rng.uniform(0, 255, (2, 5, 5, 3)), 64, 1), 64, 2)
     fine = rng.uniform(0, 255, (2, side, side, 3))
     return (0.6 * coarse[:, :side, :side] + 0.4 * fine).astype(np.uint8)
+
+
+def thinned(kind: str, values):
+    """Those of a map's values that are stored."""
+    return values[:: STRIDE[kind] * max(1, len(values) // 500_000)]
 
 
 def _draw(name, shape):
@@ -132,7 +137,7 @@ if __name__ == "__main__":
         for i, x in enumerate(maps):
             values = x.permute(0, 2, 3, 1).flatten()
             out[f"{kind}_map{i}_size"] = np.array(len(values))
-            out[f"{kind}_map{i}"] = values[:: STRIDE[kind] * max(1, len(values) // 500_000)].numpy()
+            out[f"{kind}_map{i}"] = thinned(kind, values.numpy())
     PATH.parent.mkdir(exist_ok=True)
     np.savez_compressed(PATH, **out)
     for name, x in out.items():

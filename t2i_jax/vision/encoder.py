@@ -29,14 +29,19 @@ def locate(source: str) -> pathlib.Path:
     """
     if source not in CONVERTED:
         return hf.locate(source)
-    home = pathlib.Path(os.environ.get(FOLDER, "~/.cache/t2i_jax")).expanduser()
-    if not (home / source / hf.WEIGHTS).is_file():
+    folder = home() / source
+    if not (folder / hf.WEIGHTS).is_file():
         raise errors.DataError(
-            f"no weights of {source!r}: looked for {home / source / hf.WEIGHTS}",
+            f"no weights of {source!r}: looked for {folder / hf.WEIGHTS}",
             where=f"{FOLDER} is {os.environ.get(FOLDER, 'not set')}",
             fix=f"make them: python -m t2i_jax.vision.convert {source} (needs torch: see --help)",
         )
-    return home / source
+    return folder
+
+
+def home() -> pathlib.Path:
+    """Where the folders of CONVERTED lie."""
+    return pathlib.Path(os.environ.get(FOLDER, "~/.cache/t2i_jax")).expanduser()
 
 
 def make(source: str) -> nn.Module:

@@ -76,7 +76,11 @@ class Lpips(nn.Module):
     @nn.compact
     def _stages(self, image_BHWC):
         """Maps BHWC and weights C of every stage."""
-        if image_BHWC.ndim != 4 or image_BHWC.shape[3] != 3 or min(image_BHWC.shape[1:3]) < SMALLEST:
+        if (
+            image_BHWC.ndim != 4
+            or image_BHWC.shape[3] != 3
+            or min(image_BHWC.shape[1:3]) < SMALLEST
+        ):
             raise errors.DataError(
                 f"pictures of shape {list(image_BHWC.shape)}",
                 where="Lpips",
