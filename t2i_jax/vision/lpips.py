@@ -112,7 +112,8 @@ def from_config(config: dict) -> Lpips:
 
 
 def _normalise(x_BHWC):
-    """Every place's channels to length 1; places of all zeros stay so and pass no gradient."""
-    squared_BHW1 = jnp.square(x_BHWC).sum(-1, keepdims=True)
-    length_BHW1 = jnp.sqrt(jnp.where(squared_BHW1 > 0, squared_BHW1, 1))
-    return x_BHWC / (length_BHW1 + 1e-10)
+    """Every place's channels to length 1.
+
+    The root has no derivative where all are 0, but there the ReLU before it lets none through.
+    """
+    return x_BHWC / (jnp.sqrt(jnp.square(x_BHWC).sum(-1, keepdims=True)) + 1e-10)
