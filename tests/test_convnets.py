@@ -73,9 +73,8 @@ def apply(loaded, *pictures, method=None):
 
 
 def gradient(loss, variables, x_BHWC):
-    """Of the pictures; compiled with the least effort, as that is most of the time."""
-    lowered = jax.jit(jax.grad(loss, argnums=1)).lower(variables, x_BHWC)
-    return lowered.compile({"xla_backend_optimization_level": 0})(variables, x_BHWC)
+    """Of the pictures. Variables are arguments: XLA folds constants for seconds."""
+    return jax.jit(jax.grad(loss, argnums=1))(variables, x_BHWC)
 
 
 def near(got, want):

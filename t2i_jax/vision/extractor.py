@@ -31,7 +31,8 @@ class Extractor:
         variables = encoder.load(source, shapes)
         self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
         self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{module!r}:{rule}"
-        self._apply = _Apply(module.apply, variables)
+        columns = lambda *args: module.apply(*args)._replace(maps=())  # megabytes a picture
+        self._apply = _Apply(columns, variables)
 
     def __call__(self, pictures, wanted) -> dict[str, np.ndarray]:
         """Columns, of COLUMNS, of uint8 pictures HWC: the same on every process.   -> ND, NK
