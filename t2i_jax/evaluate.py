@@ -10,6 +10,7 @@ in the --workdir, or wherever --output says. --evaluators runs files of t2i_jax/
 
 import datetime
 import json
+import math
 import pathlib
 import subprocess
 import time
@@ -49,7 +50,7 @@ def main():
             fix="give it with --protocol alone",
         )
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
-    text = json.dumps(row)
+    text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
     print(text)
     output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
     if output:
@@ -81,7 +82,8 @@ def _by_protocol() -> dict:
     nets = judge.Networks(ours)
     if IMAGES.value:
         found = pictures.Pictures(IMAGES.value)
-        measure = judge.Measure(ours, nets, found.batches(BATCH_SIZE.value), REFERENCE.value)
+        batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
+        measure = judge.Measure(ours, nets, batches, REFERENCE.value)
         model = {
             "images": IMAGES.value,
             "images_sha256": found.fingerprint,

@@ -44,7 +44,13 @@ CASES = {
     "no model": (["sample.py", "--prompt=a circle"], 78, "no model"),
     "two models to draw with": ([*BUILTIN, "--workdir=runs/flow"], 78, "two models"),
     "two models to judge": (
-        ["-m", "t2i_jax.evaluate", "--checkpoint=builtin:shapes", "--workdir=runs/flow"],
+        [
+            "-m",
+            "t2i_jax.evaluate",
+            "--protocol=shapes",
+            "--checkpoint=builtin:shapes",
+            "--workdir=x",
+        ],
         78,
         "two models",
     ),

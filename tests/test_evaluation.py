@@ -8,6 +8,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from t2i_jax import errors, images, loop, pipeline, plugins
@@ -16,7 +17,7 @@ from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
 from t2i_jax.quality import protocol, statistics
 from t2i_jax.vision import extractor
-from tests import test_vits
+from tests import test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
 
@@ -205,6 +206,47 @@ def test_features_do_not_depend_on_the_batch_and_rows_of_processes_are_woven(dua
         np.testing.assert_allclose(alone[0], whole[i], rtol=1e-5, atol=1e-6)
     rows_PN = np.arange(12).reshape(4, 3).T  # three processes, rows i·3 + p
     assert extractor._woven(rows_PN).tolist() == list(range(12))
+
+
+@pytest.fixture
+def weights(tmp_path, monkeypatch):
+    """LPIPS with numbers of a rule, where converted weights lie."""
+    folder = tmp_path / "weights" / "lpips"
+    folder.mkdir(parents=True)
+    tensors = test_convnets.state("lpips")
+    (folder / "model.safetensors").write_bytes(safetensors.numpy.save(tensors))
+    (folder / "config.json").write_text('{"model_type": "lpips_vgg"}')
+    monkeypatch.setenv("T2I_JAX_WEIGHTS", str(folder.parent))
+
+
+def test_pictures_are_compared_with_those_of_their_captions(tmp_path, weights):
+    ask = dict(metrics={"psnr": {}, "ssim": {}, "lpips": {}}, num_images=6)
+    same = measured(tmp_path, **ask)
+    assert same == {"psnr": np.inf, "ssim": 1.0, "lpips": 0.0}
+    darker = lambda *args, **options: real(*args) // 2
+    harmed = measured(tmp_path, darker, **ask)
+    assert harmed["psnr"] < 20
+    assert harmed["ssim"] < 0.9
+    assert harmed["lpips"] > 0.01
+
+
+def test_diversity_is_among_the_pictures_of_one_caption(tmp_path, weights):
+    ask = dict(metrics={"lpips_diversity": {}}, num_images=6, per_caption=3)
+    assert measured(tmp_path, **ask)["lpips_diversity"] == pytest.approx(0, abs=1e-6)
+    rng = np.random.default_rng(0)
+    noisy = lambda *args, **options: (
+        real(*args) // 2 + rng.integers(0, 99, (6, 32, 32, 3), np.uint8)
+    )
+    assert measured(tmp_path, noisy, **ask)["lpips_diversity"] > 0.01
+    with pytest.raises(errors.ConfigError, match="several pictures of a caption"):
+        measured(tmp_path, **ask | {"per_caption": 1})
+
+
+def test_pictures_of_several_sizes_are_not_compared_one_by_one(tmp_path):
+    ours = protocol.read(write(tmp_path, metrics={"psnr": {}}))
+    sizes = [np.zeros((n, n, 3), np.uint8) for n in (32, 16)]
+    with pytest.raises(errors.DataError, match="several sizes"):
+        evaluator.Measure(ours, evaluator.Networks(ours), [(sizes, TEXTS[:2])])
 
 
 # --- folders of pictures --------------------------------------------------------------------------

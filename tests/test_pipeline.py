@@ -50,13 +50,21 @@ def test_sample_writes_pictures_that_can_be_made_again(run, tmp_path):
     assert images.read_metadata(again)["options"]["steps"] == 2
 
 
-def test_evaluate_prints_one_json_object(run):
-    *_, line = start("-m", "t2i_jax.evaluate", f"--workdir={run}", "--num_images=4", "--steps=1")
-    found = json.loads(line)
-    assert found["shapes/num_images"] == 4
-    assert found["step"] == 6
-    assert found["steps"] == 1
-    assert 0 <= found["shapes/full_match"] <= 1
+def test_evaluate_prints_one_json_object_and_keeps_it(run, tmp_path):
+    options = (f"--workdir={run}", "--num_images=4", "--steps=1")
+    kept = tmp_path / "rows.jsonl"
+    for way in ("--protocol=shapes", "--evaluators=shapes"):
+        *_, line = start("-m", "t2i_jax.evaluate", way, f"--output={kept}", *options)
+        row = json.loads(line)
+        assert json.loads(kept.read_text().splitlines()[-1]) == row
+        assert row["step"] == 6
+        if way == "--protocol=shapes":
+            assert row["protocol"] == "shapes num_images=4 sample={'steps': 1}"
+            assert (row["num_images"], row["sample"]["steps"]) == (4, 1)
+            first = row["full_match"]
+    assert row["shapes/num_images"] == 4
+    assert row["shapes/full_match"] == first
+    assert row["steps"] == 1
 
 
 def test_an_exported_model_draws_what_the_run_draws(pipe, exported):

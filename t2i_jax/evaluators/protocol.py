@@ -18,7 +18,7 @@ from absl import logging
 from t2i_jax import distributed, errors, plugins
 from t2i_jax.data import transforms
 from t2i_jax.evaluators import shapes
-from t2i_jax.quality import captions, classes, kernel, manifold, retrieval, statistics
+from t2i_jax.quality import captions, classes, kernel, manifold, pixels, retrieval, statistics
 from t2i_jax.quality import protocol as protocols
 from t2i_jax.quality.protocol import Protocol
 from t2i_jax.vision import extractor
@@ -84,6 +84,11 @@ def _cmmd(drawn, real):
     return {"cmmd": kernel.cmmd(*sides)}
 
 
+def _mean(name: str) -> Metric:
+    """Of a column of one number a picture, or a caption."""
+    return Metric((name,), (), lambda drawn, real: {name: float(drawn[name].mean())})
+
+
 def _unit(x_ND):
     x_ND = x_ND.astype(np.float64)
     return x_ND / np.linalg.norm(x_ND, axis=1, keepdims=True)
@@ -104,8 +109,13 @@ METRICS = {
     "r_precision": Metric(("image_emb", "text_emb"), (), _r_precision),
     "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd),
     "shapes": Metric(("captions", "shapes"), (), _shapes),
+    "lpips_diversity": _mean("lpips_diversity"),  # among the pictures of a caption
+    "lpips": _mean("lpips"),  # of drawn pictures from their captions' own
+    "psnr": _mean("psnr"),
+    "ssim": _mean("ssim"),
 }
 OF_CLIP = ("image_emb", "text_emb")
+OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
 
 
 def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None, **changes):
@@ -138,13 +148,18 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
 
 def drawn(predict, model, ours: Protocol, texts, batch_size: int):
     """Batches (pictures, their captions) of a model, all by one program."""
-    batch_size = min(batch_size, len(texts))
+    batch_size = min(whole_captions(ours, batch_size), len(texts))
     for start in range(0, len(texts), batch_size):
         index = np.minimum(np.arange(start, start + batch_size), len(texts) - 1)
         options = {"seed": ours.seed, "index": index, "batch_size": batch_size, **ours.sample}
         pictures = predict["sample"](model, [texts[i] for i in index], **options)
         some = texts[start : start + batch_size]
         yield pictures[: len(some)], some
+
+
+def whole_captions(ours: Protocol, batch_size: int) -> int:
+    """A batch size near the given one, so that no caption's pictures are torn apart."""
+    return max(batch_size // ours.per_caption, 1) * ours.per_caption
 
 
 class Networks:
@@ -167,11 +182,19 @@ class Networks:
                 "memorised needs the training pictures", where=where, fix='add "train": […]'
             )
         both = self.drawn | self.real
-        self.extract = self.dual = None
+        self.extract = self.dual = self.perceptual = None
+        if "lpips_diversity" in self.drawn and protocol.per_caption < 2:
+            raise errors.ConfigError(
+                "lpips_diversity needs several pictures of a caption",
+                where=where,
+                fix="set per_caption to 2 or more",
+            )
         if both & {*extractor.COLUMNS, "trained"}:
             self.extract = _opened(extractor.Extractor, protocol, "extractor")
         if both & {*OF_CLIP}:
             self.dual = _opened(extractor.DualEncoder, protocol, "clip")
+        if both & {"lpips", "lpips_diversity"}:
+            self.perceptual = extractor.Perceptual()
 
     def columns(self, names, pictures, texts=None) -> dict[str, np.ndarray]:
         """Those of the columns that networks give, for pictures and their captions."""
@@ -183,14 +206,41 @@ class Networks:
             found["text_emb"] = self.dual.texts(texts)
         return found
 
+    def diversity(self, pictures, per_caption: int) -> np.ndarray:
+        """Of each caption's pictures, which lie together.   -> G"""
+        x_NHWC = _stacked(pictures)
+        if len(x_NHWC) % per_caption:
+            raise errors.DataError(
+                f"{len(x_NHWC)} pictures, {per_caption} of each caption",
+                where="lpips_diversity",
+                fix="let no picture of a caption be missing or broken",
+            )
+        return self.perceptual.diversity(x_NHWC.reshape(-1, per_caption, *x_NHWC.shape[1:]))
+
+    def of_pairs(self, name: str, pictures, own) -> np.ndarray:
+        """One of OF_PAIRS, of pictures and those that their captions belong to.   -> N"""
+        fn = OF_PAIRS[name]
+        fn = fn if callable(fn) else getattr(self.perceptual, fn)
+        return fn(_stacked(pictures), np.stack(own))
+
     def provenance(self) -> dict:
         """The networks by name and hash."""
-        opened = {"extractor": self.extract, "clip": self.dual}
+        opened = {"extractor": self.extract, "clip": self.dual, "lpips": self.perceptual}
         return {
             key: {"name": net.label, "fingerprint": net.fingerprint}
             for key, net in opened.items()
             if net
         }
+
+
+def _stacked(pictures) -> np.ndarray:
+    if len({picture.shape for picture in pictures}) > 1:
+        raise errors.DataError(
+            "pictures of several sizes, which cannot be compared one by one",
+            where="lpips, psnr, ssim",
+            fix="give pictures of one size, or choose other metrics",
+        )
+    return np.stack(pictures)
 
 
 def _opened(kind, protocol, field: str):
@@ -222,7 +272,7 @@ class Measure:
 
     def __init__(self, protocol: Protocol, nets: Networks, batches, reference=None):
         self._protocol, self._nets = protocol, nets
-        self._columns, self._res = {}, 0
+        self._columns, self._res, self._own = {}, 0, None
         self._first = jax.process_index() == 0
         self._judges = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self.provenance = nets.provenance()
@@ -243,6 +293,16 @@ class Measure:
                 fix="write metadata.jsonl beside the pictures, or choose other metrics",
             )
         found = self._nets.columns(wanted, pictures, texts)
+        if "lpips_diversity" in wanted:
+            per_caption = self._protocol.per_caption
+            found["lpips_diversity"] = self._nets.diversity(pictures, per_caption)
+        if pairs := sorted(wanted & OF_PAIRS.keys()):
+            self._own = self._own or self._protocol.pictures(self._res)
+            own = [
+                transforms.square(next(self._own), self._protocol.res or self._res)
+                for _ in pictures
+            ]
+            found |= {name: self._nets.of_pairs(name, pictures, own) for name in pairs}
         if "captions" in wanted and self._first:
             found["captions"] = list(texts)
             found["shapes"] = [self._judges.submit(_judge, pictures, texts)]

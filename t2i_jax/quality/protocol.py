@@ -59,15 +59,27 @@ class Protocol(NamedTuple):
     def captions(self) -> list[str]:
         """One for each picture to draw, in order."""
         found, sources = [], self.sources("data", self.res or 32)  # no picture is looked at
-        count = self.num_images // self.per_caption
-        for place, source in enumerate(sources):
-            records = self._choose(len(range(place, count, len(sources))), len(source))
+        for source, records in self._chosen(sources):
             if hasattr(source, "captions"):
                 texts = list(source.captions())
                 found += [texts[record] for record in records]
             else:
                 found += [source[int(record)]["caption"] for record in records]
         return [text for text in found for _ in range(self.per_caption)]
+
+    def pictures(self, res: int):
+        """The real pictures of `captions`, one after another, as their sources give them."""
+        for source, records in self._chosen(self.sources("data", res)):
+            for record in records:
+                image_HWC = source[int(record)]["image"]
+                yield from [image_HWC] * self.per_caption
+
+    def _chosen(self, sources):
+        """(source, its records whose captions are drawn), …"""
+        count = self.num_images // self.per_caption
+        for place, source in enumerate(sources):
+            share = len(range(place, count, len(sources)))
+            yield source, self._choose(share, len(source))
 
     def _choose(self, count: int, size: int) -> np.ndarray:
         """Records of a source, ascending; all of it, over and over, where that is not enough."""

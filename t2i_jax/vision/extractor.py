@@ -9,6 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t2i_jax import errors, fingerprint
+from t2i_jax.data import transforms
 from t2i_jax.text import encoder as text_encoder
 from t2i_jax.vision import encoder, resize
 
@@ -75,16 +76,41 @@ class DualEncoder:
         return self._text(*self._tokenize(captions)[:2])
 
 
+class Perceptual:
+    """LPIPS of uint8 pictures, at their own size."""
+
+    label = "lpips"
+
+    def __init__(self, source: str = "lpips"):
+        module = encoder.make(source)
+        image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
+        shapes = jax.eval_shape(module.init, jax.random.key(0), image)
+        variables = encoder.load(source, shapes)
+        self.fingerprint = fingerprint.digest(variables)
+        distance = lambda v, x, y: module.apply(v, x, y, method="distance")
+        diversity = lambda v, x: jax.vmap(lambda g: module.apply(v, g, method="diversity"))(x)
+        self._distance = _Apply(distance, variables)
+        self._diversity = _Apply(diversity, variables, batch=4)
+
+    def distance(self, x_NHWC, y_NHWC) -> np.ndarray:
+        """Of every picture from its partner.   -> N"""
+        return self._distance(transforms.to_float(x_NHWC), transforms.to_float(y_NHWC))
+
+    def diversity(self, x_GNHWC) -> np.ndarray:
+        """The mean distance of all pairs within each of G groups of N pictures.   -> G"""
+        return self._diversity(transforms.to_float(x_GNHWC))
+
+
 class _Apply:
     """`fn(variables, *arrays)` of N rows: processes share them, and each its devices."""
 
-    def __init__(self, fn, variables):
+    def __init__(self, fn, variables, batch: int = BATCH):
         devices = np.array(jax.local_devices())
         mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
         self._rows = NamedSharding(mesh, PartitionSpec("data"))
         self._variables = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
         self._fn = jax.jit(fn, out_shardings=self._rows)
-        self._size = BATCH * len(devices)
+        self._size = batch * len(devices)
 
     def __call__(self, *arrays):
         processes, total = jax.process_count(), len(arrays[0])
