@@ -19,7 +19,7 @@ $(VENV)/.installed: setup.py
 demo: venv
 	$(PY) train.py --config=configs/shapes_demo.py --workdir=runs/demo
 	$(PY) sample.py --workdir=runs/demo --prompts_file=docs/prompts.txt --grid --output_dir=out/demo
-	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --evaluators=shapes --num_images=256
+	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --protocol=shapes --num_images=256
 
 test: venv
 	$(PY) -m pytest tests
@@ -40,6 +40,7 @@ bench: venv
 	$(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.text_encoders
 	$(PY) -m benchmarks.fid
+	$(PY) -m benchmarks.extractors clip dino
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -51,9 +51,9 @@ def call(module: str, *arguments: str) -> None:
 class Arm:
     """One competitor in its own process."""
 
-    def __init__(self, module: str, *arguments: str):
+    def __init__(self, module: str, *arguments: str, python: str = sys.executable):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments],
+            [python, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
