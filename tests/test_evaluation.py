@@ -3,6 +3,8 @@
 import functools
 import io
 import json
+import socket
+import subprocess
 import threading
 
 import jax
@@ -17,7 +19,7 @@ from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
 from t2i_jax.quality import protocol, statistics
 from t2i_jax.vision import extractor
-from tests import test_convnets, test_vits
+from tests import runs, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
 
@@ -424,3 +426,45 @@ def test_held_out_loss_needs_the_prediction_and_one_batch():
 
 def plugin(name, predict, **options):
     return plugins.load("evaluators", name).make(predict, **options)
+
+
+@pytest.mark.slow
+def test_two_processes_find_what_one_does(tmp_path, dual):
+    """Pictures, features shared out, held-out loss and the best checkpoint."""
+    protocol_file = write(
+        tmp_path,
+        data=[{"source": "shapes", "split": "test", "size": 12, "res": 16}],
+        extractor=str(dual),
+        metrics={"shapes": {}, "fid": {}, "kid": {"subset_size": 8}},
+    )
+    evaluators = {
+        "protocol": {"protocol": protocol_file, "batch_size": 4},
+        "held_out_loss": {**LOSS, "batch_size": 4},
+    }
+    command = [*runs.COMMAND, f"--config.evaluators={evaluators}", "--config.eval_every=3"]
+    command += ["--config.best=-held_out_loss/mean", "--config.keep=1"]
+    found = {}
+    with socket.socket() as s:
+        s.bind(("", 0))
+        port = s.getsockname()[1]
+    for count in (1, 2):
+        workdir = tmp_path / f"{count}"
+        together = [f"--coordinator=localhost:{port}", f"--num_processes={count}"]
+        started = [
+            subprocess.Popen(
+                [*command, f"--workdir={workdir}"]
+                + ([*together, f"--process_id={i}"] if count > 1 else []),
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(count)
+        ]
+        for process in started:
+            _, log = process.communicate(timeout=600)
+            assert process.returncode == 0, log[-3000:]
+        best = json.loads((workdir / "checkpoints" / "best.json").read_text())
+        found[count] = events(workdir), best["step"]
+    assert [row["step"] for row in found[1][0]] == [3, 6]
+    assert found[1][1] == found[2][1]
+    for one, two in zip(found[1][0], found[2][0], strict=True):
+        assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
