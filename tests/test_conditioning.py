@@ -13,6 +13,21 @@ from tests import runs, test_text_families
 WORDS = ["<pad>", "<end>", "a", "red", "blue", "circle", "square", "on", "the", "left"]
 
 
+def small_tokenizer(folder):
+    """Of WORDS."""
+    words = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a")
+    )
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A <end>", special_tokens=[("<end>", 1)]
+    )
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}'
+    )
+
+
 def small_encoders(root):
     """Folders of a CLIP with nine positions and a T5, each with a small tokenizer of words."""
     folders = []
@@ -20,17 +35,7 @@ def small_encoders(root):
         folder = root / case
         folder.mkdir()
         test_text_families.by_golden(case, folder)
-        words = tokenizers.Tokenizer(
-            tokenizers.models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="a")
-        )
-        words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-        words.post_processor = tokenizers.processors.TemplateProcessing(
-            single="$A <end>", special_tokens=[("<end>", 1)]
-        )
-        words.save(str(folder / "tokenizer.json"))
-        (folder / "tokenizer_config.json").write_text(
-            '{"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>"}'
-        )
+        small_tokenizer(folder)
         folders.append(str(folder))
     return tuple(folders)
 

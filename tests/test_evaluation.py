@@ -19,7 +19,7 @@ from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
 from t2i_jax.quality import protocol, statistics
 from t2i_jax.vision import extractor
-from tests import runs, test_convnets, test_vits
+from tests import runs, test_conditioning, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
 
@@ -42,9 +42,10 @@ TEXTS = world.make(split="test", size=12).captions()
 
 @pytest.fixture(scope="session")
 def dual(tmp_path_factory):
-    """A tiny CLIP checkpoint, which is an extractor, too, with a tokenizer of bytes."""
+    """A tiny CLIP checkpoint, which is an extractor, too."""
     folder = tmp_path_factory.mktemp("clip")
     test_vits.by_golden("clip, both towers", folder)
+    test_conditioning.small_tokenizer(folder)
     return folder
 
 
@@ -175,7 +176,10 @@ def test_features_of_real_pictures_are_kept_and_known_by_what_made_them(
     measured(tmp_path, **ask, res=16)
     more = [{"source": "shapes", "split": "test", "size": 13}]
     measured(tmp_path, real, **ask, data=more)
-    assert len(list(cache.rglob("*.npz"))) == 4
+    both = {"extractor": str(dual), "clip": str(dual)}
+    assert "cmmd-" + dual.name in measured(tmp_path, **both, metrics={"fid": {}, "cmmd": {}})
+    measured(tmp_path, **both, metrics={"fid": {}, "clip_score": {}})  # fewer columns of the same
+    assert len(list(cache.rglob("*.npz"))) == 6
     for path in cache.rglob("*.npz"):
         path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(errors.DataError, match="make the file again"):
@@ -274,6 +278,10 @@ def test_a_folder_is_judged_as_the_model_that_drew_it(tmp_path):
     before = found.fingerprint
     images.save(folder / "00000.png", drawn[0], {"prompt": texts[1]})
     assert pictures.Pictures(folder).fingerprint != before
+    before = pictures.Pictures(folder).fingerprint
+    (folder / "00003.txt").write_text(texts[0])
+    assert pictures.Pictures(folder).fingerprint != before
+    (folder / "00003.txt").unlink()
     (folder / "00003.png").write_bytes(encoded(Image.fromarray(drawn[3])))  # without its prompt
     with pytest.raises(errors.ConfigError, match="no captions"):
         evaluator.Measure(ours, nets, pictures.Pictures(folder).batches(5))
@@ -414,6 +422,17 @@ def test_evaluators_end_behind_the_training(tmp_path):
     assert hooks.collect(slow, slow, before=5)
     assert slow.rows == [(2, {"slow/x": 2.0}), (4, {"slow/x": 4.0})]
     assert slow.said == [dict(step=2, metric="slow/x", value=2.0)]  # the least
+
+
+def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):
+    small = best_config(best="", steps=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Hooks, "collect", lambda *args, **options: False)  # not yet there
+        loop.train(small, tmp_path)
+    assert not (tmp_path / "events.jsonl").exists()
+    for _ in range(2):
+        loop.train(small, tmp_path)
+        assert [row["step"] for row in events(tmp_path)] == [2]
 
 
 def test_held_out_loss_needs_the_prediction_and_one_batch():
