@@ -363,6 +363,8 @@ def test_every_evaluation_has_one_row_and_the_best_checkpoint_stays(rated):
     assert pipe.step == best["step"]
     run = pipe.predictor.evaluator("held_out_loss", **best_config().evaluators.held_out_loss)
     assert run(pipe.nets, 0)()["mean"] == pytest.approx(best["held_out_loss/mean"], rel=1e-5)
+    whole = pipe.predictor.evaluator("held_out_loss", **LOSS, batch_size=8)
+    assert whole(pipe.nets, 0)()["mean"] == pytest.approx(best["held_out_loss/mean"], rel=1e-4)
 
 
 def test_without_a_best_checkpoint_none_can_be_asked_for(run):

@@ -11,14 +11,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from t2i_jax import errors, losses, plugins, randomness
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
-from t2i_jax.text import condition, encoder
-from t2i_jax.text.condition import Cond
+from t2i_jax.text import condition, side
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
 DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
@@ -35,8 +33,8 @@ class Options(NamedTuple):
       "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
              (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
     time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
-    text_dropout: share of captions replaced by the null condition; of several encoders, a share
-      for each makes them miss independently (SD3, arXiv:2403.03206).
+    text_dropout: share of captions replaced by the null condition, or a share for each encoder,
+      see `text.side`.
     train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
@@ -71,43 +69,15 @@ def make(config) -> Objective:
                 where=f"config.{name}",
                 fix=f"use {max(value // unit, 1) * unit} or {(value // unit + 1) * unit}",
             )
-    text = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
-    parts = getattr(text, "parts", None)
-    dropout = np.array(options.text_dropout, np.float32)
-    if dropout.ndim and dropout.shape != (len(parts or ()),):
-        raise errors.ConfigError(
-            f"text_dropout has {dropout.size} shares for {len(parts or (1,))} encoders",
-            where="config.loss.text_dropout",
-            fix="give one number, or one for each of config.load.text",
-        )
-    if not ((dropout >= 0) & (dropout <= 1)).all():
-        raise errors.ConfigError(
-            f"text_dropout is {options.text_dropout}",
-            where="config.loss.text_dropout",
-            fix="give shares from 0 to 1",
-        )
-    if config.cache and (options.train_text or "text" in config.lora):
-        raise errors.ConfigError(
-            "cached caption states cannot change with an encoder that learns",
-            where="config.cache",
-            fix="set --config.cache= (nothing)",
-        )
+    text = side.Side(config, text_dropout=options.text_dropout, train_text=options.train_text)
     shape_HWC = (config.res, config.res, 3)
 
     def init(key, batch):
         key_model, key_text = jax.random.split(key)
-        text_variables = text.init(key_text, batch["text"], batch["mask"])
-        cond = text.apply(text_variables, batch["text"], batch["mask"])
+        text_variables, cond = text.init(key_text, batch)
         t_B = jnp.zeros(batch["text"].shape[0])
         image_BHWC = jnp.zeros((t_B.shape[0], *shape_HWC))
         return {"model": model.init(key_model, image_BHWC, t_B, cond), "text": text_variables}
-
-    def encode(nets, batch, key=None) -> Cond:
-        """Caption states: from the cache where the batch brings them, else from the encoder."""
-        if "cond_seq" in batch:
-            seq_BLD, pooled_BD = batch["cond_seq"], batch["cond_pooled"]
-            return Cond(seq_BLD.astype(jnp.float32), batch["mask"], pooled_BD.astype(jnp.float32))
-        return text.apply(nets["text"], batch["text"], batch["mask"])
 
     def velocity(nets, z_BHWC, t_B, cond, text_kv=None):
         out_BHWC = model.apply(nets["model"], z_BHWC, t_B, cond, text_kv)
@@ -134,15 +104,14 @@ def make(config) -> Objective:
         t_B = jax.nn.sigmoid(
             options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
         )
-        draw_B = jax.vmap(lambda k: jax.random.uniform(k, dropout.shape))(keys[2])
-        cond = condition.drop(encode(nets, batch), draw_B < dropout, parts)
+        cond = text.drop(text.encode(nets, batch), keys[2])
         value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
     def loss_at_times(nets, batch, key):
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
-        noise_BHWC, cond = randomness.normal_each(keys_B, shape_HWC), encode(nets, batch)
+        noise_BHWC, cond = randomness.normal_each(keys_B, shape_HWC), text.encode(nets, batch)
 
         def at(t):
             value_B = loss_at(nets, batch, cond, noise_BHWC, jnp.full(keys_B.shape, t))
@@ -168,10 +137,10 @@ def make(config) -> Objective:
                 where="--sampler",
                 fix=errors.nearest(sampler, ode.SOLVERS),
             )
-        cond = encode(nets, batch)
-        null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
-        if "negative_text" in batch:
-            null = text.apply(nets["text"], batch["negative_text"], batch["negative_mask"])
+        cond = text.encode(nets, batch)
+        null = text.negative(nets, batch)
+        if null is None:
+            null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
         both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
         text_kv = model.apply(nets["model"], both, method="text_kv")
 
@@ -184,7 +153,7 @@ def make(config) -> Objective:
         image_BHWC = ode.SOLVERS[sampler](field, noise_BHWC, ode.times(steps, shift))
         return jnp.clip(image_BHWC, -1, 1)
 
-    predict = {"sample": sample, "encode": encode, "loss_at_times": loss_at_times}
+    predict = {"sample": sample, "encode": text.encode, "loss_at_times": loss_at_times}
     trained = ("model", "text") if options.train_text else ("model",)
     return Objective(init, (Loss(trained, loss),), predict)
 
