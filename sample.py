@@ -50,7 +50,7 @@ def main():
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    pipe = pipeline.Pipeline.load(source, step=step)
+    pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
     drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
     for path in requests.save(
         drawn,

@@ -19,8 +19,8 @@ def base() -> ml_collections.ConfigDict:
     config.augment = ()  # names of t2i_jax/data/transforms.py
     config.bad_budget = 0.01  # share of broken examples that stops the run
     config.text_length = 32  # tokens a caption is padded or cut to
-    config.load = dict()  # net -> where its weights come from: {"text": "minilm"}, or several
-    config.text = dict()  # dtype, and a family's options: dict(clip=dict(skip=1))
+    config.load = dict()  # net -> where its weights come from: "minilm", or several with commas
+    config.text = dict(dtype="float32")  # and a family's options: clip=dict(skip=1)
     config.lora = dict()  # net -> dict(rank=8): its adapter `<net>_lora` is trained, see lora.py
     config.allow_random = False  # frozen nets without a source: only :debug configs
     config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
@@ -74,7 +74,8 @@ def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
 def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     """The same experiment on a laptop in seconds: tiny, random text encoder, nothing fetched."""
     config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
-    config.load, config.text, config.allow_random, config.cache = {}, {}, True, ""
+    config.load = dict.fromkeys(config.load, "")  # a flag may name one
+    config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
     config.model.update(width=16, depth=1, heads=2)
     config.log_every, config.save_every, config.sample_every = 2, 3, 0

@@ -35,6 +35,7 @@ def model_flags() -> dict:
             "checkpoint", None, "builtin:<name> or an exported model's folder."
         ),
         "step": step_flag(),
+        "load": load_flag(),
     }
 
 
@@ -42,6 +43,25 @@ def step_flag():
     """--step: a number, "best" or None."""
     text = 'A run\'s checkpoint, a number or "best"; the newest by default.'
     return flags.DEFINE(_Step(), "step", None, text)
+
+
+def load_flag():
+    """--load; see `loads`."""
+    text = "net=DIR: where a pretrained net lies now, such as text=DIR."
+    return flags.DEFINE_multi_string("load", [], text)
+
+
+def loads(flag) -> dict[str, str]:
+    """net -> source, of --load."""
+    found = {}
+    for text in flag.value:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise errors.ConfigError(
+                f"it is {text!r}", where="--load", fix="give net=DIR, such as text=DIR"
+            )
+        found[name] = source
+    return found
 
 
 class _Step(flags.ArgumentParser):

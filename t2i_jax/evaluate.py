@@ -43,7 +43,8 @@ def main():
             where="the command line",
             fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
         )
-    if IMAGES.value and (EVALUATORS.value or cli.given({**MODEL, **OPTIONS})):
+    drawing = [flag.value for flag in (*MODEL.values(), *OPTIONS.values(), EVALUATORS)]
+    if IMAGES.value and any(drawing):
         raise errors.ConfigError(
             "pictures and what draws pictures",
             where="--images",
@@ -126,7 +127,8 @@ def _pipeline(**options):
     source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    return pipeline.Pipeline.load(source, step=MODEL["step"].value, **options)
+    load = cli.loads(MODEL["load"])
+    return pipeline.Pipeline.load(source, step=MODEL["step"].value, load=load, **options)
 
 
 def _digest(pipe) -> str:

@@ -7,7 +7,7 @@ from absl import flags
 from t2i_jax import cli
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
-STEP = cli.step_flag()
+STEP, LOAD = cli.step_flag(), cli.load_flag()
 OUTPUT = flags.DEFINE_string("output", None, "A new folder.")
 CARD = flags.DEFINE_string("card", None, "A Markdown file to go with the weights.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the stored weights.")
@@ -15,13 +15,12 @@ MERGE = flags.DEFINE_bool("merge", False, "Add LoRA adapters to the nets they ad
 
 
 def main():
-    from t2i_jax import errors, lora, pipeline, weights
+    from t2i_jax import errors, fingerprint, lora, pipeline, weights
 
     output = pathlib.Path(OUTPUT.value)
     if output.exists() and any(output.iterdir()):
         raise errors.ConfigError("the folder is not empty", where=str(output), fix="name a new one")
-    pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value)
-    card = pathlib.Path(CARD.value).read_text() if CARD.value else "# A model made with t2i_jax\n"
+    pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value, load=cli.loads(LOAD))
     nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
     if MERGE.value and not config.lora:
         raise errors.ConfigError("no adapters to merge", where=WORKDIR.value, fix="omit --merge")
@@ -29,8 +28,17 @@ def main():
         nets, config = lora.merge_run(nets, config)
         names = [name.removesuffix(lora.SUFFIX) for name in names]
     held = {name: nets[name] for name in names}
-    weights.export(output, held, config, card=card, dtype=DTYPE.value)
+    frozen = {name: net for name, net in nets.items() if name not in held}
+    needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
+    card = pathlib.Path(CARD.value).read_text() if CARD.value else _card(needed)
+    digest = fingerprint.digest(frozen) if frozen else None
+    weights.export(output, held, config, card=card, dtype=DTYPE.value, frozen=digest)
     print(output)
+
+
+def _card(needed) -> str:
+    text = "# A model made with t2i_jax\n"
+    return text + f"\nIt needs {', '.join(needed)} beside it.\n" * bool(needed)
 
 
 if __name__ == "__main__":

@@ -269,7 +269,8 @@ def _check(folder: pathlib.Path) -> pathlib.Path:
             f"no {WEIGHTS} or {INDEX}; {', '.join(pickles[:SHOWN])} can run code and is not opened",
             where=str(folder),
             fix='convert it, in a sandbox that has torch: python -c "import transformers as t; '
-            "t.AutoModel.from_pretrained('OLD').save_pretrained('NEW')\"",
+            "[x.from_pretrained('OLD').save_pretrained('NEW') for x in "
+            '(t.AutoModel, t.AutoTokenizer)]"',
         )
     lacking = f"{WEIGHTS} or {INDEX}" if not weights else CONFIG
     raise errors.DataError(

@@ -230,7 +230,9 @@ class Run:
         config, predictor = self.config, self.predictor
         if not config.cache:
             raise errors.ConfigError(
-                "it names no prediction", where="config.cache", fix="set --config.cache=encode"
+                "it names no prediction",
+                where="config.cache",
+                fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
             )
         encode = functools.partial(predictor.run, config.cache, self.frozen)
         known = cache.identity(config, self.frozen, self.source, predictor.tokenize)
@@ -240,6 +242,14 @@ class Run:
         """Fills the frozen nets, of which there are only shapes so far."""
         self.frozen = weights.frozen(self.predictor.objective, self.config, self.layout.nets)
         self._frozen_digest = fingerprint.digest(self.frozen)
+
+    def check_frozen(self) -> None:
+        """Raises ConfigError where this workdir's run was trained with other frozen nets."""
+        if (self.workdir / "checkpoints").is_dir():
+            checkpoints = checkpoint.Checkpoints(self.workdir, create=False)
+            if steps := checkpoints.steps():
+                known = checkpoints.meta(steps[-1]).get("frozen")
+                weights.check_frozen(self.frozen, known, self._frozen_digest)
 
     def trace(self):
         """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
@@ -263,13 +273,11 @@ class Run:
             state, start = found
             logging.info("resuming %s after %d steps", self.workdir, start)
             meta = checkpoints.meta(start)
-            if meta.get("frozen", self._frozen_digest) != self._frozen_digest:
+            try:
+                weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digest)
+            except errors.ConfigError:
                 checkpoints.progressed()  # refused, not dead
-                raise errors.ConfigError(
-                    f"the frozen nets {sorted(self.frozen)} are not those the run was trained with",
-                    where="config.load",
-                    fix="bring their files back, or use a new --workdir with --config.init_from",
-                )
+                raise
             return state, start, meta["hooked"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
         if config.init_from:

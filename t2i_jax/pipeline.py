@@ -187,20 +187,41 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, source: str, *, step: int | str | None = None, averaged: bool = True
+        cls, source: str, *, step: int | str | None = None, averaged: bool = True, load=None
     ) -> "Pipeline":
         """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
         model's folder, or `builtin:name`; with averaged parameters where there are any.
+
+        Args:
+          load: net -> where its weights lie now, in place of what config.json says.
+        Raises:
+          ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         folder = weights.locate(source)
         config = weights.read_config(folder)
+        weights.override(config, load or {})
+        try:
+            return cls._load(source, folder, config, step, averaged)
+        except errors.DataError as e:
+            if e.where not in map(str, weights.sources(config).values()):
+                raise
+            raise errors.DataError(
+                e.what,
+                where=f"{e.where}, which {folder / 'config.json'} names in config.load",
+                fix="bring it back, or say where it lies now: --load=text=DIR",
+            ) from e
+
+    @classmethod
+    def _load(cls, source, folder, config, step, averaged):
         predictor = Predictor(config)
         family = predictor.objective
         shapes = weights.abstract_nets(family, config)
         held = weights.held(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
-        nets |= weights.frozen(family, config, besides=held)
+        frozen = weights.frozen(family, config, besides=held)
+        weights.check_frozen(frozen, weights.frozen_digest(folder, step))
+        nets |= frozen
         return cls(predictor, nets, source, step)
 
     def __call__(self, captions, **options):

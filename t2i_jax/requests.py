@@ -195,7 +195,10 @@ def _cut(pipe, requests, strict):
     cuts = dict(zip(prompts, pipe.predictor.tokenize(prompts)[2], strict=True))
     for prompt, cut in cuts.items():
         if cut:
-            text = f"the model reads {pipe.config.text_length} tokens; cut off: {cut[:200]!r}"
+            text = f"longer than the {pipe.config.text_length} tokens that the model reads"
+            if hasattr(pipe.predictor.tokenize, "fixed"):  # several encoders, each with its limit
+                text = "longer than what one of the model's text encoders reads"
+            text += f"; cut off: {cut[:200]!r}"
             if strict:
                 raise errors.ConfigError(text, where=f"prompt {prompt[:60]!r}…", fix="shorten it")
             logging.warning("%s", text)

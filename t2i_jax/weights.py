@@ -8,9 +8,10 @@ import ml_collections
 import numpy as np
 import safetensors
 import safetensors.numpy
+from absl import logging
 from flax import traverse_util
 
-from t2i_jax import checkpoint, errors, images, objective, sharding
+from t2i_jax import checkpoint, errors, fingerprint, images, objective, sharding
 from t2i_jax.text import encoder
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -61,7 +62,9 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    return ml_collections.ConfigDict({"lora": {}, "text": {}, "best": ""} | values)  # younger keys
+    values = {"lora": {}, "text": {}, "best": ""} | values  # younger keys
+    values["text"] = {"dtype": "float32"} | values["text"]
+    return ml_collections.ConfigDict(values)
 
 
 def abstract_batch(config, batch_size: int | None = None):
@@ -92,7 +95,8 @@ def frozen_shapes(family: objective.Objective, config):
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
     shapes = abstract_nets(family, config)
-    for name, source in config.load.items():
+    given = sources(config)
+    for name, source in given.items():
         if name not in shapes:
             raise errors.ConfigError(
                 f"objective {config.objective!r} has no net {name!r}",
@@ -103,7 +107,7 @@ def frozen_shapes(family: objective.Objective, config):
             encoder.check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
-        if name not in config.load and not config.allow_random:
+        if name not in given and not config.allow_random:
             raise errors.ConfigError(
                 f"frozen net {name!r} has no weights",
                 where="config.load",
@@ -119,12 +123,12 @@ def frozen(family: objective.Objective, config, place=None, *, besides=()):
       place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
       besides: names of nets that came from elsewhere.
     """
-    shapes = frozen_shapes(family, config)
+    shapes, given = frozen_shapes(family, config), sources(config)
     targets = _placed({name: s for name, s in shapes.items() if name not in besides}, place)
     nets = {}
     for name, target in targets.items():
-        if name in config.load:
-            nets[name] = load_net(config.load[name], name, target)
+        if name in given:
+            nets[name] = load_net(given[name], name, target)
         else:
             key = jax.random.key(config.seed)
             batch = abstract_batch(config, 1)
@@ -136,17 +140,78 @@ def frozen(family: objective.Objective, config, place=None, *, besides=()):
 def pretrained(family: objective.Objective, config, place=None):
     """The trained nets that `config.load` names, as they are there; `place` as in `frozen`."""
     shapes = abstract_nets(family, config)
-    named = {name: shapes[name] for name in family.trained if name in config.load}
+    given = sources(config)
+    named = {name: shapes[name] for name in family.trained if name in given}
     targets = _placed(named, place)
-    nets = {name: load_net(config.load[name], name, targets[name]) for name in named}
+    nets = {name: load_net(given[name], name, targets[name]) for name in named}
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+
+
+def sources(config) -> dict:
+    """net -> where its weights come from, of `config.load`, without empty entries."""
+    found = {name: encoder.given(source) for name, source in config.load.items()}
+    return {name: source for name, source in found.items() if source}
+
+
+def override(config, given) -> None:
+    """Puts net -> source in place of what a read config says.
+
+    Raises:
+      ConfigError: a net that it does not load.
+    """
+    for name, source in given.items():
+        if name not in config.load:
+            raise errors.ConfigError(
+                f"the model loads no net {name!r}",
+                where="--load",
+                fix=errors.nearest(name, list(config.load)),
+            )
+        with config.ignore_type():
+            config.load[name] = source
+
+
+def frozen_digest(folder: pathlib.Path, step: int | None) -> str | None:
+    """Of the frozen nets that a run's checkpoint or an exported model was trained with."""
+    if (folder / EXPORTED).exists():
+        with _opened(folder / EXPORTED) as tensors:
+            return (tensors.metadata() or {}).get("frozen")
+    return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
 
 
 def load_net(source, name: str, target):
     """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
+    logging.info("%s: %s", name, source)
+    if not isinstance(source, str) and any(map(_is_ours, source)):
+        raise errors.ConfigError(
+            f"a run of ours among several encoders: {source}",
+            where=f"config.load.{name}",
+            fix="give pretrained checkpoints, or the run alone",
+        )
     if _is_ours(source):
+        _check_trained(source, name)
         return load_trained(locate(source), {name: target}, step=None)[0][name]
     return encoder.load(source, target)
+
+
+def check_frozen(nets, known: str | None, found: str | None = None) -> None:
+    """Raises ConfigError unless the frozen nets are those of which a digest is known, if one is."""
+    if known and (found or fingerprint.digest(nets)) != known:
+        raise errors.ConfigError(
+            f"the frozen nets {sorted(nets)} are not those the run was trained with",
+            where="config.load",
+            fix="bring their files back, or use a new --workdir with --config.init_from",
+        )
+
+
+def _check_trained(source: str, name: str) -> None:
+    """Raises ConfigError where a run or model has no such net of its own."""
+    config = read_config(locate(source))
+    if name not in config.optim and name not in held(locate(source)):
+        raise errors.ConfigError(
+            f"that run did not train its net {name!r}",
+            where=f"config.load.{name}={source}",
+            fix=f"give what it was loaded from: {sources(config).get(name)!r}",
+        )
 
 
 def _placed(shapes, place):
@@ -202,12 +267,17 @@ def held(folder: pathlib.Path) -> list[str]:
         return sorted({name.partition("/")[0] for name in names})
 
 
-def export(folder: pathlib.Path, nets, config, *, card: str, dtype="float16") -> None:
-    """Writes model.safetensors, config.json and README.md: what sampling needs and nothing else."""
+def export(
+    folder: pathlib.Path, nets, config, *, card: str, dtype="float16", frozen: str | None = None
+) -> None:
+    """Writes model.safetensors, config.json and README.md: what sampling needs beside the frozen
+    nets, of which it notes the digest.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
+    note = {"frozen": frozen} if frozen else None
     tensors = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
-    images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors))
+    images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors, note))
     images.write_whole(folder / "config.json", to_json(config).encode())
     images.write_whole(folder / "README.md", card.encode())
 

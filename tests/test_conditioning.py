@@ -1,14 +1,19 @@
 """Conditions from one encoder or several, cut short, dropped, or learning with the generator."""
 
+import json
+import shutil
+
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import tokenizers
 
 from configs import shapes_finetune, shapes_transformer
 from t2i_jax import errors, loop, objective, pipeline, weights
 from t2i_jax.text import condition, encoder
 from tests import runs, test_text_families
+from tests.test_pipeline import start
 
 WORDS = ["<pad>", "<end>", "a", "red", "blue", "circle", "square", "on", "the", "left"]
 
@@ -55,7 +60,7 @@ def encoded(source, captions, length=16, **options):
 def test_several_encoders_are_each_of_them_side_by_side(pair):
     captions = ["a red circle", "", "the blue square on the left " * 3, "a red circle " * 4]
     net, both, cut = encoded(pair, captions)
-    _, clip, _ = encoded(pair[0], captions, length=9)
+    _, clip, clip_cut = encoded(pair[0], captions, length=9)
     _, t5, t5_cut = encoded(pair[1], captions)
     assert net.lengths == (9, 16)
     assert net.parts == ((9, 10), (16, 24))
@@ -66,7 +71,27 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
     np.testing.assert_allclose(both.pooled_BD, pooled, atol=1e-6)
     assert not both.mask_BL[1].any()
     assert not both.pooled_BD[1].any()
-    assert cut == t5_cut == [None, None, "on the left", None]  # CLIP lost more, but T5 read it
+    assert t5_cut == [None, None, "on the left", None]
+    assert cut == clip_cut  # which lost more
+    assert cut[:2] == [None, None]
+    assert all(cut[2:])
+
+
+def test_a_string_names_several_by_commas_unless_it_is_a_folder(tmp_path):
+    assert encoder.given("a/clip, b/t5") == ("a/clip", "b/t5")
+    assert encoder.given("") is encoder.given(None) is None
+    assert encoder.given(["a", "b"]) == ("a", "b")
+    (tmp_path / "clip, projected").mkdir()
+    assert encoder.given(str(tmp_path / "clip, projected")) == str(tmp_path / "clip, projected")
+
+
+def test_a_field_not_implemented_names_its_folder(pair, tmp_path):
+    folder = tmp_path / "clip"
+    shutil.copytree(pair[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "odd"}))
+    with pytest.raises(errors.ConfigError, match=f"{folder}/config.json"):
+        encoder.make(str(folder))
 
 
 def test_a_roberta_beside_others_reads_no_more_than_its_positions(pair, tmp_path):
@@ -177,3 +202,41 @@ def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp
     config.cache = "encode"
     with pytest.raises(errors.ConfigError, match="cached caption states cannot change"):
         objective.make(config)
+
+
+@pytest.mark.slow
+def test_a_debug_config_takes_an_encoder_by_a_flag_and_its_run_knows_its_files(pair, tmp_path):
+    """The files of a frozen encoder may move, but not change, for whoever draws."""
+    own = tmp_path / "clip"
+    shutil.copytree(pair[0], own)
+    config = runs.config(steps=1, prompts=(), save_every=1)
+    config.load.text, config.text_length = str(own), 9
+    loop.train(config, tmp_path / "run")
+    draw = lambda source, **options: pipeline.Pipeline.load(str(source), **options)(
+        ["a red circle"], steps=1
+    )
+    before = draw(tmp_path / "run")
+    exported = tmp_path / "model"
+    start("-m", "t2i_jax.export", f"--workdir={tmp_path / 'run'}", f"--output={exported}")
+    assert str(own) in (exported / "README.md").read_text()
+    own.rename(tmp_path / "moved")
+    for source in (tmp_path / "run", exported):
+        with pytest.raises(errors.DataError, match="say where it lies now"):
+            draw(source)
+        with pytest.raises(errors.ConfigError, match="loads no net 'txt'"):
+            draw(source, load={"txt": "x"})
+        after = draw(source, load={"text": str(tmp_path / "moved")})
+        assert np.abs(before.astype(int) - after).max() <= 2  # exports are float16
+    weights_file = tmp_path / "moved" / "model.safetensors"
+    tensors = safetensors.numpy.load_file(weights_file)
+    name = next(n for n in tensors if n.endswith("fc1.weight"))
+    safetensors.numpy.save_file(tensors | {name: tensors[name] + 0.5}, weights_file)
+    for source in (tmp_path / "run", exported):
+        with pytest.raises(errors.ConfigError, match="not those the run was trained with"):
+            draw(source, load={"text": str(tmp_path / "moved")})
+    (tmp_path / "moved").rename(own)
+    other = runs.config()
+    other.load.text, other.text_length = str(tmp_path / "run"), 9
+    family = objective.make(other)
+    with pytest.raises(errors.ConfigError, match="did not train its net 'text'"):
+        weights.frozen(family, other)

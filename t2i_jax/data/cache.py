@@ -10,6 +10,7 @@ N captions · B batch · L text length · V valid tokens of a caption · D width
 """
 
 import hashlib
+import itertools
 import json
 import pathlib
 import time
@@ -30,7 +31,10 @@ BATCH = 64
 LIMIT = 8 * 2**30  # bytes of states in memory
 SHARD = 64 * BATCH  # captions in a file
 FOLDER, MANIFEST, BUILDING, PLACES = "captions", "manifest.json", "building.json", "places.npy"
-AGAIN = "make it again: python -m t2i_jax.data.cache with the run's flags"
+AGAIN = (
+    "bring back what it was made of, or make it again: python -m t2i_jax.data.cache with the "
+    "run's flags"
+)
 DTYPE = np.dtype(np.float16)  # finer than bfloat16 at the same size: states are near 1
 
 
@@ -229,8 +233,15 @@ class _Captions:
         for record, caption in enumerate(_captions(source)):
             self.row_of_record[record] = row_of.setdefault(caption, len(row_of))
         texts = list(row_of)
-        blocks = [tokenize(texts[i : i + SHARD])[:2] for i in range(0, len(texts), SHARD)]
-        self._text_NL, self._mask_NL = (np.concatenate(x) for x in zip(*blocks, strict=True))
+        blocks = [tokenize(texts[i : i + SHARD]) for i in range(0, len(texts), SHARD)]
+        texts_NL, masks_NL, cuts = zip(*blocks, strict=True)
+        self._text_NL, self._mask_NL = np.concatenate(texts_NL), np.concatenate(masks_NL)
+        losses = zip(texts, itertools.chain(*cuts), strict=True)
+        if cut := [(text, lost) for text, lost in losses if lost]:
+            logging.warning(
+                "%d of %d captions are cut, the first: %r loses %r",
+                *(len(cut), len(texts), cut[0][0][:80], cut[0][1][:80]),
+            )
         self._least = getattr(tokenize, "fixed", 0) + 1
         last = self._mask_NL.shape[1] - self._mask_NL[:, ::-1].argmax(1)
         self._width_N = np.where(self._mask_NL.any(1), last, 0)
@@ -284,6 +295,7 @@ def main():
 
     run = loop.Run(CONFIG.value, pathlib.Path(WORKDIR.value))
     run.load_frozen()
+    run.check_frozen()
     started = time.perf_counter()
     folder = run.workdir / FOLDER
     holder = owner.Owner(run.workdir)

@@ -157,9 +157,11 @@ def captioned(root, sizes, pictures) -> list:
             fix=f"write metadata.jsonl with lines like {EXAMPLE}",
         )
     empty = [name for name, caption in examples if caption == ""]
+    foreign = [name for name, caption in examples if "\ufffd" in str(caption)]
     for names, what in (
         (bare, "pictures have no caption and are left out"),
         (absent, "rows of metadata name pictures that are not there"),
+        (foreign, "captions are not in UTF-8: their other letters are lost"),
         (empty, "captions are empty: these pictures train without condition"),
     ):
         if names:

@@ -199,5 +199,7 @@ class Loader:
             if rest and not self._told_cut:
                 self._told_cut = True
                 logging.warning(
-                    "captions are cut to fit, the first: %r loses %r", caption[:80], rest[:80]
+                    "captions are too long and cut (config.text_length, or an encoder's limit), "
+                    "the first: %r loses %r",
+                    *(caption[:80], rest[:80]),
                 )

@@ -47,16 +47,28 @@ class Joined(nn.Module):
         )
 
 
+def given(source):
+    """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
+    a string that is no folder names with commas between.
+    """
+    if isinstance(source, str) and "," in source and not pathlib.Path(source).is_dir():
+        source = [one.strip() for one in source.split(",")]
+    if source is None or isinstance(source, str):
+        return source or None
+    return tuple(source)
+
+
 def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Module:
     """A module `(text_BL, mask_BL) -> Cond` for `source`, still without weights.
 
     Args:
       source: a checkpoint (see hf.locate), several that read each caption together, or None for the
-        small random encoder of bytes that debug configs use.
+        small random encoder of bytes that debug configs use; see `given`.
       length: config.text_length, which several encoders need to know.
       dtype: what it computes in.
       options: family -> more options of its `from_config`, such as clip={"skip": 1}.
     """
+    source = given(source)
     _check_options(source, dtype, options)
     if source is None:
         return bert.Bert(
@@ -72,6 +84,7 @@ def lengths(source, length: int) -> tuple[int, ...]:
     """How many tokens each encoder of a source reads: `length`, or of several none more than its
     positions.
     """
+    source = given(source)
     if source is None or isinstance(source, str):
         return (length,)
     return tuple(min(length, getattr(make(one), "positions", length)) for one in source)
@@ -79,6 +92,7 @@ def lengths(source, length: int) -> tuple[int, ...]:
 
 def tokenizer(source, length: int):
     """`captions -> Tokens` for `make(source, length=length)`."""
+    source = given(source)
     names = [origin(one) for one in _sources(source)] or ["bytes"]
     each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
     return each[0] if len(each) == 1 else tokenize.Several(each)
@@ -95,10 +109,11 @@ def origin(source: str) -> str:
     config = hf.read_json(path) if path.is_file() else {}
     if "objective" not in config:
         return source
-    began = config.get("load", {}).get("text")
+    began = given(config.get("load", {}).get("text"))
     if not isinstance(began, str):
         raise errors.ConfigError(
-            f"its text encoder began with {began!r}, not with one checkpoint",
+            f"the run's text encoder began with {began!r}; only what began with one pretrained "
+            "checkpoint can be read again",
             where=str(path),
             fix="give a pretrained checkpoint as config.load.text",
         )
@@ -107,12 +122,13 @@ def origin(source: str) -> str:
 
 def check(source, abstract_variables) -> None:
     """Raises DataError unless `load` will find every tensor, and no other."""
-    for one, variables in _each(source, abstract_variables["params"]):
+    for one, variables in _each(given(source), abstract_variables["params"]):
         _match(one, variables)
 
 
 def load(source, abstract_variables):
     """Variables {"params": …} of the encoder `make(source)`: shaped, typed and placed as given."""
+    source = given(source)
     found = [hf.load(_match(*pair)) for pair in _each(source, abstract_variables["params"])]
     if isinstance(source, str):
         return {"params": found[0]}
@@ -123,7 +139,12 @@ def _make(source: str, dtype: str, options) -> nn.Module:
     config, family = _read(hf.locate(origin(source)))
     own = {"dtype": dtype, **options.get(_name(family), {})}
     where = f"config.text.{_name(family)}"
-    return plugins.call(family.from_config, config, where=where, options=own)
+    try:
+        return plugins.call(family.from_config, config, where=where, options=own)
+    except errors.ConfigError as e:
+        if e.where != hf.CONFIG:
+            raise
+        raise errors.ConfigError(e.what, where=f"{source}/{hf.CONFIG}", fix=e.fix) from e
 
 
 def _check_options(source, dtype, options) -> None:

@@ -27,6 +27,8 @@ class Side:
         self.module: nn.Module = encoder.make(source, length=config.text_length, **config.text)
         self._parts = getattr(self.module, "parts", None)
         self._dropout = np.array(text_dropout, np.float32)
+        if self._dropout.size == 1:  # a flag makes a tuple of one
+            self._dropout = self._dropout.reshape(())
         if self._dropout.ndim and self._dropout.shape != (len(self._parts or ()),):
             raise errors.ConfigError(
                 f"text_dropout has {self._dropout.size} shares for {len(self._parts or (1,))} "

@@ -74,8 +74,8 @@ class Tokenizer:
 class Several:
     """Tokenizers of several encoders that read each caption: their tokens one after another.
 
-    A caption has lost what all of them lost.   fixed: tokens before the last encoder's, which alone
-    may be cut shorter.
+    What a caption lost is the most that one of them lost.   fixed: tokens before the last
+    encoder's, which alone may be cut shorter.
     """
 
     def __init__(self, tokenizers):
@@ -87,8 +87,8 @@ class Several:
 
     def __call__(self, captions) -> Tokens:
         texts, masks, cuts = zip(*(tokenize(captions) for tokenize in self._each), strict=True)
-        least = [min(cut, key=len) if all(cut) else None for cut in zip(*cuts, strict=True)]
-        return Tokens(np.concatenate(texts, 1), np.concatenate(masks, 1), least)
+        most = [max(cut, key=lambda lost: len(lost or "")) for cut in zip(*cuts, strict=True)]
+        return Tokens(np.concatenate(texts, 1), np.concatenate(masks, 1), most)
 
 
 def open(name: str, length: int) -> Tokenizer:

@@ -1,0 +1,20 @@
+"""A conditional GAN on shapes, 32 px: text in, a picture out in one pass.
+
+python train.py --config=configs/shapes_gan.py --workdir=runs/gan   (:debug for seconds)
+"""
+
+from configs import common, shapes_flow
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = shapes_flow.get_config()
+    config.objective = "gan"
+    config.steps = 3000
+    config.model = dict(width=128, heads=2)
+    config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_every=4, mismatch=0.5)
+    adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
+    config.optim = dict(disc=adam, gen=adam)
+    config.ema = dict(gen=0.995)
+    config.sample = dict(truncation=1.0)
+    return common.shrink(config) if arg.debug else config
