@@ -1,0 +1,213 @@
+"""The conditional GAN: games, penalties, partners, contrast, and what its losses move."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from configs import shapes_gan
+from t2i_jax import errors, fingerprint, objective, pipeline, step, weights
+from t2i_jax.models import gan as nets
+from t2i_jax.objectives import gan
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = shapes_gan.get_config("debug")
+    config.loss.penalty_every = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def family(config):
+    return objective.make(config)
+
+
+@pytest.fixture(scope="module")
+def batch(config):
+    """Eight pictures; captions 0 and 3 are the same."""
+    shapes = weights.abstract_batch(config)
+    rng = np.random.default_rng(0)
+    text = rng.integers(1, 200, shapes["text"].shape).astype(np.int32)
+    text[3] = text[0]
+    return {
+        "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
+        "text": text,
+        "mask": np.ones(text.shape, bool),
+        "index": np.arange(len(text), dtype=np.int32),
+        "weight": np.ones(len(text), np.float32),
+    }
+
+
+@pytest.fixture(scope="module")
+def made(family, batch):
+    """Nets in which zero-initialised layers count, too."""
+    found = jax.jit(family.init)(jax.random.key(0), batch)
+    leaves, tree = jax.tree.flatten(found)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, noisy)
+
+
+@pytest.fixture(scope="module")
+def moved(family, made, batch):
+    """(rate of disc, rate of gen) -> net -> how far each of its arrays went in one step."""
+    update = lambda grads, rate, params, n: (jax.tree.map(lambda g: -rate * g, grads), rate)
+    still = step.optim.Optimiser(lambda params: jnp.float32(0), update, lambda n: jnp.float32(0))
+    optimisers = dict.fromkeys(family.trained, still)
+    state = step.start(optimisers, {}, {name: made[name] for name in family.trained})
+    fn = jax.jit(step.make_update(family, optimisers, ema={}))
+
+    def move(*rates):
+        given = dict(zip(("disc", "gen"), map(jnp.float32, rates), strict=True))
+        new, metrics = fn(state._replace(opt=given), {"text": made["text"]}, batch)
+        assert not metrics["skipped"]
+        return {
+            name: {
+                fingerprint.path_of(path): float(jnp.abs(a - b).max())
+                for (path, a), b in zip(
+                    jax.tree_util.tree_leaves_with_path(new.nets[name]),
+                    jax.tree.leaves(made[name]),
+                    strict=True,
+                )
+            }
+            for name in family.trained
+        }
+
+    return move
+
+
+def test_each_loss_moves_its_own_net_alone_and_all_of_it(moved):
+    whole = moved(1e3, 1e3)
+    # what every logit gets cancels in pairs
+    assert whole["disc"].pop("params/real/bias") < 1e-3
+    for name in ("disc", "gen"):
+        assert min(whole[name].values()) > 0, min(whole[name], key=whole[name].get)
+    for still, rates in (("gen", (1e3, 0)), ("disc", (0, 1e3))):
+        found = {name: max(distances.values()) for name, distances in moved(*rates).items()}
+        assert found.pop(still) == 0
+        assert min(found.values()) > 0
+
+
+@pytest.mark.parametrize("game", gan.GAMES)
+def test_games_are_their_formulas(game):
+    real, fake = np.array([2.0, -1.0, 0.5]), np.array([-0.3, 3.0, 0.5])
+    plus = lambda x: np.log1p(np.exp(x))
+    disc, gen = {
+        "relativistic": (plus(fake - real), plus(real - fake)),
+        "hinge": (np.maximum(1 - real, 0) + np.maximum(1 + fake, 0), -fake),
+        "nonsaturating": (plus(-real) + plus(fake), plus(-fake)),
+        "minimax": (plus(-real) + plus(fake), np.log(1 - 1 / (1 + np.exp(-fake)))),
+    }[game]
+    ours = gan.GAMES[game]
+    np.testing.assert_allclose(ours[0](real, fake), disc, rtol=1e-5)
+    np.testing.assert_allclose(ours[1](real, fake), gen, rtol=1e-5)
+
+
+def test_penalties_are_the_squared_slope(made, batch, config):
+    """The exact one against finite differences; the estimate in the mean over many directions."""
+    discriminator = nets.Discriminator(res=config.res, width=16, depth=1, heads=2)
+    text = pipeline.Predictor(config).objective.predict["encode"]
+    cond = text(made, batch)
+    cond = jax.tree.map(lambda x: x[:1], cond)
+    logit = jax.jit(lambda image: discriminator.apply(made["disc"], image, cond).logit_B)
+    image = batch["image"][:1]
+    exact = gan._slopes(gan.Options(), logit, None)(image)
+    rng, slopes = np.random.default_rng(0), []
+    for _ in range(400):
+        direction = rng.normal(size=image.shape).astype(np.float32)
+        ahead, behind = logit(image + 1e-2 * direction), logit(image - 1e-2 * direction)
+        slopes.append(((ahead - behind) / 2e-2) ** 2)  # its mean is the squared gradient's sum
+    np.testing.assert_allclose(np.mean(slopes), exact, rtol=0.25)
+    keys = jax.random.split(jax.random.key(0), 400)
+    options = gan.Options(penalty="estimate", sigma=1e-2)
+    estimate = jax.vmap(lambda k: gan._slopes(options, logit, k[None])(image))(keys)
+    np.testing.assert_allclose(np.mean(estimate), exact, rtol=0.25)
+    along = jax.grad(lambda x: logit(x).sum())(image)
+    along /= jnp.linalg.norm(along)
+    slope = (logit(image + 2e-4 * along) - logit(image - 2e-4 * along)) / 4e-4
+    np.testing.assert_allclose(slope**2, exact, rtol=0.05)  # kinks of ReLU within the step
+
+
+def test_a_partner_has_another_caption_and_none_may_be_found():
+    text = np.array([[1], [1], [2], [1], [3]])
+    batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
+    assert gan.partner(batch).tolist() == [2, 2, 3, 4, 0]
+    assert gan.is_other(batch).tolist() == [1] * 5
+    same = {**batch, "text": text * 0}
+    assert gan.partner(same).tolist() == list(range(5))
+    assert gan.is_other(same).tolist() == [0] * 5
+    masked = {**same, "mask": np.arange(5)[:, None] < 2}  # the same numbers, other captions
+    assert gan.partner(masked).tolist() == [2, 2, 0, 0, 0]
+
+
+def test_contrast_is_cross_entropy_among_other_captions_of_examples_that_count():
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(4, 4)).astype(np.float32)
+    batch = {"weight": np.ones(4, np.float32)}
+    all_apart = ~np.eye(4, dtype=bool)
+    got = gan.info_nce(scores, all_apart, batch, 0.5)
+    want = (
+        -(
+            np.diagonal(log_softmax(scores / 0.5, 1)) + np.diagonal(log_softmax(scores / 0.5, 0))
+        ).mean()
+        / 2
+    )
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    fewer = {"weight": np.array([1, 1, 1, 0], np.float32)}
+    np.testing.assert_allclose(
+        gan.info_nce(scores, all_apart, fewer, 0.5),
+        gan.info_nce(scores[:3, :3], all_apart[:3, :3], {"weight": np.ones(3)}, 0.5),
+        rtol=1e-5,
+    )
+    twins = all_apart.copy()
+    twins[0, 1] = twins[1, 0] = False  # the same caption is no negative
+    assert gan.info_nce(scores, twins, batch, 0.5) < got
+    best = gan.info_nce(np.eye(4) * 100, all_apart, batch, 0.5)
+    assert best == pytest.approx(0, abs=1e-5)
+
+
+def test_word_scores_are_of_regions_that_answer():
+    axes = np.eye(4, dtype=np.float32)
+    regions, words = axes[None, :3], axes[None, [0, 3]]
+    mask = np.array([[True, False]])
+    assert nets.word_scores(regions, words, mask, 0.01)[0] == pytest.approx(1, abs=1e-3)
+    assert nets.word_scores(regions, words, ~mask, 0.01)[0] == pytest.approx(0, abs=1e-3)
+    assert nets.word_scores(regions, words, mask & False)[0] == 0
+
+
+def test_sampling_is_one_pass_whose_truncation_goes_to_the_captions_mean(config):
+    pipe = pipeline.Predictor(config)
+    found = jax.jit(pipe.objective.init)(
+        jax.random.key(0),
+        jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config)),
+    )
+    texts = ["a red circle", "a blue square", "a red circle"]
+    draw = lambda **options: pipe.sample(found, texts, **options).astype(int)
+    whole = draw()
+    alone = pipe.sample(found, texts[2:], index=[2]).astype(int)
+    assert np.abs(whole[2] - alone[0]).max() <= 1
+    assert np.abs(whole[0] - whole[2]).max() > 1  # another noise
+    mean = draw(truncation=0.0)
+    assert np.abs(mean[0] - mean[2]).max() <= 1
+    assert np.abs(mean - draw(truncation=0.0, seed=5)).max() <= 1
+    assert np.abs(mean[0] - whole[0]).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": {"game": "hnge"}}, "did you mean 'hinge'"),
+        ({"loss": {"penalty": "exakt"}}, "did you mean 'exact'"),
+        ({"loss": {"penalty_every": 0}}, "penalty_every is 0"),
+        ({"res": 24}, "res is 24"),
+        ({"model": {"gen": {"widht": 3}}}, "did you mean 'width'"),
+    ],
+)
+def test_what_no_gan_can_be_is_said(changes, message):
+    config = shapes_gan.get_config("debug")
+    for key, value in changes.items():
+        config[key] = value
+    with pytest.raises(errors.ConfigError, match=message):
+        objective.make(config)
