@@ -15,8 +15,11 @@ import numpy as np
 
 from configs import shapes_transformer
 from t2i_jax import fingerprint, objective, optim, pipeline, plan, sharding, step, weights
+from t2i_jax.objectives import gan
 from t2i_jax.text import encoder
-from tests import test_text_families
+from t2i_jax.vision import encoder as vision_encoder
+from t2i_jax.vision import extractor
+from tests import test_text_families, test_vits
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -138,7 +141,7 @@ def main():
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw() | _lora()
     else:
-        found |= _remat(mesh={"data": 1}, run=False) | _encoders()
+        found |= _remat(mesh={"data": 1}, run=False) | _encoders() | _features() | _contrast()
     print(json.dumps(found))
 
 
@@ -204,6 +207,35 @@ def _encoders() -> dict:
             "equal": fingerprint.of(nets)[0] == fingerprint.of(jax.device_put(whole))[0],
         }
     return {"encoders": found}
+
+
+def _features() -> dict:
+    """Of pictures, shared out over the devices, and of each by one device."""
+    pictures = [np.full((14, 14, 3), 30 * i, np.uint8) for i in range(5)]
+    with tempfile.TemporaryDirectory() as folder:
+        test_vits.by_golden("clip", pathlib.Path(folder))
+        all_ = extractor.Extractor(folder)(pictures, ["pooled"])["pooled"]
+        net = vision_encoder.make(folder)
+        image_BHWC = np.stack(pictures) / np.float32(127.5) - 1
+        shapes = jax.eval_shape(net.init, jax.random.key(0), image_BHWC)
+        one = jax.jit(net.apply)(vision_encoder.load(folder, shapes), image_BHWC).pooled_BD
+    return {"features": {"difference": _difference(all_, np.asarray(one))}}
+
+
+def _contrast() -> dict:
+    """InfoNCE over the global batch, split over all devices and on one."""
+    rng, layout = np.random.default_rng(0), sharding.Layout({"data": -1})
+    given = {"image": rng.normal(size=(16, 8)), "text": rng.normal(size=(16, 8))}
+    given = {name: x.astype(np.float32) for name, x in given.items()}
+    batch = given | {"weight": np.arange(16, dtype=np.float32) % 3}
+
+    def value(batch):
+        apart = ~np.eye(16, dtype=bool)
+        return gan.info_nce(batch["image"] @ batch["text"].T, apart, batch, 0.5)
+
+    one = jax.jit(jax.value_and_grad(value))(batch)
+    all_ = jax.jit(jax.value_and_grad(value))(layout.place(batch))
+    return {"contrast": {"difference": _difference(jax.device_get(all_), jax.device_get(one))}}
 
 
 def _draw() -> dict:

@@ -27,8 +27,8 @@ def long():
 
 def on_eight_devices(*flags):
     """What tests/on_eight_devices.py saw: case -> numbers."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags}
+    eight = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": eight}
     done = subprocess.run(
         [sys.executable, "-m", "tests.on_eight_devices", *flags],
         cwd=ROOT,
@@ -58,6 +58,11 @@ def test_every_strategy_trains_as_one_device_does(found, case):
     assert found[case]["loss"] == pytest.approx(found["one"]["loss"], rel=1e-6)
     assert found[case]["grad_norm"] == pytest.approx(found["one"]["grad_norm"], rel=1e-5)
     assert found[case]["difference"] <= 1e-5
+
+
+def test_features_and_contrast_are_those_of_one_device(quick):
+    assert quick["features"]["difference"] <= 1e-6
+    assert quick["contrast"]["difference"] <= 1e-6
 
 
 def test_each_device_holds_its_share(found):
