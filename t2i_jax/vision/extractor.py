@@ -89,7 +89,7 @@ class Perceptual:
         self.fingerprint = fingerprint.digest(variables)
         distance = lambda v, x, y: module.apply(v, x, y, method="distance")
         diversity = lambda v, x: jax.vmap(lambda g: module.apply(v, g, method="diversity"))(x)
-        self._distance = _Apply(distance, variables)
+        self._distance = _Apply(distance, variables, batch=8)
         self._diversity = _Apply(diversity, variables, batch=4)
 
     def distance(self, x_NHWC, y_NHWC) -> np.ndarray:

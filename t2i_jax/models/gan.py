@@ -1,0 +1,181 @@
+"""A generator that draws in one pass, and a discriminator that reads the caption, too.
+
+Residual nets without batch statistics: the generator's blocks are modulated by a mapping of noise
+and caption (StyleGAN, arXiv:1812.04948), the discriminator has no normalisation (R3GAN,
+arXiv:2501.05441); words are seen by attention at one size of both (GigaGAN, arXiv:2303.05511), and
+the caption by projection (arXiv:1802.05637) and word by word (AttnGAN, arXiv:1711.10485).
+
+B batch · H W pixels · C channels · T regions · L words · Z noise · D width
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from t2i_jax.models import attention, layers, unet
+from t2i_jax.text.condition import Cond
+
+BASE = 4  # side where pictures begin and end
+
+
+def widths(res: int, width: int, least: int) -> tuple[int, ...]:
+    """Channels at BASE, 2·BASE, … res: `width` up to 8 pixels a side, half at each doubling."""
+    sizes, side = [], BASE
+    while side <= res:
+        sizes.append(max(width * 8 // max(side, 8), min(least, width)))
+        side *= 2
+    return tuple(sizes)
+
+
+class Generator(nn.Module):
+    """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
+
+    Fields: `res` pixels a side, BASE times a power of two; `width` channels at 8 pixels and fewer
+    beyond, `least` at the end; `depth` blocks at each size; `noise` numbers in z.
+    """
+
+    res: int = 32
+    width: int = 128
+    least: int = 32
+    depth: int = 1
+    heads: int = 2
+    noise: int = 64
+
+    def setup(self):
+        sizes = widths(self.res, self.width, self.least)
+        self.text_norm = layers.RMSNorm()
+        self.mapping = [layers.Dense(self.width) for _ in range(3)]
+        self.text = layers.TextTokens(self.width)
+        self.base = layers.Dense(BASE * BASE * sizes[0])
+        self.blocks = [unet.Residual(d) for d in sizes for _ in range(self.depth)]
+        self.kv = layers.KeysValues(self.width, self.heads)
+        self.attend = unet.Attention(self.width, self.heads)
+        self.grow = [layers.Dense(4 * d) for d in sizes[1:]]
+        self.leave_norm = layers.RMSNorm()
+        self.leave = unet.Conv(3)
+
+    def style(self, z_BZ, cond: Cond):
+        """What the blocks are modulated by: a function of the noise and the caption.   -> BD"""
+        enter, *rest = self.mapping
+        h_BD = enter(jnp.concatenate([z_BZ, self.text_norm(cond.pooled_BD)], -1))
+        for layer in rest:
+            h_BD = layer(nn.silu(h_BD))
+        return h_BD
+
+    def draw(self, style_BD, cond: Cond):
+        """The picture of a style.   -> image_BHWC"""
+        tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
+        c_BD = nn.silu(style_BD)
+        x_BHWC = self.base(c_BD).reshape(len(c_BD), BASE, BASE, -1)
+        blocks = iter(self.blocks)
+        for grow in (*self.grow, None):
+            for _ in range(self.depth):
+                x_BHWC = next(blocks)(x_BHWC, c_BD)
+            if x_BHWC.shape[1] == 2 * BASE:
+                x_BHWC = self.attend(x_BHWC, c_BD, self.kv(tokens_BSD), mask_BS)
+            if grow is not None:
+                x_BHWC = layers.depth_to_space(grow(x_BHWC))
+        return self.leave(nn.silu(self.leave_norm(x_BHWC)))
+
+    def __call__(self, z_BZ, cond: Cond):
+        return self.draw(self.style(z_BZ, cond), cond)
+
+
+class Seen(NamedTuple):
+    """What the discriminator makes of pictures and captions.
+
+    logit_B: how real the picture is, and how well the caption fits.
+    image_BD, regions_BTD: of the picture, of length 1; text_BD, words_BLD: of the caption.
+    """
+
+    logit_B: jax.Array
+    image_BD: jax.Array
+    regions_BTD: jax.Array
+    text_BD: jax.Array
+    words_BLD: jax.Array
+
+
+class Plain(nn.Module):
+    """A residual block without normalisation."""
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        width = x_BHWC.shape[-1]
+        h = unet.Conv(width)(nn.leaky_relu(x_BHWC, 0.2))
+        return x_BHWC + unet.Conv(width, zero=True)(nn.leaky_relu(h, 0.2))
+
+
+class Discriminator(nn.Module):
+    """(image_BHWC, cond) -> Seen.   Fields as of `Generator`; `embedding`: width of Seen's."""
+
+    res: int = 32
+    width: int = 128
+    least: int = 32
+    depth: int = 1
+    heads: int = 2
+    embedding: int = 64
+
+    @nn.compact
+    def __call__(self, image_BHWC, cond: Cond) -> Seen:
+        sizes = widths(self.res, self.width, self.least)[::-1]
+        text_BE = layers.Dense(self.width, name="text")(layers.RMSNorm()(cond.pooled_BD))
+        tokens_BSD, mask_BS = layers.TextTokens(self.width, name="words")(
+            cond.seq_BLD, cond.mask_BL
+        )
+        x = unet.Conv(sizes[0], name="enter")(image_BHWC)
+        for i, out in enumerate((*sizes[1:], None)):
+            if x.shape[1] == 2 * BASE:
+                regions_BHWC = x
+                x = x + self._read(x, tokens_BSD, mask_BS)
+            for j in range(self.depth):
+                x = Plain(name=f"block_{i}_{j}")(x)
+            if out:
+                x = layers.Dense(out, name=f"shrink_{i}")(layers.space_to_depth(x))
+        h_BD = layers.Dense(self.width, name="mix")(nn.leaky_relu(x, 0.2).reshape(len(x), -1))
+        h_BD = nn.leaky_relu(h_BD, 0.2)
+        project = lambda name: layers.Dense(self.embedding, name=name)
+        seen = Seen(
+            None,
+            _unit(project("image_embedding")(h_BD)),
+            _unit(project("region_embedding")(regions_BHWC.reshape(len(x), -1, regions_BHWC.shape[-1]))),
+            _unit(project("text_embedding")(text_BE)),
+            _unit(project("word_embedding")(tokens_BSD[:, 1:])),
+        )
+        fits_B = (layers.Dense(self.width, name="fits")(text_BE) * h_BD).sum(-1)
+        word_B = word_scores(seen.regions_BTD, seen.words_BLD, cond.mask_BL)
+        weight = self.param("word_weight", nn.initializers.ones, ())
+        logit_B = nn.Dense(1, name="real")(h_BD)[:, 0] + fits_B / self.width**0.5
+        return seen._replace(logit_B=logit_B + weight * word_B)
+
+    def _read(self, x_BHWC, tokens_BSD, mask_BS):
+        """What regions learn from the words."""
+        b, h, w, d = x_BHWC.shape
+        q_BTNH = layers.Queries(d, self.heads, name="query")(x_BHWC.reshape(b, h * w, d))
+        k_BSNH, v_BSNH = layers.KeysValues(d, self.heads, name="keys")(tokens_BSD)
+        out_BTNH = attention.attention(q_BTNH, k_BSNH, v_BSNH, mask_BS=mask_BS)
+        out_BTD = layers.Dense(d, name="out")(attention.merge_heads(out_BTNH))
+        return out_BTD.reshape(x_BHWC.shape)
+
+
+def word_scores(regions, words, mask, temperature: float = 0.2):
+    """How well the regions of a picture answer the words of a caption, -1 … 1.
+
+    Each word looks at the regions most like it (AttnGAN's attention, eqs. 7–9); the score is the
+    mean of the words' cosines with what they found. A caption without words scores 0.
+
+    Args:
+      regions: (…, T, D) of length 1.   words: (…, L, D) of length 1.   mask: (…, L).
+    Returns:
+      Scores of the shape that the leading axes have together.
+    """
+    cosine = jnp.einsum("...td,...ld->...lt", regions, words)
+    share = jax.nn.softmax(cosine / temperature, -1)
+    found = jnp.einsum("...lt,...td->...ld", share, regions)
+    fit = (found * words).sum(-1) * jax.lax.rsqrt(jnp.square(found).sum(-1) + 1e-6)
+    return (fit * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def _unit(x):
+    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)
