@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import threading
+import time
 
 import jax
 import numpy as np
@@ -283,6 +284,17 @@ def test_a_folder_is_judged_as_the_model_that_drew_it(tmp_path):
     (folder / "00003.png").write_bytes(encoded(Image.fromarray(drawn[3])))  # without its prompt
     with pytest.raises(errors.ConfigError, match="no captions"):
         evaluator.Measure(ours, nets, pictures.Pictures(folder).batches(5))
+
+
+def test_the_judge_of_shapes_takes_pictures_of_any_size(tmp_path):
+    ours = protocol.read(write(tmp_path, num_images=2))
+    nets, texts = evaluator.Networks(ours), TEXTS[:2]
+    large = [np.kron(p, np.ones((40, 40, 1), np.uint8)) for p in painter()({}, texts)]
+    started = time.perf_counter()
+    found = evaluator.Measure(ours, nets, [(large, texts)]).metrics()
+    assert found["full_match"] == 1
+    assert time.perf_counter() - started < 10
+    evaluator.Measure(ours, nets, [([np.zeros((1, 1, 3), np.uint8)] * 2, texts)]).metrics()
 
 
 def test_odd_pictures_are_taken_and_broken_ones_counted(tmp_path, dual):

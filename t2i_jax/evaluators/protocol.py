@@ -25,6 +25,7 @@ from t2i_jax.vision import extractor
 
 CACHE = "T2I_JAX_CACHE"  # environment variable: where features of real pictures are kept
 BATCH = 64  # pictures drawn, or read, together
+JUDGED = 128  # pixels a side that the judge of shapes looks at: its time grows with the square
 INCEPTION = "inception"
 OTHERWISE = {"fid": "fd", "spatial_fid": "spatial_fd", "kid": "kd"}  # not of Inception
 CMMD = "clip-vit-large-patch14-336"  # the network that the name means
@@ -397,4 +398,5 @@ class Measure:
 
 
 def _judge(pictures, texts):
-    return [shapes.judge(*pair) for pair in zip(pictures, texts, strict=True)]
+    small = [transforms.square(p, min(*p.shape[:2], JUDGED)) for p in pictures]
+    return [shapes.judge(*pair) for pair in zip(small, texts, strict=True)]

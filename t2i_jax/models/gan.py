@@ -139,7 +139,11 @@ class Discriminator(nn.Module):
         seen = Seen(
             None,
             _unit(project("image_embedding")(h_BD)),
-            _unit(project("region_embedding")(regions_BHWC.reshape(len(x), -1, regions_BHWC.shape[-1]))),
+            _unit(
+                project("region_embedding")(
+                    regions_BHWC.reshape(len(x), -1, regions_BHWC.shape[-1])
+                )
+            ),
             _unit(project("text_embedding")(text_BE)),
             _unit(project("word_embedding")(tokens_BSD[:, 1:])),
         )
