@@ -12,7 +12,7 @@ def get_config(arg=None):
     config.objective = "gan"
     config.steps = 3000
     config.model = dict(width=128, heads=2)
-    config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_every=4, mismatch=0.5)
+    config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_stride=4, mismatch=0.5)
     adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
     config.optim = dict(disc=adam, gen=adam)
     config.ema = dict(gen=0.995)

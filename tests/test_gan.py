@@ -15,7 +15,7 @@ from t2i_jax.objectives import gan
 @pytest.fixture(scope="module")
 def config():
     config = shapes_gan.get_config("debug")
-    config.loss.penalty_every = 1
+    config.loss.penalty_stride = 2
     return config
 
 
@@ -200,7 +200,7 @@ def test_sampling_is_one_pass_whose_truncation_goes_to_the_captions_mean(config)
     [
         ({"loss": {"game": "hnge"}}, "did you mean 'hinge'"),
         ({"loss": {"penalty": "exakt"}}, "did you mean 'exact'"),
-        ({"loss": {"penalty_every": 0}}, "penalty_every is 0"),
+        ({"loss": {"penalty_stride": 0}}, "penalty_stride is 0"),
         ({"res": 24}, "res is 24"),
         ({"model": {"gen": {"widht": 3}}}, "did you mean 'width'"),
     ],
