@@ -83,6 +83,8 @@ def _by_protocol() -> dict:
     nets = judge.Networks(ours)
     if IMAGES.value:
         found = pictures.Pictures(IMAGES.value)
+        judge.check_captions(ours, nets, found.captions)
+        ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(found))
         batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
         measure = judge.Measure(ours, nets, batches, REFERENCE.value)
         model = {
@@ -101,7 +103,7 @@ def _by_protocol() -> dict:
         measure = judge.Measure(ours, nets, drawn, REFERENCE.value)
     return {
         **{"protocol": ours.name, **model},
-        **measure.metrics(),
+        **{k: int(v) if k == "num_images" else v for k, v in measure.metrics().items()},
         **measure.provenance,
         "definition": ours._asdict(),
         "definition_sha256": ours.sha256,

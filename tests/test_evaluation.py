@@ -85,6 +85,7 @@ def test_our_protocols_read(path):
         ({"metrics": {"shapes": 1}}, "an object"),
         ({"metrics": {"shpaes": {}}}, "did you mean 'shapes'"),
         ({"metrics": {"kid": {"subset": 3}}, "extractor": "x"}, "did you mean 'subsets'"),
+        ({"metrics": {"kid": {}}, "extractor": "x"}, "kid with subset_size 1000 of 12 pictures"),
         ({"metrics": {"fid": {}}}, "names none as extractor"),
         ({"metrics": {"clip_score": {}}}, "names none as clip"),
         ({"metrics": {"memorised": {}}, "extractor": "x"}, "training pictures"),
@@ -284,6 +285,24 @@ def test_a_folder_is_judged_as_the_model_that_drew_it(tmp_path):
     (folder / "00003.png").write_bytes(encoded(Image.fromarray(drawn[3])))  # without its prompt
     with pytest.raises(errors.ConfigError, match="no captions"):
         evaluator.Measure(ours, nets, pictures.Pictures(folder).batches(5))
+
+
+def test_captions_that_a_metric_cannot_use_are_named_before_anything_is_read(tmp_path):
+    ours = protocol.read(write(tmp_path))
+    nets = evaluator.Networks(ours)
+    folder = tmp_path / "drawn"
+    folder.mkdir()
+    for name, text in {"a": TEXTS[0], "b": "", "c": None, "d": "two red circles"}.items():
+        (folder / f"{name}.png").write_bytes(b"no picture")
+        if text is not None:
+            (folder / f"{name}.txt").write_text(text)
+    captions = pictures.Pictures(folder).captions
+    with pytest.raises(errors.ConfigError, match=r"2 of 4 .*: b\.png, c\.png"):
+        evaluator.check_captions(ours, nets, captions)
+    captions = {name: text for name, text in captions.items() if text}
+    with pytest.raises(errors.ConfigError, match=r"d\.png \('two red circles'\).*purple"):
+        evaluator.check_captions(ours, nets, captions)
+    evaluator.check_captions(ours, nets, {"a.png": TEXTS[0]})
 
 
 def test_the_judge_of_shapes_takes_pictures_of_any_size(tmp_path):

@@ -127,7 +127,7 @@ def _scan(root, folder):
                 yield name, entry.stat().st_size
 
 
-def captioned(root, sizes, pictures) -> list:
+def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
     """[(picture, caption), …] in the order of names; warns of what is left out.
 
     Raises:
@@ -164,7 +164,7 @@ def captioned(root, sizes, pictures) -> list:
         (foreign, "captions are not in UTF-8: their other letters are lost"),
         (empty, "captions are empty: these pictures train without condition"),
     ):
-        if names:
+        if names and warn:
             shown = ", ".join(names[:5]) + " …" * (len(names) > 5)
             logging.warning("%s: %d %s: %s", root, len(names), what, shown)
     return examples

@@ -29,8 +29,13 @@ class Pictures:
         return len(self._names)
 
     @property
+    def captions(self) -> dict[str, str | None]:
+        """Picture -> its caption; None where it has none, or an empty one."""
+        return dict(zip(self._names, self._captions, strict=True))
+
+    @property
     def captioned(self) -> bool:
-        return all(caption is not None for caption in self._captions)
+        return None not in self._captions
 
     @property
     def fingerprint(self) -> str:
@@ -69,7 +74,13 @@ class Pictures:
 
     def _found_captions(self, sizes) -> list[str | None]:
         beside = any(not name.lower().endswith(folder.PICTURES) for name in sizes)
-        found = dict(folder.captioned(self._root, sizes, self._names)) if beside else {}
+        try:
+            pairs = folder.captioned(self._root, sizes, self._names, warn=False) if beside else []
+        except errors.DataError as e:
+            if "no captions" not in e.what:
+                raise
+            pairs = []
+        found = dict(pairs)
         return [found.get(name) or self._prompt(name) for name in self._names]
 
     def _prompt(self, name: str) -> str | None:

@@ -16,6 +16,7 @@ import numpy as np
 from absl import logging
 
 from t2i_jax import distributed, errors, plugins
+from t2i_jax.data import shapes as world
 from t2i_jax.data import transforms
 from t2i_jax.evaluators import shapes
 from t2i_jax.quality import captions, classes, kernel, manifold, pixels, retrieval, statistics
@@ -115,6 +116,11 @@ METRICS = {
     "psnr": _mean("psnr"),
     "ssim": _mean("ssim"),
 }
+LEAST = {  # an option that needs as many pictures, and its default
+    "kid": ("subset_size", 1000),
+    "inception_score": ("splits", 10),
+    "r_precision": ("candidates", 100),
+}
 OF_CLIP = ("image_emb", "text_emb")
 OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
 
@@ -175,6 +181,15 @@ class Networks:
                 )
             fn = METRICS[name].fn
             plugins.check_options(fn, options, where=f"{where}, {name}", given=2)
+            if name in LEAST:
+                option, default = LEAST[name]
+                if options.get(option, default) > protocol.num_images:
+                    raise errors.ConfigError(
+                        f"{name} with {option} {options.get(option, default)} of "
+                        f"{protocol.num_images} pictures",
+                        where=where,
+                        fix=f'draw more, or write "{name}": {{"{option}": …}}',
+                    )
         chosen = [METRICS[name] for name in protocol.metrics]
         self.drawn = {column for metric in chosen for column in metric.drawn}
         self.real = {column for metric in chosen for column in metric.real}
@@ -242,6 +257,34 @@ def _stacked(pictures) -> np.ndarray:
             fix="give pictures of one size, or choose other metrics",
         )
     return np.stack(pictures)
+
+
+def check_captions(ours: Protocol, nets: Networks, captions) -> None:
+    """Raises ConfigError where a metric cannot work with captions, picture's name -> caption."""
+    where = f"protocol {ours.name}"
+    bare = [name for name, caption in captions.items() if not caption]
+    if bare and nets.drawn & {"captions", "text_emb"}:
+        raise errors.ConfigError(
+            f"{len(bare)} of {len(captions)} pictures have no caption, and a metric needs "
+            f"one of each: {', '.join(bare[:5])}{' …' * (len(bare) > 5)}",
+            where=where,
+            fix="write a .txt beside each or a metadata.jsonl, remove those pictures, or "
+            "choose other metrics",
+        )
+    if "shapes" in nets.drawn:
+        strange = []
+        for name, caption in captions.items():
+            try:
+                world.parse(caption)
+            except errors.ConfigError:
+                strange.append(f"{name} ({caption[:60]!r})")
+        if strange:
+            raise errors.ConfigError(
+                f"{len(strange)} captions are not of coloured shapes: {'; '.join(strange[:5])}",
+                where=where,
+                fix=f"colours are {', '.join(world.COLOURS)}; shapes {', '.join(world.SHAPES)}; "
+                f"relations {', '.join(world.RELATIONS)}",
+            )
 
 
 def _opened(kind, protocol, field: str):
