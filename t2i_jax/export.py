@@ -28,7 +28,11 @@ def main():
         nets, config = lora.merge_run(nets, config)
         names = [name.removesuffix(lora.SUFFIX) for name in names]
     held = {name: nets[name] for name in names}
-    frozen = {name: net for name, net in nets.items() if name not in held}
+    frozen = {
+        name: net
+        for name, net in nets.items()
+        if name not in held and name in weights.sources(config)
+    }
     needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
     card = pathlib.Path(CARD.value).read_text() if CARD.value else _card(needed)
     digest = fingerprint.digest(frozen) if frozen else None

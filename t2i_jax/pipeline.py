@@ -219,8 +219,9 @@ class Pipeline:
         held = weights.held(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
-        frozen = weights.frozen(family, config, besides=held)
-        weights.check_frozen(frozen, weights.frozen_digest(folder, step))
+        frozen, sources = weights.frozen(family, config, besides=held), weights.sources(config)
+        loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
+        weights.check_frozen(loaded, weights.frozen_digest(folder, step))
         nets |= frozen
         return cls(predictor, nets, source, step)
 
