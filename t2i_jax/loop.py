@@ -394,17 +394,19 @@ class Hooks:
     def run(self, n: int, state, frozen, writer) -> None:
         config = self._config
         draw = self._due(n, config.sample_every) and config.prompts
+        draw = draw and "sample" in self._predictor.bound
         judge = self._due(n, config.eval_every) and self._evaluators
-        if not ((draw and "sample" in self._predictor.bound) or judge):
+        if not (draw or judge):
             return
         nets = {**averaged(state), **frozen}
-        if draw and "sample" in self._predictor.bound:
+        if draw:
             drawn = self._predictor.sample(nets, list(config.prompts), seed=config.seed)
             if self._main:
                 path = self._workdir / "samples" / f"step_{n:08d}.png"
                 path.parent.mkdir(exist_ok=True)
-                images.save(path, images.grid(drawn), {"prompts": list(config.prompts)})
-                writer.picture(n, "samples", images.grid(drawn))
+                grid = images.grid(drawn)
+                images.save(path, grid, {"prompts": list(config.prompts)})
+                writer.picture(n, "samples", grid)
         if judge:
             finish = {name: run(nets, n) for name, run in self._evaluators.items()}
             if self._main:

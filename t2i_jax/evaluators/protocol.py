@@ -371,7 +371,7 @@ class Measure:
             found |= self._features("real", self._protocol.sources("data", self._res), wanted)
         if "trained" in names:
             sources = self._protocol.sources("train", self._res)
-            found["trained"] = self._features("trained", sources, {"pooled"})["pooled"]
+            found["trained"] = self._features("trained", sources, {"pooled"}).get("pooled")
         return found
 
     def metrics(self) -> dict[str, float]:
@@ -410,13 +410,16 @@ class Measure:
         home = pathlib.Path(os.environ.get(CACHE, "~/.cache/t2i_jax")).expanduser()
         path = home / "features" / f"{key[:32]}.npz"
         if distributed.as_first(path.is_file()):
-            found = statistics.load_arrays(path, expected={"made_of": key})
+            # The others may not see its files, and need not: `metrics` is the first's alone.
+            found = statistics.load_arrays(path, expected={"made_of": key}) if self._first else {}
         else:
             logging.info("features of %d pictures, once …", sum(map(len, sources)))
             found = self._extracted(sources, made_of["res"], columns)
             if self._first:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 statistics.save_arrays(path, found, source={"made_of": key})
+        if not self._first:
+            return found
         count = len(next(iter(found.values())))
         broken = sum(map(len, sources)) - count
         if broken:

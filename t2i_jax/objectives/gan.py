@@ -18,6 +18,7 @@ from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.text import condition, side
 
 GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
+MEAN_OF = 64  # styles whose mean truncation goes towards
 PENALTIES = ("exact", "estimate", "none")
 
 
@@ -152,9 +153,7 @@ def make(config) -> Objective:
         z_BZ = randomness.normal_each(keys_B, (generator.noise,))
         style = lambda z_BZ: generator.apply(nets["gen"], z_BZ, cond, method="style")
         some_MZ = jax.random.normal(jax.random.key(0), (MEAN_OF, generator.noise))
-        mean_BD = jnp.mean(
-            jnp.stack([style(jnp.broadcast_to(z_Z, z_BZ.shape)) for z_Z in some_MZ]), 0
-        )
+        mean_BD = jax.vmap(lambda z_Z: style(jnp.broadcast_to(z_Z, z_BZ.shape)))(some_MZ).mean(0)
         style_BD = mean_BD + truncation * (style(z_BZ) - mean_BD)
         image_BHWC = generator.apply(nets["gen"], style_BD, cond, method="draw")
         return jnp.clip(image_BHWC, -1, 1)
@@ -165,9 +164,6 @@ def make(config) -> Objective:
 
     predict = {"sample": sample, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
-
-
-MEAN_OF = 64  # styles whose mean truncation goes towards
 
 
 def _slopes(options: Options, logit, keys_B):

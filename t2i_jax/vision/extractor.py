@@ -26,10 +26,8 @@ class Extractor:
     def __init__(self, source: str, rule: str = "clean"):
         resize.check(rule)
         self._rule = rule
-        module = self._module = encoder.make(source)
-        image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
-        shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-        variables = encoder.load(source, shapes)
+        module, variables = _opened(source)
+        self._module = module
         self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
         self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{module!r}:{rule}"
         columns = lambda *args: module.apply(*args)._replace(maps=())  # megabytes a picture
@@ -82,10 +80,7 @@ class Perceptual:
     label = "lpips"
 
     def __init__(self, source: str = "lpips"):
-        module = encoder.make(source)
-        image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
-        shapes = jax.eval_shape(module.init, jax.random.key(0), image)
-        variables = encoder.load(source, shapes)
+        module, variables = _opened(source)
         self.fingerprint = fingerprint.digest(variables)
         distance = lambda v, x, y: module.apply(v, x, y, method="distance")
         diversity = lambda v, x: jax.vmap(lambda g: module.apply(v, g, method="diversity"))(x)
@@ -99,6 +94,13 @@ class Perceptual:
     def diversity(self, x_GNHWC) -> np.ndarray:
         """The mean distance of all pairs within each of G groups of N pictures.   -> G"""
         return self._diversity(transforms.to_float(x_GNHWC))
+
+
+def _opened(source: str):
+    """An image network and its variables."""
+    module = encoder.make(source)
+    image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
+    return module, encoder.load(source, jax.eval_shape(module.init, jax.random.key(0), image))
 
 
 class _Apply:
