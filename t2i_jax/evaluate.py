@@ -80,11 +80,12 @@ def _by_protocol() -> dict:
         clip=CLIP.value,
     )
     started = time.perf_counter()
-    nets = judge.Networks(ours)
     if IMAGES.value:
         found = pictures.Pictures(IMAGES.value)
-        judge.check_captions(ours, nets, found.captions)
         ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(found))
+    nets = judge.Networks(ours)
+    if IMAGES.value:
+        judge.check_captions(ours, nets, found.captions)
         batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
         measure = judge.Measure(ours, nets, batches, REFERENCE.value)
         model = {
@@ -103,7 +104,7 @@ def _by_protocol() -> dict:
         measure = judge.Measure(ours, nets, drawn, REFERENCE.value)
     return {
         **{"protocol": ours.name, **model},
-        **{k: int(v) if k == "num_images" else v for k, v in measure.metrics().items()},
+        **{k: int(v) if "num_" in k else v for k, v in measure.metrics().items()},
         **measure.provenance,
         "definition": ours._asdict(),
         "definition_sha256": ours.sha256,

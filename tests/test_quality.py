@@ -3,8 +3,11 @@
 Features are pixels of the shapes' pictures, 8 × 8 × 3, unless a test needs others.
 """
 
+import ast
 import functools
 import itertools
+import pathlib
+import types
 import warnings
 
 import jax
@@ -578,6 +581,29 @@ def test_frechet_agrees_with_torchmetrics():
         x, y = gaussian(n, 48, 1), gaussian(m, 48, 2, shift=0.1)
         wanted = updated(image.FrechetInceptionDistance(feature=identity(48)), x, y)
         assert fid(x, y) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_frechet_agrees_with_pytorch_fid():
+    """Its function alone: the package wants torchvision, and SciPy 1.18's `sqrtm` has no `disp`."""
+    package = pytest.importorskip("pytorch_fid")
+    source = (pathlib.Path(package.__file__).parent / "fid_score.py").read_text()
+    (function,) = (
+        node
+        for node in ast.parse(source).body
+        if getattr(node, "name", "") == "calculate_frechet_distance"
+    )
+    sqrtm = lambda x_DD, disp=True: linalg.sqrtm(x_DD) if disp else (linalg.sqrtm(x_DD), None)
+    theirs = {"np": np, "linalg": types.SimpleNamespace(sqrtm=sqrtm)}
+    exec(ast.unparse(function), theirs)
+    sets = {
+        "many": (gaussian(300, 48, 1), gaussian(200, 48, 2, shift=0.1)),
+        "near": (gaussian(4000, 48, 1), gaussian(4000, 48, 2)),
+        "flat": (gaussian(300, 48, 1) * np.logspace(0, -3, 48), gaussian(300, 48, 2)),
+    }
+    for name, (x, y) in sets.items():
+        moments = [m for z in (x, y) for m in (z.mean(0), np.cov(z, rowvar=False))]
+        wanted = theirs["calculate_frechet_distance"](*moments)
+        assert fid(x, y) == pytest.approx(wanted, rel=1e-6), name
 
 
 @pytest.mark.filterwarnings("ignore:.*features in buffer")

@@ -288,8 +288,16 @@ def test_the_evaluator_reports_every_attribute_of_every_group():
     both = {f"{group}/{name}" for group in ("seen", "heldout") for name in names}
     single = {f"single/{name}" for name in names - {"relation"}}
     pair = {f"pair/{name}" for name in names - {"position"}}
-    assert set(result) == {"num_images", *names, *both, *single, *pair}
-    assert {value for name, value in result.items() if name != "num_images"} == {1.0}
+    counts = {name: value for name, value in result.items() if "num_" in name}
+    assert set(result) == {*counts, *names, *both, *single, *pair}
+    assert {value for name, value in result.items() if name not in counts} == {1.0}
+    captions = [t for s in ("test", "heldout") for t in world.make(split=s, size=31).captions()][
+        :61
+    ]
+    spoken = sum(world.parse(caption).relation is not None for caption in captions)
+    assert counts["num_relation"] == counts["pair/num_images"] == spoken
+    assert counts["single/num_images"] == 61 - spoken
+    assert not {"num_full_match", "num_count"} & set(counts)
     assert all(type(value) is float for value in result.values())
 
 

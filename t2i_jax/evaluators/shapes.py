@@ -94,8 +94,9 @@ def make(
       sample: options for the sampler; the model's own by default.
     Returns:
       run(nets, step) -> a function that gives `num_images`, and the share of right pictures per
-      attribute and as `full_match`: over all, and after "seen/", "heldout/", "single/" and "pair/"
-      over these alone.
+      attribute and as `full_match`, with the number of captions that speak of the attribute as
+      `num_<attribute>` where not all do: over all, and after "seen/", "heldout/", "single/" and
+      "pair/" over these alone.
     """
     splits = tuple(splits)
     if not splits or num_images < len(splits):
@@ -128,15 +129,22 @@ def shares(found, captions) -> dict[str, float]:
         pairs = {(thing.colour, thing.shape) for thing in said.objects}
         groups.setdefault("heldout" if pairs & shapes.HELD_OUT else "seen", []).append(judged)
         groups.setdefault("pair" if said.relation else "single", []).append(judged)
-    result = {"num_images": float(len(found)), **_means(found)}
+    result = _shares(found)
     for group, part in sorted(groups.items()):
-        result |= {f"{group}/{name}": share for name, share in _means(part).items()}
+        result |= {f"{group}/{name}": value for name, value in _shares(part).items()}
     return result
 
 
-def _means(found) -> dict[str, float]:
-    values = {name: [f[name] for f in found if name in f] for name in ("full_match", *ATTRIBUTES)}
-    return {name: float(np.mean(v)) for name, v in values.items() if v}
+def _shares(found) -> dict[str, float]:
+    values = {name: [f[name] for f in found if name in f] for name in ATTRIBUTES}
+    values = {"full_match": [f["full_match"] for f in found], **values}
+    result = {"num_images": float(len(found))}
+    for name, right in values.items():
+        if right:
+            result[name] = float(np.mean(right))
+            if len(right) < len(found):
+                result[f"num_{name}"] = float(len(right))
+    return result
 
 
 def _hits(said: shapes.Scene, objects) -> list[tuple[str, bool]]:
