@@ -9,6 +9,7 @@ from configs import shapes_flow
 from t2i_jax import errors, objective, plugins, randomness, weights
 from t2i_jax.data import cache
 from t2i_jax.objectives import flow
+from t2i_jax.sampling import prediction
 
 
 @pytest.fixture(scope="module")
@@ -80,12 +81,12 @@ def test_an_example_of_weight_zero_counts_nothing(made, config, prediction):
 def test_the_preconditioned_velocity_is_that_of_the_denoised_picture():
     """(z − x̂)/t with x̂ = c_skip·z + c_out·F, as Karras et al. write it, at σ = t/(1 − t)."""
     for t in (0.01, 0.3, 0.7, 0.99):
-        z, out, s = 0.4, -0.9, flow.DATA_STD
+        z, out, s = 0.4, -0.9, prediction.DATA_STD
         sigma = t / (1 - t)
         denoised = (
             s**2 / (sigma**2 + s**2) * (z / (1 - t)) + sigma * s / np.hypot(sigma, s) * out
         )  # Karras' x = z/(1 − t): table 1, column EDM
-        ours = flow.from_edm(jnp.float32(out), jnp.float32(z), jnp.float32(t))
+        ours = prediction._from_edm(jnp.float32(out), jnp.float32(z), jnp.float32(t))
         assert float(ours) == pytest.approx((z - denoised) / t, rel=2e-3)
 
 
@@ -140,5 +141,5 @@ def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest
 def test_an_unknown_prediction_is_refused(config):
     changed = config.copy_and_resolve_references()
     changed.loss.prediction = "epsilon"
-    with pytest.raises(errors.ConfigError, match="use 'v', 'x' or 'edm'"):
+    with pytest.raises(errors.ConfigError, match="prediction is"):
         objective.make(changed)

@@ -6,32 +6,28 @@ logit-normal (arXiv:2403.03206), text by cross-attention, captions dropped for g
 B batch · H W pixels · C channels · L text length · D width · S solver steps
 """
 
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, losses, plugins, randomness
+from t2i_jax.models import backbone
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
-from t2i_jax.sampling import ode
+from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, side
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
-DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 class Options(NamedTuple):
     """config.loss.
 
-    prediction: what the network puts out; the loss is the velocity's squared error.
-      "v"    the velocity;
-      "x"    the picture, as JiT does (arXiv:2511.13720), the loss times min(t/0.2, 1)²: where
-             little noise is left the network would spend most of it on pixels that are right;
-      "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
-             (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
+    prediction: what the network puts out, see `sampling.prediction`; the loss is the velocity's
+      squared error, of "x" times min(t/0.2, 1)²: where little noise is left the network would spend
+      most of it on pixels that are right.
     time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
     text_dropout: share of captions replaced by the null condition, or a share for each encoder,
       see `text.side`.
@@ -50,25 +46,8 @@ def make(config) -> Objective:
     loss_at_times.
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
-    if options.prediction not in ("v", "x", "edm"):
-        raise errors.ConfigError(
-            f"prediction is {options.prediction!r}",
-            where="config.loss",
-            fix="use 'v', 'x' or 'edm'",
-        )
-    sizes = dict(config.model)
-    backbone = plugins.load("models", sizes.pop("backbone", "unet"))
-    model = plugins.call(backbone.Backbone, where="config.model", options=sizes)
-    for name, value, unit in (
-        ("res", config.res, model.unit),
-        ("model.width", model.width, math.lcm(4, model.heads)),  # positions take quarters
-    ):
-        if value < unit or value % unit:
-            raise errors.ConfigError(
-                f"{name} is {value}, which is no multiple of {unit}",
-                where=f"config.{name}",
-                fix=f"use {max(value // unit, 1) * unit} or {(value // unit + 1) * unit}",
-            )
+    prediction.check(options.prediction, "config.loss")
+    model = backbone.build(config.model, res=config.res, where="config.model")
     text = side.Side(config, text_dropout=options.text_dropout, train_text=options.train_text)
     shape_HWC = (config.res, config.res, 3)
 
@@ -81,12 +60,7 @@ def make(config) -> Objective:
 
     def velocity(nets, z_BHWC, t_B, cond, text_kv=None):
         out_BHWC = model.apply(nets["model"], z_BHWC, t_B, cond, text_kv)
-        t = t_B[:, None, None, None]
-        if options.prediction == "v":
-            return out_BHWC
-        if options.prediction == "x":
-            return (z_BHWC - out_BHWC) / jnp.maximum(t, 1e-3)
-        return from_edm(out_BHWC, z_BHWC, t)
+        return prediction.velocity(options.prediction, out_BHWC, z_BHWC, t_B)
 
     def loss_at(nets, batch, cond, noise_BHWC, t_B):
         t = t_B[:, None, None, None]
@@ -156,13 +130,3 @@ def make(config) -> Objective:
     predict = {"sample": sample, "encode": text.encode, "loss_at_times": loss_at_times}
     trained = ("model", "text") if options.train_text else ("model",)
     return Objective(init, (Loss(trained, loss),), predict)
-
-
-def from_edm(out_BHWC, z_BHWC, t):
-    """The velocity (z − x̂)/t where x̂ = c_skip·z + c_out·out, with t cancelled.
-
-    c_skip and c_out are those of Karras et al. at σ = t/(1 − t) for z/(1 − t).
-    """
-    power = (1 - t) ** 2 * DATA_STD**2 + t**2  # of z
-    skip = (t - (1 - t) * DATA_STD**2) / power  # (1 − c_skip)/t
-    return skip * z_BHWC - DATA_STD * jax.lax.rsqrt(power) * out_BHWC

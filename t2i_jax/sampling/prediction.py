@@ -1,0 +1,44 @@
+"""What a flow network's output means.   B batch · H W pixels · C channels"""
+
+import jax
+import jax.numpy as jnp
+
+from t2i_jax import errors
+
+DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
+KINDS = ("v", "x", "edm")
+
+
+def check(kind: str, where: str) -> None:
+    """Raises ConfigError unless it is one of KINDS."""
+    if kind not in KINDS:
+        raise errors.ConfigError(
+            f"prediction is {kind!r}", where=where, fix=errors.nearest(kind, KINDS)
+        )
+
+
+def velocity(kind: str, out_BHWC, z_BHWC, t_B):
+    """The velocity ε − x of a network's output at z = (1 − t)·x + t·ε.
+
+    kind:
+      "v"    the output is the velocity;
+      "x"    the picture, as in JiT (arXiv:2511.13720);
+      "edm"  what remains of the picture after its best linear estimate, scaled to unit variance
+             (Karras et al. 2022, arXiv:2206.00364, appendix B.6): "x" in noise, "v" near the data.
+    """
+    t = t_B[:, None, None, None]
+    if kind == "v":
+        return out_BHWC
+    if kind == "x":
+        return (z_BHWC - out_BHWC) / jnp.maximum(t, 1e-3)
+    return _from_edm(out_BHWC, z_BHWC, t)
+
+
+def _from_edm(out_BHWC, z_BHWC, t):
+    """(z − x̂)/t where x̂ = c_skip·z + c_out·out, with t cancelled.
+
+    c_skip and c_out are those of Karras et al. at σ = t/(1 − t) for z/(1 − t).
+    """
+    power = (1 - t) ** 2 * DATA_STD**2 + t**2  # of z
+    skip = (t - (1 - t) * DATA_STD**2) / power  # (1 − c_skip)/t
+    return skip * z_BHWC - DATA_STD * jax.lax.rsqrt(power) * out_BHWC
