@@ -41,7 +41,7 @@ def base() -> ml_collections.ConfigDict:
     config.sample_every = 500
     config.eval_every = 0
     config.keep = 2  # checkpoints kept
-    config.best = ""  # and that of the largest evaluator/metric; "-evaluator/metric": the least
+    config.best = ""  # and that of the best evaluator/metric; "-evaluator/metric": of the least
     return config
 
 
@@ -77,8 +77,13 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.load = dict.fromkeys(config.load, "")  # a flag may name one
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
-    config.model.update(width=16, depth=1, heads=2)
+    small = dict(width=16, depth=1, heads=2)
+    parts = [part for part in config.model.values() if hasattr(part, "items")]
+    for sizes in parts:
+        sizes.update({name: size for name, size in small.items() if name in sizes})
+    if not parts:
+        config.model.update(small)
     config.log_every, config.save_every, config.sample_every = 2, 3, 0
-    config.eval_every, config.evaluators = 0, {}
+    config.eval_every, config.evaluators, config.best = 0, {}, ""
     config.prompts = config.prompts[:2]
     return config

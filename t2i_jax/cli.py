@@ -68,7 +68,9 @@ class _Step(flags.ArgumentParser):
     """Parses --step."""
 
     def parse(self, argument):
-        return argument if argument == "best" else int(argument)
+        if argument == "best" or str(argument).isdecimal():
+            return argument if argument == "best" else int(argument)
+        raise ValueError(f'step is {argument!r}: give a number or "best"')
 
 
 def model(options: dict, *, default: str | None = None, hint: str = "") -> str:

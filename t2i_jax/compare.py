@@ -6,32 +6,38 @@ evaluation, curves over images seen and over core-hours, and the newest pictures
 """
 
 import base64
+import collections
 import html
 import io
+import itertools
 import json
+import os
 import pathlib
 from typing import NamedTuple
 
 from absl import flags
 
-from t2i_jax import cli, errors, images
+from t2i_jax import cli, errors, images, metrics
 
 OUTPUT = flags.DEFINE_string("output", "report", "The folder to write; it is made.")
-METRIC = flags.DEFINE_string("metric", None, 'What to rank by, "-" before it where less is better.')
+METRIC = flags.DEFINE_string("metric", None, 'What to rank by; "-x" says that less x is better.')
 CURVES = flags.DEFINE_list("curves", [], "Metrics to draw; by default the ranked one and losses.")
 INTO = flags.DEFINE_string("into", None, "A Markdown file that the tables are put into, too.")
 MARKS = ("<!-- runs -->", "<!-- /runs -->")
 SHOWN = ("full_match", "fid", "fd-", "kid", "kd-", "precision", "recall", "clip_score", "mean")
-LESS = ("fid", "fd-", "kid", "kd-", "mean")  # is better; of SHOWN
 NO_METRICS = ("step", "seconds", "num_images", "broken")  # numbers of a row that judge nothing
 DIGITS = 4
+TITLE = "Runs compared"
+STYLE = """body{font-family:sans-serif} td,th{padding:.2em .6em;text-align:right}
+figure{display:inline-block;vertical-align:top} figcaption{max-width:400px}
+img:not([alt=curves]){min-width:400px;image-rendering:pixelated}"""
 
 
 class Run(NamedTuple):
     """What a workdir tells.
 
-    seconds: [(step, seconds of training up to it)]. results: by what measured them, the newest.
-    events: rows of evaluations during the training.
+    seconds: [(step, seconds of training up to it)]. results: by protocol, the newest. events: rows
+    of evaluations during the training.
     """
 
     name: str
@@ -69,49 +75,88 @@ class Run(NamedTuple):
         return {k: v for k, v in found.items() if type(v) in (int, float)}
 
 
-def read(workdir: str) -> Run:
-    """Raises ConfigError where there is no run."""
-    folder = pathlib.Path(workdir)
+def read(workdirs) -> list[Run]:
+    """Runs by the shortest ends of their paths, results by protocol@definition where it matters.
+
+    Raises:
+      ConfigError: a folder is given twice or holds no run.
+    """
+    folders = [pathlib.Path(os.path.abspath(workdir)) for workdir in workdirs]
+    if len(set(folders)) < len(folders):
+        raise errors.ConfigError(
+            "a run is given twice", where="the command line", fix="name each folder once"
+        )
+    runs = [_read(folder, _name(folder, folders)) for folder in folders]
+    definitions = {key for run in runs for key in run.results}
+    count = collections.Counter(protocol for protocol, _ in definitions)
+    label = {key: "@".join(key) if count[key[0]] > 1 else key[0] for key in definitions}
+    return [r._replace(results={label[k]: row for k, row in r.results.items()}) for r in runs]
+
+
+def _name(folder: pathlib.Path, folders) -> str:
+    """The shortest end of its path that no other has."""
+    for n in itertools.count(1):
+        end = folder.parts[-n:]
+        if [other.parts[-n:] for other in folders].count(end) == 1:
+            return str(pathlib.Path(*end))
+
+
+def _read(folder: pathlib.Path, name: str) -> Run:
+    """A run whose results are by protocol and its definition's first digits."""
+    files = [folder / "config.json", folder / "metrics.jsonl"]
+    lacking = next((file.name for file in files if not file.is_file()), None)
     try:
-        config = json.loads((folder / "config.json").read_text())
+        if lacking:
+            raise ValueError(f"no {lacking} in it" if folder.is_dir() else "no such folder")
+        config = json.loads(files[0].read_text())
         config["batch_size"], config["objective"]
     except (OSError, ValueError, KeyError) as e:
-        raise errors.ConfigError(
-            f"no run: {e}", where=str(folder), fix="give the --workdir of a training"
-        ) from e
+        fix = "give the --workdir of a training, not an exported model"
+        raise errors.ConfigError(f"no run: {e}", where=str(folder), fix=fix) from e
     try:
         environment = json.loads((folder / "env.txt").read_text())
     except (OSError, ValueError):
         environment = {}
-    seconds = [(row["step"], row["seconds"]) for row in _rows(folder / "times.jsonl")]
-    made = [row for row in _rows(folder / "results.jsonl") if "protocol" in row]
-    results = {row["protocol"]: row for row in made}
     drawn = sorted((folder / "samples").glob("step_*.png"))
     return Run(
-        folder.name,
+        name,
         config,
         environment.get("cores", 1),
-        seconds,
+        [(row["step"], row["seconds"]) for row in _rows(folder / "times.jsonl")],
         _rows(folder / "events.jsonl"),
-        results,
-        _rows(folder / "metrics.jsonl"),
+        {
+            (row["protocol"], row.get("definition_sha256", "?")[:6]): row
+            for row in _rows(folder / "results.jsonl")
+            if "protocol" in row
+        },
+        _rows(files[1]),
         drawn[-1] if drawn else None,
     )
 
 
-def table(runs: list[Run], metric: str | None) -> list[list[str]]:
-    """Rows of text, the first the head; sorted by the metric, the best first."""
+def about(runs: list[Run], metric: str, less: bool) -> str:
+    """What ranks the runs, and how many pictures each protocol judged."""
+    judged = collections.defaultdict(set)
+    for run in runs:
+        for protocol, row in run.results.items():
+            judged[protocol].add(int(row.get("num_images") or row["definition"]["num_images"]))
+    counts = [f"{' or '.join(map(str, sorted(n)))} by {k}" for k, n in sorted(judged.items())]
+    ranked = f"Ranked by {metric}, {'less' if less else 'more'} is better."
+    text = ranked if metric else "Not ranked: the runs have no metric in common."
+    return f"{text} Pictures judged: {', '.join(counts)}." if counts else text
+
+
+def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
+    """Rows of text, the first the head; sorted by the metric, if any, the best first."""
     common = {name for run in runs for name in run.values()}
     names = sorted(n for n in common if any(_short(n).startswith(s) for s in SHOWN))
-    key = (metric or "").removeprefix("-")
-    names = ([key] if key else []) + [name for name in names if name != key]
-    sign = -1 if (metric or "").startswith("-") else 1
-    ranked = sorted(runs, key=lambda r: -sign * r.values().get(key, -sign * float("inf")))
+    names = ([metric] if metric else []) + [name for name in names if name != metric]
+    sign = 1 if less else -1
     head = ["run", "family", "steps", "images seen", "core-hours", "images / core-s", *names]
     rows = [head]
-    for run in ranked if key else runs:
+    for run in sorted(runs, key=lambda r: sign * r.values().get(metric, sign * float("inf"))):
         hours, seen = run.hours_at(run.steps), run.images_at(run.steps)
-        cost = [f"{hours:.2f}", f"{seen / hours / 3600:.1f}"] if hours else ["", ""]
+        cost = [_three(hours), _three(seen / hours / 3600)] if hours else ["", ""]
         found = run.values()
         values = [f"{found[n]:.{DIGITS}g}" if n in found else "" for n in names]
         rows.append(
@@ -120,24 +165,23 @@ def table(runs: list[Run], metric: str | None) -> list[list[str]]:
     return rows
 
 
-def economy(runs: list[Run], metric: str) -> list[list[str]]:
+def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     """Core-hours until a run first reaches shares of the best value that any of them reached."""
-    name, less = metric.removeprefix("-"), metric.startswith("-")
     reached = {
-        run.name: [(run.hours_at(row["step"]), row[name]) for row in run.events if name in row]
+        run.name: [(run.hours_at(row["step"]), row[metric]) for row in run.events if metric in row]
         for run in runs
     }
     values = [v for points in reached.values() for _, v in points]
-    if not values:
-        return []
-    best = min(values) if less else max(values)
+    best = (min if less else max)(values, default=0)
+    if best <= 0 or min(values) == max(values):
+        return []  # shares of it would say nothing
     shares = (2.0, 1.5, 1.2, 1.0) if less else (0.5, 0.8, 0.9, 1.0)
     sign = "≤" if less else "≥"
-    rows = [["core-hours until", *(f"{name} {sign} {best * s:.3g}" for s in shares)]]
+    rows = [["core-hours until", *(f"{metric} {sign} {best * s:.3g}" for s in shares)]]
     for run, points in reached.items():
         good = lambda v, s: v <= best * s if less else v >= best * s
         first = [min((h for h, v in points if good(v, s)), default=None) for s in shares]
-        rows.append([run, *("never" if h is None else f"{h:.2f}" for h in first)])
+        rows.append([run, *("never" if h is None else _three(h) for h in first)])
     return rows
 
 
@@ -189,6 +233,11 @@ def _short(name: str) -> str:
     return name.partition("/")[2]
 
 
+def _three(value: float) -> str:
+    """Three significant digits, or whole numbers."""
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def _rows(path: pathlib.Path) -> list[dict]:
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
@@ -200,22 +249,23 @@ def _rows(path: pathlib.Path) -> list[dict]:
         ) from e
 
 
-def markdown(tables, pictures) -> str:
-    """Tables, and pictures by the names of files beside it."""
-    parts = []
+def markdown(note, tables, pictures=()) -> str:
+    """A sentence, tables, and pictures, (file beside it, PNG, title, prompts) each."""
+    parts = [f"{note}\n"]
     for head, *rows in filter(None, tables):
         lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
         parts.append("\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]]) + "\n")
-    parts += [f"![{name.removesuffix('.png')}]({name})\n" for name in pictures]
+    for name, _, title, prompts in pictures:
+        items = "".join(f"{i}. {prompt}\n" for i, prompt in enumerate(prompts, 1))
+        parts.append(f"**{title}**\n\n![{title}]({name})\n\n{items}")
     return "\n".join(parts)
 
 
-def page(tables, pictures) -> str:
+def page(note, tables, pictures) -> str:
     """The same as one HTML file that holds its pictures."""
     parts = [
-        '<!doctype html><meta charset="utf-8"><title>Runs compared</title>',
-        "<style>body{font-family:sans-serif}td,th{padding:.2em .6em;text-align:right}",
-        "figure{display:inline-block}</style>",
+        f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>',
+        f"<h1>{TITLE}</h1><p>{html.escape(note)}</p>",
     ]
     for rows in filter(None, tables):
         cells = [
@@ -223,43 +273,40 @@ def page(tables, pictures) -> str:
             for row, tag in zip(rows, ["th", *["td"] * (len(rows) - 1)], strict=True)
         ]
         parts.append("<table>" + "".join(f"<tr>{row}</tr>" for row in cells) + "</table>")
-    for name, data in pictures.items():
+    for _, data, title, prompts in pictures:
         source = f"data:image/png;base64,{base64.b64encode(data).decode()}"
-        title = html.escape(name.removesuffix(".png"))
-        picture = f'<img src="{source}" alt="{title}"><figcaption>{title}</figcaption>'
-        parts.append(f"<figure>{picture}</figure>")
+        picture = f'<img src="{source}" alt="{html.escape(title)}">'
+        items = "".join(f"<li>{html.escape(prompt)}</li>" for prompt in prompts)
+        caption = f"<b>{html.escape(title)}</b><ol>{items}</ol>"
+        parts.append(f"<figure>{picture}<figcaption>{caption}</figcaption></figure>")
     return "\n".join(parts)
 
 
 def main(workdirs):
-    runs = [read(workdir) for workdir in workdirs]
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        raise errors.ConfigError(
-            f"two runs are called alike: {names}", where="the command line", fix="rename a folder"
-        )
-    metric = METRIC.value or _main_metric(runs)
-    known = {name for run in runs for name in run.values()}
-    if metric and metric.removeprefix("-") not in known:
-        raise errors.ConfigError(
-            f"no run has {metric!r}", where="--metric", fix=errors.nearest(metric, known)
-        )
+    runs = read(workdirs)
+    asked = METRIC.value or _main_metric(runs)
+    metric = asked.removeprefix("-")
+    less = asked.startswith("-") or metrics.falls(metric)
+    _check("--metric", [metric] if metric else [], {n for run in runs for n in run.values()})
+    measured = {name for run in runs for row in (*run.losses, *run.events) for name in row}
+    _check("--curves", CURVES.value, measured - {"step"})
     into = _marked(INTO.value) if INTO.value else None
     losses = sorted({k for run in runs for row in run.losses[-1:] for k in row if "/loss" in k})
-    drawn = CURVES.value or [*([metric.removeprefix("-")] if metric else []), *losses]
-    tables = [table(runs, metric), economy(runs, metric) if metric else []]
-    png = curves(runs, drawn)
-    pictures = {"curves.png": png} if png else {}
-    pictures |= {f"{r.name}.png": r.picture.read_bytes() for r in runs if r.picture}
+    png = curves(runs, CURVES.value or [metric, *losses])
+    pictures = [("curves.png", png, "curves", [])] if png else []
+    pictures += [_picture(run, f"run{i}.png") for i, run in enumerate(runs, 1) if run.picture]
+    note = about(runs, metric, less)
+    tables = [table(runs, metric, less), economy(runs, metric, less)]
     folder = pathlib.Path(OUTPUT.value)
+    text = f"# {TITLE}\n\n{markdown(note, tables, pictures)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, data in pictures.items():
+        for name, data, *_ in pictures:
             images.write_whole(folder / name, data)
-        images.write_whole(folder / "report.md", markdown(tables, pictures).encode())
-        images.write_whole(folder / "report.html", page(tables, pictures).encode())
+        images.write_whole(folder / "report.md", text.encode())
+        images.write_whole(folder / "report.html", page(note, tables, pictures).encode())
         if into:
-            text = f"{into[0]}{MARKS[0]}\n{markdown(tables, ())}{MARKS[1]}{into[1]}"
+            text = f"{into[0]}{MARKS[0]}\n{markdown(note, tables)}{MARKS[1]}{into[1]}"
             images.write_whole(INTO.value, text.encode())
     except OSError as e:
         raise errors.StorageError(
@@ -268,11 +315,24 @@ def main(workdirs):
     print(folder / "report.md", folder / "report.html")
 
 
-def _main_metric(runs) -> str | None:
-    """One that all runs have, with its sign."""
+def _check(flag: str, names, known) -> None:
+    for name in names:
+        if name not in known:
+            raise errors.ConfigError(
+                f"no run has {name!r}", where=flag, fix=errors.nearest(name, known)
+            )
+
+
+def _picture(run: Run, name: str):
+    step = run.picture.stem.removeprefix("step_").lstrip("0")
+    prompts = (images.read_metadata(run.picture) or {}).get("prompts", [])
+    return name, run.picture.read_bytes(), f"{run.name}, step {step}", prompts
+
+
+def _main_metric(runs) -> str:
+    """One that all runs have, or none."""
     common = sorted(set.intersection(*(set(run.values()) for run in runs)))
-    found = next((n for s in SHOWN for n in common if _short(n).startswith(s)), None)
-    return f"-{found}" if found and _short(found).startswith(LESS) else found
+    return next((n for s in SHOWN for n in common if _short(n).startswith(s)), "")
 
 
 def _marked(path: str) -> tuple[str, str]:

@@ -5,7 +5,8 @@ python -m t2i_jax.evaluate --images=out/theirs --protocol=coco-fid-30k --data=co
 
 prints one row, a JSON object with all that is needed to repeat it, and appends it to results.jsonl
 in the --workdir, or wherever --output says. --evaluators runs files of t2i_jax/evaluators, such as
-`shapes`, with the model alone.
+`shapes` or `held_out_loss`, with the options of the run's config. --captions=FILE writes the
+protocol's captions, for other systems to draw.
 """
 
 import datetime
@@ -15,7 +16,7 @@ import pathlib
 import subprocess
 import time
 
-from absl import flags
+from absl import flags, logging
 
 from t2i_jax import cli
 
@@ -26,6 +27,7 @@ DATA = flags.DEFINE_string("data", None, "The folder of captioned pictures that 
 REFERENCE = flags.DEFINE_string("reference", None, "An .npz with mu and sigma, for fid alone.")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "In place of the protocol's.")
 CLIP = flags.DEFINE_string("clip", None, "In place of the protocol's: folder or hf:org/name.")
+CAPTIONS = flags.DEFINE_string("captions", None, "Write the protocol's captions there, no more.")
 OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the row.")
 EVALUATORS = flags.DEFINE_list("evaluators", [], "Files of t2i_jax/evaluators; without --protocol.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Pictures to draw.", lower_bound=1)
@@ -43,13 +45,17 @@ def main():
             where="the command line",
             fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
         )
-    drawing = [flag.value for flag in (*MODEL.values(), *OPTIONS.values(), EVALUATORS)]
-    if IMAGES.value and any(drawing):
+    drawing = (*MODEL.values(), *OPTIONS.values(), EVALUATORS, NUM_IMAGES, SEED, CAPTIONS)
+    given = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]
+    if IMAGES.value and given:
         raise errors.ConfigError(
-            "pictures and what draws pictures",
+            f"{', '.join(given)} with pictures that are drawn already",
             where="--images",
-            fix="give it with --protocol alone",
+            fix=f"leave out {', '.join(given)}",
         )
+    if CAPTIONS.value:
+        _write_captions()
+        return
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
     text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
     print(text)
@@ -64,21 +70,43 @@ def main():
             ) from e
 
 
-def _by_protocol() -> dict:
-    from t2i_jax.data import pictures
-    from t2i_jax.evaluators import protocol as judge
+def _protocol():
     from t2i_jax.quality import protocol
 
-    options = cli.given(OPTIONS)
-    ours = protocol.read(
-        PROTOCOL.value,
+    return protocol.read(
+        PROTOCOL.value or "",
         path=DATA.value,
         num_images=NUM_IMAGES.value,
         seed=SEED.value,
-        sample=options,
+        sample=cli.given(OPTIONS),
         extractor=EXTRACTOR.value,
         clip=CLIP.value,
     )
+
+
+def _write_captions() -> None:
+    from t2i_jax import images
+
+    lines = "".join(f"{caption}\n" for caption in _protocol().captions())
+    images.write_whole(CAPTIONS.value, lines.encode())
+
+
+def _told(batches, total: int):
+    """The batches, and now and then in the log how far they are."""
+    done, told = 0, time.perf_counter()
+    for pictures, texts in batches:
+        yield pictures, texts
+        done += len(pictures)
+        if time.perf_counter() - told > 10:
+            told = time.perf_counter()
+            logging.info("%d of %d pictures", done, total)
+
+
+def _by_protocol() -> dict:
+    from t2i_jax.data import pictures
+    from t2i_jax.evaluators import protocol as judge
+
+    ours = _protocol()
     started = time.perf_counter()
     if IMAGES.value:
         found = pictures.Pictures(IMAGES.value)
@@ -87,7 +115,7 @@ def _by_protocol() -> dict:
     if IMAGES.value:
         judge.check_captions(ours, nets, found.captions)
         batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
-        measure = judge.Measure(ours, nets, batches, REFERENCE.value)
+        measure = judge.Measure(ours, nets, _told(batches, len(found)), REFERENCE.value)
         model = {
             "images": IMAGES.value,
             "images_sha256": found.fingerprint,
@@ -101,7 +129,7 @@ def _by_protocol() -> dict:
         drawn = judge.drawn(
             *(pipe.predictor.bound, pipe.nets, ours), ours.captions(), BATCH_SIZE.value
         )
-        measure = judge.Measure(ours, nets, drawn, REFERENCE.value)
+        measure = judge.Measure(ours, nets, _told(drawn, ours.num_images), REFERENCE.value)
     return {
         **{"protocol": ours.name, **model},
         **{k: int(v) if "num_" in k else v for k, v in measure.metrics().items()},
@@ -113,17 +141,20 @@ def _by_protocol() -> dict:
 
 
 def _by_evaluators() -> dict:
-    pipe = _pipeline()
+    pipe, started = _pipeline(), time.perf_counter()
     options = cli.given(OPTIONS)
-    result = {"model": pipe.source, "step": pipe.step, **pipe.predictor.check("sample", **options)}
-    given = {"num_images": NUM_IMAGES.value, "seed": SEED.value}
+    result = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
+    if "sample" in pipe.predictor.objective.predict:
+        result["sample"] = pipe.predictor.check("sample", **options)
+    given = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
     given = {name: value for name, value in given.items() if value is not None}
     for name in EVALUATORS.value:
-        started = time.perf_counter()
-        found = pipe.evaluate(name, batch_size=BATCH_SIZE.value, sample=options, **given)
+        own = pipe.config.evaluators.get(name, {})  # as in the training
+        asked = {"batch_size": BATCH_SIZE.value, **own, **given}
+        found = pipe.evaluate(name, **asked)
         result |= {f"{name}/{k}": v for k, v in found.items()}
-        result[f"{name}/seconds"] = round(time.perf_counter() - started, 1)
-    return result
+        result[f"{name}/options"] = asked
+    return {**result, **_circumstances(started)}
 
 
 def _pipeline(**options):

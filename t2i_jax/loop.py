@@ -151,6 +151,7 @@ class Run:
             checkpoints.set_all_aside()
         with watchdog.phase("restore"):
             state, start, hooked = self._first_state(checkpoints)
+            hooked = hooked or distributed.as_first(metrics.evaluated(workdir, start))
         writer = metrics.Writer(
             workdir,
             start=start,
@@ -373,6 +374,20 @@ def check(config) -> None:
         raise errors.ConfigError(
             "nothing is evaluated", where="config.best", fix="set eval_every and evaluators"
         )
+    measured = config.best.removeprefix("-").partition("/")[0]
+    if config.best and measured not in config.evaluators:
+        raise errors.ConfigError(
+            f"it is {config.best!r}, and no evaluator is called {measured!r}",
+            where="config.best",
+            fix=f"write <evaluator>/<metric>: {errors.nearest(measured, config.evaluators)}",
+        )
+    for name, options in config.evaluators.items():
+        if not hasattr(options, "items"):
+            raise errors.ConfigError(
+                f"it is {options!r}",
+                where=f"config.evaluators.{name}",
+                fix="give dict(…) of options",
+            )
 
 
 class Hooks:
@@ -427,7 +442,8 @@ class Hooks:
         while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
             n, job = self._jobs.popleft()
             found = job.result()
-            logging.info("step %d · %s", n, " ".join(f"{k} {v:.3f}" for k, v in found.items()))
+            shown = (f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
+            logging.info("step %d · %s", n, " ".join(shown))
             writer.event(n, found)
             if self._config.best:
                 self._rate(n, found, checkpoints)
@@ -438,15 +454,16 @@ class Hooks:
 
     def _rate(self, n: int, found, checkpoints) -> None:
         metric = self._config.best.removeprefix("-")
+        less = metric != self._config.best or metrics.falls(metric)
         if metric not in found:
             raise errors.ConfigError(
                 f"no evaluator measures {metric!r}",
                 where="config.best",
                 fix=errors.nearest(metric, found),
             )
-        sign = -1 if self._config.best.startswith("-") else 1
         best = checkpoints.best()
-        if not best or best["metric"] != metric or sign * (found[metric] - best["value"]) > 0:
+        better = lambda new, old: new < old if less else new > old
+        if not best or best["metric"] != metric or better(found[metric], best["value"]):
             checkpoints.set_best(n, metric, found[metric])
             logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])
 

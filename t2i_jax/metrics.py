@@ -13,6 +13,16 @@ import tensorboardX
 import tqdm
 from absl import logging
 
+FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised")
+
+
+def falls(name: str) -> bool:
+    """Whether less of a metric, "evaluator/metric" or "net/loss", is better."""
+    source, _, short = name.partition("/")
+    if short.startswith("lpips"):
+        return not short.startswith("lpips_diversity")
+    return short.startswith(FALLING) or short.endswith("loss") or source.endswith("loss")
+
 
 class Writer:
     """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
@@ -134,6 +144,11 @@ class Writer:
         self._bar.close()
         if self._first:
             self._board.close()
+
+
+def evaluated(workdir: pathlib.Path, step: int) -> bool:
+    """Whether events.jsonl tells of a step."""
+    return any(row["step"] == step for row, _ in _whole(workdir / "events.jsonl", step))
 
 
 def quarantine(workdir: pathlib.Path) -> pathlib.Path:

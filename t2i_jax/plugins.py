@@ -22,8 +22,13 @@ def load(kind: str, name: str):
 
 
 def call(fn, *args, where: str, options):
-    """`fn(*args, **options)`; a keyword fn does not take is an error naming the nearest one."""
+    """`fn(*args, **options)`; a keyword that fn does not take, or lacks, is an error."""
     check_options(fn, options, where=where, given=len(args))
+    needed = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
+    needed = [p.name for p in needed if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    for name in needed[len(args) :]:
+        if name not in options:
+            raise errors.ConfigError(f"it lacks the option {name!r}", where=where, fix="add it")
     return fn(*args, **options)
 
 

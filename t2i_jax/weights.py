@@ -13,6 +13,7 @@ from flax import traverse_util
 
 from t2i_jax import checkpoint, errors, fingerprint, images, objective, sharding
 from t2i_jax.text import encoder
+from t2i_jax.vision import encoder as vision
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
@@ -104,7 +105,7 @@ def frozen_shapes(family: objective.Objective, config):
                 fix=errors.nearest(name, shapes),
             )
         if not _is_ours(source):
-            encoder.check(source, shapes[name])
+            _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
         if name not in given and not config.allow_random:
@@ -179,7 +180,10 @@ def frozen_digest(folder: pathlib.Path, step: int | None) -> str | None:
 
 
 def load_net(source, name: str, target):
-    """One net's variables from a run, an exported model, or a pretrained encoder's checkpoint."""
+    """One net's variables from a run, an exported model, or a pretrained checkpoint.
+
+    A run's net of another name stands after "#": "runs/flow#model".
+    """
     logging.info("%s: %s", name, source)
     if not isinstance(source, str) and any(map(_is_ours, source)):
         raise errors.ConfigError(
@@ -188,9 +192,16 @@ def load_net(source, name: str, target):
             fix="give pretrained checkpoints, or the run alone",
         )
     if _is_ours(source):
-        _check_trained(source, name)
-        return load_trained(locate(source), {name: target}, step=None)[0][name]
-    return encoder.load(source, target)
+        source, _, theirs = source.partition("#")
+        theirs = theirs or name
+        _check_trained(source, theirs)
+        return load_trained(locate(source), {theirs: target}, step=None)[0][theirs]
+    return _reader(name).load(source, target)
+
+
+def _reader(name: str):
+    """What reads pretrained checkpoints: texts for the net "text", pictures for all others."""
+    return encoder if name == "text" else vision
 
 
 def check_frozen(nets, known: str | None, found: str | None = None) -> None:
@@ -228,6 +239,7 @@ def _is_ours(source) -> bool:
         return False  # several pretrained encoders
     if source.startswith("builtin:"):
         return True
+    source = source.partition("#")[0]
     try:
         return "objective" in json.loads((pathlib.Path(source) / "config.json").read_text())
     except (OSError, ValueError):

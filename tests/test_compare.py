@@ -5,10 +5,11 @@ import json
 import shutil
 
 import absl.flags
+import numpy as np
 import pytest
 from absl.testing import flagsaver
 
-from t2i_jax import compare, errors
+from t2i_jax import compare, errors, images
 from tests.test_pipeline import start
 
 
@@ -30,7 +31,13 @@ def runs(run, tmp_path):
     row = {"protocol": "shapes", "full_match": 0.7, "seconds": 9.0, "step": 6, "num_images": 8}
     rows = [row | {"full_match": 0.1}, row]  # the newest counts
     (tmp_path / "slow" / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return [compare.read(str(tmp_path / name)) for name in ("slow", "fast")]
+    return compare.read([tmp_path / name for name in ("slow", "fast")])
+
+
+def judge(folder, *rows):
+    """Writes a run's results by the protocol `tiny`."""
+    rows = [{"protocol": "tiny", "definition": {"num_images": 24}, **row} for row in rows]
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_cost_is_counted_in_images_and_core_hours(runs):
@@ -42,20 +49,82 @@ def test_cost_is_counted_in_images_and_core_hours(runs):
     assert slow.values() == {"shapes/full_match": 0.7}  # a protocol's row over the last evaluation
 
 
+def report(folder, monkeypatch, **flags):
+    """report.md of both runs."""
+    monkeypatch.chdir(folder)
+    absl.flags.FLAGS(["compare"])
+    with flagsaver.flagsaver(**flags):
+        compare.main(["slow", "fast"])
+    return (folder / "report" / "report.md").read_text()
+
+
 def test_the_best_comes_first_and_less_may_be_better(runs):
-    names = lambda metric: [row[0] for row in compare.table(runs, metric)[1:]]
-    assert names("shapes/full_match") == ["slow", "fast"]
-    assert names("-shapes/full_match") == ["fast", "slow"]
+    runs = [runs[0]._replace(name="unjudged", events=[], results={}), *runs]
+    names = lambda less: [row[0] for row in compare.table(runs, "shapes/full_match", less)[1:]]
+    assert names(False) == ["slow", "fast", "unjudged"]
+    assert names(True) == ["fast", "slow", "unjudged"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "first", "note"),
+    [
+        ("tiny/fd-x", "fast", "Ranked by tiny/fd-x, less is better."),
+        ("-tiny/colour", "fast", "Ranked by tiny/colour, less is better."),
+        ("tiny/colour", "slow", "Ranked by tiny/colour, more is better."),
+    ],
+)
+def test_a_metrics_name_says_what_is_better(runs, tmp_path, monkeypatch, metric, first, note):
+    judge(tmp_path / "slow", {"fd-x": 300.0, "colour": 0.9})
+    judge(tmp_path / "fast", {"fd-x": 200.0, "colour": 0.1})
+    text = report(tmp_path, monkeypatch, metric=metric)
+    assert note in text
+    assert text.index(f"| {first} |") == text.index("|---|\n") + len("|---|\n")
+
+
+def test_definitions_of_one_protocol_have_columns_of_their_own(runs, tmp_path):
+    judge(
+        tmp_path / "slow",
+        *({"definition_sha256": "aaaaaaaa", "fd-x": value} for value in (9.0, 1.0)),
+        {"definition_sha256": "bbbbbbbb", "fd-x": 2.0, "num_images": 32},
+    )
+    judge(tmp_path / "fast", {"definition_sha256": "bbbbbbbb", "fd-x": 3.0, "num_images": 31})
+    slow, fast = runs = compare.read([tmp_path / "slow", tmp_path / "fast"])
+    assert slow.values().items() >= {"tiny@aaaaaa/fd-x": 1.0, "tiny@bbbbbb/fd-x": 2.0}.items()
+    assert {"tiny/fd-x", "tiny@aaaaaa/fd-x"}.isdisjoint(fast.values())
+    assert "24 by tiny@aaaaaa, 31 or 32 by tiny@bbbbbb." in compare.about(runs, "", False)
+    (fast,) = compare.read([tmp_path / "fast"])
+    assert fast.values()["tiny/fd-x"] == 3.0  # with nothing to tell it from
+
+
+def test_runs_have_the_shortest_names_that_differ(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        shutil.copytree("slow", f"{name}/slow")
+    assert [run.name for run in compare.read(["a/slow", "b/slow", "fast"])] == [
+        *("a/slow", "b/slow", "fast")
+    ]
 
 
 def test_economy_is_the_cost_of_shares_of_the_best(runs):
-    head, slow, fast = compare.economy(runs, "shapes/full_match")
+    head, slow, fast = compare.economy(runs, "shapes/full_match", False)
     assert head[1:] == [f"shapes/full_match ≥ {v}" for v in ("0.4", "0.64", "0.72", "0.8")]
-    assert slow == ["slow", "2.00", "3.00", "3.00", "3.00"]
-    assert fast == ["fast", "0.67", "never", "never", "never"]
-    _, slow, fast = compare.economy(runs, "-shapes/full_match")  # 0.2 is the best
-    assert slow == ["slow", "1.00", "1.00", "1.00", "1.00"]
-    assert fast == ["fast", "0.33", "0.33", "never", "never"]
+    assert slow == ["slow", "2", "3", "3", "3"]
+    assert fast == ["fast", "0.667", "never", "never", "never"]
+    _, slow, fast = compare.economy(runs, "shapes/full_match", True)  # 0.2 is the best
+    assert slow == ["slow", "1", "1", "1", "1"]
+    assert fast == ["fast", "0.333", "0.333", "never", "never"]
+
+
+@pytest.mark.parametrize("values", [(0.0, 0.0), (0.3, 0.3), (-2.0, -1.0), ()])
+def test_economy_is_left_out_where_it_says_nothing(runs, values):
+    events = [{"step": step, "shapes/full_match": v} for step, v in enumerate(values, 1)]
+    assert not compare.economy([runs[0]._replace(events=events)], "shapes/full_match", False)
+
+
+def test_costs_have_three_digits(runs):
+    run = runs[0]._replace(seconds=[(6, 4.32)])
+    head, row = compare.table([run], "", False)
+    assert dict(zip(head, row, strict=True))["core-hours"] == "0.0024"
 
 
 def test_a_report_holds_tables_curves_and_pictures(runs, tmp_path):
@@ -68,12 +137,17 @@ def test_a_report_holds_tables_curves_and_pictures(runs, tmp_path):
     )
     text = (tmp_path / "report" / "report.md").read_text()
     page = (tmp_path / "report" / "report.html").read_text()
-    assert text.index("| slow | flow | 6 | 48 | 3.00 |") < text.index("| fast | flow |")
-    for name in ("curves", "slow", "fast"):
+    assert text.index("| slow | flow | 6 | 48 | 3 |") < text.index("| fast | flow |")
+    assert text.startswith("# Runs compared\n")
+    assert "<h1>Runs compared</h1>" in page
+    for name in ("curves", "run1", "run2"):
         data = (tmp_path / "report" / f"{name}.png").read_bytes()
         assert data.startswith(b"\x89PNG")
         assert f"]({name}.png)" in text
         assert base64.b64encode(data).decode() in page
+    for title in ("slow, step 6", "fast, step 6"):
+        assert f"![{title}]" in text
+        assert f"<b>{title}</b>" in page
     whole = results.read_text()
     assert whole.startswith("before\n")
     assert whole.endswith("after\n")
@@ -81,17 +155,34 @@ def test_a_report_holds_tables_curves_and_pictures(runs, tmp_path):
     assert "| slow | flow |" in whole
 
 
+def test_pictures_come_with_their_prompts(runs, tmp_path, monkeypatch):
+    for name in ("slow", "fast"):
+        path = tmp_path / name / "samples" / "step_00000010.png"
+        images.save(
+            path, np.zeros((4, 4, 3), np.uint8), {"prompts": ["a <b> cube", f"a {name} disc"]}
+        )
+    text = report(tmp_path, monkeypatch)
+    assert "![slow, step 10](run1.png)\n\n1. a <b> cube\n2. a slow disc\n" in text
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "<b>fast, step 10</b><ol><li>a &lt;b&gt; cube</li><li>a fast disc</li></ol>" in page
+
+
 @pytest.mark.parametrize(
     ("workdirs", "flags", "message"),
     [
-        (["slow", "slow"], {}, "called alike"),
-        (["slow", "slow/tb"], {}, "no run"),
+        (["slow", "slow"], {}, "given twice"),
+        (["slow", "nowhere"], {}, "no such folder"),
+        (["slow", "slow/samples"], {}, "no config.json in it"),
+        (["slow", "exported"], {}, "no metrics.jsonl in it"),
+        (["slow"], {"curves": ["model/los"]}, "--curves.*did you mean 'model/loss'"),
         (["slow"], {"metric": "shapes/ful_match"}, "did you mean 'shapes/full_match'"),
         (["slow"], {"into": "slow/config.json"}, "no place for the tables"),
     ],
 )
 def test_what_cannot_be_compared_is_said(runs, tmp_path, monkeypatch, workdirs, flags, message):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "exported").mkdir()
+    shutil.copy("slow/config.json", "exported")
     absl.flags.FLAGS(["compare"])
     with flagsaver.flagsaver(**flags), pytest.raises(errors.ConfigError, match=message):
         compare.main(workdirs)

@@ -1,12 +1,12 @@
 """Protocols: what they draw, measure and name; folders of pictures; evaluators behind a run."""
 
-import functools
 import io
 import json
 import socket
 import subprocess
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from t2i_jax import errors, images, loop, pipeline, plugins
+from t2i_jax import errors, images, loop, metrics, pipeline, plugins
 from t2i_jax.data import pictures
 from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
@@ -199,7 +199,8 @@ def test_a_mean_and_covariance_of_others_stand_for_the_real_pictures(tmp_path, d
     )
     drawn = extractor.Extractor(str(dual))(real({}, TEXTS), ["pooled"])["pooled"]
     wanted = statistics.frechet(statistics.of(drawn), statistics.of(features))
-    (got,) = run({}, 0)().values()
+    (got, definition) = run({}, 0)().values()
+    assert definition == protocol.read(str(tmp_path / "own.json")).sha256[:8]
     assert got == pytest.approx(wanted, rel=1e-6)
     more = write(tmp_path, **ask | {"metrics": {"fid": {}, "manifold": {}}})
     with pytest.raises(errors.ConfigError, match="not for"):
@@ -229,7 +230,8 @@ def weights(tmp_path, monkeypatch):
 
 def test_pictures_are_compared_with_those_of_their_captions(tmp_path, weights):
     ask = dict(metrics={"psnr": {}, "ssim": {}}, num_images=6)
-    assert measured(tmp_path, **ask) == {"psnr": np.inf, "ssim": 1.0}
+    found = measured(tmp_path, **ask)
+    assert (found["psnr"], found["ssim"]) == (np.inf, 1.0)
     darker = lambda *args, **options: real(*args) // 2
     harmed = measured(tmp_path, darker, **ask | {"metrics": {"psnr": {}, "ssim": {}, "lpips": {}}})
     assert harmed["psnr"] < 20
@@ -274,7 +276,8 @@ def test_a_folder_is_judged_as_the_model_that_drew_it(tmp_path):
     nets = evaluator.Networks(ours)
     found = pictures.Pictures(folder)
     got = evaluator.Measure(ours, nets, found.batches(5)).metrics()
-    assert got == evaluator.make({"sample": painter()}, protocol=ours)({}, 0)()
+    again = evaluator.make({"sample": painter()}, protocol=ours)({}, 0)()
+    assert {**got, "definition": ours.sha256[:8]} == again
     before = found.fingerprint
     images.save(folder / "00000.png", drawn[0], {"prompt": texts[1]})
     assert pictures.Pictures(folder).fingerprint != before
@@ -359,7 +362,9 @@ def test_odd_pictures_are_taken_and_broken_ones_counted(tmp_path, dual):
 def rated(run, tmp_path_factory):
     """A run whose evaluator likes step 2 best; keeps one more checkpoint than that."""
     workdir = tmp_path_factory.mktemp("rated")
-    loop.train(best_config(steps=6), workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metrics, "falls", lambda name: False)  # losses fall: the last were the best
+        loop.train(best_config(steps=6), workdir)
     return workdir
 
 
@@ -385,7 +390,7 @@ def test_every_evaluation_has_one_row_and_the_best_checkpoint_stays(rated):
     rows = events(rated)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert {f"held_out_loss/{i}" for i in range(8)} < rows[0].keys()
-    best = max(rows, key=lambda row: row["held_out_loss/mean"])  # the largest, as it was asked for
+    best = max(rows, key=lambda row: row["held_out_loss/mean"])
     kept = sorted(int(p.name) for p in (rated / "checkpoints").iterdir() if p.name.isdecimal())
     assert kept == sorted({best["step"], 6})
     pipe = pipeline.Pipeline.load(str(rated), step="best")
@@ -466,12 +471,76 @@ def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):
         assert [row["step"] for row in events(tmp_path)] == [2]
 
 
-def test_held_out_loss_needs_the_prediction_and_one_batch():
-    make = functools.partial(plugin, "held_out_loss")
+def test_held_out_loss_needs_the_prediction():
     with pytest.raises(errors.ConfigError, match="no prediction 'loss_at_times'"):
-        make({}, **LOSS)
-    with pytest.raises(errors.ConfigError, match="no batch of 64"):
-        make({"loss_at_times": None}, **LOSS)
+        plugin("held_out_loss", {}, **LOSS)
+
+
+@pytest.mark.parametrize(
+    ("name", "falls"),
+    [
+        *(("own/fd-lite0", True), ("own/kid_spread", True), ("held_out_loss/3", True)),
+        *(("disc/loss", True), ("own/lpips", True), ("own/lpips_diversity", False)),
+        *(("shapes/full_match", False), ("own/precision-lite0", False), ("gen/grad_norm", False)),
+    ],
+)
+def test_less_is_better_of_distances_and_losses(name, falls):
+    assert metrics.falls(name) == falls
+
+
+@pytest.mark.parametrize(
+    ("best", "values", "kept"),
+    [
+        ("own/fd-x", (3, 2, 4), 2),
+        ("own/full_match", (3, 2, 4), 4),
+        ("-own/full_match", (3, 2, 4), 2),
+    ],
+)
+def test_the_best_is_the_least_or_the_most_as_the_metric_wants(best, values, kept):
+    hooks = object.__new__(loop.Hooks)
+    hooks._config, said = config(best=best), []
+    memory = types.SimpleNamespace(
+        best=lambda: said[-1] if said else None,
+        set_best=lambda n, metric, value: said.append({"metric": metric, "value": value}),
+    )
+    for n, value in enumerate(values):
+        hooks._rate(n, {best.removeprefix("-"): value}, memory)
+    assert said[-1]["value"] == kept
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"best": "shape/full_match"}, "no evaluator is called 'shape'"),
+        ({"best": "full_match"}, "no evaluator is called 'full_match'"),
+        (
+            {"best": "", "evaluators": {"held_out_loss": {"num_images": 3}}},
+            "lacks the option 'data'",
+        ),
+        ({"best": "", "evaluators": {"protocol": "own.json"}}, "it is 'own.json'"),
+    ],
+)
+def test_evaluators_that_cannot_be_are_refused_before_anything(tmp_path, changes, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        loop.train(best_config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_was_evaluated_is_not_when_the_run_grows(tmp_path):
+    loop.train(best_config(steps=2, best=""), tmp_path)
+    (first,) = events(tmp_path)
+    (tmp_path / "events.jsonl").write_text(json.dumps({**first, "mark": 1}) + "\n")
+    loop.train(best_config(steps=4, best=""), tmp_path)
+    assert [row.get("mark") for row in events(tmp_path)] == [1, None]
+
+
+def test_distances_that_say_little_are_warned_of(tmp_path, dual, caplog):
+    data = [{"source": "shapes", "split": "test", "size": 40, "res": 32}]
+    ask = dict(extractor=str(dual), metrics={"fid": {}, "manifold": {}}, data=data, num_images=4)
+    evaluator.make({"sample": painter()}, protocol=write(tmp_path, **ask), batch_size=12)({}, 0)()
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "4 pictures in" in said
+    assert "4 pictures against 40" in said
 
 
 def plugin(name, predict, **options):

@@ -35,9 +35,9 @@ def batch(config, seed=0):
 def made(config):
     """prediction -> (objective, nets, loss(nets, batch, key)); nets as after some training."""
     found = {}
-    for prediction in ("v", "x", "edm"):
+    for kind in ("v", "x", "edm"):
         changed = config.copy_and_resolve_references()
-        changed.loss.prediction = prediction
+        changed.loss.prediction = kind
         family = objective.make(changed)
         nets = jax.jit(family.init)(jax.random.key(0), batch(config))
         leaves, tree = jax.tree.flatten(nets["model"])
@@ -45,13 +45,13 @@ def made(config):
         moved = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
         nets = nets | {"model": jax.tree.unflatten(tree, moved)}
         loss = family.losses[0].fn
-        found[prediction] = family, nets, jax.jit(lambda n, b, k, f=loss: f(n, b, k, 0)[0])
+        found[kind] = family, nets, jax.jit(lambda n, b, k, f=loss: f(n, b, k, 0)[0])
     return found
 
 
 def test_a_fresh_network_starts_at_a_loss_of_order_one(made, config):
-    for prediction in ("v", "edm"):
-        family, _, loss = made[prediction]
+    for kind in ("v", "edm"):
+        family, _, loss = made[kind]
         nets = jax.jit(family.init)(jax.random.key(0), batch(config))
         assert 0.3 < loss(nets, batch(config), jax.random.key(2)) < 3
 

@@ -1,11 +1,13 @@
-"""Both backbones keep the same promises."""
+"""Both backbones keep the same promises; convolutions are XLA's to any derivative."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax.models import attention, layers, transformer, unet
+from t2i_jax.models import attention, convolution, layers, transformer, unet
 from t2i_jax.text.condition import Cond
 
 TINY = {
@@ -116,3 +118,48 @@ def test_attention_and_its_gradient_are_the_textbook_formula(masked):
 def test_attention_with_every_key_masked_is_finite():
     q = jnp.ones((1, 2, 1, 4))
     assert np.isfinite(attention.attention(q, q, q, mask_BS=jnp.zeros((1, 2), bool))).all()
+
+
+@pytest.fixture(scope="module")
+def convolved():
+    """The convolution in parts and XLA's, with their arguments."""
+    shape, features = (16, 16, 16, 3), 5
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (3, 3, 3, features))
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    ours, theirs = (
+        lambda x, kernel, fn=fn: jnp.tanh(fn(x, kernel, (1, 1), "SAME", **options))
+        for fn in (convolution.conv, jax.lax.conv_general_dilated)
+    )
+    return ours, theirs, x, kernel
+
+
+def test_convolutions_derivatives_of_all_orders_are_xlas(convolved):
+    *fns, x, kernel = convolved
+
+    def penalty(fn, x, kernel):
+        return jnp.square(jax.grad(lambda x: jnp.square(fn(x, kernel)).sum())(x)).sum()
+
+    ways = {
+        "value": lambda fn: fn(x, kernel),
+        "gradients": lambda fn: jax.grad(lambda *a: jnp.square(fn(*a)).sum(), (0, 1))(x, kernel),
+        "of a gradient": lambda fn: jax.grad(lambda *a: penalty(fn, *a), (0, 1))(x, kernel),
+        "forwards": lambda fn: jax.jvp(lambda x: fn(x, kernel), (x,), (x,)),
+        "forwards, of both": lambda fn: jax.jvp(fn, (x, kernel), (x, kernel)),
+    }
+    for name, way in ways.items():
+        got, wanted = (jax.jit(lambda way=way, fn=fn: way(fn))() for fn in fns)
+        for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5 * np.abs(b).max(), err_msg=name)
+
+
+def test_a_kernels_gradient_is_summed_over_parts_without_a_conditional(convolved):
+    """On CPUs convolutions within a conditional or a loop run through naive code."""
+    ours, theirs, x, kernel = convolved
+    count = {}
+    for fn in (ours, theirs):
+        gradient = jax.jit(jax.grad(lambda *a, fn=fn: jnp.square(fn(*a)).sum(), 1))
+        program = gradient.lower(x, kernel).compile().as_text()
+        assert not re.search(r" (conditional|while)\(", program)
+        count[fn] = len(re.findall(r" convolution\(", program))
+    assert count[ours] == count[theirs] - 1 + 8  # 4096 pixels, 512 a part

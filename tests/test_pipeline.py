@@ -64,7 +64,7 @@ def test_evaluate_prints_one_json_object_and_keeps_it(run, tmp_path):
             first = row["full_match"]
     assert row["shapes/num_images"] == 4
     assert row["shapes/full_match"] == first
-    assert row["steps"] == 1
+    assert row["sample"]["steps"] == row["shapes/options"]["sample"]["steps"] == 1
 
 
 def test_an_exported_model_draws_what_the_run_draws(pipe, exported):

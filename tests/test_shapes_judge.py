@@ -280,6 +280,17 @@ def paint(said):
     )
 
 
+def test_fragments_stand_in_no_relation():
+    """Among many regions that are like nothing, some lie as any caption says."""
+    rng = np.random.default_rng(0)
+    image = np.full((32, 32, 3), 255, np.uint8)
+    for y, x in rng.integers(2, 28, (14, 2)):
+        image[y : y + 3, x : x + 2] = rng.integers(0, 120, (3, 2, 3))
+    found = shapes.judge(image, PAIR)
+    assert len(shapes.read(image).objects) > 3
+    assert not any(found[name] for name in ("relation", "size", "full_match"))
+
+
 def test_the_evaluator_reports_every_attribute_of_every_group():
     run = shapes.make({"sample": painter()}, num_images=61)
     result = run({}, 0)()

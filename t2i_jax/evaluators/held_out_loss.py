@@ -31,7 +31,7 @@ def make(
     Returns:
       run(nets, step) -> a function that gives "0" … "T − 1", and "mean" of them.
     Raises:
-      ConfigError: the family lacks the prediction, or there is not one whole batch.
+      ConfigError: the family lacks the prediction, or there are no pictures.
     """
     if prediction not in predict:
         raise errors.ConfigError(
@@ -42,13 +42,13 @@ def make(
     options = dict(data)
     module = plugins.load("data", options.pop("source", ""))
     source = plugins.call(module.make, where="evaluator held_out_loss", options=options)
-    count = min(num_images, len(source)) // batch_size
-    if not count:
+    num_images = min(num_images, len(source))
+    if not num_images:
         raise errors.ConfigError(
-            f"{min(num_images, len(source))} pictures are no batch of {batch_size}",
-            where="evaluator held_out_loss",
-            fix="lower batch_size",
+            "there are no pictures", where="evaluator held_out_loss", fix="give another data"
         )
+    batch_size = min(batch_size, num_images)
+    count = num_images // batch_size
 
     def run(nets, step):
         values = []

@@ -135,7 +135,8 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
       reference: an .npz with mu and sigma, in place of the real pictures' features.
       changes: other values for fields of the protocol, and `path`, see `quality.protocol.read`.
     Returns:
-      run(nets, step) -> a function that gives the metrics by name. `run` needs all processes, the
+      run(nets, step) -> a function that gives the metrics by name, and as `definition` the hash of
+        what was measured. `run` needs all processes, the
         function only the first, in whatever thread. What is not measured with Inception is called
         after its extractor, "fd-…" in place of "fid".
     Raises:
@@ -148,7 +149,8 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
 
     def run(model, step):
         batches = drawn(predict, model, ours, texts, batch_size)
-        return Measure(ours, nets, batches, reference).metrics
+        measure = Measure(ours, nets, batches, reference)
+        return lambda: {**measure.metrics(), "definition": ours.sha256[:8]}
 
     return run
 
@@ -379,11 +381,28 @@ class Measure:
         drawn = {name: np.concatenate(parts) for name, parts in self._columns.items()}
         drawn["shapes"] = [row for job in drawn.get("shapes", ()) for row in job.result()]
         self._judges.shutdown()
+        self._warn(drawn)
         values = {}
         for name, options in self._protocol.metrics.items():
             found = METRICS[name].fn(drawn, self._real, **options)
             values |= {self._named(key, METRICS[name]): value for key, value in found.items()}
         return values
+
+    def _warn(self, drawn) -> None:
+        """Of distances that say little: their size goes with the number of pictures."""
+        chosen, pooled, real = self._protocol.metrics, drawn.get("pooled"), self._real.get("pooled")
+        if "fid" in chosen and len(pooled) <= pooled.shape[1]:
+            logging.warning(
+                "a Fréchet distance of %d pictures in %d dimensions is large for that alone: "
+                "compare it with those of as many pictures only",
+                *pooled.shape,
+            )
+        if "manifold" in chosen and not 0.5 <= len(pooled) / len(real) <= 2:
+            logging.warning(
+                "precision, recall, density and coverage mean little of %d pictures against %d: "
+                'give the protocol\'s data a "size"',
+                *(len(pooled), len(real)),
+            )
 
     def _named(self, key: str, metric: Metric) -> str:
         base = key.removesuffix("_spread")

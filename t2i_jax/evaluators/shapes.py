@@ -150,14 +150,25 @@ def _shares(found) -> dict[str, float]:
 def _hits(said: shapes.Scene, objects) -> list[tuple[str, bool]]:
     """What is said of objects, and whether it holds of the given ones (None: it is not there)."""
     hits = [
-        (name, there is not None and getattr(there, field) == getattr(wanted, field))
+        (name, _shows(there, name, field) == getattr(wanted, field))
         for wanted, there in zip(said.objects, objects, strict=True)
         for name, field in FIELDS.items()
         if getattr(wanted, field) is not None
     ]
     if said.relation:
-        hits += [("relation", None not in objects and _relation(*objects) == said.relation)]
+        known = all(map(_known, objects))
+        hits += [("relation", known and _relation(*objects) == said.relation)]
     return hits
+
+
+def _known(there: Seen | None) -> bool:
+    """Whether it is of our colours and shapes: among fragments, some lie as any caption says."""
+    return there is not None and None not in (there.colour, there.shape)
+
+
+def _shows(there: Seen | None, name: str, field: str):
+    seen = there is not None if name in ("colour", "shape") else _known(there)
+    return getattr(there, field) if seen else None
 
 
 def _relation(first: Seen, second: Seen) -> str | None:

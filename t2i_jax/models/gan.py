@@ -14,25 +14,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax.models import attention, layers, unet
+from t2i_jax import losses
+from t2i_jax.models import attention, layers, pyramid, unet
+from t2i_jax.sampling import prediction
 from t2i_jax.text.condition import Cond
-
-BASE = 4  # side where pictures begin and end
-
-
-def widths(res: int, width: int, least: int) -> tuple[int, ...]:
-    """Channels at BASE, 2·BASE, … res: `width` up to 8 pixels a side, half at each doubling."""
-    sizes, side = [], BASE
-    while side <= res:
-        sizes.append(max(width * 8 // max(side, 8), min(least, width)))
-        side *= 2
-    return tuple(sizes)
 
 
 class Generator(nn.Module):
     """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
 
-    Fields: `res` pixels a side, BASE times a power of two; `width` channels at 8 pixels and fewer
+    Fields: `res` pixels a side, 4 times a power of two; `width` channels at 8 pixels and fewer
     beyond, `least` at the end; `depth` blocks at each size; `noise` numbers in z.
     """
 
@@ -44,11 +35,11 @@ class Generator(nn.Module):
     noise: int = 64
 
     def setup(self):
-        sizes = widths(self.res, self.width, self.least)
+        sizes = pyramid.widths(self.res, self.width, self.least)
         self.text_norm = layers.RMSNorm()
         self.mapping = [layers.Dense(self.width) for _ in range(3)]
         self.text = layers.TextTokens(self.width)
-        self.base = layers.Dense(BASE * BASE * sizes[0])
+        self.base = layers.Dense(pyramid.BASE * pyramid.BASE * sizes[0])
         self.blocks = [unet.Residual(d) for d in sizes for _ in range(self.depth)]
         self.kv = layers.KeysValues(self.width, self.heads)
         self.attend = unet.Attention(self.width, self.heads)
@@ -68,12 +59,12 @@ class Generator(nn.Module):
         """The picture of a style.   -> image_BHWC"""
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         c_BD = nn.silu(style_BD)
-        x_BHWC = self.base(c_BD).reshape(len(c_BD), BASE, BASE, -1)
+        x_BHWC = self.base(c_BD).reshape(len(c_BD), pyramid.BASE, pyramid.BASE, -1)
         blocks = iter(self.blocks)
         for grow in (*self.grow, None):
             for _ in range(self.depth):
                 x_BHWC = next(blocks)(x_BHWC, c_BD)
-            if x_BHWC.shape[1] == 2 * BASE:
+            if x_BHWC.shape[1] == 2 * pyramid.BASE:
                 x_BHWC = self.attend(x_BHWC, c_BD, self.kv(tokens_BSD), mask_BS)
             if grow is not None:
                 x_BHWC = layers.depth_to_space(grow(x_BHWC))
@@ -81,6 +72,42 @@ class Generator(nn.Module):
 
     def __call__(self, z_BZ, cond: Cond):
         return self.draw(self.style(z_BZ, cond), cond)
+
+    @property
+    def z_shape(self) -> tuple[int, ...]:
+        return (self.noise,)
+
+
+class OneStep(nn.Module):
+    """A flow network as a generator: the picture that it sees in pure noise.
+
+    Its parameters are the flow network's own, so that it can begin with trained ones, as in
+    adversarial post-training (arXiv:2501.08316).
+
+    Fields: `prediction`: what the network puts out, see `sampling.prediction`; `res`.
+    """
+
+    flow: nn.Module
+    res: int
+    prediction: str = "v"
+
+    def setup(self):
+        nn.share_scope(self, self.flow)
+
+    def style(self, z_BHWC, cond: Cond):
+        return z_BHWC
+
+    def draw(self, z_BHWC, cond: Cond):
+        t_B = jnp.ones(len(z_BHWC))
+        out_BHWC = self.flow(z_BHWC, t_B, cond)
+        return z_BHWC - prediction.velocity(self.prediction, out_BHWC, z_BHWC, t_B)
+
+    def __call__(self, z_BHWC, cond: Cond):
+        return self.draw(z_BHWC, cond)
+
+    @property
+    def z_shape(self) -> tuple[int, ...]:
+        return (self.res, self.res, 3)
 
 
 class Seen(NamedTuple):
@@ -97,14 +124,53 @@ class Seen(NamedTuple):
     words_BLD: jax.Array
 
 
-class Plain(nn.Module):
-    """A residual block without normalisation."""
+class Verdict(nn.Module):
+    """What comes of a picture's vector h_BD and regions, and the caption's vector and words."""
+
+    width: int
+    embedding: int
 
     @nn.compact
-    def __call__(self, x_BHWC):
-        width = x_BHWC.shape[-1]
-        h = unet.Conv(width)(nn.leaky_relu(x_BHWC, 0.2))
-        return x_BHWC + unet.Conv(width, zero=True)(nn.leaky_relu(h, 0.2))
+    def __call__(self, h_BD, regions_BHWC, text_BE, words_BLE, mask_BL) -> Seen:
+        h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE)
+        regions_BTD = regions_BHWC.reshape(len(h_BD), -1, regions_BHWC.shape[-1])
+        embed = lambda x, name: losses.unit(
+            layers.Dense(self.embedding, name=f"{name}_embedding")(x)
+        )
+        image_BD, regions_BTD = embed(h_BD, "image"), embed(regions_BTD, "region")
+        text_BD, words_BLD = embed(text_BE, "text"), embed(words_BLE, "word")
+        fits_B = (layers.Dense(self.width, name="fits")(text_BE) * h_BD).sum(-1) / self.width**0.5
+        weight = self.param("word_weight", nn.initializers.ones, ())
+        logit_B = nn.Dense(1, name="real")(h_BD)[:, 0] + fits_B
+        logit_B += weight * word_scores(regions_BTD, words_BLD, mask_BL)
+        return Seen(logit_B, image_BD, regions_BTD, text_BD, words_BLD)
+
+
+class Projected(nn.Module):
+    """(maps BHWC of a frozen network, cond) -> Seen: a head on each map, as in projected GANs
+    (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
+
+    Fields as of `Discriminator`.
+    """
+
+    width: int = 128
+    embedding: int = 64
+
+    @nn.compact
+    def __call__(self, maps, cond: Cond) -> Seen:
+        text_BE = layers.Dense(self.width, name="text")(layers.RMSNorm()(cond.pooled_BD))
+        words_BLE = layers.Dense(self.width, name="words")(layers.RMSNorm()(cond.seq_BLD))
+        h_BD = 0.0
+        for i, map_BHWC in enumerate(maps):
+            x = layers.RMSNorm(scale=False)(map_BHWC)
+            x = pyramid.Plain(name=f"block_{i}")(layers.Dense(self.width, name=f"enter_{i}")(x))
+            while x.shape[1] >= 2 * pyramid.BASE and x.shape[1] % 2 == 0:
+                x = nn.leaky_relu(x, pyramid.SLOPE)
+                x = pyramid.Shrink(self.width, name=f"shrink_{i}_{x.shape[1]}")(x)
+            h_BD += pyramid.Flat(self.width, name=f"mix_{i}")(x)
+        regions_BHWC = maps[len(maps) // 2]
+        verdict = Verdict(self.width, self.embedding)
+        return verdict(h_BD / len(maps) ** 0.5, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
 
 
 class Discriminator(nn.Module):
@@ -119,39 +185,23 @@ class Discriminator(nn.Module):
 
     @nn.compact
     def __call__(self, image_BHWC, cond: Cond) -> Seen:
-        sizes = widths(self.res, self.width, self.least)[::-1]
+        sizes = pyramid.widths(self.res, self.width, self.least)[::-1]
         text_BE = layers.Dense(self.width, name="text")(layers.RMSNorm()(cond.pooled_BD))
         tokens_BSD, mask_BS = layers.TextTokens(self.width, name="words")(
             cond.seq_BLD, cond.mask_BL
         )
         x = unet.Conv(sizes[0], name="enter")(image_BHWC)
         for i, out in enumerate((*sizes[1:], None)):
-            if x.shape[1] == 2 * BASE:
+            if x.shape[1] == 2 * pyramid.BASE:
                 regions_BHWC = x
                 x = x + self._read(x, tokens_BSD, mask_BS)
             for j in range(self.depth):
-                x = Plain(name=f"block_{i}_{j}")(x)
+                x = pyramid.Plain(name=f"block_{i}_{j}")(x)
             if out:
-                x = layers.Dense(out, name=f"shrink_{i}")(layers.space_to_depth(x))
-        h_BD = layers.Dense(self.width, name="mix")(nn.leaky_relu(x, 0.2).reshape(len(x), -1))
-        h_BD = nn.leaky_relu(h_BD, 0.2)
-        project = lambda name: layers.Dense(self.embedding, name=name)
-        seen = Seen(
-            None,
-            _unit(project("image_embedding")(h_BD)),
-            _unit(
-                project("region_embedding")(
-                    regions_BHWC.reshape(len(x), -1, regions_BHWC.shape[-1])
-                )
-            ),
-            _unit(project("text_embedding")(text_BE)),
-            _unit(project("word_embedding")(tokens_BSD[:, 1:])),
-        )
-        fits_B = (layers.Dense(self.width, name="fits")(text_BE) * h_BD).sum(-1)
-        word_B = word_scores(seen.regions_BTD, seen.words_BLD, cond.mask_BL)
-        weight = self.param("word_weight", nn.initializers.ones, ())
-        logit_B = nn.Dense(1, name="real")(h_BD)[:, 0] + fits_B / self.width**0.5
-        return seen._replace(logit_B=logit_B + weight * word_B)
+                x = pyramid.Shrink(out, name=f"shrink_{i}")(x)
+        h_BD = pyramid.Flat(self.width, name="mix")(x)
+        verdict = Verdict(self.width, self.embedding)
+        return verdict(h_BD, regions_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
 
     def _read(self, x_BHWC, tokens_BSD, mask_BS):
         """What regions learn from the words."""
@@ -179,7 +229,3 @@ def word_scores(regions, words, mask, temperature: float = 0.2):
     found = jnp.einsum("...lt,...td->...ld", share, regions)
     fit = (found * words).sum(-1) * jax.lax.rsqrt(jnp.square(found).sum(-1) + 1e-6)
     return (fit * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
-
-
-def _unit(x):
-    return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-6)

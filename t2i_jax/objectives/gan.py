@@ -9,13 +9,16 @@ B batch · H W pixels · C channels · T regions · L words · Z noise · D widt
 
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, losses, plugins, randomness
-from t2i_jax.models import gan
+from t2i_jax.models import backbone, gan, pyramid
 from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.sampling import prediction
 from t2i_jax.text import condition, side
+from t2i_jax.vision import encoder as vision
 
 GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
 MEAN_OF = 64  # styles whose mean truncation goes towards
@@ -38,6 +41,8 @@ class Options(NamedTuple):
     sentence, word: weights of the contrastive losses, in both nets' losses.
     temperature: of these.
     text_dropout: share of captions replaced by the null condition, see `text.side`.
+    eye_times: how noisy pictures are for a flow network that the discriminator sees through: times
+      between these, 1 is noise (arXiv:2403.12015).
     """
 
     game: str = "relativistic"
@@ -50,22 +55,20 @@ class Options(NamedTuple):
     word: float = 0.1
     temperature: float = 0.1
     text_dropout: float | tuple[float, ...] = 0.0
+    eye_times: tuple[float, float] = (0.0, 0.6)
 
 
 def make(config) -> Objective:
-    """Nets "disc", "gen" and the frozen "text"; predictions sample, encode, score."""
+    """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, encode, score.
+
+    `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
+    of one of them. With `backbone` in `gen` (and `prediction`) the generator is that flow network
+    in one step. With a frozen net "eye" the discriminator sees pictures through it: `eye` in
+    `config.model` describes a flow network, else config.load.eye is an image network of `vision`.
+    """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     _check(options)
-    sizes = dict(config.model)
-    own = {name: dict(sizes.pop(name, {})) for name in ("gen", "disc")}
-    make_net = lambda kind, name: plugins.call(
-        kind, where=f"config.model.{name}", options={"res": config.res, **sizes, **own[name]}
-    )
-    generator, discriminator = make_net(gan.Generator, "gen"), make_net(gan.Discriminator, "disc")
-    if config.res < 2 * gan.BASE or config.res & (config.res - 1):
-        raise errors.ConfigError(
-            f"res is {config.res}", where="config.res", fix="use 8, 16, 32, 64, 128, …"
-        )
+    generator, discriminator, eye = _networks(config, options)
     text = side.Side(config, text_dropout=options.text_dropout)
     disc_game, gen_game = GAMES[options.game]
 
@@ -74,54 +77,64 @@ def make(config) -> Objective:
         text_variables, cond = text.init(key_text, batch)
         b = batch["text"].shape[0]
         image_BHWC = jnp.zeros((b, config.res, config.res, 3))
-        return {
-            "gen": generator.init(key_gen, jnp.zeros((b, generator.noise)), cond),
-            "disc": discriminator.init(key_disc, image_BHWC, cond),
+        nets = {
+            "gen": generator.init(key_gen, jnp.zeros((b, *generator.z_shape)), cond),
             "text": text_variables,
         }
+        if eye:
+            nets["eye"] = eye.init(jax.random.fold_in(key, 0), image_BHWC, cond)
+        keys_B = randomness.per_example(key, jnp.arange(b))
+        seen = look(nets, image_BHWC, cond, keys_B)
+        return nets | {"disc": discriminator.init(key_disc, seen, cond)}
 
-    def draw(nets, batch, cond, keys_B):
-        z_BZ = randomness.normal_each(keys_B, (generator.noise,))
-        return generator.apply(nets["gen"], z_BZ, cond)
+    def draw(nets, cond, keys_B):
+        z = randomness.normal_each(keys_B, generator.z_shape)
+        return generator.apply(nets["gen"], z, cond)
 
-    def see(nets, image_BHWC, cond) -> gan.Seen:
-        return discriminator.apply(nets["disc"], image_BHWC, cond)
+    def look(nets, image_BHWC, cond, keys_B):
+        """What the discriminator gets to see of pictures."""
+        return eye.look(nets["eye"], image_BHWC, cond, keys_B) if eye else image_BHWC
+
+    def see(nets, image_BHWC, cond, keys_B) -> gan.Seen:
+        return discriminator.apply(nets["disc"], look(nets, image_BHWC, cond, keys_B), cond)
 
     def started(nets, batch, key):
-        """The condition, drawn pictures and a key an example."""
-        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 3)
+        """The condition, drawn pictures, and two keys an example."""
+        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 4)
         cond = text.drop(text.encode(nets, batch), keys[0])
-        return cond, draw(nets, batch, cond, keys[1]), keys[2]
+        return cond, draw(nets, cond, keys[1]), *keys[2:]
 
     def contrast(seen: gan.Seen, cond, batch):
         """The contrastive losses' sum."""
-        apart = differs(batch)
-        value = 0.0
+        apart, value = losses.apart(batch["text"], batch["mask"]), 0.0
+        contrast = lambda scores_NN: losses.info_nce(
+            scores_NN / options.temperature, apart, batch["weight"]
+        )
         if options.sentence:
-            cosine_NN = seen.image_BD @ seen.text_BD.T
-            value += options.sentence * info_nce(cosine_NN, apart, batch, options.temperature)
+            value += options.sentence * contrast(seen.image_BD @ seen.text_BD.T)
         if options.word:
             scores_NN = gan.word_scores(
                 seen.regions_BTD[:, None], seen.words_BLD[None], cond.mask_BL[None]
             )
-            value += options.word * info_nce(scores_NN, apart, batch, options.temperature)
+            value += options.word * contrast(scores_NN)
         return value
 
     def disc_loss(nets, batch, key, step):
-        cond, fake_BHWC, keys_B = started(nets, batch, key)
-        seen, seen_fake = see(nets, batch["image"], cond), see(nets, fake_BHWC, cond)
+        cond, fake_BHWC, eye_B, keys_B = started(nets, batch, key)
+        seen = see(nets, batch["image"], cond, eye_B)
+        seen_fake = see(nets, fake_BHWC, cond, eye_B)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
         metrics = {"gap": mean(seen.logit_B - seen_fake.logit_B), "real": mean(seen.logit_B)}
         if options.mismatch:
             other = shuffled(cond, batch)
-            wrong_B = see(nets, batch["image"], other).logit_B
+            wrong_B = see(nets, batch["image"], other, eye_B).logit_B
             value += options.mismatch * mean(disc_game(seen.logit_B, wrong_B) * is_other(batch))
             metrics["mismatch_gap"] = mean(seen.logit_B - wrong_B)
         if options.penalty != "none":
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
-            logit = lambda image_BHWC: see(nets, image_BHWC, some(cond)).logit_B
+            logit = lambda image_BHWC: see(nets, image_BHWC, some(cond), some(eye_B)).logit_B
             slope = _slopes(options, logit, some(keys_B))
             mean_of_some = lambda image_BHWC: losses.weighted_mean(
                 slope(some(image_BHWC)), some(weight_B)
@@ -135,9 +148,10 @@ def make(config) -> Objective:
         return value, Aux(metrics)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, _ = started(nets, batch, key)
-        seen_fake = see(nets, fake_BHWC, cond)
-        real_B = see(nets, batch["image"], cond).logit_B if options.game == "relativistic" else 0.0
+        cond, fake_BHWC, eye_B, _ = started(nets, batch, key)
+        seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B), 0.0
+        if options.game == "relativistic":
+            real_B = see(nets, batch["image"], cond, eye_B).logit_B
         value_B = gen_game(real_B, seen_fake.logit_B)
         value = losses.weighted_mean(value_B, batch["weight"]) + contrast(seen_fake, cond, batch)
         return value, Aux()
@@ -150,20 +164,85 @@ def make(config) -> Objective:
             pictures are nearer to what the caption usually gives, and less varied.
         """
         cond, keys_B = text.encode(nets, batch), randomness.per_example(key, batch["index"])
-        z_BZ = randomness.normal_each(keys_B, (generator.noise,))
-        style = lambda z_BZ: generator.apply(nets["gen"], z_BZ, cond, method="style")
-        some_MZ = jax.random.normal(jax.random.key(0), (MEAN_OF, generator.noise))
-        mean_BD = jax.vmap(lambda z_Z: style(jnp.broadcast_to(z_Z, z_BZ.shape)))(some_MZ).mean(0)
-        style_BD = mean_BD + truncation * (style(z_BZ) - mean_BD)
-        image_BHWC = generator.apply(nets["gen"], style_BD, cond, method="draw")
+        z_B = randomness.normal_each(keys_B, generator.z_shape)
+        style = lambda z_B: generator.apply(nets["gen"], z_B, cond, method="style")
+        some_M = jax.random.normal(jax.random.key(0), (MEAN_OF, *generator.z_shape))
+        mean_B = jax.vmap(lambda z: style(jnp.broadcast_to(z, z_B.shape)))(some_M).mean(0)
+        style_B = mean_B + truncation * (style(z_B) - mean_B)
+        image_BHWC = generator.apply(nets["gen"], style_B, cond, method="draw")
         return jnp.clip(image_BHWC, -1, 1)
 
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
-        return see(nets, batch["image"], text.encode(nets, batch)).logit_B
+        keys_B = randomness.per_example(key, batch["index"])
+        return see(nets, batch["image"], text.encode(nets, batch), keys_B).logit_B
 
     predict = {"sample": sample, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
+
+
+def _networks(config, options):
+    """The generator, the discriminator, and what the latter sees through, or None."""
+    sizes = dict(config.model)
+    own = {name: dict(sizes.pop(name, {})) for name in ("gen", "disc", "eye")}
+    make_net = lambda kind, name, given: plugins.call(
+        kind, where=f"config.model.{name}", options=given | own[name]
+    )
+    eye = None
+    if own["eye"]:
+        flow = backbone.build(own["eye"], res=config.res, where="config.model.eye")
+        eye = _Flow(flow, options.eye_times)
+    elif "eye" in config.load:
+        eye = _Pretrained(config.load.eye)
+    pyramid.check(config.res)
+    if "backbone" in own["gen"]:
+        kind = own["gen"].pop("prediction", "v")
+        prediction.check(kind, "config.model.gen")
+        flow = backbone.build(own["gen"], res=config.res, where="config.model.gen")
+        generator = gan.OneStep(flow, config.res, kind)
+    else:
+        generator = make_net(gan.Generator, "gen", {"res": config.res, **sizes})
+    if eye:
+        known = [field for field in sizes if field in gan.Projected.__dataclass_fields__]
+        given = {field: sizes[field] for field in known}
+        return generator, make_net(gan.Projected, "disc", given), eye
+    return generator, make_net(gan.Discriminator, "disc", {"res": config.res, **sizes}), None
+
+
+class _Flow(NamedTuple):
+    """A flow network to see through: noisy pictures, and what it makes of them for the caption."""
+
+    net: nn.Module
+    times: tuple[float, float]
+
+    def init(self, key, image_BHWC, cond):
+        return self.net.init(key, image_BHWC, jnp.zeros(len(image_BHWC)), cond)
+
+    def look(self, variables, image_BHWC, cond, keys_B):
+        keys_B, keys_noise_B = randomness.split_each(keys_B, 2)
+        low, high = self.times
+        t_B = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys_B)
+        t = t_B[:, None, None, None]
+        noise_BHWC = randomness.normal_each(keys_noise_B, image_BHWC.shape[1:])
+        z_BHWC = (1 - t) * image_BHWC + t * noise_BHWC
+        return self.net.apply(variables, z_BHWC, t_B, cond, method="maps")
+
+
+class _Pretrained:
+    """An image network of `vision` to see through."""
+
+    def __init__(self, source):
+        self._net = vision.make(source)
+
+    def init(self, key, image_BHWC, cond):
+        return self._net.init(key, self._resized(image_BHWC))
+
+    def look(self, variables, image_BHWC, cond, keys_B):
+        return self._net.apply(variables, self._resized(image_BHWC)).maps
+
+    def _resized(self, image_BHWC):
+        shape = (len(image_BHWC), self._net.res, self._net.res, 3)
+        return jax.image.resize(image_BHWC, shape, "bilinear")
 
 
 def _slopes(options: Options, logit, keys_B):
@@ -180,17 +259,12 @@ def _slopes(options: Options, logit, keys_B):
     return estimate
 
 
-def differs(batch):
-    """Which captions are not the same, as numbers.   -> bool (B, B)"""
-    same_BB = (batch["text"][:, None] == batch["text"][None]).all(-1)
-    return ~(same_BB & (batch["mask"][:, None] == batch["mask"][None]).all(-1))
-
-
 def partner(batch):
     """For each example the next in the batch, cyclically, with another caption; itself if none."""
     n = len(batch["index"])
     far_BB = (jnp.arange(n)[None] - jnp.arange(n)[:, None]) % n
-    return jnp.argmin(jnp.where(differs(batch), far_BB, n + (far_BB > 0)), 1)
+    apart_BB = losses.apart(batch["text"], batch["mask"])
+    return jnp.argmin(jnp.where(apart_BB, far_BB, n + (far_BB > 0)), 1)
 
 
 def is_other(batch):
@@ -202,19 +276,6 @@ def is_other(batch):
 def shuffled(cond: condition.Cond, batch) -> condition.Cond:
     """Every example's partner's condition."""
     return jax.tree.map(lambda x: x[partner(batch)], cond)
-
-
-def info_nce(scores_NN, apart_NN, batch, temperature: float):
-    """Symmetric cross-entropy of each picture's own caption among those that differ from it, and
-    the reverse (arXiv:1807.03748, eq. 4); examples of weight 0 are none.
-    """
-    n = len(scores_NN)
-    counts_N = batch["weight"] > 0
-    seen_NN = (apart_NN & counts_N[None] & counts_N[:, None]) | jnp.eye(n, dtype=bool)
-    logits_NN = jnp.where(seen_NN, scores_NN / temperature, -1e9)
-    own_N = jnp.diagonal(logits_NN)
-    value_N = sum(jax.nn.logsumexp(logits_NN, axis) - own_N for axis in (0, 1)) / 2
-    return losses.weighted_mean(value_N, batch["weight"])
 
 
 def _relativistic(sign):

@@ -104,7 +104,7 @@ def read(name: str, *, path: str | None = None, **changes) -> Protocol:
         known = [p.stem for p in FOLDER.glob("*.json")]
         raise errors.ConfigError(
             f"no protocol {name!r}",
-            where="--protocol",
+            where=str(file),
             fix=f"{errors.nearest(name, known)}, or give the path of a .json file",
         ) from e
     except (OSError, ValueError) as e:

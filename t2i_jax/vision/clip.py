@@ -46,6 +46,7 @@ def names(config) -> hf.Names:
             "layer_{}/mlp_norm": f"{layer}layer_norm2",
             "norm": "post_layernorm",
             "projection": "visual_projection",
+            "logit_scale": "logit_scale",  # of `models.clip.Image`
         },
         prefixes=("vision_model.",),
         ignored=("text_model.*", "text_projection.*", "logit_scale", "*.position_ids"),

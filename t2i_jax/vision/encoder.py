@@ -28,6 +28,12 @@ def locate(source: str) -> pathlib.Path:
       DataError: it is not there; says where it was looked for, and what to do.
     """
     if source not in CONVERTED:
+        if not source.startswith("hf:") and not pathlib.Path(source).is_dir():
+            raise errors.DataError(
+                f"no image network {source!r}: no such folder",
+                where="the source of an image network",
+                fix=f"give a folder, hf:org/name, or {errors.nearest(source, CONVERTED)}",
+            )
         return hf.locate(source)
     folder = home() / source
     if not (folder / hf.WEIGHTS).is_file():
@@ -53,12 +59,20 @@ def make(source: str) -> nn.Module:
     return family.from_config(config)
 
 
+def check(source: str, abstract_variables) -> None:
+    """Raises DataError unless `load` will find every tensor, and no other."""
+    _match(source, abstract_variables)
+
+
 def load(source: str, abstract_variables):
     """Variables {"params": …} of the module `make(source)`: shaped, typed and placed as given."""
+    return {"params": hf.load(_match(source, abstract_variables))}
+
+
+def _match(source, abstract_variables):
     folder = locate(source)
     config, family = _read(folder)
-    names = family.names(config)
-    return {"params": hf.load(hf.match(folder, abstract_variables["params"], names))}
+    return hf.match(folder, abstract_variables["params"], family.names(config))
 
 
 def _read(folder):

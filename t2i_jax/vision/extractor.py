@@ -29,7 +29,8 @@ class Extractor:
         module, variables = _opened(source)
         self._module = module
         self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
-        self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{module!r}:{rule}"
+        sizes = " ".join(repr(module).split())
+        self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{sizes}:{rule}"
         columns = lambda *args: module.apply(*args)._replace(maps=())  # megabytes a picture
         self._apply = _Apply(columns, variables)
 

@@ -1,0 +1,98 @@
+"""How well a dual encoder's pictures and captions find each other.
+
+N pairs · P embedding
+"""
+
+import numpy as np
+
+from t2i_jax import errors, plugins
+from t2i_jax.quality import retrieval
+
+PLACES = (1, 5, 10)
+
+
+def make(
+    predict,
+    *,
+    data,
+    num_images: int = 1024,
+    batch_size: int = 64,
+    candidates: int = 64,
+    seed: int = 0,
+):
+    """The evaluator.
+
+    Args:
+      predict: name -> host function; "image_emb" and "text_emb" give unit vectors BP of a batch,
+        "batch" makes it.
+      data: a source's options, such as {"source": "shapes", "split": "test"}.
+      num_images: its first ones of which no two have the same caption; whole groups of `candidates`
+        are used alone.
+      batch_size: pictures at once.
+      candidates: how many pairs choose among each other.
+      seed: of the choice of R-precision's captions among all.
+    Returns:
+      run(nets, step) -> a function that gives "image_to_text@1", …@5, …@10 and the reverse, means
+      over groups, "r_precision" of as many candidates, and "num_images".
+    Raises:
+      ConfigError: the family lacks the predictions, or there are not enough captions.
+    """
+    where = "evaluator retrieval"
+    for name in ("image_emb", "text_emb"):
+        if name not in predict:
+            raise errors.ConfigError(
+                f"the family has no prediction {name!r}",
+                where=where,
+                fix=errors.nearest(name, predict),
+            )
+    options = dict(data)
+    module = plugins.load("data", options.pop("source", ""))
+    source = plugins.call(module.make, where=where, options=options)
+    chosen = {}
+    for record in range(min(num_images, len(source))):
+        chosen.setdefault(source[record]["caption"], record)
+    groups = len(chosen) // candidates
+    if not groups or candidates <= max(PLACES):
+        raise errors.ConfigError(
+            f"{candidates} candidates of {len(chosen)} different captions",
+            where=where,
+            fix=f"give more than {max(PLACES)} candidates, and more data",
+        )
+    records = list(chosen.values())[: groups * candidates]
+
+    def embedded(nets):
+        sides = ([], [])
+        for start in range(0, len(records), batch_size):
+            examples = [
+                source[r] for r in np.resize(records[start : start + batch_size], batch_size)
+            ]
+            batch = predict["batch"](
+                [e["image"] for e in examples], [e["caption"] for e in examples]
+            )
+            for side, name in zip(sides, ("image_emb", "text_emb"), strict=True):
+                side.append(np.asarray(predict[name](nets, batch)))
+        return [np.concatenate(side)[: len(records)].astype(np.float64) for side in sides]
+
+    def run(nets, step):
+        image_NP, text_NP = embedded(nets)
+        return lambda: measured(image_NP, text_NP, candidates, seed)
+
+    return run
+
+
+def measured(image_NP, text_NP, candidates: int, seed: int = 0) -> dict[str, float]:
+    """What `make` promises, of unit vectors; pictures belong to captions of the same number."""
+    found, count = {}, len(image_NP) // candidates
+    groups = [
+        (image_CP @ text_CP.T)
+        for image_CP, text_CP in zip(
+            np.split(image_NP, count), np.split(text_NP, count), strict=True
+        )
+    ]
+    for k in PLACES:
+        both = [[retrieval.recall_at(g, k), retrieval.recall_at(g.T, k)] for g in groups]
+        forth, back = np.mean(both, 0)
+        found |= {f"image_to_text@{k}": float(forth), f"text_to_image@{k}": float(back)}
+    similarity_NN = image_NP @ text_NP.T
+    precision = retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)
+    return {**found, "r_precision": precision, "num_images": float(len(image_NP))}

@@ -1,0 +1,93 @@
+"""The two towers of a dual encoder (CLIP, arXiv:2103.00020): pictures and captions to one space.
+
+B batch · H W pixels · C channels · S = 1 + L tokens · D width · P embedding
+"""
+
+import math
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax.models import blocks, layers, pyramid, unet
+from t2i_jax.text.condition import Cond
+from t2i_jax.vision.features import Features
+
+SCALE = math.log(1 / 0.07)  # where CLIP's logit scale begins
+SCALE_LIMIT = math.log(100)  # and where it ends
+
+
+class Convolutional(nn.Module):
+    """image_BHWC -> Features: an image tower without attention.
+
+    Fields: `width` channels at 8 pixels a side and fewer at more, `least` at the picture's own;
+    `depth` blocks at each size; `projected`: width of the embedding.
+    maps: after the blocks of every size, from fine to coarse.
+    """
+
+    res: int = 32
+    width: int = 128
+    least: int = 32
+    depth: int = 1
+    projected: int = 128
+
+    @nn.compact
+    def __call__(self, image_BHWC) -> Features:
+        sizes = pyramid.widths(self.res, self.width, self.least)[::-1]
+        x, maps = unet.Conv(sizes[0], name="enter")(image_BHWC), []
+        for i, out in enumerate((*sizes[1:], None)):
+            for j in range(self.depth):
+                x = pyramid.Plain(name=f"block_{i}_{j}")(x)
+            maps.append(x)
+            if out:
+                x = pyramid.Shrink(out, name=f"shrink_{i}")(x)
+        h_BD = nn.leaky_relu(pyramid.Flat(4 * self.width, name="mix")(x), pyramid.SLOPE)
+        return Features(layers.Dense(self.projected, name="projection")(h_BD), maps=tuple(maps))
+
+
+class Image(nn.Module):
+    """An image tower, whose parameters are its own, beside the scale of the logits.
+
+    offset: a bias of the logits, too, that begins there: SigLIP's (arXiv:2303.15343), or None.
+    """
+
+    tower: nn.Module
+    scale: float = SCALE
+    offset: float | None = None
+
+    def setup(self):
+        nn.share_scope(self, self.tower)
+        self.logit_scale = blocks.Value((), nn.initializers.constant(self.scale))
+        if self.offset is not None:
+            self.logit_bias = blocks.Value((), nn.initializers.constant(self.offset))
+
+    def __call__(self, image_BHWC) -> Features:
+        self.temper()
+        return self.tower(image_BHWC)
+
+    def temper(self):
+        """What cosines are multiplied by, at most 100, and what is added."""
+        scale = jnp.exp(jnp.minimum(self.logit_scale(), SCALE_LIMIT))
+        return scale, 0.0 if self.offset is None else self.logit_bias()
+
+
+class Caption(nn.Module):
+    """Caption states -> BP: a few transformer layers over the words and one token for all."""
+
+    width: int = 128
+    depth: int = 2
+    heads: int = 4
+    projected: int = 128
+
+    @nn.compact
+    def __call__(self, cond: Cond):
+        tokens_BSD, mask_BS = layers.TextTokens(self.width, name="words")(
+            cond.seq_BLD, cond.mask_BL
+        )
+        x_ND = tokens_BSD.reshape(-1, self.width)
+        sizes = (self.heads, 4 * self.width, 1e-6, "gelu", "float32")
+        for i in range(self.depth):
+            x_ND = blocks.Layer(*sizes, normed="before", name=f"layer_{i}")(x_ND, mask_BS)
+        all_BD = x_ND.reshape(tokens_BSD.shape)[:, 0]
+        pooled_BD = layers.Dense(self.width, name="pooled")(layers.RMSNorm()(cond.pooled_BD))
+        h_BD = nn.LayerNorm(name="norm")(all_BD + pooled_BD)
+        return layers.Dense(self.projected, name="projection")(h_BD)

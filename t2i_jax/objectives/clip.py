@@ -1,0 +1,121 @@
+"""A dual encoder: pictures and captions that belong together lie near each other.
+
+Symmetric cross-entropy over the global batch (CLIP, arXiv:2103.00020, figure 3), or one decision
+for each pair (SigLIP, arXiv:2303.15343, algorithm 1). A family that draws nothing.
+
+B batch · H W pixels · C channels · P embedding
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from t2i_jax import errors, losses, plugins
+from t2i_jax.models import clip, pyramid
+from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.text import side
+from t2i_jax.vision import clip as vision_clip
+from t2i_jax.vision import encoder as vision
+
+LOSSES = ("contrastive", "sigmoid")
+
+
+class Options(NamedTuple):
+    """config.loss.
+
+    kind: "contrastive" or "sigmoid".
+    train_text: the text encoder learns, too, from its own entry of config.optim.
+    """
+
+    kind: str = "contrastive"
+    train_text: bool = False
+
+
+def make(config) -> Objective:
+    """Nets "image", "caption" and "text"; predictions image_emb, text_emb, encode, logits.
+
+    `config.model`: `image` of the image tower: tower "convolutional" or "vit" and its sizes;
+    `caption` of what reads the text encoder's states, False: its pooled vectors are the embeddings,
+    as in Hugging Face's CLIP checkpoints, which config.load.image and .text read.
+    """
+    options = plugins.call(Options, where="config.loss", options=config.loss)
+    if options.kind not in LOSSES:
+        raise errors.ConfigError(
+            f"unknown kind {options.kind!r}",
+            where="config.loss",
+            fix=errors.nearest(options.kind, LOSSES),
+        )
+    image, caption = towers(config, sigmoid=options.kind == "sigmoid")
+    text = side.Side(config, train_text=options.train_text)
+
+    def init(key, batch):
+        key_image, key_caption, key_text = jax.random.split(key, 3)
+        text_variables, cond = text.init(key_text, batch)
+        image_BHWC = jnp.zeros((len(batch["text"]), config.res, config.res, 3))
+        nets = {"image": image.init(key_image, image_BHWC), "text": text_variables}
+        return nets | ({"caption": caption.init(key_caption, cond)} if caption else {})
+
+    def image_emb(nets, batch, key):
+        """Of pictures, of length 1.   -> BP"""
+        return losses.unit(image.apply(nets["image"], batch["image"]).pooled_BD)
+
+    def text_emb(nets, batch, key):
+        """Of captions, of length 1.   -> BP"""
+        cond = text.encode(nets, batch)
+        found_BP = caption.apply(nets["caption"], cond) if caption else cond.pooled_BD
+        return losses.unit(found_BP)
+
+    def logits(nets, batch, key):
+        """Of each picture with each caption.   -> BB"""
+        scale, bias = image.apply(nets["image"], method="temper")
+        return scale * image_emb(nets, batch, key) @ text_emb(nets, batch, key).T + bias
+
+    def loss(nets, batch, key, step):
+        scores_BB, apart_BB = logits(nets, batch, key), losses.apart(batch["text"], batch["mask"])
+        fn = losses.info_nce if options.kind == "contrastive" else losses.pairwise
+        scale, _ = image.apply(nets["image"], method="temper")
+        return fn(scores_BB, apart_BB, batch["weight"]), Aux({"scale": scale})
+
+    trained = ("image", *(["caption"] if caption else []), *["text"] * options.train_text)
+    predict = {"image_emb": image_emb, "text_emb": text_emb, "logits": logits}
+    return Objective(init, (Loss(trained, loss),), predict | {"encode": text.encode})
+
+
+def towers(config, *, sigmoid: bool = False):
+    """The image tower, and what reads the text encoder's states, or None."""
+    sizes = {"image": {}, "caption": {}, **config.model}
+    if unknown := sorted(sizes.keys() - {"image", "caption"}):
+        raise errors.ConfigError(
+            f"unknown option {unknown[0]!r}",
+            where="config.model",
+            fix=errors.nearest(unknown[0], ("image", "caption")),
+        )
+    learned = dict(scale=jnp.log(10.0), offset=-10.0) if sigmoid else {}
+    if source := config.load.get("image"):
+        tower = vision.make(source)
+    else:
+        own = dict(sizes["image"])
+        kind = own.pop("tower", "convolutional")
+        kinds = {"convolutional": clip.Convolutional, "vit": vision_clip.ClipImage}
+        if kind not in kinds:
+            raise errors.ConfigError(
+                f"unknown tower {kind!r}",
+                where="config.model.image",
+                fix=errors.nearest(kind, kinds),
+            )
+        if kind == "convolutional":
+            pyramid.check(config.res)
+        own = {"res": config.res, **own}
+        tower = plugins.call(kinds[kind], where="config.model.image", options=own)
+    if tower.res != config.res:
+        raise errors.ConfigError(
+            f"the image tower reads {tower.res} pixels a side",
+            where="config.res",
+            fix=f"set it to {tower.res}",
+        )
+    if sizes["caption"] is False:
+        return clip.Image(tower, **learned), None
+    own = {"projected": tower.projected, **sizes["caption"]}
+    caption = plugins.call(clip.Caption, where="config.model.caption", options=own)
+    return clip.Image(tower, **learned), caption
