@@ -145,11 +145,12 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
         if not sources:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        axes = tuple(range(len(leaf.shape)))
+        wide = _wide(leaf.shape)
+        axes = tuple(range(len(wide)))
         axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
         plan[path] = Source(leaf, [found.get(source) for source in sources], axes)
         used.update(sources)
-        shape = _back((*leaf.shape[:-1], leaf.shape[-1] // len(sources)), axes)
+        shape = _back((*wide[:-1], wide[-1] // len(sources)), axes)
         for source in sources:
             has = found[source].shape if source in found else "none"
             if has != shape:
@@ -363,7 +364,9 @@ def _header(path: pathlib.Path) -> dict[str, _Tensor]:
             f"not a whole safetensors file: {e}", where=str(path), fix="copy it again"
         ) from e
     return {
-        name: _Tensor(path, name, t["dtype"], tuple(t["shape"]), 8 + size + t["data_offsets"][0])
+        name: _Tensor(
+            path, name, t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0]
+        )
         for name, t in header.items()
         if name != "__metadata__"
     }
@@ -388,9 +391,10 @@ def _array(source: Source):
 
 def _part(source: Source, index) -> np.ndarray:
     """A parameter at `index`, a slice for each axis."""
-    leaf, parts = source.leaf, []
-    *lead, last = (range(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
-    width = leaf.shape[-1] // len(source.tensors)
+    leaf, parts, wide = source.leaf, [], _wide(source.leaf.shape)
+    index = index or (slice(None),)
+    *lead, last = (range(*s.indices(n)) for s, n in zip(index, wide, strict=True))
+    width = wide[-1] // len(source.tensors)
     for i, tensor in enumerate(source.tensors):
         inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
         if not inside:
@@ -404,7 +408,13 @@ def _part(source: Source, index) -> np.ndarray:
                 fix="copy the checkpoint again",
             )
         parts.append(part.transpose(source.axes).astype(leaf.dtype, copy=False))
-    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    return whole if leaf.shape else whole[0]
+
+
+def _wide(shape: tuple) -> tuple:
+    """A shape of one axis at least: a single number is read as a vector of one."""
+    return shape or (1,)
 
 
 def _back(values, axes) -> tuple:

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from configs import shapes_transformer
-from t2i_jax import fingerprint, objective, optim, pipeline, plan, sharding, step, weights
-from t2i_jax.objectives import gan
+from t2i_jax import fingerprint, losses, objective, optim, pipeline, plan, sharding, step, weights
 from t2i_jax.text import encoder
 from t2i_jax.vision import encoder as vision_encoder
 from t2i_jax.vision import extractor
@@ -231,7 +230,7 @@ def _contrast() -> dict:
 
     def value(batch):
         apart = ~np.eye(16, dtype=bool)
-        return gan.info_nce(batch["image"] @ batch["text"].T, apart, batch, 0.5)
+        return losses.info_nce(batch["image"] @ batch["text"].T, apart, batch["weight"])
 
     one = jax.jit(jax.value_and_grad(value))(batch)
     all_ = jax.jit(jax.value_and_grad(value))(layout.place(batch))

@@ -1,0 +1,206 @@
+"""The dual encoder: its losses, its temperature, what it reads, and how retrieval is measured."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from scipy.special import log_softmax
+
+from configs import shapes_clip
+from t2i_jax import errors, loop, losses, objective, pipeline, weights
+from t2i_jax.evaluators import retrieval
+from tests import test_text_families as families
+from tests import test_vits
+
+HELD_OUT = dict(source="shapes", split="test", size=48, res=16)
+
+
+def config(**changes):
+    config = shapes_clip.get_config("debug")
+    for key, value in changes.items():
+        config[key] = value
+    return config
+
+
+@pytest.fixture(scope="module")
+def scores():
+    rng = np.random.default_rng(0)
+    return rng.normal(size=(4, 4)).astype(np.float32), ~np.eye(4, dtype=bool)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "pairwise"])
+def test_equal_captions_and_examples_without_weight_are_no_negatives(scores, name):
+    fn, (logits, apart), ones = getattr(losses, name), scores, np.ones(4, np.float32)
+    whole = fn(logits, apart, ones)
+    fewer = np.array([1, 1, 1, 0], np.float32)
+    np.testing.assert_allclose(
+        fn(logits, apart, fewer), fn(logits[:3, :3], apart[:3, :3], ones[:3]), rtol=1e-5
+    )
+    twins = apart.copy()
+    twins[0, 1] = twins[1, 0] = False
+    assert fn(logits, twins, ones) < whole
+    assert fn(np.eye(4) * 200 - 100, apart, ones) == pytest.approx(0, abs=1e-5)
+
+
+def test_contrastive_losses_are_their_formulas(scores):
+    (logits, apart), ones = scores, np.ones(4, np.float32)
+    diagonals = [np.diagonal(log_softmax(logits, axis)) for axis in (0, 1)]
+    np.testing.assert_allclose(losses.info_nce(logits, apart, ones), -np.mean(diagonals), rtol=1e-5)
+    sign = 2 * np.eye(4) - 1
+    wanted = np.log1p(np.exp(-sign * logits)).sum() / 4  # SigLIP, eq. 1
+    np.testing.assert_allclose(losses.pairwise(logits, apart, ones), wanted, rtol=1e-5)
+
+
+def test_captions_are_apart_by_tokens_and_mask():
+    text = np.array([[1, 2], [1, 2], [1, 3]])
+    mask = np.array([[True, True], [True, True], [True, True]])
+    apart = losses.apart(text, mask)
+    assert not apart[0, 1]
+    assert apart[0, 2]
+    mask[1, 1] = False
+    assert losses.apart(text, mask)[0, 1]
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "sigmoid"])
+def test_a_step_learns_both_towers_and_the_temperature_is_bounded(kind):
+    family = objective.make(config(loss=dict(kind=kind)))
+    assert family.trained == ("image", "caption")
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config()))
+    nets = jax.jit(family.init)(jax.random.key(0), zeros)
+    batch = zeros | {
+        "image": np.random.default_rng(0).normal(size=zeros["image"].shape).astype(np.float32),
+        "text": np.arange(zeros["text"].size, dtype=np.int32).reshape(zeros["text"].shape) % 200,
+        "mask": np.ones_like(zeros["mask"]),
+        "weight": np.ones_like(zeros["weight"]),
+    }
+    (loss,) = family.losses
+
+    def value(params):
+        seen = nets | {name: {"params": params[name]} for name in loss.nets}
+        return loss.fn(seen, batch, jax.random.key(0), 0)[0]
+
+    params = {name: nets[name]["params"] for name in loss.nets}
+    grads = jax.jit(jax.grad(value))(params)
+    still = [
+        jax.tree_util.keystr(path)
+        for path, g in jax.tree_util.tree_leaves_with_path(grads)
+        if not np.abs(g).max() > 0 and "k_norm" not in str(path)
+    ]
+    # a block's second convolution is zero at first, and so is what reaches its first
+    assert all("Conv_0" in path for path in still), still
+    nets["image"]["params"]["logit_scale"]["value"] = np.float32(20)
+    cosines = (
+        family.predict["image_emb"](nets, batch, None)
+        @ family.predict["text_emb"](nets, batch, None).T
+    )
+    bias = nets["image"]["params"].get("logit_bias", {"value": 0.0})["value"]
+    np.testing.assert_allclose(
+        family.predict["logits"](nets, batch, None), 100 * cosines + bias, atol=1e-3
+    )
+
+
+def test_hugging_faces_clip_gives_its_logits(tmp_path):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path / "clip"
+    test_vits.torch_model("clip, both towers").save_pretrained(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    saved = safetensors.numpy.load_file(folder / "model.safetensors")
+    families.write(folder, settings, {name: x.shape for name, x in saved.items()})
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    ours = config(
+        res=14, text_length=families.LENGTH, load=dict.fromkeys(["image", "text"], folder)
+    )
+    ours.load = {name: str(folder) for name in ("image", "text")}
+    ours.model = dict(image={}, caption=False)
+    family = objective.make(ours)
+    assert family.trained == ("image",)
+    nets = weights.pretrained(family, ours) | weights.frozen(family, ours)
+    text_BL, mask_BL = families.batch()
+    image = test_vits.picture(14, 14)[[0, 1, 0]]
+    batch = {"image": image, "text": text_BL, "mask": mask_BL}
+    found = family.predict["logits"](nets, batch, None)
+    mean, std = np.array(test_vits.clip.MEAN), np.array(test_vits.clip.STD)
+    pixels = (((image + 1) / 2 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
+    with torch.inference_mode():
+        wanted = model(
+            input_ids=torch.tensor(text_BL, dtype=torch.long),
+            attention_mask=torch.tensor(mask_BL, dtype=torch.long),
+            pixel_values=torch.tensor(pixels),
+        ).logits_per_image.numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss=dict(kind="sigmoids")), "did you mean 'sigmoid'"),
+        (dict(model=dict(image=dict(tower="vti"))), "did you mean 'vit'"),
+        (dict(model=dict(images={})), "did you mean 'image'"),
+        (dict(res=24), "res is 24"),
+    ],
+)
+def test_what_no_dual_encoder_can_be_is_said(changes, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        objective.make(config(**changes))
+
+
+# --- retrieval ------------------------------------------------------------------------------------
+
+
+def dual(noise):
+    """Predictions that know which pair is which, less well the more noise."""
+    names, rng = {}, np.random.default_rng(0)
+    axis = lambda caption: names.setdefault(caption, np.eye(64)[len(names)])
+    near = lambda captions: np.stack(list(map(axis, captions)))
+    return {
+        "batch": lambda pictures, captions: captions,
+        "text_emb": lambda nets, captions: near(captions),
+        "image_emb": lambda nets, captions: (
+            near(captions) + noise * rng.normal(size=(len(captions), 64))
+        ),
+    }
+
+
+def test_retrieval_falls_with_noise_and_leaves_out_equal_captions():
+    found = [
+        retrieval.make(dual(noise), data=HELD_OUT, candidates=16)({}, 0)()
+        for noise in (0, 0.3, 100)
+    ]
+    assert found[0]["num_images"] % 16 == 0
+    assert found[0]["num_images"] > 16
+    for key in ("image_to_text@1", "text_to_image@1", "r_precision"):
+        assert found[0][key] == 1
+        assert found[0][key] > found[1][key] > found[2][key]
+        assert found[2][key] < 0.3
+    assert found[1]["image_to_text@10"] >= found[1]["image_to_text@5"] > found[1]["image_to_text@1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(candidates=64), "64 candidates of"),
+        (dict(candidates=10), "more than 10"),
+        (dict(data=dict(source="shape")), "did you mean 'shapes'"),
+    ],
+)
+def test_what_retrieval_cannot_measure_is_said(changes, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        retrieval.make(dual(0), **dict(data=HELD_OUT, candidates=16) | changes)
+    with pytest.raises(errors.ConfigError, match="no prediction 'image_emb'"):
+        retrieval.make({}, data=HELD_OUT)
+
+
+def test_the_loop_trains_and_judges_a_family_that_draws_nothing(tmp_path):
+    evaluators = dict(retrieval=dict(data=HELD_OUT, candidates=16, batch_size=16))
+    changes = dict(evaluators=evaluators, eval_every=4, steps=4, best="retrieval/r_precision")
+    loop.train(config(**changes), tmp_path)
+    (row,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert 0 <= row["retrieval/text_to_image@5"] <= 1
+    pipe = pipeline.Pipeline.load(str(tmp_path), step="best")
+    again = pipe.evaluate("retrieval", **evaluators["retrieval"])
+    assert again["r_precision"] == pytest.approx(row["retrieval/r_precision"])
+    with pytest.raises(errors.ConfigError, match="has no prediction 'sample'"):
+        pipe(["a red circle"])
