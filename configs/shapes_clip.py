@@ -11,7 +11,7 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     config.objective = "clip"
     config.data.size = 32768
-    config.steps, config.batch_size = 2000, 128
+    config.steps, config.batch_size = 800, 128
     config.model = dict(
         image=dict(tower="convolutional", width=128, depth=1, projected=128),
         caption=dict(width=128, depth=2, heads=4),
@@ -23,5 +23,5 @@ def get_config(arg=None):
     config.sample, config.prompts = dict(), ()
     held_out = dict(source="shapes", split="test", size=1024)
     config.evaluators = dict(retrieval=dict(data=held_out, candidates=64))
-    config.eval_every, config.best = 500, "retrieval/image_to_text@1"
+    config.eval_every, config.best = 250, "retrieval/image_to_text@1"
     return common.shrink(config) if arg.debug else config

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+ANGLE_MARGIN = 1e-4  # of a cosine from ±1
+
 
 def squared_error(a_BHWC, b_BHWC):
     """Mean squared difference of each example, in float32.   -> B"""
@@ -18,6 +20,15 @@ def weighted_mean(value_B, weight_B):
 def unit(x_BP):
     """Vectors of length 1, the zero vector of length 0."""
     return x_BP * jax.lax.rsqrt(jnp.square(x_BP).sum(-1, keepdims=True) + 1e-12)
+
+
+def spherical(a_BP, b_BP):
+    """The squared angle between unit vectors, (arccos a·b)².   -> B
+
+    The cosine is clipped, for the slope of arccos is infinite at ±1: there the gradient is 0.
+    """
+    cosine_B = jnp.clip((a_BP * b_BP).sum(-1), -1 + ANGLE_MARGIN, 1 - ANGLE_MARGIN)
+    return jnp.square(jnp.arccos(cosine_B))
 
 
 # --- pairs of pictures and captions, of the global batch ------------------------------------------

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import shapes_gan
-from t2i_jax import errors, fingerprint, objective, pipeline, step, weights
+from configs import shapes_gan, shapes_gan_from_flow
+from t2i_jax import errors, fingerprint, loop, losses, objective, pipeline, step, weights
 from t2i_jax.models import gan as nets
 from t2i_jax.objectives import gan
+from tests import runs
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +185,99 @@ def test_what_no_gan_can_be_is_said(changes, message):
         config[key] = value
     with pytest.raises(errors.ConfigError, match=message):
         objective.make(config)
+
+
+# --- other networks -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flow_run(tmp_path_factory):
+    """A flow model whose net a generator may begin as."""
+    workdir = tmp_path_factory.mktemp("flow")
+    loop.train(runs.config(steps=2, load=dict(text="")), workdir)
+    return workdir
+
+
+def from_flow(source=""):
+    config = shapes_gan_from_flow.get_config("debug")
+    net = dict(runs.config().model)
+    config.model = dict(gen=dict(net, prediction="v"), eye=net, disc=dict(width=16))
+    if source:
+        config.load.gen = config.load.eye = f"{source}#model"
+    return config
+
+
+def test_a_generator_begins_as_the_flow_network_in_noise(flow_run):
+    config = from_flow(flow_run)
+    family = objective.make(config)
+    nets = weights.pretrained(family, config) | weights.frozen(family, config)
+    theirs = pipeline.Pipeline.load(str(flow_run))
+    shapes = jax.tree.map(np.shape, theirs.nets["model"])
+    assert jax.tree.map(np.shape, nets["gen"]) == jax.tree.map(np.shape, nets["eye"]) == shapes
+    batch = pipeline.Predictor(config).batch([np.zeros((16, 16, 3), np.uint8)] * 2, ["a ring"] * 2)
+    found = family.predict["sample"](nets, batch, jax.random.key(0))
+    # one Euler step from noise to the picture is what the network sees in noise
+    options = dict(guidance=1.0, steps=1, sampler="euler")
+    wanted = theirs.predictor.objective.predict["sample"](
+        nets | {"model": nets["gen"]}, batch, jax.random.key(0), **options
+    )
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_net_of_another_name_must_be_there(flow_run):
+    config = from_flow(flow_run)
+    config.load.gen = f"{flow_run}#modle"
+    family = objective.make(config)
+    with pytest.raises(errors.ConfigError, match="did not train its net 'modle'"):
+        weights.pretrained(family, config)
+
+
+def towers():
+    small = dict(tower="convolutional", width=16, depth=1, projected=8)
+    return dict(image=small, caption=dict(width=16, depth=1, heads=2))
+
+
+@pytest.mark.parametrize("eye", ["flow", "tower"])
+def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye):
+    config = from_flow()
+    if eye == "tower":
+        config.model.eye = towers()["image"]
+        config.model.gen = dict(width=16)
+    family = objective.make(config)
+    assert family.trained == ("disc", "gen")
+    nets = jax.jit(family.init)(jax.random.key(0), batch)
+    disc, gen = family.losses
+    moves = lambda loss, name: jax.jit(
+        jax.grad(lambda net: loss.fn(nets | {name: net}, batch, jax.random.key(0), jnp.int32(0))[0])
+    )(nets[name])
+    largest = lambda tree: max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+    assert largest(moves(disc, "disc")) > 0
+    assert largest(moves(gen, "gen")) > 0
+    score = family.predict["score"](nets, batch, jax.random.key(0))
+    darker = batch | {"image": batch["image"] * 0.5}
+    assert np.abs(score - family.predict["score"](nets, darker, jax.random.key(0))).max() > 0
+
+
+def test_guidance_adds_the_angle_between_picture_and_caption(batch):
+    config = shapes_gan.get_config("debug")
+    plain = objective.make(config)
+    config.model.clip = towers()
+    config.loss.update(clip=3.0, adversarial=0.5)
+    guided = objective.make(config)
+    nets = jax.jit(guided.init)(jax.random.key(0), batch)
+    assert set(nets) - set(plain.trained) == {"clip_image", "clip_caption", "text"}
+    loss = lambda family: family.losses[1].fn(nets, batch, jax.random.key(1), jnp.int32(0))
+    value, aux = loss(guided)
+    assert aux.metrics["clip"] > 0.1
+    wanted = 0.5 * loss(plain)[0] + 3 * aux.metrics["clip"]
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+
+
+def test_the_angle_is_finite_where_arccos_is_not():
+    axes = jnp.eye(3)
+    a, b = axes[jnp.array([0, 0, 0])], jnp.stack([axes[0], -axes[0], axes[1]])
+    np.testing.assert_allclose(losses.spherical(a, b), [0, np.pi**2, np.pi**2 / 4], atol=0.1)
+    gradient = jax.grad(lambda b: losses.spherical(a, b).sum())(b)
+    assert np.isfinite(gradient).all()
+    assert (gradient[:2] == 0).all()
+    assert gradient[2, 0] == pytest.approx(-np.pi)

@@ -163,10 +163,12 @@ class Projected(nn.Module):
         h_BD = 0.0
         for i, map_BHWC in enumerate(maps):
             x = layers.RMSNorm(scale=False)(map_BHWC)
-            x = pyramid.Plain(name=f"block_{i}")(layers.Dense(self.width, name=f"enter_{i}")(x))
-            while x.shape[1] >= 2 * pyramid.BASE and x.shape[1] % 2 == 0:
-                x = nn.leaky_relu(x, pyramid.SLOPE)
+            while x.shape[1] >= 4 * pyramid.BASE and x.shape[1] % 2 == 0:
                 x = pyramid.Shrink(self.width, name=f"shrink_{i}_{x.shape[1]}")(x)
+            x = pyramid.Plain(name=f"block_{i}")(layers.Dense(self.width, name=f"enter_{i}")(x))
+            if x.shape[1] % 2 == 0:
+                x = nn.leaky_relu(x, pyramid.SLOPE)
+                x = pyramid.Shrink(self.width, name=f"shrink_{i}")(x)
             h_BD += pyramid.Flat(self.width, name=f"mix_{i}")(x)
         regions_BHWC = maps[len(maps) // 2]
         verdict = Verdict(self.width, self.embedding)

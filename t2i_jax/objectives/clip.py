@@ -6,6 +6,7 @@ for each pair (SigLIP, arXiv:2303.15343, algorithm 1). A family that draws nothi
 B batch · H W pixels · C channels · P embedding
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from t2i_jax.vision import clip as vision_clip
 from t2i_jax.vision import encoder as vision
 
 LOSSES = ("contrastive", "sigmoid")
+TOWERS = {"convolutional": clip.Convolutional, "vit": vision_clip.ClipImage}
 
 
 class Options(NamedTuple):
@@ -46,7 +48,8 @@ def make(config) -> Objective:
             where="config.loss",
             fix=errors.nearest(options.kind, LOSSES),
         )
-    image, caption = towers(config, sigmoid=options.kind == "sigmoid")
+    sigmoid, source = options.kind == "sigmoid", config.load.get("image")
+    image, caption = towers(config.model, res=config.res, source=source, sigmoid=sigmoid)
     text = side.Side(config, train_text=options.train_text)
 
     def init(key, batch):
@@ -82,40 +85,46 @@ def make(config) -> Objective:
     return Objective(init, (Loss(trained, loss),), predict | {"encode": text.encode})
 
 
-def towers(config, *, sigmoid: bool = False):
-    """The image tower, and what reads the text encoder's states, or None."""
-    sizes = {"image": {}, "caption": {}, **config.model}
+def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool = False):
+    """The image tower, and what reads the text encoder's states, or None.
+
+    Args:
+      model: `image` and `caption`, see `make`; without sizes the image tower is that of `source`, a
+        pretrained checkpoint.
+    """
+    sizes = {"image": {}, "caption": {}, **model}
     if unknown := sorted(sizes.keys() - {"image", "caption"}):
         raise errors.ConfigError(
             f"unknown option {unknown[0]!r}",
-            where="config.model",
+            where=where,
             fix=errors.nearest(unknown[0], ("image", "caption")),
         )
-    learned = dict(scale=jnp.log(10.0), offset=-10.0) if sigmoid else {}
-    if source := config.load.get("image"):
-        tower = vision.make(source)
+    learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
+    if source and not sizes["image"]:
+        net = vision.make(source)
     else:
-        own = dict(sizes["image"])
-        kind = own.pop("tower", "convolutional")
-        kinds = {"convolutional": clip.Convolutional, "vit": vision_clip.ClipImage}
-        if kind not in kinds:
-            raise errors.ConfigError(
-                f"unknown tower {kind!r}",
-                where="config.model.image",
-                fix=errors.nearest(kind, kinds),
-            )
-        if kind == "convolutional":
-            pyramid.check(config.res)
-        own = {"res": config.res, **own}
-        tower = plugins.call(kinds[kind], where="config.model.image", options=own)
-    if tower.res != config.res:
+        net = tower(sizes["image"], res=res, where=f"{where}.image")
+    if net.res != res:
         raise errors.ConfigError(
-            f"the image tower reads {tower.res} pixels a side",
+            f"the image tower reads {net.res} pixels a side",
             where="config.res",
-            fix=f"set it to {tower.res}",
+            fix=f"set it to {net.res}",
         )
-    if sizes["caption"] is False:
-        return clip.Image(tower, **learned), None
-    own = {"projected": tower.projected, **sizes["caption"]}
-    caption = plugins.call(clip.Caption, where="config.model.caption", options=own)
-    return clip.Image(tower, **learned), caption
+    caption = None
+    if sizes["caption"] is not False:
+        own = {"projected": net.projected, **sizes["caption"]}
+        caption = plugins.call(clip.Caption, where=f"{where}.caption", options=own)
+    return clip.Image(net, **learned), caption
+
+
+def tower(sizes, *, res: int, where: str):
+    """An image tower by its name, `tower`, and sizes."""
+    own = {"res": res, **sizes}
+    kind = own.pop("tower", "convolutional")
+    if kind not in TOWERS:
+        raise errors.ConfigError(
+            f"unknown tower {kind!r}", where=where, fix=errors.nearest(kind, TOWERS)
+        )
+    if kind == "convolutional":
+        pyramid.check(res)
+    return plugins.call(TOWERS[kind], where=where, options=own)

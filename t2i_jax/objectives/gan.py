@@ -15,7 +15,9 @@ import jax.numpy as jnp
 
 from t2i_jax import errors, losses, plugins, randomness
 from t2i_jax.models import backbone, gan, pyramid
+from t2i_jax.models import clip as clip_models
 from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.objectives import clip
 from t2i_jax.sampling import prediction
 from t2i_jax.text import condition, side
 from t2i_jax.vision import encoder as vision
@@ -23,6 +25,7 @@ from t2i_jax.vision import encoder as vision
 GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
 MEAN_OF = 64  # styles whose mean truncation goes towards
 PENALTIES = ("exact", "estimate", "none")
+DISTANCES = {"spherical": losses.spherical, "cosine": lambda a_BP, b_BP: 1 - (a_BP * b_BP).sum(-1)}
 
 
 class Options(NamedTuple):
@@ -40,6 +43,11 @@ class Options(NamedTuple):
     mismatch: weight of real pictures beside captions of others.
     sentence, word: weights of the contrastive losses, in both nets' losses.
     temperature: of these.
+    adversarial: weight of the game in the generator's loss, the λ of L_CLIP + λ·L_GAN.
+    clip: weight there of how far the picture's embedding by a frozen dual encoder lies from its
+      caption's.
+    distance: "spherical", the squared angle, as guides of CLIP use it (StyleGAN-T,
+      arXiv:2301.09515, section 3.3), or "cosine", 1 − cos, a plain text term beside the image's.
     text_dropout: share of captions replaced by the null condition, see `text.side`.
     eye_times: how noisy pictures are for a flow network that the discriminator sees through: times
       between these, 1 is noise (arXiv:2403.12015).
@@ -54,6 +62,9 @@ class Options(NamedTuple):
     sentence: float = 0.1
     word: float = 0.1
     temperature: float = 0.1
+    adversarial: float = 1.0
+    clip: float = 0.0
+    distance: str = "spherical"
     text_dropout: float | tuple[float, ...] = 0.0
     eye_times: tuple[float, float] = (0.0, 0.6)
 
@@ -64,11 +75,14 @@ def make(config) -> Objective:
     `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
     of one of them. With `backbone` in `gen` (and `prediction`) the generator is that flow network
     in one step. With a frozen net "eye" the discriminator sees pictures through it: `eye` in
-    `config.model` describes a flow network, else config.load.eye is an image network of `vision`.
+    `config.model` describes a flow network or, with `tower`, an image tower of `objectives.clip`,
+    else config.load.eye is an image network of `vision`. `clip` there, as the model of
+    `objectives.clip`, is the dual encoder that guides: frozen nets "clip_image", "clip_caption".
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     _check(options)
     generator, discriminator, eye = _networks(config, options)
+    guide, guide_caption = _guide(config, options)
     text = side.Side(config, text_dropout=options.text_dropout)
     disc_game, gen_game = GAMES[options.game]
 
@@ -81,6 +95,10 @@ def make(config) -> Objective:
             "gen": generator.init(key_gen, jnp.zeros((b, *generator.z_shape)), cond),
             "text": text_variables,
         }
+        if guide:
+            nets["clip_image"] = guide.init(jax.random.fold_in(key, 1), image_BHWC)
+        if guide_caption:
+            nets["clip_caption"] = guide_caption.init(jax.random.fold_in(key, 2), cond)
         if eye:
             nets["eye"] = eye.init(jax.random.fold_in(key, 0), image_BHWC, cond)
         keys_B = randomness.per_example(key, jnp.arange(b))
@@ -152,9 +170,19 @@ def make(config) -> Objective:
         seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B), 0.0
         if options.game == "relativistic":
             real_B = see(nets, batch["image"], cond, eye_B).logit_B
-        value_B = gen_game(real_B, seen_fake.logit_B)
-        value = losses.weighted_mean(value_B, batch["weight"]) + contrast(seen_fake, cond, batch)
-        return value, Aux()
+        mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
+        value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
+        if not guide:
+            return value, Aux()
+        distance = mean(apart_from_caption(nets, fake_BHWC, cond))
+        return options.adversarial * value + options.clip * distance, Aux({"clip": distance})
+
+    def apart_from_caption(nets, image_BHWC, cond):
+        image_BP = losses.unit(guide.apply(nets["clip_image"], image_BHWC).pooled_BD)
+        text_BP = cond.pooled_BD
+        if guide_caption:
+            text_BP = guide_caption.apply(nets["clip_caption"], cond)
+        return DISTANCES[options.distance](image_BP, losses.unit(text_BP))
 
     def sample(nets, batch, key, *, truncation=1.0):
         """Pictures for captions.   -> image_BHWC in [-1, 1]
@@ -184,16 +212,20 @@ def make(config) -> Objective:
 def _networks(config, options):
     """The generator, the discriminator, and what the latter sees through, or None."""
     sizes = dict(config.model)
-    own = {name: dict(sizes.pop(name, {})) for name in ("gen", "disc", "eye")}
+    own = {name: dict(sizes.pop(name, {})) for name in ("gen", "disc", "eye", "clip")}
     make_net = lambda kind, name, given: plugins.call(
         kind, where=f"config.model.{name}", options=given | own[name]
     )
     eye = None
-    if own["eye"]:
+    if "tower" in own["eye"]:
+        tower = clip.tower(own["eye"], res=config.res, where="config.model.eye")
+        eye = _Still(clip_models.Image(tower), config.res)
+    elif own["eye"]:
         flow = backbone.build(own["eye"], res=config.res, where="config.model.eye")
         eye = _Flow(flow, options.eye_times)
     elif "eye" in config.load:
-        eye = _Pretrained(config.load.eye)
+        net = vision.make(config.load.eye)
+        eye = _Still(net, net.res)
     pyramid.check(config.res)
     if "backbone" in own["gen"]:
         kind = own["gen"].pop("prediction", "v")
@@ -228,21 +260,31 @@ class _Flow(NamedTuple):
         return self.net.apply(variables, z_BHWC, t_B, cond, method="maps")
 
 
-class _Pretrained:
-    """An image network of `vision` to see through."""
+class _Still(NamedTuple):
+    """An image network to see through, of pictures of `res` pixels a side."""
 
-    def __init__(self, source):
-        self._net = vision.make(source)
+    net: nn.Module
+    res: int
 
     def init(self, key, image_BHWC, cond):
-        return self._net.init(key, self._resized(image_BHWC))
+        return self.net.init(key, self._resized(image_BHWC))
 
     def look(self, variables, image_BHWC, cond, keys_B):
-        return self._net.apply(variables, self._resized(image_BHWC)).maps
+        return self.net.apply(variables, self._resized(image_BHWC)).maps
 
     def _resized(self, image_BHWC):
-        shape = (len(image_BHWC), self._net.res, self._net.res, 3)
-        return jax.image.resize(image_BHWC, shape, "bilinear")
+        if image_BHWC.shape[1] == self.res:
+            return image_BHWC
+        return jax.image.resize(image_BHWC, (len(image_BHWC), self.res, self.res, 3), "bilinear")
+
+
+def _guide(config, options):
+    """The dual encoder that guides, its two towers; None without a weight."""
+    if not options.clip:
+        return None, None
+    source = config.load.get("clip_image")
+    model = config.model.get("clip", {})
+    return clip.towers(model, res=config.res, source=source, where="config.model.clip")
 
 
 def _slopes(options: Options, logit, keys_B):
@@ -304,7 +346,7 @@ GAMES |= {
 
 
 def _check(options: Options) -> None:
-    for name, known in (("game", GAMES), ("penalty", PENALTIES)):
+    for name, known in (("game", GAMES), ("penalty", PENALTIES), ("distance", DISTANCES)):
         if getattr(options, name) not in known:
             raise errors.ConfigError(
                 f"unknown {name} {getattr(options, name)!r}",
