@@ -78,7 +78,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
     small = dict(width=16, depth=1, heads=2)
-    parts = [part for part in config.model.values() if hasattr(part, "items")]
+    parts = [*_parts(config.model)]
     for sizes in parts:
         sizes.update({name: size for name, size in small.items() if name in sizes})
     if not parts:
@@ -87,3 +87,11 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.eval_every, config.evaluators, config.best = 0, {}, ""
     config.prompts = config.prompts[:2]
     return config
+
+
+def _parts(sizes):
+    """The dictionaries within one."""
+    for part in sizes.values():
+        if hasattr(part, "items"):
+            yield part
+            yield from _parts(part)

@@ -23,5 +23,5 @@ def get_config(arg=None):
     config.sample, config.prompts = dict(), ()
     held_out = dict(source="shapes", split="test", size=1024)
     config.evaluators = dict(retrieval=dict(data=held_out, candidates=64))
-    config.eval_every, config.best = 250, "retrieval/image_to_text@1"
+    config.eval_every, config.best = 250, "retrieval/image_to_text_at_1"
     return common.shrink(config) if arg.debug else config

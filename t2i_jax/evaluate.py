@@ -149,7 +149,7 @@ def _by_evaluators() -> dict:
     given = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
     given = {name: value for name, value in given.items() if value is not None}
     for name in EVALUATORS.value:
-        own = pipe.config.evaluators.get(name, {})  # as in the training
+        own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
         asked = {"batch_size": BATCH_SIZE.value, **own, **given}
         found = pipe.evaluate(name, **asked)
         result |= {f"{name}/{k}": v for k, v in found.items()}

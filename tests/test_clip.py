@@ -171,11 +171,15 @@ def test_retrieval_falls_with_noise_and_leaves_out_equal_captions():
     ]
     assert found[0]["num_images"] % 16 == 0
     assert found[0]["num_images"] > 16
-    for key in ("image_to_text@1", "text_to_image@1", "r_precision"):
+    for key in ("image_to_text_at_1", "text_to_image_at_1", "r_precision"):
         assert found[0][key] == 1
         assert found[0][key] > found[1][key] > found[2][key]
         assert found[2][key] < 0.3
-    assert found[1]["image_to_text@10"] >= found[1]["image_to_text@5"] > found[1]["image_to_text@1"]
+    assert (
+        found[1]["image_to_text_at_10"]
+        >= found[1]["image_to_text_at_5"]
+        > found[1]["image_to_text_at_1"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +202,7 @@ def test_the_loop_trains_and_judges_a_family_that_draws_nothing(tmp_path):
     changes = dict(evaluators=evaluators, eval_every=4, steps=4, best="retrieval/r_precision")
     loop.train(config(**changes), tmp_path)
     (row,) = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
-    assert 0 <= row["retrieval/text_to_image@5"] <= 1
+    assert 0 <= row["retrieval/text_to_image_at_5"] <= 1
     pipe = pipeline.Pipeline.load(str(tmp_path), step="best")
     again = pipe.evaluate("retrieval", **evaluators["retrieval"])
     assert again["r_precision"] == pytest.approx(row["retrieval/r_precision"])

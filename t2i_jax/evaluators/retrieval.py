@@ -32,7 +32,7 @@ def make(
       candidates: how many pairs choose among each other.
       seed: of the choice of R-precision's captions among all.
     Returns:
-      run(nets, step) -> a function that gives "image_to_text@1", …@5, …@10 and the reverse, means
+      run(nets, step) -> a function that gives "image_to_text_at_1", …_5, …_10 and the reverse, means
       over groups, "r_precision" of as many candidates, and "num_images".
     Raises:
       ConfigError: the family lacks the predictions, or there are not enough captions.
@@ -92,7 +92,7 @@ def measured(image_NP, text_NP, candidates: int, seed: int = 0) -> dict[str, flo
     for k in PLACES:
         both = [[retrieval.recall_at(g, k), retrieval.recall_at(g.T, k)] for g in groups]
         forth, back = np.mean(both, 0)
-        found |= {f"image_to_text@{k}": float(forth), f"text_to_image@{k}": float(back)}
+        found |= {f"image_to_text_at_{k}": float(forth), f"text_to_image_at_{k}": float(back)}
     similarity_NN = image_NP @ text_NP.T
     precision = retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)
     return {**found, "r_precision": precision, "num_images": float(len(image_NP))}
