@@ -32,8 +32,8 @@ def make(
       candidates: how many pairs choose among each other.
       seed: of the choice of R-precision's captions among all.
     Returns:
-      run(nets, step) -> a function that gives "image_to_text_at_1", …_5, …_10 and the reverse, means
-      over groups, "r_precision" of as many candidates, and "num_images".
+      run(nets, step) -> a function that gives recall as "image_to_text_at_1", …_5, …_10 and the
+      reverse, means over groups, "r_precision" of as many candidates, and "num_images".
     Raises:
       ConfigError: the family lacks the predictions, or there are not enough captions.
     """
