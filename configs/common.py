@@ -36,6 +36,8 @@ def base() -> ml_collections.ConfigDict:
     config.sample = dict()  # default options of predict["sample"]
     config.prompts = ()  # drawn every sample_every steps into samples/
     config.evaluators = dict()  # t2i_jax/evaluators/<name>.py -> its options
+    config.watch = dict()  # metric, such as "disc/gap" -> limit: beyond it a run has diverged
+    config.rollbacks = 0  # how often a run that diverged may go back to a checkpoint before it
     config.log_every = 50
     config.save_every = 500
     config.sample_every = 500

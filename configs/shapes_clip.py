@@ -18,7 +18,7 @@ def get_config(arg=None):
     )
     config.loss = dict(kind="contrastive")
     adam = dict(name="adamw", learning_rate=1e-3, warmup=100, decay="cosine", weight_decay=1e-4)
-    config.optim = dict(image=adam, caption=adam)
+    config.optim = dict(image=adam, caption=dict(adam))
     config.ema = dict(image=0.995, caption=0.995)
     config.sample, config.prompts = dict(), ()
     held_out = dict(source="shapes", split="test", size=1024)

@@ -14,7 +14,7 @@ def get_config(arg=None):
     config.model = dict(width=128, heads=2)
     config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_stride=4, mismatch=0.5)
     adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
-    config.optim = dict(disc=adam, gen=adam)
+    config.optim = dict(disc=adam, gen=dict(adam))  # two: a change to one is none to the other
     config.ema = dict(gen=0.995)
     config.sample = dict(truncation=1.0)
     return common.shrink(config) if arg.debug else config

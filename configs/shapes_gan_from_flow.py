@@ -28,6 +28,6 @@ def get_config(arg=None):
         clip=guide,
     )
     config.loss.update(penalty="estimate", clip=1.0)
-    config.optim.gen.learning_rate = 2e-4
-    config.steps = 2600
+    config.optim.disc.learning_rate, config.optim.gen.learning_rate = 1e-3, 2e-4
+    config.steps = 1500
     return common.shrink(config) if arg.debug else config

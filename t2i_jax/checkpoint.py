@@ -222,11 +222,16 @@ class Checkpoints:
 
     def set_all_aside(self) -> None:
         """Renames every checkpoint, so that the run begins again."""
-        for step in self.steps():
-            self._rename(step, "old")
+        self.set_aside_from(0, "old")
         for path in self._folder.glob("*.corrupt"):
             path.rename(path.with_suffix(".old"))
         self._write_attempts({})
+
+    def set_aside_from(self, step: int, suffix: str) -> int | None:
+        """Renames the checkpoints of this step and later ones; returns the newest that is left."""
+        for newer in [n for n in self.steps() if n >= step]:
+            self._rename(newer, suffix)
+        return max(self.steps(), default=None)
 
     def restore_nets(self, step: int, target, ema):
         """Net -> variables for sampling: averaged parameters for the nets named by `ema`."""

@@ -93,7 +93,7 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def as_first(value: bool) -> bool:
+def as_first(value: bool | int) -> bool | int:
     """What process 0 found, on every process."""
     import jax
     import numpy as np
@@ -101,7 +101,7 @@ def as_first(value: bool) -> bool:
 
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.bool_(value)))
+    return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def lost_peer(e: Exception) -> str | None:

@@ -35,6 +35,10 @@ class NonFiniteError(Error, ArithmeticError):
     exit_code = 76
 
 
+class DivergedError(NonFiniteError):
+    """A metric went beyond what the config allows."""
+
+
 class OwnerError(Error):
     """Another process owns the workdir."""
 

@@ -39,6 +39,8 @@ from t2i_jax.data import cache, loader
 AHEAD = 2  # steps given to the devices before their results are waited for: a signal waits, too
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
+SEEDS_APART = 1_000_003  # what a rollback adds to the seed
+BEYOND_IN_A_ROW = 10  # steps beyond a limit of config.watch with which a run has diverged
 
 
 class Stop(Exception):
@@ -54,11 +56,12 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
       restart: set this workdir's checkpoints aside and begin again.
     Raises:
       ConfigError, DataError, StorageError: see each message for the fix.
-      NonFiniteError: too many steps were not finite.
+      NonFiniteError: too many steps were not finite, or a metric of config.watch went beyond its
+        limit, and config.rollbacks does not let the run go back once more.
       OwnerError: another process trains there.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
-    run = Run(config, pathlib.Path(workdir))
+    run = Run(config, pathlib.Path(workdir), restart=restart)
     with Interrupt() as interrupt:
         run.predictor.poll = interrupt.poll
         main = jax.process_index() == 0
@@ -68,7 +71,14 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
         if main:
             holder.acquire()
         try:
-            return run.train(interrupt, holder.check if main else lambda: None, restart)
+            while True:
+                try:
+                    return run.train(interrupt, holder.check if main else lambda: None, restart)
+                except errors.NonFiniteError as e:
+                    if not run.goes_back(e):
+                        raise
+                run, restart = Run(config, run.workdir), False
+                run.predictor.poll = interrupt.poll
         except Stop:
             raise interrupt.preempted(run.workdir, "before the first step of this start") from None
         finally:
@@ -79,10 +89,11 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
 class Run:
     """One start of one experiment: all that a config describes, checked and bound together.
 
-    `devices` (default: all there are) may be those of another machine, to compile for.
+    `devices` (default: all there are) may be those of another machine, to compile for. `restart`:
+    as if it had not begun.
     """
 
-    def __init__(self, config, workdir: pathlib.Path, devices=None):
+    def __init__(self, config, workdir: pathlib.Path, devices=None, restart: bool = False):
         check(config)
         self.config, self.workdir = config, workdir
         self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
@@ -101,6 +112,8 @@ class Run:
             name: optim.make(spec, steps=config.steps, where=f"config.optim.{name}")
             for name, spec in config.optim.items()
         }
+        self._rollbacks = 0 if restart else distributed.as_first(len(folder.rollbacks(workdir)))
+        seed = config.seed + SEEDS_APART * self._rollbacks  # other noise, other order of data
         self.source = make_source(config)
         self._changed = folder.check_same_run(workdir, config, self.source.fingerprint)
         self.hooks = Hooks(self.predictor, workdir)
@@ -109,7 +122,7 @@ class Run:
             self.predictor.tokenize,
             batch_size=config.batch_size,
             res=config.res,
-            seed=config.seed,
+            seed=seed,
             augment=tuple(config.augment),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -124,13 +137,15 @@ class Run:
         update = step.make_update(
             *(family, self.optimisers),
             ema=dict(config.ema),
-            seed=config.seed,
+            seed=seed,
             accumulate=config.accumulate,
             layout=self.layout,
         )
         self.update = jax.jit(
             update, donate_argnums=0, out_shardings=(self._placed, self.layout.whole)
         )
+        if config.watch:
+            _check_watched(config.watch, self.trace().out_info[1])
 
     def train(self, interrupt, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
@@ -149,6 +164,7 @@ class Run:
         self.layout.report(self.shapes)
         if restart:
             checkpoints.set_all_aside()
+            folder.forget_rollbacks(workdir)
         with watchdog.phase("restore"):
             state, start, hooked = self._first_state(checkpoints)
             hooked = hooked or distributed.as_first(metrics.evaluated(workdir, start))
@@ -165,7 +181,8 @@ class Run:
             "t2i_jax": t2i_jax.__version__,
             "jax": jax.__version__,
         }
-        skips = Skips(writer.before(1000))
+        self._opened = (checkpoints, writer)
+        watches = Skips(writer.before(1000)), Watch(config.watch)
         stream = self.batches.iterate(start, config.steps)
         compiled, row, saved, flying = None, {}, start, collections.deque()
         for n in range(start, config.steps + 1):
@@ -180,7 +197,7 @@ class Run:
             self.hooks.collect(writer, checkpoints)
             last = interrupt.requested_at(n) or n == config.steps
             if n > saved and (last or n % config.save_every == 0 or self.hooks.rates(n)):
-                row = self._flush(writer, skips) or row
+                row = self._flush(writer, *watches) or row
                 with watchdog.phase("save"):
                     failpoints.hit("save.before", n)
                     done = self.hooks.collect(writer, checkpoints, before=n)
@@ -212,8 +229,8 @@ class Run:
                 checkpoints.progressed()
             checkpoints.poll()
             if (n + 1) % config.log_every == 0:
-                row = self._flush(writer, skips) or row
-        row = self._flush(writer, skips) or row
+                row = self._flush(writer, *watches) or row
+        row = self._flush(writer, *watches) or row
         checkpoints.progressed()  # a signal before the first step is no death
         with watchdog.phase("save"):
             checkpoints.close()
@@ -299,13 +316,32 @@ class Run:
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
         return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
 
-    def _flush(self, writer, skips) -> dict:
+    def _flush(self, writer, skips, watch) -> dict:
         """Writes the rows of metrics; returns the newest."""
         rows = writer.flush()
         for row in rows:
             if skips.over(row):
                 self._give_up(row, skips)
+            watch.check(row)
         return rows[-1] if rows else {}
+
+    def goes_back(self, e: errors.NonFiniteError) -> bool:
+        """Whether a run that diverged may begin again at a checkpoint from before; sets later ones
+        aside.
+        """
+        if self._rollbacks >= self.config.rollbacks:
+            return False
+        checkpoints, writer = self._opened
+        writer.close()
+        checkpoints.close()
+        step = checkpoints.set_aside_from(e.step, "diverged")
+        if step is None:
+            return False
+        if jax.process_index() == 0:
+            folder.note_rollback(self.workdir, {"step": step, "why": str(e)})
+        distributed.barrier("rollback")
+        logging.warning("%s; going back to step %d", e, step)
+        return True
 
     def _give_up(self, row, skips):
         """Ends the run; leaves behind which examples and which arrays were not finite."""
@@ -318,7 +354,7 @@ class Run:
         found = {"step": n, "records": records, "arrays": arrays, "skipped": skips.steps[-10:]}
         if jax.process_index() == 0:
             images.write_whole(self.workdir / "nonfinite.json", json.dumps(found).encode())
-        raise errors.NonFiniteError(
+        e = errors.NonFiniteError(
             f"{len(skips.steps)} of the last thousand steps were not finite, the last in the "
             f"gradient of {arrays or 'none, but in the loss'} with records "
             f"{records[:8]}{' …' if len(records) > 8 else ''}",
@@ -326,6 +362,8 @@ class Run:
             fix="see nonfinite.json; lower the learning rate or clip the gradient "
             "(config.optim.<net>.clip)",
         )
+        e.step = min(s for s in skips.steps if s > n - SKIPS_IN_A_ROW)
+        raise e
 
 
 class Skips:
@@ -342,6 +380,41 @@ class Skips:
             self.steps = [*(s for s in self.steps if s > row["step"] - 1000), row["step"]]
         too_many = sum(self._window) > SKIPS_OF_1000
         return bool(row["skipped"]) and (row["skipped"] >= SKIPS_IN_A_ROW or too_many)
+
+
+class Watch:
+    """Ends a run whose metrics stay beyond their limits; `limits`: metric -> the largest value."""
+
+    def __init__(self, limits):
+        self._limits, self._beyond = dict(limits), dict.fromkeys(limits, 0)
+
+    def check(self, row) -> None:
+        """Raises DivergedError at the last of BEYOND_IN_A_ROW rows."""
+        for name, limit in self._limits.items():
+            self._beyond[name] = 0 if row[name] <= limit else self._beyond[name] + 1
+            if self._beyond[name] == BEYOND_IN_A_ROW:
+                e = errors.DivergedError(
+                    f"{name} is {row[name]:.4g}, for {BEYOND_IN_A_ROW} steps above {limit:g}",
+                    where=f"step {row['step']}",
+                    fix="lower the learning rate, strengthen the penalties, or let the run go back "
+                    "to an earlier checkpoint: config.rollbacks",
+                )
+                e.step = row["step"] - BEYOND_IN_A_ROW + 1
+                raise e
+
+
+def _check_watched(limits, metrics_there) -> None:
+    for name, limit in limits.items():
+        if name not in metrics_there:
+            raise errors.ConfigError(
+                f"no metric is called {name!r}",
+                where="config.watch",
+                fix=errors.nearest(name, metrics_there),
+            )
+        if not isinstance(limit, int | float) or isinstance(limit, bool):
+            raise errors.ConfigError(
+                f"the limit is {limit!r}", where=f"config.watch[{name!r}]", fix="give a number"
+            )
 
 
 def make_source(config, **overrides):

@@ -63,7 +63,8 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    values = {"lora": {}, "text": {}, "best": ""} | values  # younger keys
+    younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
+    values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
     return ml_collections.ConfigDict(values)
 

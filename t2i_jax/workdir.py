@@ -15,7 +15,9 @@ from t2i_jax import checkpoint, errors, images, weights
 FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
+    *("watch", "rollbacks"),
 )
+ROLLBACKS = "rollbacks.jsonl"
 WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
 FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
@@ -63,6 +65,22 @@ def describe(path: pathlib.Path, config) -> None:
         logger.removeHandler(old)
         old.close()
     logger.addHandler(handler)
+
+
+def rollbacks(path: pathlib.Path) -> list[dict]:
+    """The times that a run diverged and went back."""
+    file = path / ROLLBACKS
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def note_rollback(path: pathlib.Path, row: dict) -> None:
+    lines = "".join(json.dumps(r) + "\n" for r in (*rollbacks(path), row))
+    images.write_whole(path / ROLLBACKS, lines.encode())
+
+
+def forget_rollbacks(path: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        (path / ROLLBACKS).unlink(missing_ok=True)
 
 
 def cores() -> int:

@@ -10,6 +10,7 @@ import pytest
 
 from configs import shapes_transformer
 from t2i_jax import errors, loop, pipeline, plan
+from t2i_jax import workdir as folder
 from t2i_jax.data import cache, shapes
 from tests.runs import config, rows
 
@@ -185,3 +186,59 @@ def test_a_key_that_nobody_reads_does_not_exist():
     text = "".join(p.read_text() for p in (ROOT / "t2i_jax").rglob("*.py"))
     for key in common.base():
         assert f"config.{key}" in text or f'"{key}"' in text, key
+
+
+# --- runs that diverge ----------------------------------------------------------------------------
+
+
+def diverging(**changes):
+    return config(**dict(steps=30, save_every=4, keep=9, prompts=(), log_every=2) | changes)
+
+
+def test_a_run_that_goes_beyond_a_limit_stops_with_the_reason(tmp_path):
+    watched = diverging(watch={"model/grad_norm": 1e-6})
+    with pytest.raises(errors.DivergedError, match=r"model/grad_norm is .* above 1e-06") as caught:
+        loop.train(watched, tmp_path)
+    assert caught.value.step == 1
+    assert caught.value.where == f"step {loop.BEYOND_IN_A_ROW}"
+
+
+@pytest.mark.parametrize(
+    ("watch", "message"),
+    [
+        ({"model/grad_nrm": 1.0}, "did you mean 'model/grad_norm'"),
+        ({"model/loss": "much"}, "the limit is 'much'"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_before_anything(tmp_path, watch, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        loop.train(diverging(watch=watch), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(tmp_path, monkeypatch):
+    """Batches of NaN come from step 11 on, until the run has gone back once."""
+    monkeypatch.setattr(
+        loop.failpoints,
+        "hit",
+        lambda name, n=None: name == "batch.nan" and n >= 11 and not folder.rollbacks(tmp_path),
+    )
+    with pytest.raises(errors.NonFiniteError):
+        loop.train(diverging(steps=22), tmp_path)
+    assert not folder.rollbacks(tmp_path)
+    loop.train(diverging(steps=22, rollbacks=1), tmp_path)
+    (row,) = folder.rollbacks(tmp_path)
+    assert row["step"] == 8
+    assert "not finite" in row["why"]
+    kept = rows(tmp_path)
+    assert [r["step"] for r in kept] == list(range(1, 23))
+    assert not any(r["skipped"] for r in kept)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if "diverged" in p.name)
+    assert names[0].startswith("12")
+    plain = tmp_path / "plain"
+    loop.train(diverging(steps=10), plain)
+    losses = lambda found: [r["model/loss"] for r in found]
+    assert losses(kept[:8]) == losses(rows(plain))[:8]
+    assert losses(kept[8:10]) != losses(rows(plain))[8:]
+    loop.train(diverging(steps=4), tmp_path, restart=True)
+    assert not folder.rollbacks(tmp_path)
