@@ -19,6 +19,9 @@ GRID = flags.DEFINE_bool("grid", False, "Also write all pictures as one.")
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format.")
 METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into PNG files.")
 STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
+INTERPOLATE = flags.DEFINE_integer(
+    "interpolate", 0, "Frames from each picture to the next, as a strip and a WebP; GANs."
+)
 REPRODUCE = flags.DEFINE_string("reproduce", None, "A PNG of ours, to be drawn again.")
 OPTIONS = cli.sampling_flags()
 
@@ -51,6 +54,11 @@ def main():
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
     pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
+    if INTERPOLATE.value:
+        drawn = requests.draw_between(pipe, wanted, INTERPOLATE.value)
+        for path in requests.save_between(drawn, OUTPUT_DIR.value, INTERPOLATE.value):
+            print(path)
+        return
     drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
     for path in requests.save(
         drawn,

@@ -50,6 +50,15 @@ def save(path, image_HWC, metadata: dict | None = None, parameters: str | None =
     write_whole(path, buffer.getvalue())
 
 
+def save_animation(path, images_NHWC, seconds: float = 0.08) -> None:
+    """Writes uint8 pictures as a WebP that shows each so long, again and again."""
+    first, *rest = map(Image.fromarray, images_NHWC)
+    buffer = io.BytesIO()
+    timing = dict(duration=round(seconds * 1000), loop=0)
+    first.save(buffer, "webp", save_all=True, append_images=rest, lossless=True, **timing)
+    write_whole(path, buffer.getvalue())
+
+
 def read_metadata(path) -> dict | None:
     """The JSON that `save` wrote, or None; parsed as JSON and nothing else."""
     with Image.open(path, formats=["PNG"]) as image:

@@ -19,7 +19,7 @@ def weighted_mean(value_B, weight_B):
 
 def unit(x_BP):
     """Vectors of length 1, the zero vector of length 0."""
-    return x_BP * jax.lax.rsqrt(jnp.square(x_BP).sum(-1, keepdims=True) + 1e-12)
+    return x_BP * jax.lax.rsqrt(jnp.square(x_BP).sum(-1, keepdims=True) + 1e-8)
 
 
 def spherical(a_BP, b_BP):

@@ -138,6 +138,27 @@ class Predictor:
             out.append(images.to_uint8(pictures)[: len(captions) - start])
         return np.concatenate(out)
 
+    def between(self, nets, captions, frames: int, *, seed=0, index=None, **options):
+        """Draws `frames` pictures on the way from each caption's picture to the next one's, the
+        last at the end; arguments as of `sample`.   -> uint8 NHWC, N = (B − 1)·frames + 1
+        """
+        self.check("between", **options)
+        if len(captions) < 2:
+            raise errors.ConfigError(
+                "one picture", where="--interpolate", fix="give two prompts or more --num_images"
+            )
+        text_BL, mask_BL, _ = self.tokenize(captions)
+        index = np.arange(len(captions)) if index is None else np.asarray(index)
+        batch = {"text": text_BL, "mask": mask_BL, "index": index.astype(np.int32)}
+        shares = np.arange(frames) / frames
+        drawn = [
+            jax.device_get(self.run("between", nets, batch, seed=seed, share=share, **options))
+            for share in shares
+        ]
+        image_BFHWC = np.stack(drawn, 1)
+        whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
+        return images.to_uint8(np.concatenate([whole, image_BFHWC[-1:, 0]]))
+
     def batch(self, pictures, captions):
         """Uint8 pictures HWC with their captions as a batch that predictions take."""
         text_BL, mask_BL, _ = self.tokenize(captions)

@@ -190,6 +190,41 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
     return out
 
 
+def draw_between(pipe, requests, frames: int):
+    """Pictures on the way from each of the requests' pictures to the next.   -> uint8 NHWC
+
+    Raises:
+      ConfigError: a family without such a way, or requests with unequal seeds or options.
+    """
+    settings = {(r.seed, r.negative_prompt, r.options) for r in requests}
+    if len(settings) > 1 or requests[0].negative_prompt:
+        raise errors.ConfigError(
+            "the pictures have other seeds, negative prompts or options",
+            where="--interpolate",
+            fix="give prompts alone, and more pictures of one by --num_images",
+        )
+    jobs = [(r.prompt, r.first + k) for r in requests for k in range(r.count)]
+    return pipe.predictor.between(
+        pipe.nets,
+        [prompt for prompt, _ in jobs],
+        frames,
+        seed=requests[0].seed,
+        index=np.array([index for _, index in jobs]),
+        **dict(requests[0].options),
+    )
+
+
+def save_between(drawn, folder, frames: int) -> list[pathlib.Path]:
+    """Writes them as a strip, a row from each picture to the next, and as an animation."""
+    folder = pathlib.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    strip = images.claim(folder, "strip.png")
+    images.save(strip, images.grid(drawn[:-1], columns=frames))
+    animation = images.claim(folder, "animation.webp")
+    images.save_animation(animation, drawn)
+    return [strip, animation]
+
+
 def _cut(pipe, requests, strict):
     prompts = sorted({r.prompt for r in requests})
     cuts = dict(zip(prompts, pipe.predictor.tokenize(prompts)[2], strict=True))

@@ -73,6 +73,11 @@ class Generator(nn.Module):
     def __call__(self, z_BZ, cond: Cond):
         return self.draw(self.style(z_BZ, cond), cond)
 
+    @staticmethod
+    def between(a_BD, b_BD, share):
+        """A style on the way from one to another."""
+        return (1 - share) * a_BD + share * b_BD
+
     @property
     def z_shape(self) -> tuple[int, ...]:
         return (self.noise,)
@@ -104,6 +109,12 @@ class OneStep(nn.Module):
 
     def __call__(self, z_BHWC, cond: Cond):
         return self.draw(z_BHWC, cond)
+
+    @staticmethod
+    def between(a_BHWC, b_BHWC, share):
+        """Noise on the way from one to another, of the same variance all along."""
+        mixed_BHWC = (1 - share) * a_BHWC + share * b_BHWC
+        return mixed_BHWC * jax.lax.rsqrt((1 - share) ** 2 + share**2)
 
     @property
     def z_shape(self) -> tuple[int, ...]:

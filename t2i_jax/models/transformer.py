@@ -98,16 +98,19 @@ class Backbone(nn.Module):
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 
     def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
-        c_BD = self._condition(t_B, cond)
-        *_, x_BHWC = self.maps(x_BHWC, t_B, cond, text_kv)
+        (*_, x_BHWC), c_BD = self._through(x_BHWC, t_B, cond, text_kv)
         shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
         x_BHWC = layers.modulate(self.leave_norm(x_BHWC), shift_BD, scale_BD)
         return layers.depth_to_space(self.leave(x_BHWC), self.patch).astype(jnp.float32)
 
     def maps(self, x_BHWC, t_B, cond: Cond, text_kv=None) -> tuple:
         """What the network sees in pictures: BHWC after each block."""
+        return self._through(x_BHWC, t_B, cond, text_kv)[0]
+
+    def _through(self, x_BHWC, t_B, cond, text_kv):
+        """`maps`, and what modulates."""
         kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
-        c_BD = self._condition(t_B, cond)
+        c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
         patches = layers.space_to_depth(x_BHWC, self.patch)
         b, rows, columns, _ = patches.shape
         x_BTD = self.embed(patches).reshape(b, rows * columns, self.width)
@@ -116,7 +119,4 @@ class Backbone(nn.Module):
         for block, text_kv in zip(self.blocks, kvs, strict=True):
             x_BTD, _ = block(x_BTD, text_kv, c_BD, mask_BS)
             found.append(x_BTD.reshape(b, rows, columns, self.width))
-        return tuple(found)
-
-    def _condition(self, t_B, cond: Cond):
-        return nn.silu(self.condition(t_B, cond.pooled_BD))
+        return tuple(found), c_BD

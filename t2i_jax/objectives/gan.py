@@ -70,7 +70,8 @@ class Options(NamedTuple):
 
 
 def make(config) -> Objective:
-    """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, encode, score.
+    """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, between, encode,
+    score.
 
     `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
     of one of them. With `backbone` in `gen` (and `prediction`) the generator is that flow network
@@ -191,21 +192,46 @@ def make(config) -> Objective:
           truncation: how far the style lies from its mean over noise, given the caption: below 1,
             pictures are nearer to what the caption usually gives, and less varied.
         """
+        return finished(nets, *styled(nets, batch, key, truncation))
+
+    def between(nets, batch, key, *, share=0.0, truncation=1.0):
+        """Pictures on the way from each example's to the next one's, the last's to the first's.
+
+        Noise or style and caption states go together.   -> image_BHWC in [-1, 1]
+
+        Args:
+          share: of the way, 0 … 1.
+          truncation: as of `sample`.
+        """
+        style_B, cond = styled(nets, batch, key, truncation)
+        follow = lambda tree: jax.tree.map(lambda x: jnp.roll(x, -1, 0), tree)
+        mix = lambda a, b: (1 - share) * a + share * b
+        style_B = generator.between(style_B, follow(style_B), share)
+        other = follow(cond)
+        either_BL = cond.mask_BL | other.mask_BL
+        cond = condition.Cond(
+            mix(cond.seq_BLD, other.seq_BLD), either_BL, mix(cond.pooled_BD, other.pooled_BD)
+        )
+        return finished(nets, style_B, cond)
+
+    def styled(nets, batch, key, truncation):
+        """Styles and caption states."""
         cond, keys_B = text.encode(nets, batch), randomness.per_example(key, batch["index"])
         z_B = randomness.normal_each(keys_B, generator.z_shape)
         style = lambda z_B: generator.apply(nets["gen"], z_B, cond, method="style")
         some_M = jax.random.normal(jax.random.key(0), (MEAN_OF, *generator.z_shape))
         mean_B = jax.vmap(lambda z: style(jnp.broadcast_to(z, z_B.shape)))(some_M).mean(0)
-        style_B = mean_B + truncation * (style(z_B) - mean_B)
-        image_BHWC = generator.apply(nets["gen"], style_B, cond, method="draw")
-        return jnp.clip(image_BHWC, -1, 1)
+        return mean_B + truncation * (style(z_B) - mean_B), cond
+
+    def finished(nets, style_B, cond):
+        return jnp.clip(generator.apply(nets["gen"], style_B, cond, method="draw"), -1, 1)
 
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
         keys_B = randomness.per_example(key, batch["index"])
         return see(nets, batch["image"], text.encode(nets, batch), keys_B).logit_B
 
-    predict = {"sample": sample, "encode": text.encode, "score": score}
+    predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
 
 
