@@ -586,4 +586,5 @@ def test_two_processes_find_what_one_does(tmp_path, dual):
     assert [row["step"] for row in found[1][0]] == [3, 6]
     assert found[1][1] == found[2][1]
     for one, two in zip(found[1][0], found[2][0], strict=True):
+        assert one.pop("protocol/definition") == two.pop("protocol/definition")
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
