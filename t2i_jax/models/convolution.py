@@ -6,7 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-ROWS, PARTS = 512, 16  # pixels that a part has at least, and parts at most
+FEW, ROWS, PARTS = 4096, 512, 16  # pixels that need no parts, pixels of a part at least; parts
 
 
 def conv(x_BHWC, kernel_HWIO, *args, **options):
@@ -18,8 +18,9 @@ def conv(x_BHWC, kernel_HWIO, *args, **options):
     other platforms' programs, are as usual. Derivatives of any order, forwards and backwards.
     """
     whole = functools.partial(_whole, args=args, options=options)
-    parts = math.gcd(len(x_BHWC), PARTS, _power_of_two(math.prod(x_BHWC.shape[:3]) // ROWS))
-    if parts < 2 or jax.device_count() > 1:
+    rows = math.prod(x_BHWC.shape[:3])
+    parts = math.gcd(len(x_BHWC), PARTS, _power_of_two(rows // ROWS))
+    if parts < 2 or rows < FEW or jax.device_count() > 1:
         return whole(x_BHWC, kernel_HWIO)
 
     def in_parts(x_BHWC, kernel_HWIO):
