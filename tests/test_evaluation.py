@@ -537,10 +537,17 @@ def test_what_was_evaluated_is_not_when_the_run_grows(tmp_path):
 def test_distances_that_say_little_are_warned_of(tmp_path, dual, caplog):
     data = [{"source": "shapes", "split": "test", "size": 40, "res": 32}]
     ask = dict(extractor=str(dual), metrics={"fid": {}, "manifold": {}}, data=data, num_images=4)
-    evaluator.make({"sample": painter()}, protocol=write(tmp_path, **ask), batch_size=12)({}, 0)()
+    file = write(tmp_path, **ask)
+    evaluator.make({"sample": painter()}, protocol=file, batch_size=12)({}, 0)()
+    assert "sizes" not in " ".join(record.getMessage() for record in caplog.records)
+    ours = protocol.read(file)
+    pictures = [np.zeros((side, side, 3), np.uint8) for side in (32, 32, 32, 1)]
+    texts = ours.captions()
+    evaluator.Measure(ours, evaluator.Networks(ours), [(pictures, texts)]).metrics()
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "4 pictures in" in said
     assert "4 pictures against 40" in said
+    assert "pictures of 2 sizes, such as 1×1 32×32" in said
 
 
 def plugin(name, predict, **options):

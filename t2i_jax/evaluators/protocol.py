@@ -318,7 +318,7 @@ class Measure:
 
     def __init__(self, protocol: Protocol, nets: Networks, batches, reference=None):
         self._protocol, self._nets = protocol, nets
-        self._columns, self._res, self._own = {}, 0, None
+        self._columns, self._res, self._own, self._sizes = {}, 0, None, set()
         self._first = jax.process_index() == 0
         self._judges = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self.provenance = nets.provenance()
@@ -331,6 +331,7 @@ class Measure:
 
     def _add(self, pictures, texts) -> None:
         self._res = self._res or len(pictures[0])
+        self._sizes |= {picture.shape[:2] for picture in pictures}
         wanted = self._nets.drawn
         if texts is None and wanted & {"captions", "text_emb"}:
             raise errors.ConfigError(
@@ -389,7 +390,10 @@ class Measure:
         return values
 
     def _warn(self, drawn) -> None:
-        """Of distances that say little: their size goes with the number of pictures."""
+        """Of distances that say little: they go with the number and the size of pictures."""
+        if len(self._sizes) > 1:
+            sizes = " ".join(f"{h}×{w}" for h, w in sorted(self._sizes)[:5])
+            logging.warning("pictures of %d sizes, such as %s", len(self._sizes), sizes)
         chosen, pooled, real = self._protocol.metrics, drawn.get("pooled"), self._real.get("pooled")
         if "fid" in chosen and len(pooled) <= pooled.shape[1]:
             logging.warning(
