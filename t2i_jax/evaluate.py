@@ -54,6 +54,10 @@ def main():
             fix=f"leave out {', '.join(given)}",
         )
     if CAPTIONS.value:
+        if not PROTOCOL.value:
+            raise errors.ConfigError(
+                "no protocol", where="--captions", fix="add --protocol=…, whose captions they are"
+            )
         _write_captions()
         return
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
@@ -74,7 +78,7 @@ def _protocol():
     from t2i_jax.quality import protocol
 
     return protocol.read(
-        PROTOCOL.value or "",
+        PROTOCOL.value,
         path=DATA.value,
         num_images=NUM_IMAGES.value,
         seed=SEED.value,

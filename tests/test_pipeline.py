@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from t2i_jax import errors, images, loop, pipeline, requests, weights
+from t2i_jax.quality import protocol
 from tests.runs import config
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -135,3 +136,9 @@ def test_guidance_may_be_none_at_all(pipe):
 def test_pictures_that_are_not_finite_are_an_error(pipe):
     with pytest.raises(errors.DataError, match="not finite"):
         pipe(CAPTIONS, shift=0.0, steps=2)
+
+
+def test_evaluate_writes_a_protocols_captions(tmp_path):
+    path = tmp_path / "captions.txt"
+    start("-m", "t2i_jax.evaluate", "--protocol=shapes", "--num_images=5", f"--captions={path}")
+    assert path.read_text().splitlines() == protocol.read("shapes", num_images=5).captions()
