@@ -20,7 +20,10 @@ FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format
 METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into PNG files.")
 STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
 INTERPOLATE = flags.DEFINE_integer(
-    "interpolate", 0, "Frames from each picture to the next, as a strip and a WebP; GANs."
+    "interpolate",
+    0,
+    "Frames from each picture to the next, as a strip and a WebP; GANs.",
+    lower_bound=0,
 )
 REPRODUCE = flags.DEFINE_string("reproduce", None, "A PNG of ours, to be drawn again.")
 OPTIONS = cli.sampling_flags()
