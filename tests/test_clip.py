@@ -10,6 +10,7 @@ from scipy.special import log_softmax
 
 from configs import shapes_clip
 from t2i_jax import errors, loop, losses, objective, pipeline, weights
+from t2i_jax.data import shapes
 from t2i_jax.evaluators import retrieval
 from tests import test_text_families as families
 from tests import test_vits
@@ -153,13 +154,13 @@ def test_what_no_dual_encoder_can_be_is_said(changes, message):
 def dual(noise):
     """Predictions that know which pair is which, less well the more noise."""
     names, rng = {}, np.random.default_rng(0)
-    axis = lambda caption: names.setdefault(caption, np.eye(64)[len(names)])
+    axis = lambda caption: names.setdefault(caption, np.eye(256)[len(names)])
     near = lambda captions: np.stack(list(map(axis, captions)))
     return {
         "batch": lambda pictures, captions: captions,
         "text_emb": lambda nets, captions: near(captions),
         "image_emb": lambda nets, captions: (
-            near(captions) + noise * rng.normal(size=(len(captions), 64))
+            near(captions) + noise * rng.normal(size=(len(captions), 256))
         ),
     }
 
@@ -171,6 +172,12 @@ def test_retrieval_falls_with_noise_and_leaves_out_equal_captions():
     ]
     assert found[0]["num_images"] % 16 == 0
     assert found[0]["num_images"] > 16
+    more = HELD_OUT | {"size": 208}
+    options = {name: value for name, value in more.items() if name != "source"}
+    different = len(set(shapes.make(**options).captions()))
+    assert different < 208
+    judged = retrieval.make(dual(0), data=more, candidates=16)({}, 0)()
+    assert judged["num_images"] == different // 16 * 16
     for key in ("image_to_text_at_1", "text_to_image_at_1", "r_precision"):
         assert found[0][key] == 1
         assert found[0][key] > found[1][key] > found[2][key]
