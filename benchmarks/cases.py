@@ -41,21 +41,25 @@ def cond(data):
 
 
 def variables(case: str):
-    """The network's variables as after some training: nothing is zero."""
+    """The network's variables, moved."""
     import jax
 
     module, data = backbone(case), inputs(2)
-    fresh = jax.jit(module.init)(jax.random.key(0), data["z"], data["t"], cond(data))
-    leaves, tree = jax.tree.flatten(fresh)
+    return moved(jax.jit(module.init)(jax.random.key(0), data["z"], data["t"], cond(data)))
+
+
+def moved(tree):
+    """Variables as after some training: nothing is zero."""
+    import jax
+
+    leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, moved)
+    noisy = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(structure, noisy)
 
 
 def write_weights(case: str, path: pathlib.Path) -> None:
     """One file for the peer: parameters under our names, the position table, the sizes."""
-    from flax import traverse_util
-
     from t2i_jax.models import layers
 
     module = backbone(case)
@@ -63,13 +67,16 @@ def write_weights(case: str, path: pathlib.Path) -> None:
     sizes = {
         name: getattr(module, name) for name in ("depth", "heads", "patch") if hasattr(module, name)
     }
-    flat = traverse_util.flatten_dict(variables(case), sep="/")
-    np.savez(
-        path,
-        sizes=json.dumps(sizes),
-        positions=layers.positions_2d(side, side, module.width),
-        **{name: np.asarray(value) for name, value in flat.items()},
-    )
+    positions = layers.positions_2d(side, side, module.width)
+    write(path, variables(case), sizes=json.dumps(sizes), positions=positions)
+
+
+def write(path: pathlib.Path, tree, **more) -> None:
+    """A net's variables under our names, and what else the peer needs, in one file."""
+    from flax import traverse_util
+
+    flat = traverse_util.flatten_dict(tree, sep="/")
+    np.savez(path, **{name: np.asarray(value) for name, value in flat.items()}, **more)
 
 
 def peer(case: str, path: pathlib.Path):

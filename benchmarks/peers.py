@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+BASE = 4  # side where the GAN's pictures begin and end
+
 
 class Peer(torch.nn.Module):
     """Holds our parameters in torch's layouts under our names, and mirrors our layers."""
@@ -17,7 +19,8 @@ class Peer(torch.nn.Module):
     def __init__(self, flat: dict[str, np.ndarray], *, depth: int, heads: int, patch: int = 0):
         super().__init__()
         self.depth, self.heads, self.patch, self.names = depth, heads, patch, {}
-        self.register_buffer("positions", torch.from_numpy(flat.pop("positions")))
+        if "positions" in flat:
+            self.register_buffer("positions", torch.from_numpy(flat.pop("positions")))
         for name, value in flat.items():
             tensor = torch.from_numpy(np.array(value))
             if name.endswith("kernel") and tensor.ndim == 2:
@@ -54,11 +57,14 @@ class Peer(torch.nn.Module):
         h = h + self.dense(self.norm(pooled_BD, "condition/RMSNorm_0"), "condition/text")
         return F.silu(self.dense(F.silu(h), "condition/mix"))
 
-    def text_kv(self, seq_BLE, mask_BL):
-        tokens = self.dense(self.norm(seq_BLE, "text/RMSNorm_0"), "text/project")
+    def tokens(self, seq_BLE, mask_BL, name="text"):
+        tokens = self.dense(self.norm(seq_BLE, f"{name}/RMSNorm_0"), f"{name}/project")
         b = tokens.shape[0]
-        tokens = torch.cat([self.p("text/null").expand(b, 1, -1), tokens], 1)
-        mask = torch.cat([mask_BL.new_ones(b, 1), mask_BL], 1)
+        tokens = torch.cat([self.p(f"{name}/null").expand(b, 1, -1), tokens], 1)
+        return tokens, torch.cat([mask_BL.new_ones(b, 1), mask_BL], 1)
+
+    def text_kv(self, seq_BLE, mask_BL):
+        tokens, mask = self.tokens(seq_BLE, mask_BL)
         count = sum(
             a.startswith("kvs_") and a.endswith("k_norm__scale") for a in self.names.values()
         )
@@ -136,6 +142,78 @@ class UNet(Peer):
         for i in range(self.depth):
             h = self.residual(torch.cat([h, outer.pop()], -1), c_BD, f"up_{i}")
         return depth_to_space(self.conv(F.silu(self.norm(h, "leave_norm")), "leave"))
+
+
+class Generator(UNet):
+    """t2i_jax.models.gan.Generator with one block at each size."""
+
+    def forward(self, z_BZ, seq_BLE, mask_BL, pooled_BD):
+        h = self.dense(torch.cat([z_BZ, self.norm(pooled_BD, "text_norm")], -1), "mapping_0")
+        for i in (1, 2):
+            h = self.dense(F.silu(h), f"mapping_{i}")
+        c_BD = F.silu(h)
+        tokens, mask = self.tokens(seq_BLE, mask_BL)
+        x = self.dense(c_BD, "base").reshape(len(c_BD), BASE, BASE, -1)
+        i = 0
+        while True:
+            x = self.residual(x, c_BD, f"blocks_{i}")
+            if x.shape[1] == 2 * BASE:
+                x = self.attention(x, c_BD, self.keys_values(tokens, "kv"), mask, "attend")
+            if self.p(f"grow_{i}/Dense_0/kernel") is None:
+                return self.conv(F.silu(self.norm(x, "leave_norm")), "leave")
+            x = depth_to_space(self.dense(x, f"grow_{i}"))
+            i += 1
+
+
+class Discriminator(Peer):
+    """t2i_jax.models.gan.Discriminator with one block at each size.
+
+    -> logit_B, image_BD, regions_BTD, text_BD, words_BLD
+    """
+
+    def forward(self, image_BHWC, seq_BLE, mask_BL, pooled_BD):
+        text = self.dense(self.norm(pooled_BD, "RMSNorm_0"), "text")
+        tokens, mask = self.tokens(seq_BLE, mask_BL, "words")
+        x, i = self.conv(image_BHWC, "enter"), 0
+        while True:
+            if x.shape[1] == 2 * BASE:
+                regions = x
+                x = x + self.read(x, tokens, mask)
+            h = self.conv(leaky(x), f"block_{i}_0/Conv_0")
+            x = x + self.conv(leaky(h), f"block_{i}_0/Conv_1")
+            if self.p(f"shrink_{i}/Dense_0/Dense_0/kernel") is None:
+                break
+            x = self.dense(space_to_depth(x), f"shrink_{i}/Dense_0")
+            i += 1
+        h = leaky(self.dense(leaky(x).flatten(1), "mix/Dense_0"))
+        embed = lambda x, name: unit(self.dense(x, f"Verdict_0/{name}_embedding"))
+        found = embed(h, "image"), embed(regions.flatten(1, 2), "region")
+        found += embed(text, "text"), embed(tokens[:, 1:], "word")
+        fits = (self.dense(text, "Verdict_0/fits") * h).sum(-1) / h.shape[-1] ** 0.5
+        real = F.linear(h, self.p("Verdict_0/real/kernel"), self.p("Verdict_0/real/bias"))[:, 0]
+        words = word_scores(found[1], found[3], mask_BL)
+        return real + fits + self.p("Verdict_0/word_weight") * words, *found
+
+    def read(self, x, tokens, mask):
+        flat = x.flatten(1, 2)
+        out = self.attend(self.queries(flat, "query"), *self.keys_values(tokens, "keys"), mask)
+        return self.dense(out, "out").reshape(x.shape)
+
+
+def leaky(x):
+    return F.leaky_relu(x, 0.2)
+
+
+def unit(x):
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-8)
+
+
+def word_scores(regions, words, mask, temperature=0.2):
+    """t2i_jax.models.gan.word_scores."""
+    cosine = torch.einsum("...td,...ld->...lt", regions, words)
+    found = torch.einsum("...lt,...td->...ld", torch.softmax(cosine / temperature, -1), regions)
+    fit = (found * words).sum(-1) * torch.rsqrt(found.square().sum(-1) + 1e-6)
+    return (fit * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 class Transformer(Peer):

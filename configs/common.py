@@ -80,11 +80,8 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
     small = dict(width=16, depth=1, heads=2)
-    parts = [*_parts(config.model)]
-    for sizes in parts:
+    for sizes in (config.model, *_parts(config.model)):
         sizes.update({name: size for name, size in small.items() if name in sizes})
-    if not parts:
-        config.model.update(small)
     config.log_every, config.save_every, config.sample_every = 2, 3, 0
     config.eval_every, config.evaluators, config.best = 0, {}, ""
     config.prompts = config.prompts[:2]

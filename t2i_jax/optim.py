@@ -29,8 +29,9 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
       spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
         and optionally warmup (steps, linear from 0), stable (share of the steps after it at the
         full rate), decay ("constant", "cosine" or "linear", to `final` × learning_rate at
-        `steps`), clip (global gradient norm); all else goes to the function. Muon gets every
-        kernel as a matrix, its last axis the output.
+        `steps`), clip (global gradient norm); all else goes to the function, a pair of numbers as
+        one that goes from the first to the second on a cosine over the run (`annealed`). Muon gets
+        every kernel as a matrix, its last axis the output.
       steps: length of the run.
     Raises:
       ConfigError: an unknown name or option, a learning rate that is not positive.
@@ -57,16 +58,33 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     plugins.check_options(fn, spec, where=where)
     if fn is optax.contrib.muon:
         spec.setdefault("muon_weight_dimension_numbers", _matrices)
-    inner = optax.inject_hyperparams(fn, static_args=tuple(spec))(learning_rate=peak, **spec)
+    pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
+    fixed = tuple(option for option in spec if option not in pairs)
+    spec |= {option: float(pair[0]) for option, pair in pairs.items()}
+    inner = optax.inject_hyperparams(fn, static_args=fixed)(learning_rate=peak, **spec)
 
     def update(grads, state, params, step):
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
-        rate = {"learning_rate": schedule(step).astype(jnp.float32)}
-        state = state._replace(hyperparams={**state.hyperparams, **rate})
+        now = {option: annealed(pair, step, steps) for option, pair in pairs.items()}
+        now["learning_rate"] = schedule(step)
+        now = {option: jnp.asarray(value, jnp.float32) for option, value in now.items()}
+        state = state._replace(hyperparams={**state.hyperparams, **now})
         return inner.update(grads, state, params)
 
     return Optimiser(inner.init, update, schedule)
+
+
+def annealed(pair, step, steps: int):
+    """What goes from the first to the second value on a cosine over `steps` of training."""
+    start, end = pair
+    share = jnp.clip(step / max(steps, 1), 0, 1)
+    return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
+
+
+def _is_pair(value) -> bool:
+    numbers = isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value)
+    return numbers and len(value) == 2
 
 
 def _matrices(params):

@@ -246,6 +246,11 @@ def test_diversity_is_among_the_pictures_of_one_caption(tmp_path, weights):
         real(*args) // 2 + rng.integers(0, 99, (6, 32, 32, 3), np.uint8)
     )
     assert measured(tmp_path, noisy, **ask)["lpips_diversity"] > 0.01
+    ask["metrics"] = {"diversity": {}}
+    found = measured(tmp_path, noisy, **ask)["diversity"]
+    # of three draws from 0 … 98, the variance about their own mean
+    assert found == pytest.approx(np.sqrt(2 / 3 * (99**2 - 1) / 12) / 255, rel=0.05)
+    assert measured(tmp_path, **ask)["diversity"] == 0
     with pytest.raises(errors.ConfigError, match="several pictures of a caption"):
         measured(tmp_path, **ask | {"per_caption": 1})
 

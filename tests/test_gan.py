@@ -8,6 +8,7 @@ from PIL import Image
 
 from configs import shapes_gan, shapes_gan_from_flow
 from t2i_jax import errors, fingerprint, loop, losses, objective, pipeline, requests, step, weights
+from t2i_jax.models import augment, spectral
 from t2i_jax.models import gan as nets
 from t2i_jax.objectives import gan
 from tests import runs
@@ -15,7 +16,7 @@ from tests import runs
 
 @pytest.fixture(scope="module")
 def config():
-    config = shapes_gan.get_config("debug")
+    config = shapes_gan.get_config("plain,debug")
     config.loss.penalty_stride = 2
     return config
 
@@ -201,16 +202,99 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
         ({"loss": {"game": "hnge"}}, "did you mean 'hinge'"),
         ({"loss": {"penalty": "exakt"}}, "did you mean 'exact'"),
         ({"loss": {"penalty_stride": 0}}, "penalty_stride is 0"),
+        ({"loss": {"augment": ("cutuot",)}}, "did you mean 'cutout'"),
+        ({"model": {"network": "mpl"}}, "did you mean 'mlp'"),
         ({"res": 24}, "res is 24"),
         ({"model": {"gen": {"widht": 3}}}, "did you mean 'width'"),
     ],
 )
 def test_what_no_gan_can_be_is_said(changes, message):
-    config = shapes_gan.get_config("debug")
+    config = shapes_gan.get_config("plain,debug")
     for key, value in changes.items():
         config[key] = value
     with pytest.raises(errors.ConfigError, match=message):
         objective.make(config)
+
+
+# --- what the discriminator sees, and its kernels -------------------------------------------------
+
+
+def test_augmentation_changes_a_share_and_is_differentiable():
+    rng = np.random.default_rng(0)
+    pictures = rng.uniform(-1, 1, (64, 16, 16, 3)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), len(pictures))
+    run = jax.jit(augment.augmented, static_argnums=0)
+    for name in augment.KINDS:
+        none, some, every = (run((name,), pictures, keys, share) for share in (0.0, 0.5, 1.0))
+        moved = lambda found: (np.abs(found - pictures).max((1, 2, 3)) > 1e-6).mean()
+        assert moved(none) == 0
+        assert 0.2 < moved(some) < 0.8
+        assert moved(every) > 0.9
+        alone = run((name,), pictures[5:6], keys[5:6], 1.0)
+        np.testing.assert_allclose(alone[0], every[5], atol=1e-6)  # by its own key
+    everything = lambda x: run(tuple(augment.KINDS), x, keys, 1.0)
+    towards = rng.normal(size=pictures.shape).astype(np.float32)
+    _, slope = jax.jvp(everything, (pictures,), (towards,))
+    wanted = (everything(pictures + 1e-2 * towards) - everything(pictures - 1e-2 * towards)) / 2e-2
+    np.testing.assert_allclose(slope, wanted, atol=1e-3)  # all of it is linear
+
+
+def test_a_translation_moves_whole_pixels_alike_in_all_channels():
+    picture = np.arange(16 * 16 * 3, dtype=np.float32).reshape(16, 16, 3)
+    for seed in range(8):
+        found = np.asarray(augment.translation(picture, jax.random.key(seed)))
+        moves = [
+            (y, x)
+            for y in range(-2, 3)
+            for x in range(-2, 3)
+            if np.array_equal(
+                found, np.pad(picture, ((2, 2), (2, 2), (0, 0)), "edge")[2 - y :, 2 - x :][:16, :16]
+            )
+        ]
+        assert len(moves) == 1
+
+
+def test_spectral_norm_bounds_every_kernel_by_one():
+    rng = np.random.default_rng(0)
+    params = {
+        "conv": {"kernel": rng.normal(size=(3, 3, 4, 8)).astype(np.float32), "bias": np.ones(8)},
+        "dense": {"kernel": 0.1 * np.eye(6, 5, dtype=np.float32)},
+        "zero": {"kernel": np.zeros((4, 4), np.float32)},
+    }
+    vectors = spectral.start(params, jax.random.key(0))
+    for _ in range(100):
+        vectors = spectral.advanced(params, vectors)
+    found = spectral.bounded(params, vectors)
+    largest = np.linalg.svd(np.asarray(found["conv"]["kernel"]).reshape(-1, 8), compute_uv=False)[0]
+    assert largest == pytest.approx(1, abs=1e-3)
+    np.testing.assert_array_equal(found["dense"]["kernel"], params["dense"]["kernel"])
+    np.testing.assert_array_equal(found["conv"]["bias"], params["conv"]["bias"])
+    ratio = found["conv"]["kernel"] / params["conv"]["kernel"]
+    np.testing.assert_allclose(ratio, ratio.mean(), rtol=1e-4)
+    slope = jax.grad(lambda p: jnp.square(spectral.bounded(p, vectors)["zero"]["kernel"]).sum())
+    assert np.isfinite(slope(params)["zero"]["kernel"]).all()
+
+
+def test_spectral_norm_and_augmentation_train(config, batch):
+    """The vectors go on with every step, the generator's loss leaves them alone."""
+    config = config.copy_and_resolve_references()
+    config.loss.update(spectral_norm=True, augment=tuple(augment.KINDS), augment_share=(1.0, 1.0))
+    family = objective.make(config)
+    nets = jax.jit(family.init)(jax.random.key(0), batch)
+    disc, gen = (
+        jax.jit(lambda nets, fn=loss.fn: fn(nets, batch, jax.random.key(1), jnp.int32(0)))(nets)
+        for loss in family.losses
+    )
+    assert np.isfinite(disc[0])
+    assert np.isfinite(gen[0])
+    assert not gen[1].mutated
+    before = nets["disc"][spectral.COLLECTION]
+    after = disc[1].mutated["disc"][spectral.COLLECTION]
+    lengths = jax.tree.map(lambda u: float(jnp.linalg.norm(u)), after)
+    assert jax.tree.structure(before) == jax.tree.structure(after)
+    assert all(length < 1 + 1e-5 for length in jax.tree.leaves(lengths))
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), before, after)
+    assert max(jax.tree.leaves(moved)) > 0.1
 
 
 # --- other networks -------------------------------------------------------------------------------
@@ -228,6 +312,7 @@ def from_flow(source=""):
     config = shapes_gan_from_flow.get_config("debug")
     net = dict(runs.config().model)
     config.model = dict(gen=dict(net, prediction="v"), eye=net, disc=dict(width=16))
+    config.loss.update(clip=0.0, distil=0.0)
     if source:
         config.load.gen = config.load.eye = f"{source}#model"
     return config
@@ -263,6 +348,33 @@ def towers():
     return dict(image=small, caption=dict(width=16, depth=1, heads=2))
 
 
+def test_a_flow_model_teaches_which_noise_means_which_picture(batch):
+    """Of every second picture; nothing is to learn where the generator draws what is taught."""
+    config = from_flow()
+    config.model.gen.prediction = "x"
+    config.model.teacher = config.model.gen
+    config.loss.update(distil=2.0, distil_stride=2)
+
+    def losses_of(**teacher):
+        config.loss.teacher = dict(sampler="euler", **teacher)
+        loss = objective.make(config).losses[1].fn
+        value, aux = jax.jit(lambda nets: loss(nets, batch, jax.random.key(1), jnp.int32(0)))(nets)
+        return float(value), float(aux.metrics["distil"])
+
+    config.loss.teacher = {}
+    nets = jax.jit(objective.make(config).init)(jax.random.key(0), batch)
+    moved = lambda x: x + 0.02 * jax.random.normal(jax.random.key(2), x.shape)
+    nets["gen"] = nets["teacher"] = jax.tree.map(moved, nets["gen"])
+    same, error = losses_of(guidance=1.0, steps=1)
+    assert error < 1e-6
+    value, error = losses_of(guidance=1.0, steps=3)
+    assert error > 1e-3
+    assert value - same == pytest.approx(2 * error, rel=1e-3)
+    config.model.gen = dict(width=16)
+    with pytest.raises(errors.ConfigError, match="other noise"):
+        objective.make(config)
+
+
 @pytest.mark.parametrize("eye", ["flow", "tower"])
 def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye):
     config = from_flow()
@@ -285,7 +397,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye):
 
 
 def test_guidance_adds_the_angle_between_picture_and_caption(batch):
-    config = shapes_gan.get_config("debug")
+    config = shapes_gan.get_config("plain,debug")
     plain = objective.make(config)
     config.model.clip = towers()
     config.loss.update(clip=3.0, adversarial=0.5)

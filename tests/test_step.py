@@ -229,6 +229,17 @@ def test_a_stable_share_keeps_the_full_rate_until_the_decay():
     assert rate(110) == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_pair_of_numbers_is_annealed_over_the_run():
+    spec = {"name": "adam", "learning_rate": 1e-3, "b1": 0.0, "b2": (0.5, 0.9)}
+    adam = optim.make(spec, steps=10, where="test")
+    params = jnp.zeros(3)
+    state = adam.init(params)
+    for n, wanted in ((0, 0.5), (5, 0.7), (10, 0.9), (12, 0.9)):
+        _, found = adam.update(jnp.ones(3), state, params, n)
+        assert found.hyperparams["b2"] == pytest.approx(wanted)
+        assert float(found.inner_state[0].nu[0]) == pytest.approx(1 - wanted)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

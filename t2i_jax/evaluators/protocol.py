@@ -112,6 +112,7 @@ METRICS = {
     "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd),
     "shapes": Metric(("captions", "shapes"), (), _shapes),
     "lpips_diversity": _mean("lpips_diversity"),  # among the pictures of a caption
+    "diversity": _mean("diversity"),  # the same, of pixels
     "lpips": _mean("lpips"),  # of drawn pictures from their captions' own
     "psnr": _mean("psnr"),
     "ssim": _mean("ssim"),
@@ -122,6 +123,7 @@ LEAST = {  # an option that needs as many pictures, and its default
     "r_precision": ("candidates", 100),
 }
 OF_CLIP = ("image_emb", "text_emb")
+OF_GROUPS = {"lpips_diversity": "diversity", "diversity": pixels.diversity}
 OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
 
 
@@ -201,9 +203,10 @@ class Networks:
             )
         both = self.drawn | self.real
         self.extract = self.dual = self.perceptual = None
-        if "lpips_diversity" in self.drawn and protocol.per_caption < 2:
+        groups = sorted(self.drawn & OF_GROUPS.keys())
+        if groups and protocol.per_caption < 2:
             raise errors.ConfigError(
-                "lpips_diversity needs several pictures of a caption",
+                f"{', '.join(groups)}: several pictures of a caption are needed",
                 where=where,
                 fix="set per_caption to 2 or more",
             )
@@ -224,22 +227,25 @@ class Networks:
             found["text_emb"] = self.dual.texts(texts)
         return found
 
-    def diversity(self, pictures, per_caption: int) -> np.ndarray:
-        """Of each caption's pictures, which lie together.   -> G"""
+    def of_groups(self, name: str, pictures, per_caption: int) -> np.ndarray:
+        """One of OF_GROUPS, of each caption's pictures, which lie together.   -> G"""
         x_NHWC = _stacked(pictures)
         if len(x_NHWC) % per_caption:
             raise errors.DataError(
                 f"{len(x_NHWC)} pictures, {per_caption} of each caption",
-                where="lpips_diversity",
+                where=name,
                 fix="let no picture of a caption be missing or broken",
             )
-        return self.perceptual.diversity(x_NHWC.reshape(-1, per_caption, *x_NHWC.shape[1:]))
+        fn = self._function(OF_GROUPS[name])
+        return fn(x_NHWC.reshape(-1, per_caption, *x_NHWC.shape[1:]))
 
     def of_pairs(self, name: str, pictures, own) -> np.ndarray:
         """One of OF_PAIRS, of pictures and those that their captions belong to.   -> N"""
-        fn = OF_PAIRS[name]
-        fn = fn if callable(fn) else getattr(self.perceptual, fn)
-        return fn(_stacked(pictures), np.stack(own))
+        return self._function(OF_PAIRS[name])(_stacked(pictures), np.stack(own))
+
+    def _function(self, fn):
+        """It, or the perceptual network's of that name."""
+        return fn if callable(fn) else getattr(self.perceptual, fn)
 
     def provenance(self) -> dict:
         """The networks by name and hash."""
@@ -255,7 +261,7 @@ def _stacked(pictures) -> np.ndarray:
     if len({picture.shape for picture in pictures}) > 1:
         raise errors.DataError(
             "pictures of several sizes, which cannot be compared one by one",
-            where="lpips, psnr, ssim",
+            where="lpips, psnr, ssim, diversity",
             fix="give pictures of one size, or choose other metrics",
         )
     return np.stack(pictures)
@@ -340,9 +346,8 @@ class Measure:
                 fix="write metadata.jsonl beside the pictures, or choose other metrics",
             )
         found = self._nets.columns(wanted, pictures, texts)
-        if "lpips_diversity" in wanted:
-            per_caption = self._protocol.per_caption
-            found["lpips_diversity"] = self._nets.diversity(pictures, per_caption)
+        for name in wanted & OF_GROUPS.keys():
+            found[name] = self._nets.of_groups(name, pictures, self._protocol.per_caption)
         if pairs := sorted(wanted & OF_PAIRS.keys()):
             self._own = self._own or self._protocol.pictures(self._res)
             own = [

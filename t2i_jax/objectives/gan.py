@@ -7,22 +7,26 @@ contrastive losses of pictures and captions over the global batch (XMC-GAN, arXi
 B batch · H W pixels · C channels · T regions · L words · Z noise · D width
 """
 
-from typing import NamedTuple
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, losses, plugins, randomness
-from t2i_jax.models import backbone, gan, pyramid
+from t2i_jax import errors, losses, optim, plugins, randomness
+from t2i_jax.models import augment, backbone, gan, mlp, pyramid, spectral
 from t2i_jax.models import clip as clip_models
 from t2i_jax.objective import Aux, Loss, Objective
-from t2i_jax.objectives import clip
+from t2i_jax.objectives import clip, flow
 from t2i_jax.sampling import prediction
 from t2i_jax.text import condition, side
 from t2i_jax.vision import encoder as vision
 
 GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
+NOISE = 1  # what the key of an example's noise is folded with
+NETWORKS = {"convolutional": gan, "mlp": mlp}
 MEAN_OF = 64  # styles whose mean truncation goes towards
 PENALTIES = ("exact", "estimate", "none")
 DISTANCES = {"spherical": losses.spherical, "cosine": lambda a_BP, b_BP: 1 - (a_BP * b_BP).sum(-1)}
@@ -34,8 +38,8 @@ class Options(NamedTuple):
     game: one of GAMES.
     penalty: of the discriminator's slope at real (R1) and at drawn (R2) pictures: "exact", its
       gradient, or "estimate", the first-order ‖D(x) − D(x + σε)‖²/σ² (arXiv:2501.08316), or "none".
-    gamma: the penalties' weight at the first step and at the last, half the squared slope's; falls
-      on a cosine between.
+    gamma: the penalties' weight at the first step and at the last, half the squared slope's; on a
+      cosine between, as all such pairs.
     penalty_stride: every so manieth example of a batch is penalised: as lazy as a penalty of all
       at every so manieth step, but of one program. XLA:CPU runs convolutions within a conditional
       through naive code, thirty times as slow.
@@ -48,6 +52,14 @@ class Options(NamedTuple):
       caption's.
     distance: "spherical", the squared angle, as guides of CLIP use it (StyleGAN-T,
       arXiv:2301.09515, section 3.3), or "cosine", 1 − cos, a plain text term beside the image's.
+    distil: weight there of how far pictures lie from those that a trained flow model draws from
+      the same noise, their squared error added to that of the maps the discriminator sees through
+      (arXiv:2405.05967); adversarial training alone learns slowly which noise means which layout.
+    distil_stride: every so manieth example of a batch is compared.
+    teacher: options of the flow model's `sample`.
+    augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
+    augment_share: how many of them each of these changes, at the first step and at the last.
+    spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
     text_dropout: share of captions replaced by the null condition, see `text.side`.
     eye_times: how noisy pictures are for a flow network that the discriminator sees through: times
       between these, 1 is noise (arXiv:2403.12015).
@@ -65,6 +77,12 @@ class Options(NamedTuple):
     adversarial: float = 1.0
     clip: float = 0.0
     distance: str = "spherical"
+    distil: float = 0.0
+    distil_stride: int = 4
+    teacher: Mapping[str, Any] = {}
+    augment: tuple[str, ...] = ()
+    augment_share: tuple[float, float] = (0.0, 0.3)
+    spectral_norm: bool = False
     text_dropout: float | tuple[float, ...] = 0.0
     eye_times: tuple[float, float] = (0.0, 0.6)
 
@@ -74,16 +92,19 @@ def make(config) -> Objective:
     score.
 
     `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
-    of one of them. With `backbone` in `gen` (and `prediction`) the generator is that flow network
-    in one step. With a frozen net "eye" the discriminator sees pictures through it: `eye` in
-    `config.model` describes a flow network or, with `tower`, an image tower of `objectives.clip`,
-    else config.load.eye is an image network of `vision`. `clip` there, as the model of
-    `objectives.clip`, is the dual encoder that guides: frozen nets "clip_image", "clip_caption".
+    of one of them; `network` there is "convolutional" or "mlp". With `backbone` in `gen` (and
+    `prediction`) the generator is that flow network in one step. With a frozen net "eye" the
+    discriminator sees pictures through it: `eye` in `config.model` describes a flow network or,
+    with `tower`, an image tower of `objectives.clip`, else config.load.eye is an image network of
+    `vision`. `clip` there, as the model of `objectives.clip`, is the dual encoder that guides:
+    frozen nets "clip_image", "clip_caption".
+    `teacher` there describes, as `gen`, the flow network of frozen net "teacher" to distil.
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     _check(options)
     generator, discriminator, eye = _networks(config, options)
     guide, guide_caption = _guide(config, options)
+    teacher = _teacher(config, options, generator)
     text = side.Side(config, text_dropout=options.text_dropout)
     disc_game, gen_game = GAMES[options.game]
 
@@ -102,9 +123,15 @@ def make(config) -> Objective:
             nets["clip_caption"] = guide_caption.init(jax.random.fold_in(key, 2), cond)
         if eye:
             nets["eye"] = eye.init(jax.random.fold_in(key, 0), image_BHWC, cond)
+        if teacher:
+            nets["teacher"] = teacher.init(jax.random.fold_in(key, 3), batch)["model"]
         keys_B = randomness.per_example(key, jnp.arange(b))
         seen = look(nets, image_BHWC, cond, keys_B)
-        return nets | {"disc": discriminator.init(key_disc, seen, cond)}
+        nets["disc"] = discriminator.init(key_disc, seen, cond)
+        if options.spectral_norm:
+            vectors = spectral.start(nets["disc"]["params"], jax.random.fold_in(key_disc, 0))
+            nets["disc"] = {**nets["disc"], spectral.COLLECTION: vectors}
+        return nets
 
     def draw(nets, cond, keys_B):
         z = randomness.normal_each(keys_B, generator.z_shape)
@@ -114,14 +141,24 @@ def make(config) -> Objective:
         """What the discriminator gets to see of pictures."""
         return eye.look(nets["eye"], image_BHWC, cond, keys_B) if eye else image_BHWC
 
-    def see(nets, image_BHWC, cond, keys_B) -> gan.Seen:
-        return discriminator.apply(nets["disc"], look(nets, image_BHWC, cond, keys_B), cond)
+    def see(nets, image_BHWC, cond, keys_B, step=None) -> gan.Seen:
+        """The discriminator's view; in training, at a step, of pictures that are augmented."""
+        if options.augment and step is not None:
+            share = optim.annealed(options.augment_share, step, config.steps)
+            keys_B, keys_augment_B = randomness.split_each(keys_B, 2)
+            image_BHWC = augment.augmented(options.augment, image_BHWC, keys_augment_B, share)
+        seen, variables = look(nets, image_BHWC, cond, keys_B), nets["disc"]
+        if options.spectral_norm:
+            vectors = variables[spectral.COLLECTION]
+            variables = {"params": spectral.bounded(variables["params"], vectors)}
+        return discriminator.apply(variables, seen, cond)
 
     def started(nets, batch, key):
         """The condition, drawn pictures, and two keys an example."""
-        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 4)
+        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 3)
         cond = text.drop(text.encode(nets, batch), keys[0])
-        return cond, draw(nets, cond, keys[1]), *keys[2:]
+        keys_B = randomness.per_example(jax.random.fold_in(key, NOISE), batch["index"])
+        return cond, draw(nets, cond, keys_B), *keys[1:]
 
     def contrast(seen: gan.Seen, cond, batch):
         """The contrastive losses' sum."""
@@ -140,43 +177,68 @@ def make(config) -> Objective:
 
     def disc_loss(nets, batch, key, step):
         cond, fake_BHWC, eye_B, keys_B = started(nets, batch, key)
-        seen = see(nets, batch["image"], cond, eye_B)
-        seen_fake = see(nets, fake_BHWC, cond, eye_B)
+        mutated = {}
+        if options.spectral_norm:
+            params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
+            mutated = {"disc": {spectral.COLLECTION: spectral.advanced(params, vectors)}}
+            nets = {**nets, "disc": {"params": params, **mutated["disc"]}}
+        seen = see(nets, batch["image"], cond, eye_B, step)
+        seen_fake = see(nets, fake_BHWC, cond, eye_B, step)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
         metrics = {"gap": mean(seen.logit_B - seen_fake.logit_B), "real": mean(seen.logit_B)}
         if options.mismatch:
             other = shuffled(cond, batch)
-            wrong_B = see(nets, batch["image"], other, eye_B).logit_B
+            wrong_B = see(nets, batch["image"], other, eye_B, step).logit_B
             value += options.mismatch * mean(disc_game(seen.logit_B, wrong_B) * is_other(batch))
             metrics["mismatch_gap"] = mean(seen.logit_B - wrong_B)
         if options.penalty != "none":
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
-            logit = lambda image_BHWC: see(nets, image_BHWC, some(cond), some(eye_B)).logit_B
+            logit = lambda image_BHWC: see(nets, image_BHWC, some(cond), some(eye_B), step).logit_B
             slope = _slopes(options, logit, some(keys_B))
             mean_of_some = lambda image_BHWC: losses.weighted_mean(
                 slope(some(image_BHWC)), some(weight_B)
             )
             r1, r2 = mean_of_some(batch["image"]), mean_of_some(fake_BHWC)
-            share = jnp.clip(step / max(config.steps, 1), 0, 1)
-            start, end = options.gamma
-            gamma = end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
-            value += 0.5 * gamma * (r1 + r2)
+            value += 0.5 * optim.annealed(options.gamma, step, config.steps) * (r1 + r2)
             metrics |= {"r1": r1, "r2": r2}
-        return value, Aux(metrics)
+        return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
         cond, fake_BHWC, eye_B, _ = started(nets, batch, key)
-        seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B), 0.0
+        seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B, step), 0.0
         if options.game == "relativistic":
-            real_B = see(nets, batch["image"], cond, eye_B).logit_B
+            real_B = see(nets, batch["image"], cond, eye_B, step).logit_B
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
-        if not guide:
-            return value, Aux()
-        distance = mean(apart_from_caption(nets, fake_BHWC, cond))
-        return options.adversarial * value + options.clip * distance, Aux({"clip": distance})
+        value, metrics = options.adversarial * value, {}
+        if guide:
+            metrics["clip"] = mean(apart_from_caption(nets, fake_BHWC, cond))
+            value += options.clip * metrics["clip"]
+        if teacher:
+            some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
+            wanted_BHWC = taught(nets, some(batch), jax.random.fold_in(key, NOISE))
+            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(eye_B))
+            metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
+            value += options.distil * metrics["distil"]
+        return value, Aux(metrics)
+
+    def taught(nets, batch, key):
+        """What the flow model draws from the noise of `started`."""
+        known = {"model": nets["teacher"], "text": nets["text"]}
+        image_BHWC = teacher.predict["sample"](known, batch, key, **options.teacher)
+        return jax.lax.stop_gradient(image_BHWC)
+
+    def unlike(nets, a_BHWC, b_BHWC, cond, keys_B):
+        """Squared error of pixels, and that of maps through the eye."""
+        error_B = losses.squared_error(a_BHWC, b_BHWC)
+        if not eye:
+            return error_B
+        pairs = zip(*(look(nets, x, cond, keys_B) for x in (a_BHWC, b_BHWC)), strict=True)
+        scaled = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        errors_MB = [losses.squared_error(scaled(a), scaled(b)) for a, b in pairs]
+        return error_B + sum(errors_MB) / len(errors_MB)
 
     def apart_from_caption(nets, image_BHWC, cond):
         image_BP = losses.unit(guide.apply(nets["clip_image"], image_BHWC).pooled_BD)
@@ -238,7 +300,17 @@ def make(config) -> Objective:
 def _networks(config, options):
     """The generator, the discriminator, and what the latter sees through, or None."""
     sizes = dict(config.model)
-    own = {name: dict(sizes.pop(name, {})) for name in ("gen", "disc", "eye", "clip")}
+    parts = ("gen", "disc", "eye", "clip", "teacher")
+    own = {name: dict(sizes.pop(name, {})) for name in parts}
+    network = sizes.pop("network", "convolutional")
+    if network not in NETWORKS:
+        raise errors.ConfigError(
+            f"unknown network {network!r}",
+            where="config.model",
+            fix=errors.nearest(network, NETWORKS),
+        )
+    if network == "convolutional":
+        pyramid.check(config.res)
     make_net = lambda kind, name, given: plugins.call(
         kind, where=f"config.model.{name}", options=given | own[name]
     )
@@ -252,19 +324,19 @@ def _networks(config, options):
     elif "eye" in config.load:
         net = vision.make(config.load.eye)
         eye = _Still(net, net.res)
-    pyramid.check(config.res)
     if "backbone" in own["gen"]:
         kind = own["gen"].pop("prediction", "v")
         prediction.check(kind, "config.model.gen")
         flow = backbone.build(own["gen"], res=config.res, where="config.model.gen")
         generator = gan.OneStep(flow, config.res, kind)
     else:
-        generator = make_net(gan.Generator, "gen", {"res": config.res, **sizes})
+        generator = make_net(NETWORKS[network].Generator, "gen", {"res": config.res, **sizes})
     if eye:
         known = [field for field in sizes if field in gan.Projected.__dataclass_fields__]
         given = {field: sizes[field] for field in known}
         return generator, make_net(gan.Projected, "disc", given), eye
-    return generator, make_net(gan.Discriminator, "disc", {"res": config.res, **sizes}), None
+    discriminator = make_net(NETWORKS[network].Discriminator, "disc", {"res": config.res, **sizes})
+    return generator, discriminator, None
 
 
 class _Flow(NamedTuple):
@@ -311,6 +383,22 @@ def _guide(config, options):
     source = config.load.get("clip_image")
     model = config.model.get("clip", {})
     return clip.towers(model, res=config.res, source=source, where="config.model.clip")
+
+
+def _teacher(config, options, generator):
+    """The flow model to distil as an objective, or None without a weight."""
+    if not options.distil:
+        return None
+    sizes = dict(config.model.get("teacher", {}))
+    own = copy.deepcopy(config)
+    own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), sizes
+    if generator.z_shape != (config.res, config.res, 3):
+        raise errors.ConfigError(
+            "the generator draws from other noise than a flow model",
+            where="config.loss.distil",
+            fix="describe a flow network in config.model.gen, as configs/shapes_gan_from_flow.py",
+        )
+    return flow.make(own)
 
 
 def _slopes(options: Options, logit, keys_B):
@@ -379,9 +467,17 @@ def _check(options: Options) -> None:
                 where="config.loss",
                 fix=errors.nearest(getattr(options, name), known),
             )
-    if not (isinstance(options.penalty_stride, int) and options.penalty_stride >= 1):
-        raise errors.ConfigError(
-            f"penalty_stride is {options.penalty_stride!r}",
-            where="config.loss",
-            fix="give a whole number, 1 for every example",
-        )
+    for name in options.augment:
+        if name not in augment.KINDS:
+            raise errors.ConfigError(
+                f"unknown augmentation {name!r}",
+                where="config.loss.augment",
+                fix=errors.nearest(name, augment.KINDS),
+            )
+    for name in ("penalty_stride", "distil_stride"):
+        if not (isinstance(getattr(options, name), int) and getattr(options, name) >= 1):
+            raise errors.ConfigError(
+                f"{name} is {getattr(options, name)!r}",
+                where="config.loss",
+                fix="give a whole number, 1 for every example",
+            )

@@ -51,6 +51,16 @@ def ssim(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarr
         return np.asarray(_similarity(x_BHWC, y_BHWC, low, float(high - low)))
 
 
+def diversity(x_GNHWC: np.ndarray) -> np.ndarray:
+    """How unlike the N pictures of a group are: a pixel's root mean square distance from their mean
+    as a share of 255; 0 where all are the same.   -> G
+
+    Args:
+      x_GNHWC: uint8, groups of pictures.
+    """
+    return np.sqrt(x_GNHWC.var(1, dtype=np.float64).mean((1, 2, 3))) / 255
+
+
 @jax.jit
 def _squared_error(x_BHWC, y_BHWC):
     return jnp.square(x_BHWC.astype(float) - y_BHWC.astype(float)).mean((1, 2, 3))

@@ -1,0 +1,355 @@
+"""The GAN's pictures and training steps against PyTorch, and its pictures against the flow model's.
+
+python -m benchmarks.gan [draw] [train] [flow]   (all three by default)
+
+draw: one pass of the convolutional generator of configs/shapes_gan.py and of a U-net as it ships,
+against the same networks in PyTorch (channels_last), eager and compiled, under inference_mode.
+Parity: the pictures.
+train: a step of configs/shapes_gan.py:plain (64 pictures of 32 px, exact penalties, all contrastive
+losses, both Adams, averages), captions' states ready on both sides. Parity: both losses of three
+steps in a row.
+flow: builtin:shapes-gan against builtin:shapes as they are sampled, 64 pictures, captions' states
+ready, then with MiniLM in both.
+"""
+
+import functools
+import pathlib
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from benchmarks import cases, harness
+
+NETS, BATCHES = ("generator", "unet"), (1, 16, 64)
+BATCH, STEPS_A_ROUND = 64, 2
+PICTURES_A_ROUND = 512
+FLOW, GAN = "builtin:shapes", "builtin:shapes-gan"
+
+
+def generator(net: str):
+    """(module, inputs -> z)"""
+    from t2i_jax.models import gan
+
+    if net == "unet":
+        return gan.OneStep(cases.backbone("unet"), cases.RES), lambda data: data["z"]
+    module = gan.Generator(**_sizes())
+    return module, lambda data: data["z"].reshape(len(data["z"]), -1)[:, : module.noise]
+
+
+def _sizes() -> dict:
+    from configs import shapes_gan
+
+    return shapes_gan.get_config("plain").model.to_dict()
+
+
+def passes(batch: int) -> int:
+    return PICTURES_A_ROUND // batch
+
+
+# --- one pass -------------------------------------------------------------------------------------
+
+
+def draw_ours(net: str, size: str, folder: pathlib.Path) -> None:
+    import jax
+
+    batch, (module, noise) = int(size), generator(net)
+    data = cases.inputs(batch)
+    if net == "unet":
+        variables = cases.variables("unet")
+        cases.write_weights("unet", folder / "weights.npz")
+    else:
+        variables = jax.jit(module.init)(jax.random.key(0), noise(data), cases.cond(data))
+        variables = cases.moved(variables)
+        cases.write(folder / "weights.npz", variables)
+    variables, z, cond = jax.device_put((variables, noise(data), cases.cond(data)))
+    apply = jax.jit(module.apply).lower(variables, z, cond).compile()
+    np.savez(folder / "ours.npz", pictures=apply(variables, z, cond))
+
+    def run():
+        for _ in range(passes(batch)):
+            jax.block_until_ready(apply(variables, z, cond))
+
+    run()
+    harness.serve({"versions": {"jax": jax.__version__}}, run)
+
+
+def draw_peer(net: str, size: str, folder: pathlib.Path, compiled: bool) -> None:
+    import torch
+
+    from benchmarks import peers
+
+    torch.set_num_threads(harness.THREADS)
+    batch, (_, noise) = int(size), generator(net)
+    data = cases.inputs(batch)
+    z = torch.from_numpy(noise(data))
+    text = [torch.from_numpy(data[name]) for name in ("seq", "mask", "pooled")]
+    if net == "unet":
+        model, ones = cases.peer("unet", folder / "weights.npz").eval(), torch.ones(batch)
+        forward = torch.compile(model) if compiled else model
+        one_pass = lambda: z - forward(z, ones, *text)
+    else:
+        flat = dict(np.load(folder / "weights.npz"))
+        model = peers.Generator(flat, depth=1, heads=_sizes()["heads"]).eval()
+        forward = torch.compile(model) if compiled else model
+        one_pass = lambda: forward(z, *text)
+
+    @torch.inference_mode()
+    def run():
+        for _ in range(passes(batch)):
+            found = one_pass()
+        return found
+
+    np.savez(folder / "peer.npz", pictures=run().numpy())
+
+    def timed():
+        run()
+
+    timed()
+    harness.serve({"versions": {"torch": torch.__version__}}, timed)
+
+
+# --- a training step ------------------------------------------------------------------------------
+
+
+def train_config():
+    from configs import shapes_gan
+
+    config = shapes_gan.get_config("plain")
+    config.batch_size = BATCH
+    return config
+
+
+def batch() -> dict[str, np.ndarray]:
+    data = cases.inputs(BATCH)
+    return {
+        "image": np.tanh(data["target"]),
+        "text": np.arange(BATCH * cases.LENGTH, dtype=np.int32).reshape(BATCH, -1),
+        "mask": data["mask"],
+        "cond_seq": data["seq"],
+        "cond_pooled": data["pooled"],
+        "index": np.arange(BATCH, dtype=np.int32),
+        "weight": np.ones(BATCH, np.float32),
+    }
+
+
+def train_ours(folder: pathlib.Path) -> None:
+    import jax
+
+    from t2i_jax import objective, optim, randomness, step
+    from t2i_jax.objectives import gan
+
+    config, data = train_config(), jax.device_put(batch())
+    family = objective.make(config)
+    made = jax.jit(family.init)(jax.random.key(0), data)
+    nets = {name: cases.moved(made[name]) for name in family.trained}
+    for name, net in nets.items():
+        cases.write(folder / f"{name}.npz", net)
+    z = np.zeros((3, 2, BATCH, 64), np.float32)  # what the three steps' two losses draw from
+    for n in range(3):
+        for i in range(2):
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), n), i)
+            key = jax.random.fold_in(key, gan.NOISE)
+            keys_B = randomness.per_example(key, data["index"])
+            z[n, i] = randomness.normal_each(keys_B, z.shape[3:])
+    np.savez(folder / "noise.npz", z=z)
+    optimisers = {
+        name: optim.make(spec, steps=config.steps, where="benchmark")
+        for name, spec in config.optim.items()
+    }
+    state = step.start(optimisers, dict(config.ema), nets)
+    update = step.make_update(family, optimisers, ema=dict(config.ema), seed=config.seed)
+    frozen = {"text": made["text"]}
+    update = jax.jit(update, donate_argnums=0).lower(state, frozen, data).compile()
+    found = []
+    for _ in range(3):
+        state, metrics = update(state, frozen, data)
+        found.append([float(metrics["disc/loss"]), float(metrics["gen/loss"])])
+    np.savez(folder / "ours.npz", losses=found)
+
+    def run():
+        nonlocal state
+        for _ in range(STEPS_A_ROUND):
+            state, _ = update(state, frozen, data)
+        jax.block_until_ready(state)
+
+    run()
+    harness.serve({"versions": {"jax": jax.__version__}}, run)
+
+
+def train_peer(folder: pathlib.Path, compiled: bool) -> None:
+    """The same in PyTorch: softplus games, R1 and R2 of every fourth example, InfoNCE, Adam."""
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from benchmarks import peers
+    from t2i_jax.objectives import gan
+
+    torch.set_num_threads(harness.THREADS)
+    config = train_config()
+    loss, sizes = gan.Options(**config.loss), config.model
+    load = lambda kind, name: kind(
+        dict(np.load(folder / f"{name}.npz")), depth=1, heads=sizes.heads
+    )
+    gen, disc = load(peers.Generator, "gen"), load(peers.Discriminator, "disc")
+    draw = torch.compile(gen) if compiled else gen  # of the other, second derivatives are wanted
+    average = [p.detach().clone() for p in gen.parameters()]
+    adams = {
+        name: torch.optim.Adam(net.parameters(), betas=(spec.b1, spec.b2), fused=True)
+        for name, net, spec in (
+            ("disc", disc, config.optim.disc),
+            ("gen", gen, config.optim.gen),
+        )
+    }
+    data = batch()
+    other = torch.from_numpy(np.roll(np.arange(BATCH), -1))  # all captions differ
+    image = torch.from_numpy(data["image"])
+    text = [torch.from_numpy(data[name]) for name in ("cond_seq", "mask", "cond_pooled")]
+    some = lambda x: x[:: loss.penalty_stride]
+    own = torch.arange(BATCH)
+    steps = 0
+
+    def info_nce(scores):
+        scores = scores / loss.temperature
+        return (F.cross_entropy(scores, own) + F.cross_entropy(scores.T, own)) / 2
+
+    def contrast(seen):
+        _, image_BD, regions, text_BD, words = seen
+        scores = peers.word_scores(regions[:, None], words[None], text[1][None])
+        return loss.sentence * info_nce(image_BD @ text_BD.T) + loss.word * info_nce(scores)
+
+    def slope(pictures):
+        pictures = pictures.detach().requires_grad_()
+        with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivatives
+            logits = disc(pictures, *map(some, text))[0]
+        return torch.autograd.grad(logits.sum(), pictures, create_graph=True)[0].square().sum()
+
+    def apply(name, value):
+        spec, adam = config.optim[name], adams[name]
+        cosine = 0.5 * (1 + np.cos(np.pi * steps / config.steps))
+        adam.param_groups[0]["lr"] = spec.learning_rate * (spec.final + (1 - spec.final) * cosine)
+        adam.zero_grad(set_to_none=True)
+        value.backward()
+        adam.step()
+        return value.detach()
+
+    def update(z_disc, z_gen):
+        nonlocal steps
+        with torch.no_grad():
+            fake = draw(z_disc, *text)
+        seen = disc(image, *text)
+        value = F.softplus(disc(fake, *text)[0] - seen[0]).mean() + contrast(seen)
+        wrong = disc(image, *(x[other] for x in text))[0]
+        value = value + loss.mismatch * F.softplus(wrong - seen[0]).mean()
+        start, end = loss.gamma
+        gamma = end + (start - end) * 0.5 * (1 + np.cos(np.pi * steps / config.steps))
+        slopes = (slope(some(image)) + slope(some(fake))) / len(some(image))
+        found = [apply("disc", value + 0.5 * gamma * slopes)]
+        with torch.no_grad():
+            real = disc(image, *text)[0]
+        seen = disc(draw(z_gen, *text), *text)
+        found.append(apply("gen", F.softplus(real - seen[0]).mean() + contrast(seen)))
+        decay = min(config.ema.gen, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(average, [p.detach() for p in gen.parameters()], 1 - decay)
+        steps += 1
+        return [float(value) for value in found]
+
+    z = torch.from_numpy(np.load(folder / "noise.npz")["z"])
+    np.savez(folder / "peer.npz", losses=[update(*z[n]) for n in range(3)])
+
+    def run():
+        for _ in range(STEPS_A_ROUND):
+            update(*torch.randn(2, *z.shape[2:]))
+
+    run()
+    harness.serve({"versions": {"torch": torch.__version__}}, run)
+
+
+# --- against the flow model -----------------------------------------------------------------------
+
+
+def sample(source: str, with_text: bool) -> None:
+    """An arm: 64 pictures for captions, by the model's own options."""
+    import jax
+
+    from t2i_jax import pipeline
+    from t2i_jax.data import shapes
+
+    pipe = pipeline.Pipeline.load(source)
+    captions = shapes.make(split="test", size=BATCH).captions()
+    objective, config = pipe.predictor.objective, pipe.config
+    data = pipe.predictor.batch([np.zeros((config.res, config.res, 3), np.uint8)] * BATCH, captions)
+    nets, data = jax.device_put((pipe.nets, data))
+    if not with_text:
+        cond = jax.jit(objective.predict["encode"])(nets, data)
+        data = data | {"cond_seq": cond.seq_BLD, "cond_pooled": cond.pooled_BD}
+    options = config.sample.to_dict()
+    draw = functools.partial(objective.predict["sample"], **options)
+    key = jax.random.key(0)
+    draw = jax.jit(draw).lower(nets, data, key).compile()
+    calls = 10 if source == GAN else 1
+
+    def run():
+        started = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(draw(nets, data, key))
+        return (time.perf_counter() - started) / calls
+
+    run()
+    harness.serve({"versions": {"jax": jax.__version__}}, run)
+
+
+def compare(name: str, amount: int, kind: str, *arguments: str) -> None:
+    """Ours against PyTorch, eager and compiled, once both compute the same."""
+    for how in ("eager", "compiled"):
+        with tempfile.TemporaryDirectory() as folder:
+            a = harness.Arm("benchmarks.gan", f"arm:{kind}", "ours", *arguments, folder)
+            b = harness.Arm("benchmarks.gan", f"arm:{kind}", how, *arguments, folder)
+            files = [pathlib.Path(folder) / file for file in ("ours.npz", "peer.npz")]
+            harness.compare(f"gan/{name}/{how}", a, b, harness.parity(*files), amount=amount)
+            a.close()
+            b.close()
+
+
+def draw() -> None:
+    for net in NETS:
+        for size in BATCHES:
+            compare(f"draw/{net}/batch{size}", passes(size) * size, "draw", net, str(size))
+
+
+def train() -> None:
+    compare("train", BATCH * STEPS_A_ROUND, "train")
+
+
+def flow() -> None:
+    for text in ("states", "text"):
+        a = harness.Arm("benchmarks.gan", "arm:flow", GAN, text)
+        b = harness.Arm("benchmarks.gan", "arm:flow", FLOW, text)
+        harness.compare(f"gan/flow/{text}", a, b, None, amount=BATCH)
+        a.close()
+        b.close()
+
+
+def arm(kind: str, who: str, *arguments: str) -> None:
+    """One side, in its own process."""
+    *arguments, last = arguments
+    if kind == "flow":
+        return sample(who, last == "text")
+    ours, peer = {"draw": (draw_ours, draw_peer), "train": (train_ours, train_peer)}[kind]
+    if who == "ours":
+        return ours(*arguments, pathlib.Path(last))
+    return peer(*arguments, pathlib.Path(last), who == "compiled")
+
+
+def main() -> None:
+    first, *rest = sys.argv[1:] or ["draw", "train", "flow"]
+    if first.startswith("arm:"):
+        return arm(first.removeprefix("arm:"), *rest)
+    for part in (first, *rest):
+        {"draw": draw, "train": train, "flow": flow}[part]()
+
+
+if __name__ == "__main__":
+    main()

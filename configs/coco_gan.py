@@ -1,0 +1,36 @@
+"""A conditional GAN on photographs with captions, 64 or 128 px, for accelerators.
+
+python train.py --config=configs/coco_gan.py:res=64 --workdir=runs/coco64
+python train.py --config=configs/coco_gan.py:res=128,path=DIR --workdir=runs/coco128
+(:debug for seconds)
+
+COCO as TFDS prepares it, or a folder of pictures with captions, as folder_flow reads it.
+As for R3GAN (arXiv:2501.05441), rates, penalties, Adam's second moment and augmentation go from
+their first to their last value on one cosine.
+"""
+
+from configs import common, shapes_gan
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, res=64, path="", debug=False)
+    config = shapes_gan.get_config("plain")
+    config.data = dict(source="tfds", name="coco_captions", split="train", captions=5)
+    if arg.path:
+        config.data = dict(source="folder", path=arg.path)
+    config.res, config.batch_size, config.steps = arg.res, 256, 80_000
+    config.text_length, config.cache = 48, ""
+    config.model = dict(width=512, least=64, depth=2, heads=8)
+    config.loss.update(gamma=(1.0, 0.1), augment=("colour", "translation", "cutout"))
+    adam = dict(config.optim.gen, learning_rate=2e-4, b2=(0.9, 0.99), clip=10.0)
+    config.optim = dict(disc=adam, gen=dict(adam))
+    config.ema = dict(gen=0.999)
+    config.watch, config.rollbacks = {"disc/gap": 50.0}, 2
+    config.evaluators, config.save_every, config.sample_every = {}, 1000, 1000
+    config.prompts = (
+        "a man riding a wave on a surfboard",
+        "a plate of food with broccoli",
+        "a red double decker bus on a street",
+        "two giraffes standing in a field",
+    )
+    return common.shrink(config) if arg.debug else config

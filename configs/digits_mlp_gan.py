@@ -1,0 +1,30 @@
+"""The plainest conditional GAN: dense layers, handwritten digits, the game of 2014, a text loss.
+
+pip install -e ".[digits]"
+python train.py --config=configs/digits_mlp_gan.py --workdir=runs/digits_mlp
+python train.py --config=configs/digits_mlp_gan.py:modern --workdir=runs/digits_modern
+(:debug for seconds)
+
+`modern` is shapes_gan's networks, game and penalties on the same digits.
+"""
+
+from configs import common, shapes_gan
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False, modern=False)
+    config = shapes_gan.get_config("plain")
+    config.data = dict(source="digits")
+    config.text_length = 8
+    config.steps = 3000
+    if arg.modern:
+        config.model = dict(width=64, heads=2)
+    else:
+        config.res = 28
+        config.model = dict(network="mlp", width=256, depth=3)
+        config.loss = dict(game="nonsaturating", penalty="none", sentence=0.1, word=0.0)
+        adam = dict(name="adam", learning_rate=2e-4, b1=0.5)
+        config.optim = dict(disc=adam, gen=dict(adam))
+    config.evaluators = dict(digits=dict(num_images=500))
+    config.prompts = tuple(f"a handwritten {name}" for name in ("zero", "three", "five", "eight"))
+    return common.shrink(config) if arg.debug else config

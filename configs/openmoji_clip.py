@@ -1,0 +1,19 @@
+"""A dual encoder of OpenMoji drawings and their names, 32 px.
+
+pip install -e ".[emoji]"
+python train.py --config=configs/openmoji_clip.py --workdir=runs/openmoji_clip
+(:debug for seconds)
+"""
+
+from configs import common, shapes_clip
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, debug=False)
+    config = shapes_clip.get_config()
+    config.data = dict(source="openmoji")
+    config.text_length = 24
+    config.steps = 1500
+    held_out = dict(source="openmoji", split="test")
+    config.evaluators = dict(retrieval=dict(data=held_out, candidates=64))
+    return common.shrink(config) if arg.debug else config

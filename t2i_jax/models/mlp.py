@@ -1,0 +1,74 @@
+"""The first GANs' networks (arXiv:1406.2661): pixels are a vector, layers are dense.
+
+B batch · H W pixels · C channels · Z noise · D width
+"""
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax.models import gan, layers, pyramid
+from t2i_jax.text.condition import Cond
+
+
+class Generator(nn.Module):
+    """(z_BZ, cond) -> image_BHWC in [-1, 1], all channels alike where it has but one.
+
+    Fields: `res` pixels a side; `width` of the first of `depth` layers, doubled at each; `noise`
+    numbers in z; `channels`: 3, or 1 for grey.
+    """
+
+    res: int = 28
+    width: int = 256
+    depth: int = 3
+    noise: int = 64
+    channels: int = 1
+
+    def setup(self):
+        self.text_norm = layers.RMSNorm()
+        self.enter = layers.Dense(self.width)
+        self.hidden = [layers.Dense(self.width * 2**i) for i in range(1, self.depth)]
+        self.leave = layers.Dense(self.res * self.res * self.channels)
+
+    def style(self, z_BZ, cond: Cond):
+        """The first layer's output: noise and caption together.   -> BD"""
+        return self.enter(jnp.concatenate([z_BZ, self.text_norm(cond.pooled_BD)], -1))
+
+    def draw(self, style_BD, cond: Cond):
+        """The picture of a style.   -> image_BHWC"""
+        h_BD = nn.leaky_relu(style_BD, pyramid.SLOPE)
+        for layer in self.hidden:
+            h_BD = nn.leaky_relu(layer(h_BD), pyramid.SLOPE)
+        x_BHWC = jnp.tanh(self.leave(h_BD)).reshape(-1, self.res, self.res, self.channels)
+        return jnp.broadcast_to(x_BHWC, (*x_BHWC.shape[:3], 3))
+
+    def __call__(self, z_BZ, cond: Cond):
+        return self.draw(self.style(z_BZ, cond), cond)
+
+    between = staticmethod(gan.Generator.between)
+
+    @property
+    def z_shape(self) -> tuple[int, ...]:
+        return (self.noise,)
+
+
+class Discriminator(nn.Module):
+    """(image_BHWC, cond) -> Seen, whose one region is the whole picture.
+
+    Fields: `width` of the last of `depth` layers, each half of the one before; `embedding`: width
+    of Seen's.
+    """
+
+    res: int = 28
+    width: int = 256
+    depth: int = 3
+    embedding: int = 64
+
+    @nn.compact
+    def __call__(self, image_BHWC, cond: Cond) -> gan.Seen:
+        h_BD = image_BHWC.reshape(len(image_BHWC), -1)
+        for i in reversed(range(self.depth)):
+            h_BD = nn.leaky_relu(layers.Dense(self.width * 2**i)(h_BD), pyramid.SLOPE)
+        text_BE = layers.RMSNorm(name="text_norm")(cond.pooled_BD)
+        words_BLE = layers.RMSNorm(name="words_norm")(cond.seq_BLD)
+        verdict = gan.Verdict(self.width, self.embedding)
+        return verdict(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
