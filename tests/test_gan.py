@@ -1,5 +1,9 @@
 """The conditional GAN: games, penalties, partners, contrast, and what its losses move."""
 
+import json
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,17 +57,33 @@ def made(family, batch):
 
 
 @pytest.fixture(scope="module")
-def moved(family, made, batch):
+def started(family, made):
+    """(rate of disc, rate of gen) -> the state before a step of plain gradient descent."""
+    state = step.start(optimisers(family), {}, {name: made[name] for name in family.trained})
+    rates = lambda *given: dict(zip(("disc", "gen"), map(jnp.float32, given), strict=True))
+    return lambda *given: state._replace(opt=rates(*given))
+
+
+@pytest.fixture(scope="module")
+def update(family, made, batch, started):
+    """The compiled step."""
+    fn = jax.jit(step.make_update(family, optimisers(family), ema={}))
+    return fn.lower(started(1, 1), {"text": made["text"]}, batch).compile()
+
+
+def optimisers(family):
+    """Gradient descent whose rate is the optimiser's state."""
+    descend = lambda grads, rate, params, n: (jax.tree.map(lambda g: -rate * g, grads), rate)
+    still = step.optim.Optimiser(lambda params: jnp.float32(0), descend, lambda n: jnp.float32(0))
+    return dict.fromkeys(family.trained, still)
+
+
+@pytest.fixture(scope="module")
+def moved(made, batch, started, update):
     """(rate of disc, rate of gen) -> net -> how far each of its arrays went in one step."""
-    update = lambda grads, rate, params, n: (jax.tree.map(lambda g: -rate * g, grads), rate)
-    still = step.optim.Optimiser(lambda params: jnp.float32(0), update, lambda n: jnp.float32(0))
-    optimisers = dict.fromkeys(family.trained, still)
-    state = step.start(optimisers, {}, {name: made[name] for name in family.trained})
-    fn = jax.jit(step.make_update(family, optimisers, ema={}))
 
     def move(*rates):
-        given = dict(zip(("disc", "gen"), map(jnp.float32, rates), strict=True))
-        new, metrics = fn(state._replace(opt=given), {"text": made["text"]}, batch)
+        new, metrics = update(started(*rates), {"text": made["text"]}, batch)
         assert not metrics["skipped"]
         return {
             name: {
@@ -74,7 +94,7 @@ def moved(family, made, batch):
                     strict=True,
                 )
             }
-            for name in family.trained
+            for name in new.nets
         }
 
     return move
@@ -90,6 +110,66 @@ def test_each_loss_moves_its_own_net_alone_and_all_of_it(moved):
         found = {name: max(distances.values()) for name, distances in moved(*rates).items()}
         assert found.pop(still) == 0
         assert min(found.values()) > 0
+
+
+def test_one_step_is_the_golden_one(made, batch, started, update, update_golden):
+    """Losses and gradients; --update-golden after a change that was wanted."""
+    path = pathlib.Path(__file__).parent / "goldens" / "shapes_gan.json"
+    _, metrics = update(started(0, 0), {"text": made["text"]}, batch)
+    found = {name: float(value) for name, value in metrics.items() if "learning" not in name}
+    if update_golden:
+        path.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    assert found == pytest.approx(json.loads(path.read_text()), rel=1e-3, abs=1e-5)
+
+
+def trapped(program: str) -> list[str]:
+    """The convolutions of a compiled program that XLA:CPU runs through naive code: those within
+    loops and conditionals, strided, dilated or grouped ones.
+    """
+    bodies, name = {}, None
+    for line in program.splitlines():
+        if head := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            bodies[name := head[1]] = []
+        elif name:
+            bodies[name].append(line)
+    called = lambda line: re.findall(r"%([\w.-]+)", line.partition(", metadata=")[0])
+    inner = [
+        callee
+        for lines in bodies.values()
+        for line in lines
+        if re.search(r" (while|conditional)\(", line)
+        for callee in called(line)
+        if callee in bodies
+    ]
+    seen = set()
+    while inner:
+        if (callee := inner.pop()) not in seen:
+            seen.add(callee)
+            inner += [c for line in bodies[callee] for c in called(line) if c in bodies]
+    return [
+        line.strip()
+        for name, lines in bodies.items()
+        for line in lines
+        if " convolution(" in line
+        and (name in seen or re.search(r"stride=|_dilate=|(feature|batch)_group_count=", line))
+    ]
+
+
+def test_no_convolution_of_the_compiled_step_is_in_a_trap(update):
+    program = update.as_text()
+    assert program.count(" convolution(") > 20
+    assert not trapped(program)
+
+
+def test_traps_are_seen():
+    x, kernel = jnp.ones((1, 8, 8, 4)), jnp.ones((3, 3, 4, 4))
+    options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    conv = lambda x, strides: jax.lax.conv_general_dilated(x, kernel, strides, "SAME", **options)
+    again = lambda x: jax.lax.fori_loop(0, 3, lambda i, x: conv(x, (1, 1)), x)
+    choice = lambda x: jax.lax.cond(x.sum() > 0, lambda x: conv(x, (1, 1)), lambda x: x, x)
+    for fn in (again, choice, lambda x: conv(x, (2, 2))):
+        assert trapped(jax.jit(fn).lower(x).compile().as_text())
+    assert not trapped(jax.jit(lambda x: conv(x, (1, 1))).lower(x).compile().as_text())
 
 
 @pytest.mark.parametrize("game", gan.GAMES)
