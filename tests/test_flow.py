@@ -1,5 +1,7 @@
 """The flow objective: what its loss means, whatever the network puts out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -136,6 +138,22 @@ def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest
     )
     np.testing.assert_allclose(draw(one, 1.0), draw(negative, 1.0), atol=1e-5)
     assert np.abs(draw(one, 3.0) - draw(negative, 3.0)).max() > 1e-3
+
+
+def test_refining_by_nothing_keeps_pictures_and_wholly_draws_others(made, config):
+    family, nets, _ = made["v"]
+    one = batch(config)
+    options = dict(guidance=2.0, steps=2, sampler="euler")
+    predict = {
+        name: jax.jit(functools.partial(family.predict[name], **options))
+        for name in ("sample", "refine")
+    }
+    refine = lambda strength: predict["refine"](nets, one, jax.random.key(0), strength=strength)
+    np.testing.assert_allclose(refine(0.0), one["image"], atol=1e-6)
+    drawn = predict["sample"](nets, one, jax.random.key(0))
+    np.testing.assert_allclose(refine(1.0), drawn, atol=1e-5)
+    far = lambda strength: np.abs(refine(strength) - one["image"]).mean()
+    assert 0 < far(0.1) < far(0.5)
 
 
 def test_an_unknown_prediction_is_refused(config):

@@ -15,7 +15,7 @@ from t2i_jax import errors, fingerprint, loop, losses, objective, pipeline, requ
 from t2i_jax.models import augment, spectral
 from t2i_jax.models import gan as nets
 from t2i_jax.objectives import gan
-from tests import runs
+from tests import runs, test_vits
 
 
 @pytest.fixture(scope="module")
@@ -433,7 +433,7 @@ def test_a_flow_model_teaches_which_noise_means_which_picture(batch):
     config = from_flow()
     config.model.gen.prediction = "x"
     config.model.teacher = config.model.gen
-    config.loss.update(distil=2.0, distil_stride=2)
+    config.loss.update(distil=2.0, distil_stride=2, distil_times=(1.0, 1.0))
 
     def losses_of(**teacher):
         config.loss.teacher = dict(sampler="euler", **teacher)
@@ -455,12 +455,15 @@ def test_a_flow_model_teaches_which_noise_means_which_picture(batch):
         objective.make(config)
 
 
-@pytest.mark.parametrize("eye", ["flow", "tower"])
-def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye):
+@pytest.mark.parametrize("eye", ["flow", "tower", "pretrained"])
+def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     config = from_flow()
-    if eye == "tower":
+    if eye != "flow":
         config.model.eye = towers()["image"]
         config.model.gen = dict(width=16)
+    if eye == "pretrained":
+        test_vits.by_golden("dino", tmp_path)
+        config.model.eye, config.load.eye = {}, str(tmp_path)
     family = objective.make(config)
     assert family.trained == ("disc", "gen")
     nets = jax.jit(family.init)(jax.random.key(0), batch)

@@ -20,6 +20,9 @@ from t2i_jax.sampling import prediction
 from t2i_jax.text.condition import Cond
 
 
+MEAN_OF = 64  # noises
+
+
 class Generator(nn.Module):
     """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
 
@@ -73,6 +76,13 @@ class Generator(nn.Module):
     def __call__(self, z_BZ, cond: Cond):
         return self.draw(self.style(z_BZ, cond), cond)
 
+    def mean_style(self, cond: Cond):
+        """The mean style of a caption over noise.   -> BD"""
+        z_MZ = jax.random.normal(jax.random.key(0), (MEAN_OF, self.noise))
+        b = len(cond.pooled_BD)
+        many = cond._replace(pooled_BD=jnp.tile(cond.pooled_BD, (MEAN_OF, 1)))
+        return self.style(jnp.repeat(z_MZ, b, 0), many).reshape(MEAN_OF, b, -1).mean(0)
+
     @staticmethod
     def between(a_BD, b_BD, share):
         """A style on the way from one to another."""
@@ -101,6 +111,9 @@ class OneStep(nn.Module):
 
     def style(self, z_BHWC, cond: Cond):
         return z_BHWC
+
+    def mean_style(self, cond: Cond):
+        return jnp.zeros((len(cond.pooled_BD), *self.z_shape))
 
     def draw(self, z_BHWC, cond: Cond):
         t_B = jnp.ones(len(z_BHWC))

@@ -44,6 +44,7 @@ class Generator(nn.Module):
     def __call__(self, z_BZ, cond: Cond):
         return self.draw(self.style(z_BZ, cond), cond)
 
+    mean_style = gan.Generator.mean_style
     between = staticmethod(gan.Generator.between)
 
     @property

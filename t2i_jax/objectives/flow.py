@@ -105,6 +105,39 @@ def make(config) -> Objective:
           shift: above 1, more of the steps go to noisy times, where the layout is decided.
           interval: times between which guidance acts, 1 is noise and 0 the picture.
         """
+        keys_B = randomness.per_example(key, batch["index"])
+        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
+        ts_S = ode.times(steps, shift)
+        return solved(nets, batch, noise_BHWC, ts_S, guidance, sampler, interval)
+
+    def refine(
+        nets,
+        batch,
+        key,
+        *,
+        strength=0.7,
+        guidance=3.0,
+        steps=12,
+        sampler="heun",
+        shift=1.0,
+        interval=(0.0, 1.0),
+    ):
+        """What becomes of the batch's pictures where noise of time `strength` is put on them and
+        taken off again (SDEdit, arXiv:2108.01073); the noise is that of `sample`.   -> image_BHWC
+        in [-1, 1]
+
+        Args:
+          strength: 0 leaves the pictures, 1 draws others.
+          guidance, steps, sampler, shift, interval: as of `sample`; times are shares of `strength`.
+        """
+        keys_B = randomness.per_example(key, batch["index"])
+        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
+        start_BHWC = (1 - strength) * batch["image"] + strength * noise_BHWC
+        ts_S = strength * ode.times(steps, shift)
+        return solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval)
+
+    def solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval):
+        """The pictures that guided flow leads to.   -> image_BHWC in [-1, 1]"""
         if sampler not in ode.SOLVERS:
             raise errors.ConfigError(
                 f"unknown sampler {sampler!r}",
@@ -121,12 +154,10 @@ def make(config) -> Objective:
         def both_velocities(z_2BHWC, t_2B):
             return velocity(nets, z_2BHWC, t_2B, both, text_kv)
 
-        keys_B = randomness.per_example(key, batch["index"])
-        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
         field = guide.cfg(both_velocities, guidance, interval)
-        image_BHWC = ode.SOLVERS[sampler](field, noise_BHWC, ode.times(steps, shift))
-        return jnp.clip(image_BHWC, -1, 1)
+        return jnp.clip(ode.SOLVERS[sampler](field, start_BHWC, ts_S), -1, 1)
 
-    predict = {"sample": sample, "encode": text.encode, "loss_at_times": loss_at_times}
+    predict = {"sample": sample, "refine": refine, "encode": text.encode}
+    predict["loss_at_times"] = loss_at_times
     trained = ("model", "text") if options.train_text else ("model",)
     return Objective(init, (Loss(trained, loss),), predict)

@@ -27,7 +27,6 @@ from t2i_jax.vision import encoder as vision
 GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
 NOISE = 1  # what the key of an example's noise is folded with
 NETWORKS = {"convolutional": gan, "mlp": mlp}
-MEAN_OF = 64  # styles whose mean truncation goes towards
 PENALTIES = ("exact", "estimate", "none")
 DISTANCES = {"spherical": losses.spherical, "cosine": lambda a_BP, b_BP: 1 - (a_BP * b_BP).sum(-1)}
 
@@ -52,11 +51,12 @@ class Options(NamedTuple):
       caption's.
     distance: "spherical", the squared angle, as guides of CLIP use it (StyleGAN-T,
       arXiv:2301.09515, section 3.3), or "cosine", 1 − cos, a plain text term beside the image's.
-    distil: weight there of how far pictures lie from those that a trained flow model draws from
-      the same noise, their squared error added to that of the maps the discriminator sees through
-      (arXiv:2405.05967); adversarial training alone learns slowly which noise means which layout.
+    distil: weight there of how far pictures lie from what a trained flow model makes of them: it
+      goes on from a point on the straight line between noise and picture. The squared error of
+      pixels is added to that of the maps the discriminator sees through.
     distil_stride: every so manieth example of a batch is compared.
-    teacher: options of the flow model's `sample`.
+    distil_times: where the point lies, a time between these for each batch, 1 is noise.
+    teacher: options of the flow model's `refine`.
     augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
     augment_share: how many of them each of these changes, at the first step and at the last.
     spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
@@ -79,6 +79,7 @@ class Options(NamedTuple):
     distance: str = "spherical"
     distil: float = 0.0
     distil_stride: int = 4
+    distil_times: tuple[float, float] = (0.5, 0.9)
     teacher: Mapping[str, Any] = {}
     augment: tuple[str, ...] = ()
     augment_share: tuple[float, float] = (0.0, 0.3)
@@ -134,8 +135,8 @@ def make(config) -> Objective:
         return nets
 
     def draw(nets, cond, keys_B):
-        z = randomness.normal_each(keys_B, generator.z_shape)
-        return generator.apply(nets["gen"], z, cond)
+        z_B = randomness.normal_each(keys_B, generator.z_shape)
+        return generator.apply(nets["gen"], z_B, cond)
 
     def look(nets, image_BHWC, cond, keys_B):
         """What the discriminator gets to see of pictures."""
@@ -206,7 +207,7 @@ def make(config) -> Objective:
         return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, eye_B, _ = started(nets, batch, key)
+        cond, fake_BHWC, eye_B, keys_B = started(nets, batch, key)
         seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B, step), 0.0
         if options.game == "relativistic":
             real_B = see(nets, batch["image"], cond, eye_B, step).logit_B
@@ -218,16 +219,20 @@ def make(config) -> Objective:
             value += options.clip * metrics["clip"]
         if teacher:
             some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
-            wanted_BHWC = taught(nets, some(batch), jax.random.fold_in(key, NOISE))
+            drawn = some(batch | {"image": jax.lax.stop_gradient(fake_BHWC)})
+            wanted_BHWC = taught(nets, drawn, jax.random.fold_in(key, NOISE), some(keys_B))
             error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(eye_B))
             metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
 
-    def taught(nets, batch, key):
-        """What the flow model draws from the noise of `started`."""
+    def taught(nets, batch, key, keys_B):
+        """How the flow model goes on from the noise of `started` and the batch's pictures."""
+        low, high = options.distil_times
+        strength = jax.random.uniform(keys_B[0], (), minval=low, maxval=high)
         known = {"model": nets["teacher"], "text": nets["text"]}
-        image_BHWC = teacher.predict["sample"](known, batch, key, **options.teacher)
+        refine = teacher.predict["refine"]
+        image_BHWC = refine(known, batch, key, strength=strength, **options.teacher)
         return jax.lax.stop_gradient(image_BHWC)
 
     def unlike(nets, a_BHWC, b_BHWC, cond, keys_B):
@@ -280,10 +285,9 @@ def make(config) -> Objective:
         """Styles and caption states."""
         cond, keys_B = text.encode(nets, batch), randomness.per_example(key, batch["index"])
         z_B = randomness.normal_each(keys_B, generator.z_shape)
-        style = lambda z_B: generator.apply(nets["gen"], z_B, cond, method="style")
-        some_M = jax.random.normal(jax.random.key(0), (MEAN_OF, *generator.z_shape))
-        mean_B = jax.vmap(lambda z: style(jnp.broadcast_to(z, z_B.shape)))(some_M).mean(0)
-        return mean_B + truncation * (style(z_B) - mean_B), cond
+        style_B = generator.apply(nets["gen"], z_B, cond, method="style")
+        mean_B = generator.apply(nets["gen"], cond, method="mean_style")
+        return mean_B + truncation * (style_B - mean_B), cond
 
     def finished(nets, style_B, cond):
         return jnp.clip(generator.apply(nets["gen"], style_B, cond, method="draw"), -1, 1)
