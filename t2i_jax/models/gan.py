@@ -19,7 +19,6 @@ from t2i_jax.models import attention, layers, pyramid, unet
 from t2i_jax.sampling import prediction
 from t2i_jax.text.condition import Cond
 
-
 MEAN_OF = 64  # noises
 
 
