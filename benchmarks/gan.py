@@ -138,7 +138,6 @@ def train_ours(folder: pathlib.Path) -> None:
     import jax
 
     from t2i_jax import objective, optim, randomness, step
-    from t2i_jax.objectives import gan
 
     config, data = train_config(), jax.device_put(batch())
     family = objective.make(config)
@@ -150,8 +149,8 @@ def train_ours(folder: pathlib.Path) -> None:
     for n in range(3):
         for i in range(2):
             key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), n), i)
-            key = jax.random.fold_in(key, gan.NOISE)
-            keys_B = randomness.per_example(key, data["index"])
+            key_noise, *_ = jax.random.split(key, 3)
+            keys_B = randomness.per_example(key_noise, data["index"])
             z[n, i] = randomness.normal_each(keys_B, z.shape[3:])
     np.savez(folder / "noise.npz", z=z)
     optimisers = {
@@ -193,16 +192,15 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
     load = lambda kind, name: kind(
         dict(np.load(folder / f"{name}.npz")), depth=1, heads=sizes.heads
     )
-    gen, disc = load(peers.Generator, "gen"), load(peers.Discriminator, "disc")
-    draw = torch.compile(gen) if compiled else gen  # of the other, second derivatives are wanted
+    nets = {"gen": load(peers.Generator, "gen"), "disc": load(peers.Discriminator, "disc")}
+    gen, disc = nets["gen"], nets["disc"]
+    # compiled but for the pass whose second derivatives are wanted
+    draw, judge = (torch.compile(net) if compiled else net for net in (gen, disc))
     average = [p.detach().clone() for p in gen.parameters()]
-    adams = {
-        name: torch.optim.Adam(net.parameters(), betas=(spec.b1, spec.b2), fused=True)
-        for name, net, spec in (
-            ("disc", disc, config.optim.disc),
-            ("gen", gen, config.optim.gen),
-        )
-    }
+    adams = {}
+    for name, net in nets.items():
+        betas = config.optim[name].b1, config.optim[name].b2
+        adams[name] = torch.optim.Adam(net.parameters(), betas=betas, fused=True)
     data = batch()
     other = torch.from_numpy(np.roll(np.arange(BATCH), -1))  # all captions differ
     image = torch.from_numpy(data["image"])
@@ -231,7 +229,7 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
         cosine = 0.5 * (1 + np.cos(np.pi * steps / config.steps))
         adam.param_groups[0]["lr"] = spec.learning_rate * (spec.final + (1 - spec.final) * cosine)
         adam.zero_grad(set_to_none=True)
-        value.backward()
+        value.backward(inputs=list(nets[name].parameters()))
         adam.step()
         return value.detach()
 
@@ -239,17 +237,17 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
         nonlocal steps
         with torch.no_grad():
             fake = draw(z_disc, *text)
-        seen = disc(image, *text)
-        value = F.softplus(disc(fake, *text)[0] - seen[0]).mean() + contrast(seen)
-        wrong = disc(image, *(x[other] for x in text))[0]
+        seen = judge(image, *text)
+        value = F.softplus(judge(fake, *text)[0] - seen[0]).mean() + contrast(seen)
+        wrong = judge(image, *(x[other] for x in text))[0]
         value = value + loss.mismatch * F.softplus(wrong - seen[0]).mean()
         start, end = loss.gamma
         gamma = end + (start - end) * 0.5 * (1 + np.cos(np.pi * steps / config.steps))
         slopes = (slope(some(image)) + slope(some(fake))) / len(some(image))
         found = [apply("disc", value + 0.5 * gamma * slopes)]
         with torch.no_grad():
-            real = disc(image, *text)[0]
-        seen = disc(draw(z_gen, *text), *text)
+            real = judge(image, *text)[0]
+        seen = judge(draw(z_gen, *text), *text)
         found.append(apply("gen", F.softplus(real - seen[0]).mean() + contrast(seen)))
         decay = min(config.ema.gen, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(average, [p.detach() for p in gen.parameters()], 1 - decay)

@@ -22,7 +22,8 @@ def get_config(arg=None):
     else:
         config.res = 28
         config.model = dict(network="mlp", width=256, depth=3)
-        config.loss = dict(game="nonsaturating", penalty="none", sentence=0.1, word=0.0)
+        config.loss = dict(game="nonsaturating", penalty="none", mismatch=0.0)
+        config.loss.update(sentence=0.1, word=0.0)
         adam = dict(name="adam", learning_rate=2e-4, b1=0.5)
         config.optim = dict(disc=adam, gen=dict(adam))
     config.evaluators = dict(digits=dict(num_images=500))

@@ -27,7 +27,9 @@ def get_config(arg=None):
         config.load.update(
             eye=f"{CLIP}#image", clip_image=f"{CLIP}#image", clip_caption=f"{CLIP}#caption"
         )
-        config.model = dict(gen=config.model, disc=dict(width=64), eye=guide.image, clip=guide)
+        config.model = dict(
+            gen=config.model, disc=dict(width=64), eye=guide.image.to_dict(), clip=guide
+        )
         config.loss.update(penalty="estimate", clip=1.0, adversarial=1.0)
         config.optim.disc.learning_rate = 1e-3
     return common.shrink(config) if arg.debug else config

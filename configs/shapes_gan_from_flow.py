@@ -18,7 +18,7 @@ def get_config(arg=None):
     flow, config = shapes_builtin.get_config(), shapes_gan.get_config()
     net = dict(flow.model, prediction=flow.loss.prediction)
     model = config.model
-    config.model = dict(disc=model.disc, eye=model.eye, clip=model.clip, gen=net, teacher=net)
+    config.model = dict(disc=model.disc, eye=model.eye, clip=model.clip, gen=net, teacher=dict(net))
     config.load.update(gen=f"{FLOW}#model", teacher=f"{FLOW}#model")
     config.loss.update(distil=4.0, distil_stride=4)
     config.loss.teacher = dict(guidance=2.0, steps=4, sampler="euler", shift=2.0)

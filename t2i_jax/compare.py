@@ -1,7 +1,8 @@
 """Which run gives most for its cost.   python -m t2i_jax.compare runs/flow runs/gan --output=report
 
 writes report.md and report.html with a table of the newest results by each protocol and of the last
-evaluation, curves over images seen and over core-hours, and the newest pictures side by side.
+evaluation, curves over images seen and over core-hours, and the newest pictures side by side; of
+each run also those of its fixed prompts over the training, from left to right.
 --into=docs/results.md puts the tables there, too, between lines <!-- runs --> and <!-- /runs -->.
 """
 
@@ -15,7 +16,9 @@ import os
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
 from absl import flags
+from PIL import Image
 
 from t2i_jax import cli, errors, images, metrics
 
@@ -24,9 +27,22 @@ METRIC = flags.DEFINE_string("metric", None, 'What to rank by; "-x" says that le
 CURVES = flags.DEFINE_list("curves", [], "Metrics to draw; by default the ranked one and losses.")
 INTO = flags.DEFINE_string("into", None, "A Markdown file that the tables are put into, too.")
 MARKS = ("<!-- runs -->", "<!-- /runs -->")
-SHOWN = ("full_match", "fid", "fd-", "kid", "kd-", "precision", "recall", "clip_score", "mean")
+SHOWN = (
+    "full_match",
+    "accuracy",
+    "diversity",
+    "fid",
+    "fd-",
+    "kid",
+    "kd-",
+    "precision",
+    "recall",
+    "clip_score",
+    "mean",
+)
 NO_METRICS = ("step", "seconds", "num_images", "broken")  # numbers of a row that judge nothing
 DIGITS = 4
+PROGRESS = 6  # grids side by side
 TITLE = "Runs compared"
 STYLE = """body{font-family:sans-serif} td,th{padding:.2em .6em;text-align:right}
 figure{display:inline-block;vertical-align:top} figcaption{max-width:400px}
@@ -47,7 +63,7 @@ class Run(NamedTuple):
     events: list[dict]
     results: dict[str, dict]
     losses: list[dict]
-    picture: pathlib.Path | None
+    pictures: list[pathlib.Path]
 
     @property
     def steps(self) -> int:
@@ -117,7 +133,6 @@ def _read(folder: pathlib.Path, name: str) -> Run:
         environment = json.loads((folder / "env.txt").read_text())
     except (OSError, ValueError):
         environment = {}
-    drawn = sorted((folder / "samples").glob("step_*.png"))
     return Run(
         name,
         config,
@@ -130,7 +145,7 @@ def _read(folder: pathlib.Path, name: str) -> Run:
             if "protocol" in row
         },
         _rows(files[1]),
-        drawn[-1] if drawn else None,
+        sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"), key=_step),
     )
 
 
@@ -294,7 +309,9 @@ def main(workdirs):
     losses = sorted({k for run in runs for row in run.losses[-1:] for k in row if "/loss" in k})
     png = curves(runs, CURVES.value or [metric, *losses])
     pictures = [("curves.png", png, "curves", [])] if png else []
-    pictures += [_picture(run, f"run{i}.png") for i, run in enumerate(runs, 1) if run.picture]
+    for i, run in enumerate(runs, 1):
+        pictures += [_newest(run, f"run{i}.png")] if run.pictures else []
+        pictures += filter(None, [run.pictures and _progress(run, f"progress{i}.png")])
     note = about(runs, metric, less)
     tables = [table(runs, metric, less), economy(runs, metric, less)]
     folder = pathlib.Path(OUTPUT.value)
@@ -323,10 +340,38 @@ def _check(flag: str, names, known) -> None:
             )
 
 
-def _picture(run: Run, name: str):
-    step = run.picture.stem.removeprefix("step_").lstrip("0")
-    prompts = (images.read_metadata(run.picture) or {}).get("prompts", [])
-    return name, run.picture.read_bytes(), f"{run.name}, step {step}", prompts
+def _step(picture: pathlib.Path) -> int:
+    return int(picture.stem.removeprefix("step_"))
+
+
+def _prompts(picture: pathlib.Path) -> list:
+    return (images.read_metadata(picture) or {}).get("prompts", [])
+
+
+def _newest(run: Run, name: str):
+    newest = run.pictures[-1]
+    return name, newest.read_bytes(), f"{run.name}, step {_step(newest)}", _prompts(newest)
+
+
+def _progress(run: Run, name: str):
+    """Grids of the training from left to right, each after about twice as many steps as the one
+    before, as long as the prompts are the newest ones; None of fewer than two.
+    """
+    chosen, grids = [], []
+    for picture in reversed(run.pictures):
+        if chosen and (len(chosen) == PROGRESS or 2 * _step(picture) > _step(chosen[0])):
+            continue
+        with Image.open(picture, formats=["PNG"]) as image:
+            grid = np.asarray(image.convert("RGB"))
+        if not grids or (grid.shape, _prompts(picture)) == (grids[0].shape, _prompts(chosen[0])):
+            chosen.insert(0, picture)
+            grids.insert(0, grid)
+    if len(grids) < 2:
+        return None
+    data = io.BytesIO()
+    Image.fromarray(images.grid(np.stack(grids), len(grids), gap=8)).save(data, "png")
+    steps = ", ".join(str(_step(picture)) for picture in chosen)
+    return name, data.getvalue(), f"{run.name} after steps {steps}", []
 
 
 def _main_metric(runs) -> str:

@@ -13,7 +13,7 @@ import tensorboardX
 import tqdm
 from absl import logging
 
-FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised")
+FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distance")
 
 
 def falls(name: str) -> bool:

@@ -1,5 +1,6 @@
 """Optax optimisers from a config; learning rates read the training step, never an own counter."""
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -59,6 +60,13 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     if fn is optax.contrib.muon:
         spec.setdefault("muon_weight_dimension_numbers", _matrices)
     pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
+    for option in pairs:
+        if not isinstance(inspect.signature(fn).parameters[option].default, float):
+            raise errors.ConfigError(
+                f"{option} is {pairs[option]!r}, and it is no number that could be annealed",
+                where=where,
+                fix="give one value",
+            )
     fixed = tuple(option for option in spec if option not in pairs)
     spec |= {option: float(pair[0]) for option, pair in pairs.items()}
     inner = optax.inject_hyperparams(fn, static_args=fixed)(learning_rate=peak, **spec)

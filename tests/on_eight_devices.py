@@ -13,7 +13,7 @@ import tempfile
 import jax
 import numpy as np
 
-from configs import shapes_transformer
+from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import fingerprint, losses, objective, optim, pipeline, plan, sharding, step, weights
 from t2i_jax.text import encoder
 from t2i_jax.vision import encoder as vision_encoder
@@ -141,6 +141,7 @@ def main():
         found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw() | _lora()
     else:
         found |= _remat(mesh={"data": 1}, run=False) | _encoders() | _features() | _contrast()
+        found |= _gan()
     print(json.dumps(found))
 
 
@@ -235,6 +236,38 @@ def _contrast() -> dict:
     one = jax.jit(jax.value_and_grad(value))(batch)
     all_ = jax.jit(jax.value_and_grad(value))(layout.place(batch))
     return {"contrast": {"difference": _difference(jax.device_get(all_), jax.device_get(one))}}
+
+
+def _gan() -> dict:
+    """Two steps of two nets with spectral norm: nets and vectors split over eight, and on one."""
+    config = digits_mlp_gan.get_config("debug")
+    config.batch_size = 16
+    config.loss.update(game="relativistic", spectral_norm=True, penalty="exact", mismatch=0.5)
+    family, states = objective.make(config), []
+    spec = dict(name="sgd", learning_rate=1e-2)
+    optimisers = {name: optim.make(spec, steps=10, where="") for name in family.trained}
+    init = functools.partial(step.init, family, optimisers, {"gen": 0.9})
+    rng = np.random.default_rng(0)
+    drawn = {"float32": lambda shape: rng.normal(size=shape), "bool": lambda shape: np.ones(shape)}
+    drawn["int32"] = lambda shape: rng.integers(1, 200, shape)
+    batch = {
+        name: drawn[str(x.dtype)](x.shape).astype(x.dtype)
+        for name, x in weights.abstract_batch(config).items()
+    }
+    batch |= {"index": np.arange(16, dtype=np.int32), "weight": np.ones(16, np.float32)}
+    for layout in (
+        sharding.Layout({"data": 1}, devices=jax.devices()[:1]),
+        sharding.Layout({"data": -1}, "fsdp"),
+    ):
+        placed = layout.state(jax.eval_shape(init, jax.random.key(0), batch))
+        state = jax.jit(init, out_shardings=placed)(jax.random.key(0), batch)
+        frozen = jax.device_put(_text(), layout.nets(_text()))
+        update = step.make_update(family, optimisers, ema={"gen": 0.9}, layout=layout)
+        update = jax.jit(update, out_shardings=(placed, layout.whole))
+        for _ in range(2):
+            state, values = update(state, frozen, layout.place(batch))
+        states.append(jax.device_get((state.nets, state.ema, values["disc/loss"])))
+    return {"gan": {"difference": _difference(*states)}}
 
 
 def _draw() -> dict:

@@ -8,6 +8,7 @@ import absl.flags
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from PIL import Image
 
 from t2i_jax import compare, errors, images
 from tests.test_pipeline import start
@@ -165,6 +166,20 @@ def test_pictures_come_with_their_prompts(runs, tmp_path, monkeypatch):
     assert "![slow, step 10](run1.png)\n\n1. a <b> cube\n2. a slow disc\n" in text
     page = (tmp_path / "report" / "report.html").read_text()
     assert "<b>fast, step 10</b><ol><li>a &lt;b&gt; cube</li><li>a fast disc</li></ol>" in page
+
+
+def test_a_runs_pictures_over_the_training_stand_from_left_to_right(runs, tmp_path, monkeypatch):
+    """Each after twice as many steps as the one before, of one size."""
+    samples = tmp_path / "fast" / "samples"
+    for step in (8, 11, 12, 25, 50, 100):
+        images.save(samples / f"step_{step:08d}.png", np.full((4, 4, 3), step, np.uint8))
+    images.save(samples / "step_00000005.png", np.zeros((6, 4, 3), np.uint8))
+    text = report(tmp_path, monkeypatch)
+    assert "![fast after steps 12, 25, 50, 100](progress2.png)" in text
+    with Image.open(tmp_path / "report" / "progress2.png") as strip:
+        assert strip.size == (4 * 4 + 3 * 8, 4)
+        assert [strip.getpixel((12 * i, 0))[0] for i in range(4)] == [12, 25, 50, 100]
+    assert "progress1" not in text
 
 
 @pytest.mark.parametrize(

@@ -486,6 +486,7 @@ def test_held_out_loss_needs_the_prediction():
     [
         *(("own/fd-lite0", True), ("own/kid_spread", True), ("held_out_loss/3", True)),
         *(("disc/loss", True), ("own/lpips", True), ("own/lpips_diversity", False)),
+        *(("digits/distance", True), ("digits/diversity", False)),
         *(("shapes/full_match", False), ("own/precision-lite0", False), ("gen/grad_norm", False)),
     ],
 )

@@ -65,6 +65,10 @@ def test_features_and_contrast_are_those_of_one_device(quick):
     assert quick["contrast"]["difference"] <= 1e-6
 
 
+def test_a_gan_trains_as_on_one_device(quick):
+    assert quick["gan"]["difference"] <= 1e-5
+
+
 def test_each_device_holds_its_share(found):
     assert found["pmap"]["held"] == 1
     assert found["zero1"]["held"] <= (1 + 3 / 8) / 4 + 0.02  # of weights, two moments, averages

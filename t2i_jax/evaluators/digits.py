@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from t2i_jax.data import digits
+from t2i_jax.quality import pixels
 
 NEIGHBOURS = 5
 
@@ -21,9 +22,9 @@ def make(predict, *, num_images: int = 200, batch_size: int = 64, seed: int = 0,
       sample: options for the sampler; the model's own by default.
     Returns:
       run(nets, step) -> a function that gives "accuracy", the share of pictures that show what
-      their caption says; "distance", the root mean square of an 8 × 8 pixel's distance to the
-      nearest real digit, of 1; "diversity", the mean standard deviation over pictures of one
-      caption, of 1; and "num_images".
+      their caption says; "distance", by how much an 8 × 8 pixel differs from that of the nearest
+      digit of the test split (root mean square, of 1); "diversity" among the pictures of a caption
+      (`quality.pixels.diversity`); and "num_images".
     """
     labels_N = np.arange(num_images) % len(digits.NAMES)
     captions = [digits.caption(label) for label in labels_N]
@@ -39,29 +40,33 @@ def make(predict, *, num_images: int = 200, batch_size: int = 64, seed: int = 0,
 
 def judged(images_NHWC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
     """What `make` promises, of uint8 pictures."""
-    small_NP = np.stack([_small(image) for image in images_NHWC])
-    nearest = _real()
-    distance_NK = nearest.kneighbors(small_NP)[0]
-    spread = [small_NP[labels_N == label].std(0).mean() for label in np.unique(labels_N)]
+    small_NP = _small(images_NHWC)
+    train, test = (_real(split, images_NHWC.shape[1]) for split in digits.SPLITS)
+    distance_N1, _ = test.kneighbors(small_NP, 1)
+    groups = [images_NHWC[labels_N == label] for label in np.unique(labels_N)]
+    spread = [pixels.diversity(group[None]) for group in groups]
     return {
-        "accuracy": float((nearest.predict(small_NP) == labels_N).mean()),
-        "distance": float(np.sqrt(np.square(distance_NK[:, 0]).mean() / small_NP.shape[1])),
+        "accuracy": float((train.predict(small_NP) == labels_N).mean()),
+        "distance": float(np.sqrt(np.square(distance_N1).mean() / small_NP.shape[1])),
         "diversity": float(np.mean(spread)),
         "num_images": float(len(labels_N)),
     }
 
 
-def _small(image_HWC: np.ndarray) -> np.ndarray:
-    """A picture as the data has them.   -> (64,) from 0 to 1"""
-    grey = Image.fromarray(image_HWC).convert("L")
+def _small(images_NHWC) -> np.ndarray:
+    """Pictures as small as the data.   -> N, 64 numbers from 0 to 1"""
     size = (digits.SIDE, digits.SIDE)
-    return np.asarray(grey.resize(size, Image.Resampling.BOX), np.float32).ravel() / 255
+    resized = lambda image: image.convert("L").resize(size, Image.Resampling.BOX)
+    small_NHW = np.stack([resized(Image.fromarray(image_HWC)) for image_HWC in images_NHWC])
+    return small_NHW.reshape(len(small_NHW), -1) / np.float32(255)
 
 
 @functools.cache
-def _real():
+def _real(split: str, res: int):
+    """The neighbours among the digits of a split, enlarged and made small as drawn ones are."""
     from sklearn import neighbors
 
-    images_NHW, labels_N = digits.read("train")
-    points_NP = images_NHW.reshape(len(labels_N), -1) / digits.BRIGHTEST
+    source = digits.make(split=split, res=res)
+    _, labels_N = digits.read(split)
+    points_NP = _small([source[i]["image"] for i in range(len(source))])
     return neighbors.KNeighborsClassifier(NEIGHBOURS).fit(points_NP, labels_N)

@@ -26,7 +26,8 @@ class Generator(nn.Module):
     """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
 
     Fields: `res` pixels a side, 4 times a power of two; `width` channels at 8 pixels and fewer
-    beyond, `least` at the end; `depth` blocks at each size; `noise` numbers in z.
+    beyond, `least` at the end; `depth` blocks at each size; `heads` of the attention to words;
+    `noise` numbers in z.
     """
 
     res: int = 32
@@ -241,7 +242,7 @@ class Discriminator(nn.Module):
 def word_scores(regions, words, mask, temperature: float = 0.2):
     """How well the regions of a picture answer the words of a caption, -1 … 1.
 
-    Each word looks at the regions most like it (AttnGAN's attention, eqs. 7–9); the score is the
+    Each word looks at the regions most like it (as in XMC-GAN, arXiv:2101.04702); the score is the
     mean of the words' cosines with what they found. A caption without words scores 0.
 
     Args:

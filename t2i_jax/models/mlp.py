@@ -55,8 +55,8 @@ class Generator(nn.Module):
 class Discriminator(nn.Module):
     """(image_BHWC, cond) -> Seen, whose one region is the whole picture.
 
-    Fields: `width` of the last of `depth` layers, each half of the one before; `embedding`: width
-    of Seen's.
+    Fields: `res`; `width` of the last of `depth` layers, each half of the one before; `embedding`:
+    width of Seen's.
     """
 
     res: int = 28
@@ -67,8 +67,9 @@ class Discriminator(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, cond: Cond) -> gan.Seen:
         h_BD = image_BHWC.reshape(len(image_BHWC), -1)
-        for i in reversed(range(self.depth)):
-            h_BD = nn.leaky_relu(layers.Dense(self.width * 2**i)(h_BD), pyramid.SLOPE)
+        for i in reversed(range(self.depth)):  # the verdict begins with a leaky ReLU
+            h_BD = layers.Dense(self.width * 2**i)(h_BD)
+            h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE) if i else h_BD
         text_BE = layers.RMSNorm(name="text_norm")(cond.pooled_BD)
         words_BLE = layers.RMSNorm(name="words_norm")(cond.seq_BLD)
         verdict = gan.Verdict(self.width, self.embedding)

@@ -7,10 +7,12 @@ it is divided by that; smaller ones stay, so that kernels may begin at zero.
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
+from flax.core import meta
 
 from t2i_jax import losses
 
 COLLECTION = "spectral"
+TINY = 1e-20  # shorter vectors have no direction
 
 
 def start(params, key):
@@ -26,18 +28,25 @@ def start(params, key):
 
 
 def advanced(params, vectors):
-    """The vectors after one power iteration."""
-    return jax.lax.stop_gradient(_of_each(lambda m, u: losses.unit(m.T @ (m @ u)), params, vectors))
+    """The vectors after one power iteration; that of a kernel of zeros stays."""
+
+    def iterated(m, u):
+        v = m.T @ (m @ u)
+        length = jnp.linalg.norm(v)
+        return jnp.where(length > TINY, v / jnp.maximum(length, TINY), u)
+
+    return jax.lax.stop_gradient(_of_each(iterated, params, vectors))
 
 
 def bounded(params, vectors):
     """Parameters whose kernels have no singular value above 1, as far as the vectors know."""
 
     def kernel(m, u):
-        left = losses.unit(jax.lax.stop_gradient(m) @ u)
+        v = jax.lax.stop_gradient(m) @ u
+        left = v / jnp.maximum(jnp.linalg.norm(v), TINY)
         return m / jnp.maximum(left @ m @ u, 1)
 
-    flat = traverse_util.flatten_dict(dict(params))
+    flat = traverse_util.flatten_dict(meta.unbox(dict(params)))
     changed = traverse_util.flatten_dict(_of_each(kernel, params, vectors))
     return traverse_util.unflatten_dict(
         {path: changed[path].reshape(x.shape) if path in changed else x for path, x in flat.items()}
@@ -46,7 +55,7 @@ def bounded(params, vectors):
 
 def _of_each(fn, params, vectors):
     """fn(matrix, vector) of every kernel."""
-    vectors = traverse_util.flatten_dict(dict(vectors))
+    vectors = traverse_util.flatten_dict(meta.unbox(dict(vectors)))
     return traverse_util.unflatten_dict(
         {
             path: fn(kernel.reshape(-1, kernel.shape[-1]), vectors[path])
@@ -56,5 +65,6 @@ def _of_each(fn, params, vectors):
 
 
 def _kernels(params):
-    flat = traverse_util.flatten_dict(dict(params))
+    """path -> kernel, whole where it is split over devices (a box that Linen would open)."""
+    flat = traverse_util.flatten_dict(meta.unbox(dict(params)))
     return {path: x for path, x in flat.items() if path[-1] == "kernel" and x.ndim >= 2}

@@ -42,8 +42,8 @@ class Options(NamedTuple):
 
 
 def make(config) -> Objective:
-    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, encode,
-    loss_at_times.
+    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, refine,
+    encode, loss_at_times.
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     prediction.check(options.prediction, "config.loss")
@@ -127,8 +127,9 @@ def make(config) -> Objective:
         in [-1, 1]
 
         Args:
-          strength: 0 leaves the pictures, 1 draws others.
-          guidance, steps, sampler, shift, interval: as of `sample`; times are shares of `strength`.
+          strength: 0 … 1; 0 leaves the pictures, 1 draws others.
+          guidance, steps, sampler, interval: as of `sample`.
+          shift: above 1, more of the steps go to the noisy times among those up to `strength`.
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise_BHWC = randomness.normal_each(keys_B, shape_HWC)

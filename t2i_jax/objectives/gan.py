@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from t2i_jax import errors, losses, optim, plugins, randomness
 from t2i_jax.models import augment, backbone, gan, mlp, pyramid, spectral
@@ -24,8 +25,28 @@ from t2i_jax.sampling import prediction
 from t2i_jax.text import condition, side
 from t2i_jax.vision import encoder as vision
 
-GAMES = {}  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
-NOISE = 1  # what the key of an example's noise is folded with
+
+def _relativistic(sign):
+    return lambda real_B, fake_B: jax.nn.softplus(-sign * (real_B - fake_B))
+
+
+def _cross_entropy(real_B, fake_B):
+    return jax.nn.softplus(-real_B) + jax.nn.softplus(fake_B)
+
+
+GAMES = {  # name -> (discriminator's loss, generator's loss) of logits (real_B, fake_B)
+    # R3GAN, arXiv:2501.05441, eq. 2
+    "relativistic": (_relativistic(1), _relativistic(-1)),
+    # arXiv:1705.02894, eqs. 12, 13
+    "hinge": (
+        lambda real_B, fake_B: jax.nn.relu(1 - real_B) + jax.nn.relu(1 + fake_B),
+        lambda real_B, fake_B: -fake_B,
+    ),
+    # Goodfellow et al. 2014, arXiv:1406.2661, section 3
+    "nonsaturating": (_cross_entropy, lambda real_B, fake_B: jax.nn.softplus(-fake_B)),
+    # the same, eq. 1
+    "minimax": (_cross_entropy, lambda real_B, fake_B: -jax.nn.softplus(fake_B)),
+}
 NETWORKS = {"convolutional": gan, "mlp": mlp}
 PENALTIES = ("exact", "estimate", "none")
 DISTANCES = {"spherical": losses.spherical, "cosine": lambda a_BP, b_BP: 1 - (a_BP * b_BP).sum(-1)}
@@ -39,14 +60,14 @@ class Options(NamedTuple):
       gradient, or "estimate", the first-order ‖D(x) − D(x + σε)‖²/σ² (arXiv:2501.08316), or "none".
     gamma: the penalties' weight at the first step and at the last, half the squared slope's; on a
       cosine between, as all such pairs.
-    penalty_stride: every so manieth example of a batch is penalised: as lazy as a penalty of all
-      at every so manieth step, but of one program. XLA:CPU runs convolutions within a conditional
+    penalty_stride: every n-th example of a batch is penalised: as lazy as a penalty of all at
+      every n-th step, but of one program. XLA:CPU runs convolutions within a conditional
       through naive code, thirty times as slow.
     sigma: of the estimate.
     mismatch: weight of real pictures beside captions of others.
-    sentence, word: weights of the contrastive losses, in both nets' losses.
+    sentence, word: weights of the contrastive losses, in both nets' losses beside the game.
     temperature: of these.
-    adversarial: weight of the game in the generator's loss, the λ of L_CLIP + λ·L_GAN.
+    adversarial: weight of all of these in the generator's loss, the λ of L_CLIP + λ·L_GAN.
     clip: weight there of how far the picture's embedding by a frozen dual encoder lies from its
       caption's.
     distance: "spherical", the squared angle, as guides of CLIP use it (StyleGAN-T,
@@ -54,13 +75,12 @@ class Options(NamedTuple):
     distil: weight there of how far pictures lie from what a trained flow model makes of them: it
       goes on from a point on the straight line between noise and picture. The squared error of
       pixels is added to that of the maps the discriminator sees through.
-    distil_stride: every so manieth example of a batch is compared.
+    distil_stride: every n-th example of a batch is compared.
     distil_times: where the point lies, a time between these for each batch, 1 is noise.
     teacher: options of the flow model's `refine`.
     augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
     augment_share: how many of them each of these changes, at the first step and at the last.
     spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
-    text_dropout: share of captions replaced by the null condition, see `text.side`.
     eye_times: how noisy pictures are for a flow network that the discriminator sees through: times
       between these, 1 is noise (arXiv:2403.12015).
     """
@@ -84,7 +104,6 @@ class Options(NamedTuple):
     augment: tuple[str, ...] = ()
     augment_share: tuple[float, float] = (0.0, 0.3)
     spectral_norm: bool = False
-    text_dropout: float | tuple[float, ...] = 0.0
     eye_times: tuple[float, float] = (0.0, 0.6)
 
 
@@ -106,31 +125,31 @@ def make(config) -> Objective:
     generator, discriminator, eye = _networks(config, options)
     guide, guide_caption = _guide(config, options)
     teacher = _teacher(config, options, generator)
-    text = side.Side(config, text_dropout=options.text_dropout)
+    text = side.Side(config)
     disc_game, gen_game = GAMES[options.game]
 
     def init(key, batch):
-        key_gen, key_disc, key_text = jax.random.split(key, 3)
-        text_variables, cond = text.init(key_text, batch)
+        names = ("text", "gen", "disc", "eye", "clip_image", "clip_caption", "teacher", "spectral")
+        key = dict(zip(names, jax.random.split(key, len(names)), strict=True))
+        text_variables, cond = text.init(key["text"], batch)
         b = batch["text"].shape[0]
         image_BHWC = jnp.zeros((b, config.res, config.res, 3))
         nets = {
-            "gen": generator.init(key_gen, jnp.zeros((b, *generator.z_shape)), cond),
+            "gen": generator.init(key["gen"], jnp.zeros((b, *generator.z_shape)), cond),
             "text": text_variables,
         }
         if guide:
-            nets["clip_image"] = guide.init(jax.random.fold_in(key, 1), image_BHWC)
+            nets["clip_image"] = guide.init(key["clip_image"], image_BHWC)
         if guide_caption:
-            nets["clip_caption"] = guide_caption.init(jax.random.fold_in(key, 2), cond)
+            nets["clip_caption"] = guide_caption.init(key["clip_caption"], cond)
         if eye:
-            nets["eye"] = eye.init(jax.random.fold_in(key, 0), image_BHWC, cond)
+            nets["eye"] = eye.init(key["eye"], image_BHWC, cond)
         if teacher:
-            nets["teacher"] = teacher.init(jax.random.fold_in(key, 3), batch)["model"]
-        keys_B = randomness.per_example(key, jnp.arange(b))
-        seen = look(nets, image_BHWC, cond, keys_B)
-        nets["disc"] = discriminator.init(key_disc, seen, cond)
+            nets["teacher"] = teacher.init(key["teacher"], batch)["model"]
+        keys_B = randomness.per_example(key["eye"], jnp.arange(b))
+        nets["disc"] = discriminator.init(key["disc"], look(nets, image_BHWC, cond, keys_B), cond)
         if options.spectral_norm:
-            vectors = spectral.start(nets["disc"]["params"], jax.random.fold_in(key_disc, 0))
+            vectors = spectral.start(nets["disc"]["params"], key["spectral"])
             nets["disc"] = {**nets["disc"], spectral.COLLECTION: vectors}
         return nets
 
@@ -155,29 +174,30 @@ def make(config) -> Objective:
         return discriminator.apply(variables, seen, cond)
 
     def started(nets, batch, key):
-        """The condition, drawn pictures, and two keys an example."""
-        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 3)
-        cond = text.drop(text.encode(nets, batch), keys[0])
-        keys_B = randomness.per_example(jax.random.fold_in(key, NOISE), batch["index"])
-        return cond, draw(nets, cond, keys_B), *keys[1:]
+        """The condition, drawn pictures, their noise's key and one more, two keys an example."""
+        key_noise, key_more, key_rest = jax.random.split(key, 3)
+        cond = text.encode(nets, batch)
+        fake_BHWC = draw(nets, cond, randomness.per_example(key_noise, batch["index"]))
+        keys = randomness.split_each(randomness.per_example(key_rest, batch["index"]), 2)
+        return cond, fake_BHWC, (key_noise, key_more), *keys
 
     def contrast(seen: gan.Seen, cond, batch):
         """The contrastive losses' sum."""
         apart, value = losses.apart(batch["text"], batch["mask"]), 0.0
-        contrast = lambda scores_NN: losses.info_nce(
+        nce = lambda scores_NN: losses.info_nce(
             scores_NN / options.temperature, apart, batch["weight"]
         )
         if options.sentence:
-            value += options.sentence * contrast(seen.image_BD @ seen.text_BD.T)
+            value += options.sentence * nce(seen.image_BD @ seen.text_BD.T)
         if options.word:
             scores_NN = gan.word_scores(
                 seen.regions_BTD[:, None], seen.words_BLD[None], cond.mask_BL[None]
             )
-            value += options.word * contrast(scores_NN)
+            value += options.word * nce(scores_NN)
         return value
 
     def disc_loss(nets, batch, key, step):
-        cond, fake_BHWC, eye_B, keys_B = started(nets, batch, key)
+        cond, fake_BHWC, _, eye_B, keys_B = started(nets, batch, key)
         mutated = {}
         if options.spectral_norm:
             params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
@@ -198,16 +218,17 @@ def make(config) -> Objective:
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
             logit = lambda image_BHWC: see(nets, image_BHWC, some(cond), some(eye_B), step).logit_B
             slope = _slopes(options, logit, some(keys_B))
-            mean_of_some = lambda image_BHWC: losses.weighted_mean(
-                slope(some(image_BHWC)), some(weight_B)
+            mean_of_some = lambda image_BHWC, logit_B: losses.weighted_mean(
+                slope(some(image_BHWC), some(logit_B)), some(weight_B)
             )
-            r1, r2 = mean_of_some(batch["image"]), mean_of_some(fake_BHWC)
+            r1 = mean_of_some(batch["image"], seen.logit_B)
+            r2 = mean_of_some(fake_BHWC, seen_fake.logit_B)
             value += 0.5 * optim.annealed(options.gamma, step, config.steps) * (r1 + r2)
             metrics |= {"r1": r1, "r2": r2}
         return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, eye_B, keys_B = started(nets, batch, key)
+        cond, fake_BHWC, keys, eye_B, _ = started(nets, batch, key)
         seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B, step), 0.0
         if options.game == "relativistic":
             real_B = see(nets, batch["image"], cond, eye_B, step).logit_B
@@ -219,20 +240,19 @@ def make(config) -> Objective:
             value += options.clip * metrics["clip"]
         if teacher:
             some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
-            drawn = some(batch | {"image": jax.lax.stop_gradient(fake_BHWC)})
-            wanted_BHWC = taught(nets, drawn, jax.random.fold_in(key, NOISE), some(keys_B))
+            wanted_BHWC = taught(nets, some(batch | {"image": fake_BHWC}), *keys)
             error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(eye_B))
             metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
 
-    def taught(nets, batch, key, keys_B):
-        """How the flow model goes on from the noise of `started` and the batch's pictures."""
+    def taught(nets, batch, key_noise, key_time):
+        """How the flow model goes on from the batch's pictures and the noise they came from."""
         low, high = options.distil_times
-        strength = jax.random.uniform(keys_B[0], (), minval=low, maxval=high)
+        strength = jax.random.uniform(key_time, minval=low, maxval=high)
         known = {"model": nets["teacher"], "text": nets["text"]}
         refine = teacher.predict["refine"]
-        image_BHWC = refine(known, batch, key, strength=strength, **options.teacher)
+        image_BHWC = refine(known, batch, key_noise, strength=strength, **options.teacher)
         return jax.lax.stop_gradient(image_BHWC)
 
     def unlike(nets, a_BHWC, b_BHWC, cond, keys_B):
@@ -275,7 +295,7 @@ def make(config) -> Objective:
         mix = lambda a, b: (1 - share) * a + share * b
         style_B = generator.between(style_B, follow(style_B), share)
         other = follow(cond)
-        either_BL = cond.mask_BL | other.mask_BL
+        either_BL = (cond.mask_BL & (share < 1)) | (other.mask_BL & (share > 0))
         cond = condition.Cond(
             mix(cond.seq_BLD, other.seq_BLD), either_BL, mix(cond.pooled_BD, other.pooled_BD)
         )
@@ -286,8 +306,12 @@ def make(config) -> Objective:
         cond, keys_B = text.encode(nets, batch), randomness.per_example(key, batch["index"])
         z_B = randomness.normal_each(keys_B, generator.z_shape)
         style_B = generator.apply(nets["gen"], z_B, cond, method="style")
-        mean_B = generator.apply(nets["gen"], cond, method="mean_style")
-        return mean_B + truncation * (style_B - mean_B), cond
+
+        def truncated():
+            mean_B = generator.apply(nets["gen"], cond, method="mean_style")
+            return mean_B + truncation * (style_B - mean_B)
+
+        return jax.lax.cond(truncation == 1, lambda: style_B, truncated), cond
 
     def finished(nets, style_B, cond):
         return jnp.clip(generator.apply(nets["gen"], style_B, cond, method="draw"), -1, 1)
@@ -303,44 +327,65 @@ def make(config) -> Objective:
 
 def _networks(config, options):
     """The generator, the discriminator, and what the latter sees through, or None."""
-    sizes = dict(config.model)
+    shared = dict(config.model)
     parts = ("gen", "disc", "eye", "clip", "teacher")
-    own = {name: dict(sizes.pop(name, {})) for name in parts}
-    network = sizes.pop("network", "convolutional")
+    own = {name: dict(shared.pop(name, {})) for name in parts}
+    network = shared.pop("network", "convolutional")
     if network not in NETWORKS:
         raise errors.ConfigError(
             f"unknown network {network!r}",
             where="config.model",
             fix=errors.nearest(network, NETWORKS),
         )
-    if network == "convolutional":
-        pyramid.check(config.res)
-    make_net = lambda kind, name, given: plugins.call(
-        kind, where=f"config.model.{name}", options=given | own[name]
-    )
-    eye = None
-    if "tower" in own["eye"]:
-        tower = clip.tower(own["eye"], res=config.res, where="config.model.eye")
-        eye = _Still(clip_models.Image(tower), config.res)
-    elif own["eye"]:
-        flow = backbone.build(own["eye"], res=config.res, where="config.model.eye")
-        eye = _Flow(flow, options.eye_times)
-    elif "eye" in config.load:
+    eye = _eye(config, own["eye"], options)
+    kinds = {"disc": gan.Projected if eye else NETWORKS[network].Discriminator}
+    if "backbone" not in own["gen"]:
+        kinds["gen"] = NETWORKS[network].Generator
+    fields = {name: kind.__dataclass_fields__ for name, kind in kinds.items()}
+    for size in shared:
+        if not any(size in known for known in fields.values()):
+            raise errors.ConfigError(
+                f"unknown option {size!r}",
+                where="config.model",
+                fix=errors.nearest(size, [*parts, "network", *set().union(*fields.values())]),
+            )
+
+    def build(name):
+        given = {size: shared[size] for size in shared if size in fields[name]} | own[name]
+        if "res" in fields[name]:
+            given["res"] = config.res
+        net = plugins.call(kinds[name], where=f"config.model.{name}", options=given)
+        if "least" in fields[name]:
+            pyramid.check(config.res)
+        if net.width % getattr(net, "heads", 1):
+            raise errors.ConfigError(
+                f"width {net.width} is no multiple of heads {net.heads}",
+                where=f"config.model.{name}",
+                fix="change one of them",
+            )
+        return net
+
+    discriminator = build("disc")
+    if "gen" in kinds:
+        return build("gen"), discriminator, eye
+    kind = own["gen"].pop("prediction", "v")
+    prediction.check(kind, "config.model.gen")
+    net = backbone.build(own["gen"], res=config.res, where="config.model.gen")
+    return gan.OneStep(net, config.res, kind), discriminator, eye
+
+
+def _eye(config, sizes, options):
+    """What the discriminator sees through, or None."""
+    if "tower" in sizes:
+        tower = clip.tower(sizes, res=config.res, where="config.model.eye")
+        return _Still(clip_models.Image(tower), config.res)
+    if sizes:
+        net = backbone.build(sizes, res=config.res, where="config.model.eye")
+        return _Flow(net, options.eye_times)
+    if "eye" in config.load:
         net = vision.make(config.load.eye)
-        eye = _Still(net, net.res)
-    if "backbone" in own["gen"]:
-        kind = own["gen"].pop("prediction", "v")
-        prediction.check(kind, "config.model.gen")
-        flow = backbone.build(own["gen"], res=config.res, where="config.model.gen")
-        generator = gan.OneStep(flow, config.res, kind)
-    else:
-        generator = make_net(NETWORKS[network].Generator, "gen", {"res": config.res, **sizes})
-    if eye:
-        known = [field for field in sizes if field in gan.Projected.__dataclass_fields__]
-        given = {field: sizes[field] for field in known}
-        return generator, make_net(gan.Projected, "disc", given), eye
-    discriminator = make_net(NETWORKS[network].Discriminator, "disc", {"res": config.res, **sizes})
-    return generator, discriminator, None
+        return _Still(net, net.res)
+    return None
 
 
 class _Flow(NamedTuple):
@@ -402,19 +447,25 @@ def _teacher(config, options, generator):
             where="config.loss.distil",
             fix="describe a flow network in config.model.gen, as configs/shapes_gan_from_flow.py",
         )
-    return flow.make(own)
+    family, where = flow.make(own), "config.loss.teacher"
+    plugins.check_options(family.predict["refine"], options.teacher, where=where, given=3)
+    if "strength" in options.teacher:
+        raise errors.ConfigError(
+            "strength is drawn for each batch", where=where, fix="set config.loss.distil_times"
+        )
+    return family
 
 
 def _slopes(options: Options, logit, keys_B):
-    """image_BHWC -> ‖∇D‖² of each example, or its first-order estimate."""
+    """(image_BHWC, their logits B) -> ‖∇D‖² of each example, or its first-order estimate."""
     if options.penalty == "exact":
         gradient = jax.grad(lambda image_BHWC: logit(image_BHWC).sum())
-        return lambda image_BHWC: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
+        return lambda image_BHWC, logit_B: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
 
-    def estimate(image_BHWC):
+    def estimate(image_BHWC, logit_B):
         noise_BHWC = randomness.normal_each(keys_B, image_BHWC.shape[1:])
         moved_B = logit(image_BHWC + options.sigma * noise_BHWC)
-        return jnp.square((logit(image_BHWC) - moved_B) / options.sigma)
+        return jnp.square((logit_B - moved_B) / options.sigma)
 
     return estimate
 
@@ -438,31 +489,6 @@ def shuffled(cond: condition.Cond, batch) -> condition.Cond:
     return jax.tree.map(lambda x: x[partner(batch)], cond)
 
 
-def _relativistic(sign):
-    return lambda real_B, fake_B: jax.nn.softplus(-sign * (real_B - fake_B))
-
-
-GAMES |= {
-    # R3GAN, arXiv:2501.05441, eq. 2
-    "relativistic": (_relativistic(1), _relativistic(-1)),
-    # arXiv:1705.02894, eqs. 12, 13
-    "hinge": (
-        lambda real_B, fake_B: jax.nn.relu(1 - real_B) + jax.nn.relu(1 + fake_B),
-        lambda real_B, fake_B: -fake_B,
-    ),
-    # Goodfellow et al. 2014, arXiv:1406.2661, section 3
-    "nonsaturating": (
-        lambda real_B, fake_B: jax.nn.softplus(-real_B) + jax.nn.softplus(fake_B),
-        lambda real_B, fake_B: jax.nn.softplus(-fake_B),
-    ),
-    # the same, eq. 1
-    "minimax": (
-        lambda real_B, fake_B: jax.nn.softplus(-real_B) + jax.nn.softplus(fake_B),
-        lambda real_B, fake_B: -jax.nn.softplus(fake_B),
-    ),
-}
-
-
 def _check(options: Options) -> None:
     for name, known in (("game", GAMES), ("penalty", PENALTIES), ("distance", DISTANCES)):
         if getattr(options, name) not in known:
@@ -478,10 +504,23 @@ def _check(options: Options) -> None:
                 where="config.loss.augment",
                 fix=errors.nearest(name, augment.KINDS),
             )
-    for name in ("penalty_stride", "distil_stride"):
-        if not (isinstance(getattr(options, name), int) and getattr(options, name) >= 1):
+    shares = lambda v: np.shape(v) == (2,) and min(v) >= 0 and max(v) <= 1
+    times = lambda v: shares(v) and v[0] <= v[1]
+    checks = {
+        "gamma": (
+            lambda v: np.shape(v) == (2,) and min(v) >= 0,
+            "two weights, such as (0.5, 0.05)",
+        ),
+        "augment_share": (shares, "two shares of 1"),
+        **dict.fromkeys(("distil_times", "eye_times"), (times, "two times of 1, the larger last")),
+        **dict.fromkeys(("sigma", "temperature"), (lambda v: v > 0, "a positive number")),
+        **dict.fromkeys(
+            ("penalty_stride", "distil_stride"),
+            (lambda v: isinstance(v, int) and v >= 1, "a whole number, 1 for every example"),
+        ),
+    }
+    for name, (fits, wanted) in checks.items():
+        if not fits(getattr(options, name)):
             raise errors.ConfigError(
-                f"{name} is {getattr(options, name)!r}",
-                where="config.loss",
-                fix="give a whole number, 1 for every example",
+                f"{name} is {getattr(options, name)!r}", where="config.loss", fix=f"give {wanted}"
             )

@@ -1,6 +1,6 @@
-"""PSNR and SSIM of pairs of pictures, in float64 on whatever device they are.
+"""PSNR and SSIM of pairs of pictures, in float64 on whatever device they are; diversity of several.
 
-B pictures · H W pixels · C channels · K taps of the window
+B pictures · G groups of N · H W pixels · C channels · K taps of the window
 """
 
 import functools
@@ -53,7 +53,7 @@ def ssim(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarr
 
 def diversity(x_GNHWC: np.ndarray) -> np.ndarray:
     """How unlike the N pictures of a group are: a pixel's root mean square distance from their mean
-    as a share of 255; 0 where all are the same.   -> G
+    as a share of 255, larger by √(N/(N−1)) for an infinite group; 0 where all are the same.   -> G
 
     Args:
       x_GNHWC: uint8, groups of pictures.
