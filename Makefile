@@ -22,7 +22,7 @@ demo: venv
 	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --protocol=shapes --num_images=256
 
 test: venv
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests --numprocesses=2 --dist=loadfile
 
 faults: venv
 	$(PY) -m pytest tests -m slow

@@ -49,6 +49,14 @@ setup(
         # what the tests' oracles need beside transformers
         "parity": ["scikit-image", "torch==2.13.0", "torchmetrics"],
         "report": ["matplotlib"],  # the curves of t2i_jax.compare
-        "dev": ["hypothesis", "matplotlib", "pytest", "pytest-timeout", "ruff", "scikit-learn"],
+        "dev": [
+            "hypothesis",
+            "matplotlib",
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "scikit-learn",
+        ],
     },
 )

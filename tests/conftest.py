@@ -5,15 +5,16 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Runs of one session share their compiled programs, those in other processes too.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
-# Half of the time went into making machine code fast that runs for milliseconds; test_numerics and
-# the benchmarks compile as users do.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-)
+if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
+    # Runs of one session share their compiled programs, those in other processes too.
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    # Half of the time went into making machine code fast that runs for milliseconds; test_numerics
+    # and the benchmarks compile as users do.
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    )
 
 import pytest
 

@@ -23,6 +23,8 @@ from t2i_jax import (
     step,
     weights,
 )
+from t2i_jax.data import shapes
+from t2i_jax.evaluators import shapes as judge
 from t2i_jax.models import augment, spectral
 from t2i_jax.models import gan as nets
 from t2i_jax.objectives import gan
@@ -582,3 +584,31 @@ def test_a_run_trains_resumes_and_draws(tmp_path):
     assert (np.ptp(pictures, axis=-1) == 0).all()  # grey
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert 0 <= events[-1]["digits/accuracy"] <= 1
+
+
+# --- the model that ships -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return pipeline.Pipeline.load("builtin:shapes-gan")
+
+
+def test_the_shipped_discriminator_knows_which_caption_is_a_pictures_own(shipped):
+    examples = [shapes.make(split="test", size=64)[i] for i in range(64)]
+    pictures, captions = ([e[key] for e in examples] for key in ("image", "caption"))
+    score = lambda captions: shipped.predictor.run(
+        "score", shipped.nets, shipped.predictor.batch(pictures, captions)
+    )
+    own, others = score(captions), score(captions[1:] + captions[:1])
+    assert (own > others).mean() > 0.9
+    assert own.mean() - others.mean() > 1
+
+
+def test_the_shipped_generator_draws_what_captions_say(shipped):
+    captions = shapes.make(split="test", size=64, seed=3).captions()
+    pictures = shipped(captions, seed=3)
+    found = [judge.judge(*pair) for pair in zip(pictures, captions, strict=True)]
+    assert np.mean([f["full_match"] for f in found]) > 0.65
+    other = shipped(captions, seed=4)
+    assert np.abs(pictures.astype(int) - other).mean() > 2  # another noise, another picture
