@@ -16,6 +16,7 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, res=64, path="", debug=False)
     config = shapes_gan.get_config("plain")
     config.data = dict(source="tfds", name="coco_captions", split="train", captions=5)
+    config.data.update(data_dir="", image_key="", caption_key="")  # the usual ones
     if arg.path:
         config.data = dict(source="folder", path=arg.path)
     config.res, config.batch_size, config.steps = arg.res, 256, 80_000
