@@ -5,11 +5,11 @@ python -m benchmarks.gan [draw] [train] [flow]   (all three by default)
 draw: one pass of the convolutional generator of configs/shapes_gan.py and of a U-net as it ships,
 against the same networks in PyTorch (channels_last), eager and compiled, under inference_mode.
 Parity: the pictures.
-train: a step of configs/shapes_gan.py:plain (64 pictures of 32 px, exact penalties, all contrastive
-losses, both Adams, averages), captions' states ready on both sides. Parity: both losses and both
-gradients' norms of the first step, to 1e-3: the discriminator's agree to 1e-6, but with β₁ = 0
-Adam's first update is a sign, which rounding decides where a gradient cancels, and the generator's
-come after it.
+train: a step of configs/shapes_gan.py (64 pictures of 32 px, exact penalties, all contrastive
+losses, averages) with Adam for both nets, captions' states ready on both sides. Parity: both losses
+and both gradients' norms of the first step, to 1e-3: the discriminator's agree to 1e-6, but with
+β₁ = 0 Adam's first update is a sign, which rounding decides where a gradient cancels, and the
+generator's come after it.
 flow: builtin:shapes-gan against builtin:shapes as they are sampled, 64 pictures, captions' states
 ready, then with MiniLM in both.
 """
@@ -43,7 +43,7 @@ def generator(net: str):
 def _sizes() -> dict:
     from configs import shapes_gan
 
-    return shapes_gan.get_config("plain").model.to_dict()
+    return shapes_gan.get_config().model.gen.to_dict()
 
 
 def passes(batch: int) -> int:
@@ -118,8 +118,10 @@ def draw_peer(net: str, size: str, folder: pathlib.Path, compiled: bool) -> None
 def train_config():
     from configs import shapes_gan
 
-    config = shapes_gan.get_config("plain")
+    config = shapes_gan.get_config()
     config.batch_size = BATCH
+    adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
+    config.optim = dict(disc=adam, gen=dict(adam))
     return config
 
 
@@ -187,7 +189,7 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
 
     torch.set_num_threads(harness.THREADS)
     config = train_config()
-    loss, sizes = gan.Options(**config.loss), config.model
+    loss, sizes = gan.Options(**config.loss), config.model.gen
     load = lambda kind, name: kind(
         dict(np.load(folder / f"{name}.npz")), depth=1, heads=sizes.heads
     )
@@ -220,7 +222,7 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
     def slope(pictures):
         pictures = pictures.detach().requires_grad_()
         with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivatives
-            logits = disc(pictures, *map(some, text))[0]
+            logits = disc(pictures, [some(x) for x in text])[0][0]
         return torch.autograd.grad(logits.sum(), pictures, create_graph=True)[0].square().sum()
 
     def apply(name, value):
@@ -236,17 +238,17 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
         nonlocal steps
         with torch.no_grad():
             fake = draw(z_disc, *text)
-        seen = judge(image, *text)
-        value = F.softplus(judge(fake, *text)[0] - seen[0]).mean() + contrast(seen)
-        wrong = judge(image, *(x[other] for x in text))[0]
+        seen, (wrong, *_) = judge(image, text, [x[other] for x in text])
+        ((drawn, *_),) = judge(fake, text)
+        value = F.softplus(drawn - seen[0]).mean() + contrast(seen)
         value = value + loss.mismatch * F.softplus(wrong - seen[0]).mean()
         start, end = loss.gamma
         gamma = end + (start - end) * 0.5 * (1 + np.cos(np.pi * steps / config.steps))
         slopes = (slope(some(image)) + slope(some(fake))) / len(some(image))
         found = [apply("disc", value + 0.5 * gamma * slopes)]
         with torch.no_grad():
-            real = judge(image, *text)[0]
-        seen = judge(draw(z_gen, *text), *text)
+            real = judge(image, text)[0][0]
+        (seen,) = judge(draw(z_gen, *text), text)
         found.append(apply("gen", F.softplus(real - seen[0]).mean() + contrast(seen)))
         decay = min(config.ema.gen, (1 + steps) / (10 + steps))
         torch._foreach_lerp_(average, [p.detach() for p in gen.parameters()], 1 - decay)

@@ -1,43 +1,60 @@
 """What guidance by the dual encoder gives a GAN for equal compute.
 
-python -m benchmarks.guidance FOLDER [--minutes=10]
+python -m benchmarks.guidance FOLDER [--steps=600]
 
-Trains configs/shapes_gan.py with L = L_CLIP + λ·L_GAN for each λ of LAMBDAS and one seed, takes the
-best by `full_match` of captions of the split `heldout`, then trains with that λ and without
+Trains configs/shapes_gan.py:guided, L = L_CLIP + λ·L_GAN, for each λ of LAMBDAS and one seed, takes
+the best by `full_match` of captions of the split `heldout`, then trains with that λ and without
 guidance for three seeds each, and judges the six by the protocol shapes-features (full_match,
 precision, recall). A run without guidance gets as many more steps as its steps are cheaper, by the
-clock of runs of 30 steps. What is finished is not repeated.
+clock of runs of 30 steps. As many runs at once as there are cores, each on its own. What is
+finished is not repeated.
 """
 
+import concurrent.futures
 import json
+import os
 import pathlib
+import queue
 import subprocess
 import sys
 
 import numpy as np
 from absl import app, flags
 
-MINUTES = flags.DEFINE_float("minutes", 10.0, "Of training, for each run.")
+STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
 CONFIG = flags.DEFINE_string("config", "configs/shapes_gan.py", "What is trained.")
 LAMBDAS = (0.3, 1.0, 3.0)
 SEEDS = (0, 1, 2)
 PROBE = 30  # steps
-CHOICE = ("--evaluators=shapes", "--num_images=256", "--seed=1")
+CHOICE = ("--evaluators=shapes", "--num_images=512", "--seed=1")
 METRICS = ("full_match", "precision", "recall")
+CORES = queue.Queue()  # that are free
 
 
 def run(*arguments: str) -> str:
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+    """What a program prints that has one core."""
+    core = CORES.get()
+    try:
+        pin = lambda: os.sched_setaffinity(0, {core})
+        return subprocess.run(
+            [sys.executable, *arguments],
+            check=True,
+            text=True,
+            stdout=subprocess.PIPE,
+            preexec_fn=pin,
+        ).stdout
+    finally:
+        CORES.put(core)
 
 
 def trained(folder: pathlib.Path, steps: int, seed: int, weight: float | None, **more) -> None:
     """`weight`: λ, or None for no guidance."""
-    loss = dict(clip=0.0) if weight is None else dict(clip=1.0, adversarial=weight)
-    given = {f"loss.{name}": value for name, value in loss.items()}
+    config, given = CONFIG.value, {}
+    if weight is not None:
+        config, given = f"{config}:guided", {"loss.adversarial": weight}
     given |= dict(steps=steps, seed=seed, eval_every=0, sample_every=0, save_every=1000) | more
     changes = [f"--config.{name}={value}" for name, value in given.items()]
-    run("train.py", f"--config={CONFIG.value}", f"--workdir={folder}", *changes)
+    run("train.py", f"--config={config}", f"--workdir={folder}", *changes)
 
 
 def seconds_a_step(folder: pathlib.Path, weight: float | None) -> float:
@@ -58,33 +75,51 @@ def judged(folder: pathlib.Path, name: str, *arguments: str) -> dict:
 def main(argv) -> None:
     folder = pathlib.Path(argv[1])
     folder.mkdir(parents=True, exist_ok=True)
+    cores = os.sched_getaffinity(0)
+    for core in cores:
+        CORES.put(core)
+    with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
+        compared(folder, lambda fn, items: list(pool.map(fn, items)))
+
+
+def compared(folder: pathlib.Path, each) -> None:
+    """`each`: map, several at once."""
     speeds = folder / "seconds.json"
     if not speeds.exists():
-        measured = {
-            name: seconds_a_step(folder / f"probe_{name}", weight)
-            for name, weight in (("guided", 1.0), ("none", None))
-        }
-        speeds.write_text(json.dumps(measured))
+        kinds = {"guided": 1.0, "none": None}
+        clock = lambda kind: seconds_a_step(folder / f"clock_{kind}", kinds[kind])
+        speeds.write_text(json.dumps(dict(zip(kinds, each(clock, kinds), strict=True))))
+    seconds = json.loads(speeds.read_text())
     steps = {
-        name: round(60 * MINUTES.value / seconds)
-        for name, seconds in json.loads(speeds.read_text()).items()
+        kind: round(STEPS.value * seconds["guided"] / value) for kind, value in seconds.items()
     }
-    found = {}
-    for weight in LAMBDAS:
+
+    def chosen(weight):
         here = folder / f"lambda{weight:g}_seed0"
         trained(here, steps["guided"], 0, weight)
-        found[weight] = judged(here, "choice", *CHOICE)["shapes/heldout/full_match"]
+        return judged(here, "choice", *CHOICE)["shapes/heldout/full_match"]
+
+    found = dict(zip(LAMBDAS, each(chosen, LAMBDAS), strict=True))
     best = max(found, key=found.get)
     print(json.dumps({"steps": steps, "heldout full_match by lambda": found, "chosen": best}))
-    for name, weight in ((f"lambda{best:g}", best), ("none", None)):
-        rows = []
-        for seed in SEEDS:
-            here = folder / f"{name}_seed{seed}"
-            trained(here, steps["none" if weight is None else "guided"], seed, weight)
-            rows.append(judged(here, "features", "--protocol=shapes-features"))
-        line = {"guidance": name}
+
+    def row(job):
+        weight, seed = job
+        here = folder / f"{'none' if weight is None else f'lambda{weight:g}'}_seed{seed}"
+        trained(here, steps["none" if weight is None else "guided"], seed, weight)
+        return judged(here, "features", "--protocol=shapes-features")
+
+    jobs = [(weight, seed) for seed in SEEDS for weight in (best, None)]
+    rows = dict(zip(jobs, each(row, jobs), strict=True))
+    for weight in (best, None):
+        line = {"lambda": weight}
         for metric in METRICS:
-            values = [v for row in rows for key, v in row.items() if key.split("-")[0] == metric]
+            values = [
+                value
+                for seed in SEEDS
+                for key, value in rows[weight, seed].items()
+                if key.split("-")[0] == metric
+            ]
             line[metric] = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
         print(json.dumps(line))
 

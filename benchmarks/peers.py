@@ -157,8 +157,9 @@ class Generator(UNet):
         i = 0
         while True:
             x = self.residual(x, c_BD, f"blocks_{i}")
-            if x.shape[1] == 2 * BASE:
-                x = self.attention(x, c_BD, self.keys_values(tokens, "kv"), mask, "attend")
+            if x.shape[1] <= 2 * BASE:
+                kv = self.keys_values(tokens, f"kvs_{i}")
+                x = self.attention(x, c_BD, kv, mask, f"attends_{i}")
             if self.p(f"grow_{i}/Dense_0/kernel") is None:
                 return self.conv(F.silu(self.norm(x, "leave_norm")), "leave")
             x = depth_to_space(self.dense(x, f"grow_{i}"))
@@ -168,31 +169,37 @@ class Generator(UNet):
 class Discriminator(Peer):
     """t2i_jax.models.gan.Discriminator with one block at each size.
 
-    -> logit_B, image_BD, regions_BTD, text_BD, words_BLD
+    (image_BHWC, *texts), a text is (seq_BLE, mask_BL, pooled_BD) -> for each text
+    logit_B, image_BD, regions_BTD, text_BD, words_BLD
     """
 
-    def forward(self, image_BHWC, seq_BLE, mask_BL, pooled_BD):
-        text = self.dense(self.norm(pooled_BD, "RMSNorm_0"), "text")
-        tokens, mask = self.tokens(seq_BLE, mask_BL, "words")
+    def forward(self, image_BHWC, *texts):
         x, i = self.conv(image_BHWC, "enter"), 0
-        while True:
-            if x.shape[1] == 2 * BASE:
-                regions = x
-                x = x + self.read(x, tokens, mask)
-            h = self.conv(leaky(x), f"block_{i}_0/Conv_0")
-            x = x + self.conv(leaky(h), f"block_{i}_0/Conv_1")
-            if self.p(f"shrink_{i}/Dense_0/Dense_0/kernel") is None:
-                break
-            x = self.dense(space_to_depth(x), f"shrink_{i}/Dense_0")
+        while x.shape[1] > 2 * BASE:
+            x = self.shrink(self.block(x, i), i)
             i += 1
+        return [self.beside(x, i, *text) for text in texts]
+
+    def beside(self, regions, i, seq_BLE, mask_BL, pooled_BD):
+        text = self.dense(self.norm(pooled_BD, "text_norm"), "text")
+        tokens, mask = self.tokens(seq_BLE, mask_BL, "words")
+        x = self.block(regions + self.read(regions, tokens, mask), i)
+        x = self.block(self.shrink(x, i), i + 1)
         h = leaky(self.dense(leaky(x).flatten(1), "mix/Dense_0"))
-        embed = lambda x, name: unit(self.dense(x, f"Verdict_0/{name}_embedding"))
+        embed = lambda x, name: unit(self.dense(x, f"verdict/{name}_embedding"))
         found = embed(h, "image"), embed(regions.flatten(1, 2), "region")
         found += embed(text, "text"), embed(tokens[:, 1:], "word")
-        fits = (self.dense(text, "Verdict_0/fits") * h).sum(-1) / h.shape[-1] ** 0.5
-        real = F.linear(h, self.p("Verdict_0/real/kernel"), self.p("Verdict_0/real/bias"))[:, 0]
+        fits = (self.dense(text, "verdict/fits") * h).sum(-1) / h.shape[-1] ** 0.5
+        real = F.linear(h, self.p("verdict/real/kernel"), self.p("verdict/real/bias"))[:, 0]
         words = word_scores(found[1], found[3], mask_BL)
-        return real + fits + self.p("Verdict_0/word_weight") * words, *found
+        return real + fits + self.p("verdict/word_weight") * words, *found
+
+    def block(self, x, i):
+        h = self.conv(leaky(x), f"blocks_{i}/Conv_0")
+        return x + self.conv(leaky(h), f"blocks_{i}/Conv_1")
+
+    def shrink(self, x, i):
+        return self.dense(space_to_depth(x), f"shrink_{i}/Dense_0")
 
     def read(self, x, tokens, mask):
         flat = x.flatten(1, 2)

@@ -14,7 +14,7 @@ from configs import common, shapes_gan
 
 def get_config(arg=None):
     arg = common.parse_arg(arg, res=64, path="", debug=False)
-    config = shapes_gan.get_config("plain")
+    config = shapes_gan.get_config()
     config.data = dict(source="tfds", name="coco_captions", split="train", captions=5)
     config.data.update(data_dir="", image_key="", caption_key="")  # the usual ones
     if arg.path:
@@ -23,7 +23,8 @@ def get_config(arg=None):
     config.text_length, config.cache = 48, ""
     config.model = dict(width=512, least=64, depth=2, heads=8)
     config.loss.update(gamma=(1.0, 0.1), augment=("colour", "translation", "cutout"))
-    adam = dict(config.optim.gen, learning_rate=2e-4, b2=(0.9, 0.99), clip=10.0)
+    adam = dict(name="adam", learning_rate=2e-4, b1=0.0, b2=(0.9, 0.99), clip=10.0)
+    adam.update(decay="cosine", final=0.25)
     config.optim = dict(disc=adam, gen=dict(adam))
     config.ema = dict(gen=0.999)
     config.watch, config.rollbacks = {"disc/gap": 50.0}, 2

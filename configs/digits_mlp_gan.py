@@ -13,7 +13,7 @@ from configs import common, shapes_gan
 
 def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False, modern=False)
-    config = shapes_gan.get_config("plain")
+    config = shapes_gan.get_config()
     config.data = dict(source="digits")
     config.text_length = 8
     config.steps = 3000

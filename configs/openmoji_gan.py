@@ -11,7 +11,7 @@ from configs import common, openmoji_flow, shapes_gan
 
 def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
-    config, flow = shapes_gan.get_config("plain"), openmoji_flow.get_config()
+    config, flow = shapes_gan.get_config(), openmoji_flow.get_config()
     for key in ("data", "text_length", "evaluators", "prompts"):
         config[key] = flow[key]
     config.steps = 8000

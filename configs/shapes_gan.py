@@ -2,8 +2,8 @@
 
 python train.py --config=configs/shapes_gan.py --workdir=runs/gan   (:debug for seconds)
 
-The discriminator's heads look through the image tower of builtin:shapes-clip, and that dual encoder
-guides the generator, too. `:plain` has neither: a residual discriminator and the game alone.
+`:guided` adds how far pictures lie from their captions by the dual encoder builtin:shapes-clip.
+With `:projected` the discriminator is heads on the frozen image tower of that encoder.
 """
 
 from configs import common, shapes_clip, shapes_flow
@@ -12,24 +12,29 @@ CLIP = "builtin:shapes-clip"
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, debug=False, plain=False)
+    arg = common.parse_arg(arg, debug=False, guided=False, projected=False)
     config = shapes_flow.get_config()
     config.objective = "gan"
-    config.steps = 3000
-    config.model = dict(width=128, heads=2)
+    config.steps = 2600
+    config.model = dict(gen=dict(width=128, heads=2), disc=dict(width=128, heads=2))
     config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_stride=4, mismatch=0.5)
-    adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
-    config.optim = dict(disc=adam, gen=dict(adam))  # two: a change to one is none to the other
+    muon = dict(
+        **dict(name="muon", consistent_rms=0.25, adam_b1=0.0, adam_b2=0.95, weight_decay=0.0),
+        **dict(warmup=20, decay="cosine", final=0.1),
+    )
+    config.optim = dict(
+        disc=dict(muon, learning_rate=2.5e-3, beta=0.5),
+        gen=dict(muon, learning_rate=2e-3, beta=0.5),
+    )
     config.ema = dict(gen=0.995)
     config.sample = dict(truncation=1.0)
-    if not arg.plain:
-        guide = shapes_clip.get_config().model
-        config.load.update(
-            eye=f"{CLIP}#image", clip_image=f"{CLIP}#image", clip_caption=f"{CLIP}#caption"
-        )
-        config.model = dict(
-            gen=config.model, disc=dict(width=64), eye=guide.image.to_dict(), clip=guide
-        )
-        config.loss.update(penalty="estimate", clip=1.0, adversarial=1.0)
-        config.optim.disc.learning_rate = 1e-3
+    guide = shapes_clip.get_config().model
+    if arg.projected:
+        config.load.eye = f"{CLIP}#image"
+        config.model = dict(gen=config.model.gen, disc=dict(width=64), eye=guide.image.to_dict())
+        config.loss.penalty = "estimate"
+    if arg.guided:
+        config.load.update(clip_image=f"{CLIP}#image", clip_caption=f"{CLIP}#caption")
+        config.model.clip = guide
+        config.loss.update(clip=1.0, adversarial=1.0)
     return common.shrink(config) if arg.debug else config

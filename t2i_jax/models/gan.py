@@ -2,8 +2,9 @@
 
 Residual nets without batch statistics: the generator's blocks are modulated by a mapping of noise
 and caption (StyleGAN, arXiv:1812.04948), the discriminator has no normalisation (R3GAN,
-arXiv:2501.05441); words are seen by attention at one size of both (GigaGAN, arXiv:2303.05511), and
-the caption by projection (arXiv:1802.05637) and word by word (AttnGAN, arXiv:1711.10485).
+arXiv:2501.05441); words are seen by attention (GigaGAN, arXiv:2303.05511) at the generator's first
+two sizes and one of the discriminator, which reads the caption by projection (arXiv:1802.05637)
+and word by word (AttnGAN, arXiv:1711.10485), too.
 
 B batch · H W pixels · C channels · T regions · L words · Z noise · D width
 """
@@ -20,6 +21,7 @@ from t2i_jax.sampling import prediction
 from t2i_jax.text.condition import Cond
 
 MEAN_OF = 64  # noises
+READ = (pyramid.BASE, 2 * pyramid.BASE)  # sides at which the generator reads words
 
 
 class Generator(nn.Module):
@@ -44,8 +46,8 @@ class Generator(nn.Module):
         self.text = layers.TextTokens(self.width)
         self.base = layers.Dense(pyramid.BASE * pyramid.BASE * sizes[0])
         self.blocks = [unet.Residual(d) for d in sizes for _ in range(self.depth)]
-        self.kv = layers.KeysValues(self.width, self.heads)
-        self.attend = unet.Attention(self.width, self.heads)
+        self.kvs = [layers.KeysValues(self.width, self.heads) for _ in READ]
+        self.attends = [unet.Attention(self.width, self.heads) for _ in READ]
         self.grow = [layers.Dense(4 * d) for d in sizes[1:]]
         self.leave_norm = layers.RMSNorm()
         self.leave = unet.Conv(3)
@@ -67,8 +69,9 @@ class Generator(nn.Module):
         for grow in (*self.grow, None):
             for _ in range(self.depth):
                 x_BHWC = next(blocks)(x_BHWC, c_BD)
-            if x_BHWC.shape[1] == 2 * pyramid.BASE:
-                x_BHWC = self.attend(x_BHWC, c_BD, self.kv(tokens_BSD), mask_BS)
+            if x_BHWC.shape[1] in READ:
+                i = READ.index(x_BHWC.shape[1])
+                x_BHWC = self.attends[i](x_BHWC, c_BD, self.kvs[i](tokens_BSD), mask_BS)
             if grow is not None:
                 x_BHWC = layers.depth_to_space(grow(x_BHWC))
         return self.leave(nn.silu(self.leave_norm(x_BHWC)))
@@ -171,8 +174,8 @@ class Verdict(nn.Module):
 
 
 class Projected(nn.Module):
-    """(maps BHWC of a frozen network, cond) -> Seen: a head on each map, as in projected GANs
-    (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
+    """(maps BHWC of a frozen network, *conds) -> a Seen each: a head on each map, as in projected
+    GANs (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
 
     Fields as of `Discriminator`.
     """
@@ -181,9 +184,10 @@ class Projected(nn.Module):
     embedding: int = 64
 
     @nn.compact
-    def __call__(self, maps, cond: Cond) -> Seen:
-        text_BE = layers.Dense(self.width, name="text")(layers.RMSNorm()(cond.pooled_BD))
-        words_BLE = layers.Dense(self.width, name="words")(layers.RMSNorm()(cond.seq_BLD))
+    def __call__(self, maps, *conds: Cond) -> tuple[Seen, ...]:
+        text, words = layers.Dense(self.width, name="text"), layers.Dense(self.width, name="words")
+        text_norm, words_norm = layers.RMSNorm(), layers.RMSNorm()
+        verdict = Verdict(self.width, self.embedding)
         h_BD = 0.0
         for i, map_BHWC in enumerate(maps):
             x = layers.RMSNorm(scale=False)(map_BHWC)
@@ -194,13 +198,21 @@ class Projected(nn.Module):
                 x = nn.leaky_relu(x, pyramid.SLOPE)
                 x = pyramid.Shrink(self.width, name=f"shrink_{i}")(x)
             h_BD += pyramid.Flat(self.width, name=f"mix_{i}")(x)
-        regions_BHWC = maps[len(maps) // 2]
-        verdict = Verdict(self.width, self.embedding)
-        return verdict(h_BD / len(maps) ** 0.5, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
+        h_BD, regions_BHWC = h_BD / len(maps) ** 0.5, maps[len(maps) // 2]
+
+        def beside(cond):
+            text_BE, words_BLE = text(text_norm(cond.pooled_BD)), words(words_norm(cond.seq_BLD))
+            return verdict(h_BD, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
+
+        return tuple(beside(cond) for cond in conds)
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, cond) -> Seen.   Fields as of `Generator`; `embedding`: width of Seen's."""
+    """(image_BHWC, *conds) -> a Seen each: one trunk sees the pictures down to 8 pixels a side,
+    where each condition is read.
+
+    Fields as of `Generator`; `embedding`: width of Seen's.
+    """
 
     res: int = 32
     width: int = 128
@@ -209,34 +221,46 @@ class Discriminator(nn.Module):
     heads: int = 2
     embedding: int = 64
 
-    @nn.compact
-    def __call__(self, image_BHWC, cond: Cond) -> Seen:
+    def setup(self):
         sizes = pyramid.widths(self.res, self.width, self.least)[::-1]
-        text_BE = layers.Dense(self.width, name="text")(layers.RMSNorm()(cond.pooled_BD))
-        tokens_BSD, mask_BS = layers.TextTokens(self.width, name="words")(
-            cond.seq_BLD, cond.mask_BL
-        )
-        x = unet.Conv(sizes[0], name="enter")(image_BHWC)
-        for i, out in enumerate((*sizes[1:], None)):
-            if x.shape[1] == 2 * pyramid.BASE:
-                regions_BHWC = x
-                x = x + self._read(x, tokens_BSD, mask_BS)
-            for j in range(self.depth):
-                x = pyramid.Plain(name=f"block_{i}_{j}")(x)
-            if out:
-                x = pyramid.Shrink(out, name=f"shrink_{i}")(x)
-        h_BD = pyramid.Flat(self.width, name="mix")(x)
-        verdict = Verdict(self.width, self.embedding)
-        return verdict(h_BD, regions_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
+        self.text_norm = layers.RMSNorm()
+        self.text = layers.Dense(self.width)
+        self.words = layers.TextTokens(self.width)
+        self.enter = unet.Conv(sizes[0])
+        self.blocks = [pyramid.Plain() for _ in sizes for _ in range(self.depth)]
+        self.shrink = [pyramid.Shrink(d) for d in sizes[1:]]
+        self.query = layers.Queries(self.width, self.heads)
+        self.keys = layers.KeysValues(self.width, self.heads)
+        self.out = layers.Dense(self.width)
+        self.mix = pyramid.Flat(self.width)
+        self.verdict = Verdict(self.width, self.embedding)
+
+    def __call__(self, image_BHWC, *conds: Cond) -> tuple[Seen, ...]:
+        x_BHWC, last = self.enter(image_BHWC), len(self.shrink)
+        for i in range(last - 1):
+            x_BHWC = self.shrink[i](self._level(i, x_BHWC))
+
+        def beside(cond):
+            tokens_BSD, mask_BS = self.words(cond.seq_BLD, cond.mask_BL)
+            h = self._level(last - 1, x_BHWC + self._read(x_BHWC, tokens_BSD, mask_BS))
+            h_BD = self.mix(self._level(last, self.shrink[-1](h)))
+            text_BE = self.text(self.text_norm(cond.pooled_BD))
+            return self.verdict(h_BD, x_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
+
+        return tuple(beside(cond) for cond in conds)
+
+    def _level(self, i, x_BHWC):
+        for block in self.blocks[i * self.depth : (i + 1) * self.depth]:
+            x_BHWC = block(x_BHWC)
+        return x_BHWC
 
     def _read(self, x_BHWC, tokens_BSD, mask_BS):
         """What regions learn from the words."""
         b, h, w, d = x_BHWC.shape
-        q_BTNH = layers.Queries(d, self.heads, name="query")(x_BHWC.reshape(b, h * w, d))
-        k_BSNH, v_BSNH = layers.KeysValues(d, self.heads, name="keys")(tokens_BSD)
+        q_BTNH = self.query(x_BHWC.reshape(b, h * w, d))
+        k_BSNH, v_BSNH = self.keys(tokens_BSD)
         out_BTNH = attention.attention(q_BTNH, k_BSNH, v_BSNH, mask_BS=mask_BS)
-        out_BTD = layers.Dense(d, name="out")(attention.merge_heads(out_BTNH))
-        return out_BTD.reshape(x_BHWC.shape)
+        return self.out(attention.merge_heads(out_BTNH)).reshape(x_BHWC.shape)
 
 
 def word_scores(regions, words, mask, temperature: float = 0.2):

@@ -53,7 +53,7 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, cond) -> Seen, whose one region is the whole picture.
+    """(image_BHWC, *conds) -> a Seen each, whose one region is the whole picture.
 
     Fields: `res`; `width` of the last of `depth` layers, each half of the one before; `embedding`:
     width of Seen's.
@@ -65,12 +65,16 @@ class Discriminator(nn.Module):
     embedding: int = 64
 
     @nn.compact
-    def __call__(self, image_BHWC, cond: Cond) -> gan.Seen:
+    def __call__(self, image_BHWC, *conds: Cond) -> tuple[gan.Seen, ...]:
         h_BD = image_BHWC.reshape(len(image_BHWC), -1)
         for i in reversed(range(self.depth)):  # the verdict begins with a leaky ReLU
             h_BD = layers.Dense(self.width * 2**i)(h_BD)
             h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE) if i else h_BD
-        text_BE = layers.RMSNorm(name="text_norm")(cond.pooled_BD)
-        words_BLE = layers.RMSNorm(name="words_norm")(cond.seq_BLD)
+        text_norm, words_norm = layers.RMSNorm(name="text_norm"), layers.RMSNorm(name="words_norm")
         verdict = gan.Verdict(self.width, self.embedding)
-        return verdict(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
+
+        def beside(cond):
+            text_BE, words_BLE = text_norm(cond.pooled_BD), words_norm(cond.seq_BLD)
+            return verdict(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
+
+        return tuple(beside(cond) for cond in conds)

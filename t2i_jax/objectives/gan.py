@@ -74,7 +74,8 @@ class Options(NamedTuple):
       arXiv:2301.09515, section 3.3), or "cosine", 1 − cos, a plain text term beside the image's.
     distil: weight there of how far pictures lie from what a trained flow model makes of them: it
       goes on from a point on the straight line between noise and picture. The squared error of
-      pixels is added to that of the maps the discriminator sees through.
+      pixels is added to that of the maps of a frozen network, the one the discriminator sees
+      through or else the one that guides, if there is one.
     distil_stride: every n-th example of a batch is compared.
     distil_times: where the point lies, a time between these for each batch, 1 is noise.
     teacher: options of the flow model's `refine`.
@@ -161,17 +162,26 @@ def make(config) -> Objective:
         """What the discriminator gets to see of pictures."""
         return eye.look(nets["eye"], image_BHWC, cond, keys_B) if eye else image_BHWC
 
-    def see(nets, image_BHWC, cond, keys_B, step=None) -> gan.Seen:
-        """The discriminator's view; in training, at a step, of pictures that are augmented."""
+    def see(nets, image_BHWC, conds, keys_B, step=None) -> list[gan.Seen]:
+        """The discriminator's view of pictures beside each condition; in training, at a step,
+        augmented.
+        """
         if options.augment and step is not None:
             share = optim.annealed(options.augment_share, step, config.steps)
             keys_B, keys_augment_B = randomness.split_each(keys_B, 2)
             image_BHWC = augment.augmented(options.augment, image_BHWC, keys_augment_B, share)
-        seen, variables = look(nets, image_BHWC, cond, keys_B), nets["disc"]
+        variables = nets["disc"]
         if options.spectral_norm:
             vectors = variables[spectral.COLLECTION]
             variables = {"params": spectral.bounded(variables["params"], vectors)}
-        return discriminator.apply(variables, seen, cond)
+        groups = [[cond] for cond in conds] if eye and eye.reads else [conds]
+        return [
+            seen
+            for group in groups
+            for seen in discriminator.apply(
+                variables, look(nets, image_BHWC, group[0], keys_B), *group
+            )
+        ]
 
     def started(nets, batch, key):
         """The condition, drawn pictures, their noise's key and one more, two keys an example."""
@@ -203,20 +213,21 @@ def make(config) -> Objective:
             params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
             mutated = {"disc": {spectral.COLLECTION: spectral.advanced(params, vectors)}}
             nets = {**nets, "disc": {"params": params, **mutated["disc"]}}
-        seen = see(nets, batch["image"], cond, eye_B, step)
-        seen_fake = see(nets, fake_BHWC, cond, eye_B, step)
+        conds = (cond, shuffled(cond, batch)) if options.mismatch else (cond,)
+        seen, *wrong = see(nets, batch["image"], conds, eye_B, step)
+        (seen_fake,) = see(nets, fake_BHWC, (cond,), eye_B, step)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
         metrics = {"gap": mean(seen.logit_B - seen_fake.logit_B), "real": mean(seen.logit_B)}
-        if options.mismatch:
-            other = shuffled(cond, batch)
-            wrong_B = see(nets, batch["image"], other, eye_B, step).logit_B
-            value += options.mismatch * mean(disc_game(seen.logit_B, wrong_B) * is_other(batch))
-            metrics["mismatch_gap"] = mean(seen.logit_B - wrong_B)
+        for other in wrong:
+            loss_B = disc_game(seen.logit_B, other.logit_B) * is_other(batch)
+            value += options.mismatch * mean(loss_B)
+            metrics["mismatch_gap"] = mean(seen.logit_B - other.logit_B)
         if options.penalty != "none":
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
-            logit = lambda image_BHWC: see(nets, image_BHWC, some(cond), some(eye_B), step).logit_B
+            alone = (some(cond),), some(eye_B), step
+            logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
             slope = _slopes(options, logit, some(keys_B))
             mean_of_some = lambda image_BHWC, logit_B: losses.weighted_mean(
                 slope(some(image_BHWC), some(logit_B)), some(weight_B)
@@ -229,9 +240,9 @@ def make(config) -> Objective:
 
     def gen_loss(nets, batch, key, step):
         cond, fake_BHWC, keys, eye_B, _ = started(nets, batch, key)
-        seen_fake, real_B = see(nets, fake_BHWC, cond, eye_B, step), 0.0
+        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), eye_B, step), 0.0
         if options.game == "relativistic":
-            real_B = see(nets, batch["image"], cond, eye_B, step).logit_B
+            real_B = see(nets, batch["image"], (cond,), eye_B, step)[0].logit_B
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
         value, metrics = options.adversarial * value, {}
@@ -256,11 +267,15 @@ def make(config) -> Objective:
         return jax.lax.stop_gradient(image_BHWC)
 
     def unlike(nets, a_BHWC, b_BHWC, cond, keys_B):
-        """Squared error of pixels, and that of maps through the eye."""
+        """Squared error of pixels, and that of maps through the eye or else the guide."""
         error_B = losses.squared_error(a_BHWC, b_BHWC)
-        if not eye:
+        if eye:
+            maps = lambda x: look(nets, x, cond, keys_B)
+        elif guide:
+            maps = lambda x: guide.apply(nets["clip_image"], x).maps
+        else:
             return error_B
-        pairs = zip(*(look(nets, x, cond, keys_B) for x in (a_BHWC, b_BHWC)), strict=True)
+        pairs = zip(maps(a_BHWC), maps(b_BHWC), strict=True)
         scaled = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
         errors_MB = [losses.squared_error(scaled(a), scaled(b)) for a, b in pairs]
         return error_B + sum(errors_MB) / len(errors_MB)
@@ -319,7 +334,7 @@ def make(config) -> Objective:
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
         keys_B = randomness.per_example(key, batch["index"])
-        return see(nets, batch["image"], text.encode(nets, batch), keys_B).logit_B
+        return see(nets, batch["image"], (text.encode(nets, batch),), keys_B)[0].logit_B
 
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
@@ -393,6 +408,7 @@ class _Flow(NamedTuple):
 
     net: nn.Module
     times: tuple[float, float]
+    reads = True  # what it shows depends on the caption
 
     def init(self, key, image_BHWC, cond):
         return self.net.init(key, image_BHWC, jnp.zeros(len(image_BHWC)), cond)
@@ -412,6 +428,7 @@ class _Still(NamedTuple):
 
     net: nn.Module
     res: int
+    reads = False
 
     def init(self, key, image_BHWC, cond):
         return self.net.init(key, self._resized(image_BHWC))
