@@ -579,6 +579,12 @@ def test_the_angle_is_finite_where_arccos_is_not():
     assert gradient[2, 0] == pytest.approx(-np.pi)
 
 
+def test_the_plain_distance_is_one_less_the_cosine_of_the_angle():
+    a, b = losses.unit(jax.random.normal(jax.random.key(0), (2, 8, 5)))
+    angle_B = jnp.sqrt(gan.DISTANCES["spherical"](a, b))
+    np.testing.assert_allclose(gan.DISTANCES["cosine"](a, b), 1 - jnp.cos(angle_B), atol=1e-5)
+
+
 def test_a_run_trains_resumes_and_draws(tmp_path):
     """Two nets, vectors of the spectral norm, an average of one net, a judge."""
     config = digits_mlp_gan.get_config("debug")
