@@ -89,8 +89,9 @@ def abstract_nets(family: objective.Objective, config):
     return jax.eval_shape(family.init, key, abstract_batch(config))
 
 
-def frozen_shapes(family: objective.Objective, config):
-    """The shapes of the nets no loss trains, after a look whether `config.load` fills its nets.
+def frozen_shapes(family: objective.Objective, config, *, besides=()):
+    """The shapes of the nets no loss trains, after a look whether `config.load` fills its nets,
+    `besides` those of these names.
 
     Raises:
       ConfigError: `config.load` names an unknown net, or a frozen net has no source.
@@ -105,7 +106,7 @@ def frozen_shapes(family: objective.Objective, config):
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-        if not _is_ours(source):
+        if name not in besides and not _is_ours(source):
             _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -125,7 +126,7 @@ def frozen(family: objective.Objective, config, place=None, *, besides=()):
       place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
       besides: names of nets that came from elsewhere.
     """
-    shapes, given = frozen_shapes(family, config), sources(config)
+    shapes, given = frozen_shapes(family, config, besides=besides), sources(config)
     targets = _placed({name: s for name, s in shapes.items() if name not in besides}, place)
     nets = {}
     for name, target in targets.items():
@@ -238,9 +239,8 @@ def _here():
 def _is_ours(source) -> bool:
     if not isinstance(source, str):
         return False  # several pretrained encoders
-    if source.startswith("builtin:"):
+    if source.startswith("builtin:") or "#" in source:
         return True
-    source = source.partition("#")[0]
     try:
         return "objective" in json.loads((pathlib.Path(source) / "config.json").read_text())
     except (OSError, ValueError):

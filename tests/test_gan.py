@@ -25,9 +25,10 @@ from t2i_jax import (
 )
 from t2i_jax.data import shapes
 from t2i_jax.evaluators import shapes as judge
-from t2i_jax.models import augment, spectral
+from t2i_jax.models import augment, mlp, spectral
 from t2i_jax.models import gan as nets
 from t2i_jax.objectives import gan
+from t2i_jax.text import condition
 from tests import runs, test_vits
 
 
@@ -62,12 +63,15 @@ def batch(config):
 
 @pytest.fixture(scope="module")
 def made(family, batch):
+    return noisy(jax.jit(family.init)(jax.random.key(0), batch))
+
+
+def noisy(nets):
     """Nets in which zero-initialised layers count, too."""
-    found = jax.jit(family.init)(jax.random.key(0), batch)
-    leaves, tree = jax.tree.flatten(found)
+    leaves, tree = jax.tree.flatten(nets)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(tree, noisy)
+    moved = [x + 0.05 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
 
 
 @pytest.fixture(scope="module")
@@ -449,6 +453,31 @@ def test_a_net_of_another_name_must_be_there(flow_run):
     family = objective.make(config)
     with pytest.raises(errors.ConfigError, match="did not train its net 'modle'"):
         weights.pretrained(family, config)
+    config.load.gen = f"{flow_run}_gone#model"
+    with pytest.raises(errors.ConfigError, match="_gone"):
+        weights.pretrained(family, config)
+    # who holds the net no longer asks where it came from
+    assert "gen" not in weights.frozen(family, config, besides=family.trained)
+
+
+def test_discriminators_read_a_condition_as_if_it_were_alone():
+    keys = jax.random.split(jax.random.key(0), 5)
+    cond = lambda a, b: condition.Cond(
+        jax.random.normal(a, (2, 3, 8)), jnp.ones((2, 3), bool), jax.random.normal(b, (2, 8))
+    )
+    conds = cond(*keys[:2]), cond(*keys[2:4])
+    image = jax.random.normal(keys[4], (2, 16, 16, 3))
+    for net, x in (
+        (nets.Discriminator(res=16, width=16), image),
+        (nets.Projected(width=16), (image, image[:, ::2, ::2])),
+        (mlp.Discriminator(res=16, width=16), image),
+    ):
+        variables = noisy(net.init(keys[4], x, conds[0]))
+        together = net.apply(variables, x, *conds)
+        for seen, cond in zip(together, conds, strict=True):
+            (alone,) = net.apply(variables, x, cond)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), seen, alone)
+        assert jnp.abs(together[0].logit_B - together[1].logit_B).min() > 1e-3
 
 
 def towers():
@@ -534,7 +563,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
         config.model.eye, config.load.eye = {}, str(tmp_path)
     family = objective.make(config)
     assert family.trained == ("disc", "gen")
-    nets = jax.jit(family.init)(jax.random.key(0), batch)
+    nets = noisy(jax.jit(family.init)(jax.random.key(0), batch))
     disc, gen = family.losses
     moves = lambda loss, name: jax.jit(
         jax.grad(lambda net: loss.fn(nets | {name: net}, batch, jax.random.key(0), jnp.int32(0))[0])
