@@ -4,6 +4,7 @@ the package.
 Linear layers are F.linear on (out, in) weights, convolutions channels_last, attention SDPA.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -145,7 +146,13 @@ class UNet(Peer):
 
 
 class Generator(UNet):
-    """t2i_jax.models.gan.Generator with one block at each size."""
+    """t2i_jax.models.gan.Generator with depth 1."""
+
+    def __init__(self, flat, **sizes):
+        super().__init__(flat, **sizes)
+        blocks = [a for a in self.names.values() if a.endswith("conv1__Conv_0__kernel")]
+        level = lambda i: sum(a.startswith(f"levels_{i}__") for a in blocks)
+        self.levels = list(itertools.takewhile(bool, map(level, itertools.count())))
 
     def forward(self, z_BZ, seq_BLE, mask_BL, pooled_BD):
         h = self.dense(torch.cat([z_BZ, self.norm(pooled_BD, "text_norm")], -1), "mapping_0")
@@ -154,16 +161,15 @@ class Generator(UNet):
         c_BD = F.silu(h)
         tokens, mask = self.tokens(seq_BLE, mask_BL)
         x = self.dense(c_BD, "base").reshape(len(c_BD), BASE, BASE, -1)
-        i = 0
-        while True:
-            x = self.residual(x, c_BD, f"blocks_{i}")
-            if x.shape[1] <= 2 * BASE:
-                kv = self.keys_values(tokens, f"kvs_{i}")
-                x = self.attention(x, c_BD, kv, mask, f"attends_{i}")
-            if self.p(f"grow_{i}/Dense_0/kernel") is None:
-                return self.conv(F.silu(self.norm(x, "leave_norm")), "leave")
-            x = depth_to_space(self.dense(x, f"grow_{i}"))
-            i += 1
+        for i, blocks in enumerate(self.levels):
+            if i:
+                x = depth_to_space(self.dense(x, f"grow_{i - 1}"))
+            for j in range(blocks):
+                x = self.residual(x, c_BD, f"levels_{i}/Residual_{j}")
+                if x.shape[1] <= 2 * BASE:
+                    kv = self.keys_values(tokens, f"levels_{i}/kvs_{j}")
+                    x = self.attention(x, c_BD, kv, mask, f"levels_{i}/attentions_{j}")
+        return self.conv(F.silu(self.norm(x, "leave_norm")), "leave")
 
 
 class Discriminator(Peer):

@@ -79,7 +79,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.load = dict.fromkeys(config.load, "")  # a flag may name one
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
-    small = dict(width=16, depth=1, heads=2)
+    small = dict(width=16, depth=1, reads=1, heads=2)
     for sizes in (config.model, *_parts(config.model)):
         sizes.update({name: size for name, size in small.items() if name in sizes})
     config.log_every, config.save_every, config.sample_every = 2, 3, 0

@@ -15,18 +15,20 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False, guided=False, projected=False)
     config = shapes_flow.get_config()
     config.objective = "gan"
+    config.data.size = 65_536
     config.steps = 2600
-    config.model = dict(gen=dict(width=128, heads=2), disc=dict(width=128, heads=2))
-    config.loss = dict(game="relativistic", gamma=(0.5, 0.05), penalty_stride=4, mismatch=0.5)
+    sizes = dict(width=128, heads=2)
+    config.model = dict(gen=dict(sizes, reads=2), disc=sizes)
+    config.loss = dict(game="relativistic", gamma=(0.5, 0.1), penalty_stride=4, mismatch=0.5)
     muon = dict(
         **dict(name="muon", consistent_rms=0.25, adam_b1=0.0, adam_b2=0.95, weight_decay=0.0),
-        **dict(warmup=20, decay="cosine", final=0.1),
+        **dict(warmup=20, decay="cosine", final=0.02),
     )
     config.optim = dict(
         disc=dict(muon, learning_rate=2.5e-3, beta=0.5),
         gen=dict(muon, learning_rate=2e-3, beta=0.5),
     )
-    config.ema = dict(gen=0.995)
+    config.ema = dict(gen=0.998)
     config.sample = dict(truncation=1.0)
     guide = shapes_clip.get_config().model
     if arg.projected:

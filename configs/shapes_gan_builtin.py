@@ -1,5 +1,5 @@
 """The model that ships as builtin:shapes-gan: shapes_gan_from_flow, gone on with for longer on more
-examples, its penalties held where they were in the middle.
+examples, its penalties held at a little less than they were in the middle.
 
 python train.py --config=configs/shapes_gan_builtin.py --workdir=runs/gan_builtin
 (after configs/shapes_gan_from_flow.py with --workdir=runs/gan_from_flow; :debug for seconds)

@@ -22,6 +22,9 @@ def get_config(arg=None):
     config.load.update(gen=f"{FLOW}#model", teacher=f"{FLOW}#model")
     config.loss.update(distil=8.0, distil_stride=4)
     config.optim.gen.update(learning_rate=1e-3, beta=0.9)
+    config.optim.gen.final = config.optim.disc.final = 0.1
     config.loss.teacher = dict(guidance=2.0, steps=4, sampler="euler", shift=2.0)
+    config.loss.gamma, config.ema.gen = (0.5, 0.05), 0.995
+    config.data.size = 16_384
     config.steps = 1800
     return common.shrink(config) if arg.debug else config

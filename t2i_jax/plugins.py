@@ -32,6 +32,26 @@ def call(fn, *args, where: str, options):
     return fn(*args, **options)
 
 
+def network(kind, *, where: str, options):
+    """A Linen module: `call`, and its sizes must be whole numbers above 0, `width` a multiple of
+    `heads`.
+    """
+    net = call(kind, where=where, options=options)
+    for name, field in kind.__dataclass_fields__.items():
+        value = getattr(net, name, None)
+        if field.type in (int, "int") and (type(value) is not int or value < 1):
+            raise errors.ConfigError(
+                f"{name} is {value!r}", where=where, fix="give a whole number above 0"
+            )
+    if hasattr(net, "heads") and net.width % net.heads:
+        raise errors.ConfigError(
+            f"width {net.width} is no multiple of heads {net.heads}",
+            where=where,
+            fix="change one of them",
+        )
+    return net
+
+
 def check_options(fn, options, *, where: str, given: int = 0) -> None:
     """ConfigError unless fn, after `given` positional arguments, takes every keyword."""
     parameters = inspect.signature(fn).parameters.values()

@@ -106,7 +106,7 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-        if name not in besides and not _is_ours(source):
+        if name not in besides and not is_ours(source):
             _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -187,13 +187,13 @@ def load_net(source, name: str, target):
     A run's net of another name stands after "#": "runs/flow#model".
     """
     logging.info("%s: %s", name, source)
-    if not isinstance(source, str) and any(map(_is_ours, source)):
+    if not isinstance(source, str) and any(map(is_ours, source)):
         raise errors.ConfigError(
             f"a run of ours among several encoders: {source}",
             where=f"config.load.{name}",
             fix="give pretrained checkpoints, or the run alone",
         )
-    if _is_ours(source):
+    if is_ours(source):
         source, _, theirs = source.partition("#")
         theirs = theirs or name
         _check_trained(source, theirs)
@@ -236,7 +236,7 @@ def _here():
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def _is_ours(source) -> bool:
+def is_ours(source) -> bool:
     if not isinstance(source, str):
         return False  # several pretrained encoders
     if source.startswith("builtin:") or "#" in source:

@@ -254,7 +254,8 @@ def _gan() -> dict:
         name: drawn[str(x.dtype)](x.shape).astype(x.dtype)
         for name, x in weights.abstract_batch(config).items()
     }
-    batch |= {"index": np.arange(16, dtype=np.int32), "weight": np.ones(16, np.float32)}
+    index = np.arange(16, dtype=np.int32)
+    batch |= {"index": index, "weight": (index != 5).astype(np.float32)}
     for layout in (
         sharding.Layout({"data": 1}, devices=jax.devices()[:1]),
         sharding.Layout({"data": -1}, "fsdp"),

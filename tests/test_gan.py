@@ -240,6 +240,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
 def test_a_partner_has_another_caption_and_none_may_be_found():
     text = np.array([[1], [1], [2], [1], [3]])
     batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
+    batch["weight"] = np.ones(5)
     assert gan.partner(batch).tolist() == [2, 2, 3, 4, 0]
     assert gan.is_other(batch).tolist() == [1] * 5
     same = {**batch, "text": text * 0}
@@ -247,6 +248,23 @@ def test_a_partner_has_another_caption_and_none_may_be_found():
     assert gan.is_other(same).tolist() == [0] * 5
     masked = {**same, "mask": np.arange(5)[:, None] < 2}  # the same numbers, other captions
     assert gan.partner(masked).tolist() == [2, 2, 0, 0, 0]
+    broken = {**batch, "weight": np.array([1, 1, 0, 1, 1])}
+    assert gan.partner(broken).tolist() == [4, 4, 3, 4, 0]
+
+
+def test_an_example_of_weight_zero_counts_nothing(family, made, batch):
+    broken = {**batch, "weight": batch["weight"].at[2].set(0)}
+    other = {
+        **broken,
+        "text": batch["text"].at[2].set(7),
+        "mask": batch["mask"].at[2, 3:].set(False),
+        "image": batch["image"].at[2].set(0.3),
+    }
+    for loss in family.losses:
+        value = jax.jit(lambda b, fn=loss.fn: fn(made, b, jax.random.key(1), jnp.int32(0))[0])
+        whole, one, another = (float(value(b)) for b in (batch, broken, other))
+        assert one == pytest.approx(another, rel=1e-6)
+        assert one != pytest.approx(whole, rel=1e-6)
 
 
 def test_word_scores_are_of_regions_that_answer():
@@ -306,9 +324,16 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
         ({"loss": {"gamma": 1.0}}, "gamma is 1.0"),
         ({"loss": {"distil_times": (0.9, 0.5)}}, "the larger last"),
         ({"loss": {"temperature": 0.0}}, "positive number"),
+        ({"loss": {"mismatch": -1}}, "mismatch is -1"),
+        ({"loss": {"gamma": (0.5, np.nan)}}, "gamma is"),
+        ({"loss": {"adversarial": "high"}}, "a number, 0 or more"),
         ({"loss": {"distil": 1.0}}, "other noise"),
         ({"model": {"widht": 3}}, "did you mean 'width'"),
         ({"model": {"width": 10, "heads": 4}}, "no multiple of heads"),
+        ({"model": {"heads": 0}}, "heads is 0"),
+        ({"model": {"width": "16"}}, "width is '16'"),
+        ({"model": {"disc": {"res": 64}}}, "config.model.disc.res"),
+        ({"load": {"eye": "builtin:shapes-clip#image"}}, "describe it in config.model.eye"),
         ({"loss": {"augment": ("cutuot",)}}, "did you mean 'cutout'"),
         ({"model": {"network": "mpl"}}, "did you mean 'mlp'"),
         ({"res": 24}, "res is 24"),
@@ -320,6 +345,13 @@ def test_what_no_gan_can_be_is_said(changes, message):
     for key, value in changes.items():
         config[key] = value
     with pytest.raises(errors.ConfigError, match=message):
+        objective.make(config)
+
+
+def test_a_teachers_sampler_is_known():
+    config = shapes_gan_from_flow.get_config("debug")
+    config.loss.teacher.sampler = "huen"
+    with pytest.raises(errors.ConfigError, match=r"'huen' .at config.loss.teacher.*'heun'"):
         objective.make(config)
 
 
@@ -390,13 +422,28 @@ def test_spectral_norm_bounds_every_kernel_by_one():
 def test_spectral_norm_and_augmentation_train(config, batch):
     """The vectors go on with every step, the generator's loss leaves them alone."""
     config = config.copy_and_resolve_references()
-    config.loss.update(spectral_norm=True, augment=tuple(augment.KINDS), augment_share=(1.0, 1.0))
+    config.loss.update(spectral_norm=True, augment=tuple(augment.KINDS), augment_share=(0.0, 1.0))
+    config.loss.gamma = (0.5, 0.5)
     family = objective.make(config)
     nets = jax.jit(family.init)(jax.random.key(0), batch)
-    disc, gen = (
-        jax.jit(lambda nets, fn=loss.fn: fn(nets, batch, jax.random.key(1), jnp.int32(0)))(nets)
+    disc_loss, gen_loss = (
+        jax.jit(lambda nets, step, fn=loss.fn: fn(nets, batch, jax.random.key(1), step))
         for loss in family.losses
     )
+    disc, gen = disc_loss(nets, 0), gen_loss(nets, 0)
+    for fn, (value, _) in ((disc_loss, disc), (gen_loss, gen)):  # all are augmented at the end
+        assert float(fn(nets, config.steps)[0]) != pytest.approx(float(value), rel=1e-3)
+
+    def longer(path, x):
+        return x * 100 if str(path[-1].key) == "kernel" else x
+
+    disc_params = nets["disc"]["params"]
+    values = []
+    for _ in range(2):  # kernels beyond the bound count as at the bound
+        disc_params = jax.tree_util.tree_map_with_path(longer, disc_params)
+        grown = {**nets, "disc": {**nets["disc"], "params": disc_params}}
+        values.append(float(disc_loss(grown, 0)[0]))
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
     assert np.isfinite(disc[0])
     assert np.isfinite(gen[0])
     assert not gen[1].mutated
@@ -508,7 +555,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
     teacher = gan._teacher(config, options, generator)
     key_noise, _, key_rest = jax.random.split(key, 3)
     keys_B = randomness.per_example(key_rest, batch["index"])
-    keys_B = randomness.split_each(keys_B, 2)[0][::2]
+    keys_B = randomness.split_each(keys_B, 3)[0][::2]
     some = lambda tree: jax.tree.map(lambda x: x[::2], tree)
 
     @jax.jit

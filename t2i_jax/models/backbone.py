@@ -17,7 +17,7 @@ def build(sizes, *, res: int, where: str) -> nn.Module:
     """
     sizes = dict(sizes)
     kind = plugins.load("models", sizes.pop("backbone", "unet"))
-    model = plugins.call(kind.Backbone, where=where, options=sizes)
+    model = plugins.network(kind.Backbone, where=where, options=sizes)
     for name, value, unit in (
         ("config.res", res, model.unit),
         (f"{where}.width", model.width, math.lcm(4, model.heads)),  # positions take quarters

@@ -6,6 +6,7 @@ B batch · H W pixels · C channels · S = 1 + L tokens · D width · P embeddin
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from t2i_jax.models import blocks, layers, pyramid, unet
@@ -66,8 +67,10 @@ class Image(nn.Module):
 
     def temper(self):
         """What cosines are multiplied by, at most 100, and what is added."""
-        scale = jnp.exp(jnp.minimum(self.logit_scale(), SCALE_LIMIT))
-        return scale, 0.0 if self.offset is None else self.logit_bias()
+        scale = self.logit_scale()
+        # beyond the limit its gradient goes on, so that it can come back
+        scale -= jax.lax.stop_gradient(nn.relu(scale - SCALE_LIMIT))
+        return jnp.exp(scale), 0.0 if self.offset is None else self.logit_bias()
 
 
 class Caption(nn.Module):

@@ -21,21 +21,45 @@ from t2i_jax.sampling import prediction
 from t2i_jax.text.condition import Cond
 
 MEAN_OF = 64  # noises
-READ = (pyramid.BASE, 2 * pyramid.BASE)  # sides at which the generator reads words
+READ = 2  # sizes at which the generator reads words, the smallest
+
+
+class Level(nn.Module):
+    """The generator at one size: `depth` residual blocks, then, `reads` times, a look at the words,
+    before each further one as many blocks again.
+    """
+
+    width: int
+    depth: int
+    reads: int
+    heads: int
+
+    @nn.compact
+    def __call__(self, x_BHWC, c_BD, tokens_BSD, mask_BS):
+        for i in range(max(self.reads, 1)):
+            for _ in range(self.depth):
+                x_BHWC = unet.Residual(self.width)(x_BHWC, c_BD)
+            if self.reads:
+                kv = layers.KeysValues(self.width, self.heads, name=f"kvs_{i}")(tokens_BSD)
+                attend = unet.Attention(self.width, self.heads, name=f"attentions_{i}")
+                x_BHWC = attend(x_BHWC, c_BD, kv, mask_BS)
+        return x_BHWC
 
 
 class Generator(nn.Module):
     """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
 
     Fields: `res` pixels a side, 4 times a power of two; `width` channels at 8 pixels and fewer
-    beyond, `least` at the end; `depth` blocks at each size; `heads` of the attention to words;
-    `noise` numbers in z.
+    beyond, `least` at the end; `depth` blocks at each size; `reads`: how often words are read at 4
+    and at 8 pixels, after `depth` blocks each time; `heads` of that attention; `noise` numbers in
+    z.
     """
 
     res: int = 32
     width: int = 128
     least: int = 32
     depth: int = 1
+    reads: int = 1
     heads: int = 2
     noise: int = 64
 
@@ -45,9 +69,10 @@ class Generator(nn.Module):
         self.mapping = [layers.Dense(self.width) for _ in range(3)]
         self.text = layers.TextTokens(self.width)
         self.base = layers.Dense(pyramid.BASE * pyramid.BASE * sizes[0])
-        self.blocks = [unet.Residual(d) for d in sizes for _ in range(self.depth)]
-        self.kvs = [layers.KeysValues(self.width, self.heads) for _ in READ]
-        self.attends = [unet.Attention(self.width, self.heads) for _ in READ]
+        self.levels = [
+            Level(d, self.depth, self.reads if i < READ else 0, self.heads)
+            for i, d in enumerate(sizes)
+        ]
         self.grow = [layers.Dense(4 * d) for d in sizes[1:]]
         self.leave_norm = layers.RMSNorm()
         self.leave = unet.Conv(3)
@@ -65,15 +90,9 @@ class Generator(nn.Module):
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         c_BD = nn.silu(style_BD)
         x_BHWC = self.base(c_BD).reshape(len(c_BD), pyramid.BASE, pyramid.BASE, -1)
-        blocks = iter(self.blocks)
-        for grow in (*self.grow, None):
-            for _ in range(self.depth):
-                x_BHWC = next(blocks)(x_BHWC, c_BD)
-            if x_BHWC.shape[1] in READ:
-                i = READ.index(x_BHWC.shape[1])
-                x_BHWC = self.attends[i](x_BHWC, c_BD, self.kvs[i](tokens_BSD), mask_BS)
-            if grow is not None:
-                x_BHWC = layers.depth_to_space(grow(x_BHWC))
+        x_BHWC = self.levels[0](x_BHWC, c_BD, tokens_BSD, mask_BS)
+        for grow, level in zip(self.grow, self.levels[1:], strict=True):
+            x_BHWC = level(layers.depth_to_space(grow(x_BHWC)), c_BD, tokens_BSD, mask_BS)
         return self.leave(nn.silu(self.leave_norm(x_BHWC)))
 
     def __call__(self, z_BZ, cond: Cond):

@@ -57,7 +57,11 @@ def make(config) -> Objective:
         text_variables, cond = text.init(key_text, batch)
         image_BHWC = jnp.zeros((len(batch["text"]), config.res, config.res, 3))
         nets = {"image": image.init(key_image, image_BHWC), "text": text_variables}
-        return nets | ({"caption": caption.init(key_caption, cond)} if caption else {})
+        if caption:
+            nets["caption"] = caption.init(key_caption, cond)
+        else:
+            check_width(image, cond)
+        return nets
 
     def image_emb(nets, batch, key):
         """Of pictures, of length 1.   -> BP"""
@@ -113,8 +117,19 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
     caption = None
     if sizes["caption"] is not False:
         own = {"projected": net.projected, **sizes["caption"]}
-        caption = plugins.call(clip.Caption, where=f"{where}.caption", options=own)
+        caption = plugins.network(clip.Caption, where=f"{where}.caption", options=own)
     return clip.Image(net, **learned), caption
+
+
+def check_width(image, cond) -> None:
+    """Without a caption tower the text encoder's pooled states are the embeddings."""
+    texts, pictures = cond.pooled_BD.shape[-1], image.tower.projected
+    if texts != pictures:
+        raise errors.ConfigError(
+            f"the text encoder's vectors have {texts} numbers, the pictures' {pictures}",
+            where="config.load.text",
+            fix="load the text tower of the same dual encoder, or describe a caption tower",
+        )
 
 
 def tower(sizes, *, res: int, where: str):

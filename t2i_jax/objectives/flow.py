@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, losses, plugins, randomness
+from t2i_jax import losses, plugins, randomness
 from t2i_jax.models import backbone
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
@@ -139,12 +139,7 @@ def make(config) -> Objective:
 
     def solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval):
         """The pictures that guided flow leads to.   -> image_BHWC in [-1, 1]"""
-        if sampler not in ode.SOLVERS:
-            raise errors.ConfigError(
-                f"unknown sampler {sampler!r}",
-                where="--sampler",
-                fix=errors.nearest(sampler, ode.SOLVERS),
-            )
+        ode.check(sampler, "--sampler")
         cond = text.encode(nets, batch)
         null = text.negative(nets, batch)
         if null is None:

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors, losses, optim, plugins, randomness
+from t2i_jax import errors, losses, optim, plugins, randomness, weights
 from t2i_jax.models import augment, backbone, gan, mlp, pyramid, spectral
 from t2i_jax.models import clip as clip_models
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.objectives import clip, flow
-from t2i_jax.sampling import prediction
+from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, side
 from t2i_jax.vision import encoder as vision
 
@@ -59,13 +59,15 @@ class Options(NamedTuple):
     penalty: of the discriminator's slope at real (R1) and at drawn (R2) pictures: "exact", its
       gradient, or "estimate", the first-order ‖D(x) − D(x + σε)‖²/σ² (arXiv:2501.08316), or "none".
     gamma: the penalties' weight at the first step and at the last, half the squared slope's; on a
-      cosine between, as all such pairs.
+      cosine between, as `augment_share`.
     penalty_stride: every n-th example of a batch is penalised: as lazy as a penalty of all at
       every n-th step, but of one program. XLA:CPU runs convolutions within a conditional
       through naive code, thirty times as slow.
     sigma: of the estimate.
     mismatch: weight of real pictures beside captions of others.
-    sentence, word: weights of the contrastive losses, in both nets' losses beside the game.
+    sentence, word: weights of the contrastive losses, in both nets' losses beside the game. These
+      and `mismatch` compare examples of one batch (with strategy "pmap" of one device, with
+      `accumulate` of one micro-batch): of a single one they are 0.
     temperature: of these.
     adversarial: weight of all of these in the generator's loss, the λ of L_CLIP + λ·L_GAN.
     clip: weight there of how far the picture's embedding by a frozen dual encoder lies from its
@@ -143,6 +145,8 @@ def make(config) -> Objective:
             nets["clip_image"] = guide.init(key["clip_image"], image_BHWC)
         if guide_caption:
             nets["clip_caption"] = guide_caption.init(key["clip_caption"], cond)
+        elif guide:
+            clip.check_width(guide, cond)
         if eye:
             nets["eye"] = eye.init(key["eye"], image_BHWC, cond)
         if teacher:
@@ -162,13 +166,13 @@ def make(config) -> Objective:
         """What the discriminator gets to see of pictures."""
         return eye.look(nets["eye"], image_BHWC, cond, keys_B) if eye else image_BHWC
 
-    def see(nets, image_BHWC, conds, keys_B, step=None) -> list[gan.Seen]:
+    def see(nets, image_BHWC, conds, keys, step=None) -> list[gan.Seen]:
         """The discriminator's view of pictures beside each condition; in training, at a step,
-        augmented.
+        augmented. `keys`: of examples, the eye's and the augmentation's.
         """
+        keys_B, keys_augment_B = keys
         if options.augment and step is not None:
             share = optim.annealed(options.augment_share, step, config.steps)
-            keys_B, keys_augment_B = randomness.split_each(keys_B, 2)
             image_BHWC = augment.augmented(options.augment, image_BHWC, keys_augment_B, share)
         variables = nets["disc"]
         if options.spectral_norm:
@@ -184,12 +188,16 @@ def make(config) -> Objective:
         ]
 
     def started(nets, batch, key):
-        """The condition, drawn pictures, their noise's key and one more, two keys an example."""
+        """The condition, drawn pictures, their noise's key and one more; keys of examples: `see`'s
+        and the penalty's.
+        """
         key_noise, key_more, key_rest = jax.random.split(key, 3)
         cond = text.encode(nets, batch)
         fake_BHWC = draw(nets, cond, randomness.per_example(key_noise, batch["index"]))
-        keys = randomness.split_each(randomness.per_example(key_rest, batch["index"]), 2)
-        return cond, fake_BHWC, (key_noise, key_more), *keys
+        *seeing, slope_B = randomness.split_each(
+            randomness.per_example(key_rest, batch["index"]), 3
+        )
+        return cond, fake_BHWC, (key_noise, key_more), tuple(seeing), slope_B
 
     def contrast(seen: gan.Seen, cond, batch):
         """The contrastive losses' sum."""
@@ -207,15 +215,15 @@ def make(config) -> Objective:
         return value
 
     def disc_loss(nets, batch, key, step):
-        cond, fake_BHWC, _, eye_B, keys_B = started(nets, batch, key)
+        cond, fake_BHWC, _, seeing, slope_B = started(nets, batch, key)
         mutated = {}
         if options.spectral_norm:
             params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
             mutated = {"disc": {spectral.COLLECTION: spectral.advanced(params, vectors)}}
             nets = {**nets, "disc": {"params": params, **mutated["disc"]}}
         conds = (cond, shuffled(cond, batch)) if options.mismatch else (cond,)
-        seen, *wrong = see(nets, batch["image"], conds, eye_B, step)
-        (seen_fake,) = see(nets, fake_BHWC, (cond,), eye_B, step)
+        seen, *wrong = see(nets, batch["image"], conds, seeing, step)
+        (seen_fake,) = see(nets, fake_BHWC, (cond,), seeing, step)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
@@ -226,9 +234,9 @@ def make(config) -> Objective:
             metrics["mismatch_gap"] = mean(seen.logit_B - other.logit_B)
         if options.penalty != "none":
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
-            alone = (some(cond),), some(eye_B), step
+            alone = (some(cond),), some(seeing), step
             logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
-            slope = _slopes(options, logit, some(keys_B))
+            slope = _slopes(options, logit, some(slope_B))
             mean_of_some = lambda image_BHWC, logit_B: losses.weighted_mean(
                 slope(some(image_BHWC), some(logit_B)), some(weight_B)
             )
@@ -239,10 +247,10 @@ def make(config) -> Objective:
         return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, keys, eye_B, _ = started(nets, batch, key)
-        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), eye_B, step), 0.0
+        cond, fake_BHWC, keys, seeing, _ = started(nets, batch, key)
+        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), seeing, step), 0.0
         if options.game == "relativistic":
-            real_B = see(nets, batch["image"], (cond,), eye_B, step)[0].logit_B
+            real_B = see(nets, batch["image"], (cond,), seeing, step)[0].logit_B
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
         value, metrics = options.adversarial * value, {}
@@ -252,7 +260,7 @@ def make(config) -> Objective:
         if teacher:
             some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
             wanted_BHWC = taught(nets, some(batch | {"image": fake_BHWC}), *keys)
-            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(eye_B))
+            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(seeing[0]))
             metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
@@ -334,7 +342,7 @@ def make(config) -> Objective:
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
         keys_B = randomness.per_example(key, batch["index"])
-        return see(nets, batch["image"], (text.encode(nets, batch),), keys_B)[0].logit_B
+        return see(nets, batch["image"], (text.encode(nets, batch),), (keys_B, None))[0].logit_B
 
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
@@ -357,6 +365,13 @@ def _networks(config, options):
     if "backbone" not in own["gen"]:
         kinds["gen"] = NETWORKS[network].Generator
     fields = {name: kind.__dataclass_fields__ for name, kind in kinds.items()}
+    for where, sizes in (("", shared), (".gen", own["gen"]), (".disc", own["disc"])):
+        if "res" in sizes:
+            raise errors.ConfigError(
+                "the networks' side is the pictures'",
+                where=f"config.model{where}.res",
+                fix="set config.res",
+            )
     for size in shared:
         if not any(size in known for known in fields.values()):
             raise errors.ConfigError(
@@ -369,16 +384,9 @@ def _networks(config, options):
         given = {size: shared[size] for size in shared if size in fields[name]} | own[name]
         if "res" in fields[name]:
             given["res"] = config.res
-        net = plugins.call(kinds[name], where=f"config.model.{name}", options=given)
         if "least" in fields[name]:
             pyramid.check(config.res)
-        if net.width % getattr(net, "heads", 1):
-            raise errors.ConfigError(
-                f"width {net.width} is no multiple of heads {net.heads}",
-                where=f"config.model.{name}",
-                fix="change one of them",
-            )
-        return net
+        return plugins.network(kinds[name], where=f"config.model.{name}", options=given)
 
     discriminator = build("disc")
     if "gen" in kinds:
@@ -393,14 +401,21 @@ def _eye(config, sizes, options):
     """What the discriminator sees through, or None."""
     if "tower" in sizes:
         tower = clip.tower(sizes, res=config.res, where="config.model.eye")
-        return _Still(clip_models.Image(tower), config.res)
+        return _Still(clip_models.Image(tower), tower.res)
     if sizes:
         net = backbone.build(sizes, res=config.res, where="config.model.eye")
         return _Flow(net, options.eye_times)
-    if "eye" in config.load:
-        net = vision.make(config.load.eye)
-        return _Still(net, net.res)
-    return None
+    source = config.load.get("eye")
+    if not source:
+        return None
+    if weights.is_ours(source):
+        raise errors.ConfigError(
+            f"{source} does not say what net it is",
+            where="config.load.eye",
+            fix="describe it in config.model.eye, as configs/shapes_gan.py:projected does",
+        )
+    net = vision.make(source)
+    return _Still(net, net.res)
 
 
 class _Flow(NamedTuple):
@@ -470,6 +485,8 @@ def _teacher(config, options, generator):
         raise errors.ConfigError(
             "strength is drawn for each batch", where=where, fix="set config.loss.distil_times"
         )
+    if "sampler" in options.teacher:
+        ode.check(options.teacher["sampler"], where)
     return family
 
 
@@ -481,17 +498,21 @@ def _slopes(options: Options, logit, keys_B):
 
     def estimate(image_BHWC, logit_B):
         noise_BHWC = randomness.normal_each(keys_B, image_BHWC.shape[1:])
-        moved_B = logit(image_BHWC + options.sigma * noise_BHWC)
-        return jnp.square((logit_B - moved_B) / options.sigma)
+        with jax.default_matmul_precision("float32"):  # a small difference of large numbers
+            still_B, moved_B = map(logit, (image_BHWC, image_BHWC + options.sigma * noise_BHWC))
+        return jnp.square((still_B - moved_B) / options.sigma)
 
     return estimate
 
 
 def partner(batch):
-    """For each example the next in the batch, cyclically, with another caption; itself if none."""
+    """For each example the next in the batch, cyclically, with another caption; itself if none.
+
+    An example of weight 0 is nobody's.
+    """
     n = len(batch["index"])
     far_BB = (jnp.arange(n)[None] - jnp.arange(n)[:, None]) % n
-    apart_BB = losses.apart(batch["text"], batch["mask"])
+    apart_BB = losses.apart(batch["text"], batch["mask"]) & (batch["weight"] > 0)
     return jnp.argmin(jnp.where(apart_BB, far_BB, n + (far_BB > 0)), 1)
 
 
@@ -521,16 +542,20 @@ def _check(options: Options) -> None:
                 where="config.loss.augment",
                 fix=errors.nearest(name, augment.KINDS),
             )
-    shares = lambda v: np.shape(v) == (2,) and min(v) >= 0 and max(v) <= 1
+    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)
+    weight = lambda v: number(v) and v >= 0
+    weights_ = lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(weight, v))
+    shares = lambda v: weights_(v) and max(v) <= 1
     times = lambda v: shares(v) and v[0] <= v[1]
+    summed = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
     checks = {
-        "gamma": (
-            lambda v: np.shape(v) == (2,) and min(v) >= 0,
-            "two weights, such as (0.5, 0.05)",
-        ),
+        "gamma": (weights_, "two weights, such as (0.5, 0.05)"),
+        **dict.fromkeys(summed, (weight, "a number, 0 or more")),
         "augment_share": (shares, "two shares of 1"),
         **dict.fromkeys(("distil_times", "eye_times"), (times, "two times of 1, the larger last")),
-        **dict.fromkeys(("sigma", "temperature"), (lambda v: v > 0, "a positive number")),
+        **dict.fromkeys(
+            ("sigma", "temperature"), (lambda v: number(v) and v > 0, "a positive number")
+        ),
         **dict.fromkeys(
             ("penalty_stride", "distil_stride"),
             (lambda v: isinstance(v, int) and v >= 1, "a whole number, 1 for every example"),

@@ -6,6 +6,8 @@ x_BHWC state · ts_S times from noise (1) to data (0), S − 1 steps
 import jax
 import jax.numpy as jnp
 
+from t2i_jax import errors
+
 
 def euler(velocity, x_BHWC, ts_S):
     """First order: one call of `velocity(x_BHWC, t)` a step; exact where velocity is constant."""
@@ -38,3 +40,11 @@ def times(steps: int, shift=1.0):
 
 
 SOLVERS = {"euler": euler, "heun": heun}
+
+
+def check(name: str, where: str) -> None:
+    """Raises ConfigError unless it is one of SOLVERS."""
+    if name not in SOLVERS:
+        raise errors.ConfigError(
+            f"unknown sampler {name!r}", where=where, fix=errors.nearest(name, SOLVERS)
+        )
