@@ -237,6 +237,7 @@ def _here():
 
 
 def is_ours(source) -> bool:
+    """Whether it is a run or a model of this project, not a pretrained checkpoint."""
     if not isinstance(source, str):
         return False  # several pretrained encoders
     if source.startswith("builtin:") or "#" in source:

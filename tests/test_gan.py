@@ -220,7 +220,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     cond = jax.tree.map(lambda x: x[:1], cond)
     logit = jax.jit(lambda image: discriminator.apply(made["disc"], image, cond)[0].logit_B)
     image = batch["image"][:1]
-    exact = gan._slopes(gan.Options(), logit, None)(image, None)
+    exact = gan._slopes(gan.Options(), logit, None)(image)
     rng, slopes = np.random.default_rng(0), []
     for _ in range(400):
         direction = rng.normal(size=image.shape).astype(np.float32)
@@ -229,7 +229,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     np.testing.assert_allclose(np.mean(slopes), exact, rtol=0.25)
     keys = jax.random.split(jax.random.key(0), 400)
     options = gan.Options(penalty="estimate", sigma=1e-2)
-    estimate = jax.vmap(lambda k: gan._slopes(options, logit, k[None])(image, logit(image)))(keys)
+    estimate = jax.vmap(lambda k: gan._slopes(options, logit, k[None])(image))(keys)
     np.testing.assert_allclose(np.mean(estimate), exact, rtol=0.25)
     along = jax.grad(lambda x: logit(x).sum())(image)
     along /= jnp.linalg.norm(along)

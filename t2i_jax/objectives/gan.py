@@ -237,11 +237,10 @@ def make(config) -> Objective:
             alone = (some(cond),), some(seeing), step
             logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
             slope = _slopes(options, logit, some(slope_B))
-            mean_of_some = lambda image_BHWC, logit_B: losses.weighted_mean(
-                slope(some(image_BHWC), some(logit_B)), some(weight_B)
+            mean_of_some = lambda image_BHWC: losses.weighted_mean(
+                slope(some(image_BHWC)), some(weight_B)
             )
-            r1 = mean_of_some(batch["image"], seen.logit_B)
-            r2 = mean_of_some(fake_BHWC, seen_fake.logit_B)
+            r1, r2 = mean_of_some(batch["image"]), mean_of_some(fake_BHWC)
             value += 0.5 * optim.annealed(options.gamma, step, config.steps) * (r1 + r2)
             metrics |= {"r1": r1, "r2": r2}
         return value, Aux(metrics, mutated)
@@ -491,12 +490,12 @@ def _teacher(config, options, generator):
 
 
 def _slopes(options: Options, logit, keys_B):
-    """(image_BHWC, their logits B) -> ‖∇D‖² of each example, or its first-order estimate."""
+    """image_BHWC -> ‖∇D‖² of each example, or its first-order estimate."""
     if options.penalty == "exact":
         gradient = jax.grad(lambda image_BHWC: logit(image_BHWC).sum())
-        return lambda image_BHWC, logit_B: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
+        return lambda image_BHWC: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
 
-    def estimate(image_BHWC, logit_B):
+    def estimate(image_BHWC):
         noise_BHWC = randomness.normal_each(keys_B, image_BHWC.shape[1:])
         with jax.default_matmul_precision("float32"):  # a small difference of large numbers
             still_B, moved_B = map(logit, (image_BHWC, image_BHWC + options.sigma * noise_BHWC))
@@ -544,12 +543,12 @@ def _check(options: Options) -> None:
             )
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)
     weight = lambda v: number(v) and v >= 0
-    weights_ = lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(weight, v))
-    shares = lambda v: weights_(v) and max(v) <= 1
+    pair = lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(weight, v))
+    shares = lambda v: pair(v) and max(v) <= 1
     times = lambda v: shares(v) and v[0] <= v[1]
     summed = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
     checks = {
-        "gamma": (weights_, "two weights, such as (0.5, 0.05)"),
+        "gamma": (pair, "two weights, such as (0.5, 0.05)"),
         **dict.fromkeys(summed, (weight, "a number, 0 or more")),
         "augment_share": (shares, "two shares of 1"),
         **dict.fromkeys(("distil_times", "eye_times"), (times, "two times of 1, the larger last")),
