@@ -128,7 +128,9 @@ class Run:
             process_count=jax.process_count(),
             bad_budget=config.bad_budget,
         )
-        self.frozen = weights.frozen_shapes(family, config)  # see load_frozen
+        begun = not restart and (workdir / "checkpoints").is_dir()
+        held = family.trained if begun else ()
+        self.frozen = weights.frozen_shapes(family, config, besides=held)  # see load_frozen
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(config)

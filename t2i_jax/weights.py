@@ -94,7 +94,8 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
     `besides` those of these names.
 
     Raises:
-      ConfigError: `config.load` names an unknown net, or a frozen net has no source.
+      ConfigError: `config.load` names an unknown net or a run that there is not, or a frozen net
+        has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
     shapes = abstract_nets(family, config)
@@ -106,7 +107,11 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-        if name not in besides and not is_ours(source):
+        if name in besides:
+            continue
+        if is_ours(source):
+            _trained(source, name)
+        else:
             _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -194,10 +199,8 @@ def load_net(source, name: str, target):
             fix="give pretrained checkpoints, or the run alone",
         )
     if is_ours(source):
-        source, _, theirs = source.partition("#")
-        theirs = theirs or name
-        _check_trained(source, theirs)
-        return load_trained(locate(source), {theirs: target}, step=None)[0][theirs]
+        folder, theirs = _trained(source, name)
+        return load_trained(folder, {theirs: target}, step=None)[0][theirs]
     return _reader(name).load(source, target)
 
 
@@ -216,15 +219,22 @@ def check_frozen(nets, known: str | None, found: str | None = None) -> None:
         )
 
 
-def _check_trained(source: str, name: str) -> None:
-    """Raises ConfigError where a run or model has no such net of its own."""
-    config = read_config(locate(source))
-    if name not in config.optim and name not in held(locate(source)):
+def _trained(source: str, name: str) -> tuple[pathlib.Path, str]:
+    """The folder of a run or model of ours, and the name there of the net that is `name` here.
+
+    Raises:
+      ConfigError: no such folder, or it has no such net of its own.
+    """
+    source, _, theirs = source.partition("#")
+    folder, theirs = locate(source), theirs or name
+    config = read_config(folder)
+    if theirs not in config.optim and theirs not in held(folder):
         raise errors.ConfigError(
-            f"that run did not train its net {name!r}",
+            f"that run did not train its net {theirs!r}",
             where=f"config.load.{name}={source}",
-            fix=f"give what it was loaded from: {sources(config).get(name)!r}",
+            fix=f"give what it was loaded from: {sources(config).get(theirs)!r}",
         )
+    return folder, theirs
 
 
 def _placed(shapes, place):

@@ -237,6 +237,29 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     np.testing.assert_allclose(slope**2, exact, rtol=0.05)  # kinks of ReLU within the step
 
 
+def test_the_loss_has_estimates_of_every_second_example(made, batch, config):
+    config = config.copy_and_resolve_references()
+    config.loss.update(penalty="estimate", sigma=0.1, gamma=(2.0, 2.0))
+    family, key = objective.make(config), jax.random.key(1)
+    value, aux = jax.jit(family.losses[0].fn)(made, batch, key, 0)
+    key_noise, _, key_rest = jax.random.split(key, 3)
+    per_example = lambda key: randomness.per_example(key, batch["index"])
+    _, slope_B = randomness.split_each(per_example(key_rest), 2)
+    noise_BHWC = randomness.normal_each(slope_B, batch["image"].shape[1:])
+    cond = family.predict["encode"](made, batch)
+    generator = nets.Generator(res=config.res, **config.model.gen)
+    z_B = randomness.normal_each(per_example(key_noise), generator.z_shape)
+    drawn_BHWC = generator.apply(made["gen"], z_B, cond)
+    score = jax.jit(lambda x: family.predict["score"](made, batch | {"image": x}, None))
+    for name, x in (("r1", batch["image"]), ("r2", drawn_BHWC)):
+        slope = np.square(score(x) - score(x + 0.1 * noise_BHWC)) / 0.1**2
+        assert aux.metrics[name] == pytest.approx(float(slope[::2].mean()), rel=1e-3)
+    config.loss.gamma = (0.0, 0.0)
+    without, _ = jax.jit(objective.make(config).losses[0].fn)(made, batch, key, 0)
+    penalties = float(aux.metrics["r1"] + aux.metrics["r2"])
+    assert value - without == pytest.approx(penalties, rel=1e-3)
+
+
 def test_a_partner_has_another_caption_and_none_may_be_found():
     text = np.array([[1], [1], [2], [1], [3]])
     batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
@@ -470,10 +493,10 @@ def flow_run(tmp_path_factory):
 def from_flow(source=""):
     config = shapes_gan_from_flow.get_config("debug")
     net = dict(runs.config().model)
-    config.model = dict(gen=dict(net, prediction="v"), eye=net, disc=dict(width=16))
+    config.model = dict(gen=dict(net, prediction="v"), disc=dict(width=16))
     config.loss.update(clip=0.0, distil=0.0)
     if source:
-        config.load.gen = config.load.eye = f"{source}#model"
+        config.load.gen = f"{source}#model"
     return config
 
 
@@ -483,7 +506,7 @@ def test_a_generator_begins_as_the_flow_network_in_noise(flow_run):
     nets = weights.pretrained(family, config) | weights.frozen(family, config)
     theirs = pipeline.Pipeline.load(str(flow_run))
     shapes = jax.tree.map(np.shape, theirs.nets["model"])
-    assert jax.tree.map(np.shape, nets["gen"]) == jax.tree.map(np.shape, nets["eye"]) == shapes
+    assert jax.tree.map(np.shape, nets["gen"]) == shapes
     batch = pipeline.Predictor(config).batch([np.zeros((16, 16, 3), np.uint8)] * 2, ["a ring"] * 2)
     found = family.predict["sample"](nets, batch, jax.random.key(0))
     # one Euler step from noise to the picture is what the network sees in noise
@@ -539,7 +562,9 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
     config.model.teacher = config.model.gen.to_dict()
     config.loss.update(distil=2.0, distil_stride=2, distil_times=(0.6, 0.6))
     if through == "guide":
-        config.model.eye, config.model.clip, config.loss.clip = {}, towers(), 0.5
+        config.model.clip, config.loss.clip = towers(), 0.5
+    else:
+        config.model.eye = towers()["image"]
     config.loss.teacher = dict(sampler="euler", guidance=1.5, steps=2)
     family, key = objective.make(config), jax.random.key(1)
     nets = jax.jit(family.init)(jax.random.key(0), batch)
@@ -549,13 +574,10 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         jax.tree.map(moved, nets["gen"]),
     )
     options = gan.Options(**config.loss)
-    eye, (guide, _) = gan._eye(config, dict(config.model.eye), options), gan._guide(config, options)
-    generator = gan._networks(config, gan.Options())[0]
+    (generator, _, eye), (guide, _) = gan._networks(config), gan._guide(config, options)
     cond = family.predict["encode"](nets, batch)
     teacher = gan._teacher(config, options, generator)
-    key_noise, _, key_rest = jax.random.split(key, 3)
-    keys_B = randomness.per_example(key_rest, batch["index"])
-    keys_B = randomness.split_each(keys_B, 3)[0][::2]
+    key_noise, _, _ = jax.random.split(key, 3)
     some = lambda tree: jax.tree.map(lambda x: x[::2], tree)
 
     @jax.jit
@@ -575,7 +597,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
                 **config.loss.teacher,
             )
         if through == "eye":
-            maps = [eye.look(nets["eye"], x, some(cond), keys_B) for x in (drawn, target)]
+            maps = [eye.look(nets["eye"], x) for x in (drawn, target)]
         else:
             maps = [guide.apply(nets["clip_image"], x).maps for x in (drawn, target)]
         unit = lambda x: x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
@@ -598,13 +620,10 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5)
 
 
-@pytest.mark.parametrize("eye", ["flow", "tower", "pretrained"])
+@pytest.mark.parametrize("eye", ["tower", "pretrained"])
 def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     config = from_flow()
-    config.loss.eye_times = (0.0, 0.0)
-    if eye != "flow":
-        config.model.eye = towers()["image"]
-        config.model.gen = dict(width=16)
+    config.model.eye, config.model.gen = towers()["image"], dict(width=16)
     if eye == "pretrained":
         test_vits.by_golden("dino", tmp_path)
         config.model.eye, config.load.eye = {}, str(tmp_path)

@@ -148,6 +148,7 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"model": {"backbone": "layers"}}, "no models named 'layers'"),
         ({"data": {"source": "loader"}}, "no data named 'loader'"),
         ({"init_from": "nowhere"}, "no such folder"),
+        ({"load": {"model": "nowhere#model"}}, "no such folder"),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, message):

@@ -10,7 +10,7 @@ from t2i_jax import errors, plugins
 def build(sizes, *, res: int, where: str) -> nn.Module:
     """`Backbone` of models/<sizes.backbone>.py, by default the U-net.
 
-    It maps (x_BHWC, t_B, cond) to pictures' shape; its method `maps` gives what lies within.
+    It maps (x_BHWC, t_B, cond) to pictures' shape.
 
     Raises:
       ConfigError: no such network or size, or one that does not fit the pictures.

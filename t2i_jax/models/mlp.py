@@ -11,23 +11,23 @@ from t2i_jax.text.condition import Cond
 
 
 class Generator(nn.Module):
-    """(z_BZ, cond) -> image_BHWC in [-1, 1], all channels alike where it has but one.
+    """(z_BZ, cond) -> image_BHWC in [-1, 1].
 
     Fields: `res` pixels a side; `width` of the first of `depth` layers, doubled at each; `noise`
-    numbers in z; `channels`: 3, or 1 for grey.
+    numbers in z; `grey`: all channels are alike.
     """
 
     res: int = 28
     width: int = 256
     depth: int = 3
     noise: int = 64
-    channels: int = 1
+    grey: bool = True
 
     def setup(self):
         self.text_norm = layers.RMSNorm()
         self.enter = layers.Dense(self.width)
         self.hidden = [layers.Dense(self.width * 2**i) for i in range(1, self.depth)]
-        self.leave = layers.Dense(self.res * self.res * self.channels)
+        self.leave = layers.Dense(self.res * self.res * (1 if self.grey else 3))
 
     def style(self, z_BZ, cond: Cond):
         """The first layer's output: noise and caption together.   -> BD"""
@@ -38,7 +38,7 @@ class Generator(nn.Module):
         h_BD = nn.leaky_relu(style_BD, pyramid.SLOPE)
         for layer in self.hidden:
             h_BD = nn.leaky_relu(layer(h_BD), pyramid.SLOPE)
-        x_BHWC = jnp.tanh(self.leave(h_BD)).reshape(-1, self.res, self.res, self.channels)
+        x_BHWC = jnp.tanh(self.leave(h_BD)).reshape(-1, self.res, self.res, 1 if self.grey else 3)
         return jnp.broadcast_to(x_BHWC, (*x_BHWC.shape[:3], 3))
 
     def __call__(self, z_BZ, cond: Cond):

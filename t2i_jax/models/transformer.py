@@ -98,25 +98,15 @@ class Backbone(nn.Module):
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 
     def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
-        (*_, x_BHWC), c_BD = self._through(x_BHWC, t_B, cond, text_kv)
-        shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
-        x_BHWC = layers.modulate(self.leave_norm(x_BHWC), shift_BD, scale_BD)
-        return layers.depth_to_space(self.leave(x_BHWC), self.patch).astype(jnp.float32)
-
-    def maps(self, x_BHWC, t_B, cond: Cond, text_kv=None) -> tuple:
-        """What the network sees in pictures: BHWC after each block."""
-        return self._through(x_BHWC, t_B, cond, text_kv)[0]
-
-    def _through(self, x_BHWC, t_B, cond, text_kv):
-        """`maps`, and what modulates."""
         kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
         c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
         patches = layers.space_to_depth(x_BHWC, self.patch)
         b, rows, columns, _ = patches.shape
         x_BTD = self.embed(patches).reshape(b, rows * columns, self.width)
         x_BTD = x_BTD + layers.positions_2d(rows, columns, self.width).astype(x_BTD.dtype)
-        found = []
         for block, text_kv in zip(self.blocks, kvs, strict=True):
             x_BTD, _ = block(x_BTD, text_kv, c_BD, mask_BS)
-            found.append(x_BTD.reshape(b, rows, columns, self.width))
-        return tuple(found), c_BD
+        shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
+        x_BTD = layers.modulate(self.leave_norm(x_BTD), shift_BD, scale_BD)
+        x_BHWC = self.leave(x_BTD).reshape(b, rows, columns, -1)
+        return layers.depth_to_space(x_BHWC, self.patch).astype(jnp.float32)

@@ -115,12 +115,6 @@ class Backbone(nn.Module):
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 
     def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
-        *_, h = self.maps(x_BHWC, t_B, cond, text_kv)
-        h = self.leave(nn.silu(self.leave_norm(h)))
-        return layers.depth_to_space(h).astype(jnp.float32)
-
-    def maps(self, x_BHWC, t_B, cond: Cond, text_kv=None) -> tuple:
-        """What the network sees in pictures: BHWC after each inner block, and the last."""
         kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
         c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
         h = self.enter(layers.space_to_depth(x_BHWC))
@@ -131,15 +125,15 @@ class Backbone(nn.Module):
         h = self.shrink(layers.space_to_depth(h))
         _, rows, columns, d = h.shape
         h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d).astype(h.dtype)
-        inner, found = [], []
+        inner = []
         for i, (block, attend) in enumerate(zip(self.blocks, self.attentions, strict=True)):
             if i >= self.depth:
                 h = h + inner.pop()
             h = attend(block(h, c_BD), c_BD, kvs[i], mask_BS)
-            found.append(h)
             if i < self.depth:
                 inner.append(h)
         h = layers.depth_to_space(self.grow(h))
         for block in self.up:
             h = block(jnp.concatenate([h, outer.pop()], -1), c_BD)
-        return (*found, h)
+        h = self.leave(nn.silu(self.leave_norm(h)))
+        return layers.depth_to_space(h).astype(jnp.float32)

@@ -142,4 +142,4 @@ def tower(sizes, *, res: int, where: str):
         )
     if kind == "convolutional":
         pyramid.check(res)
-    return plugins.call(TOWERS[kind], where=where, options=own)
+    return plugins.network(TOWERS[kind], where=where, options=own)

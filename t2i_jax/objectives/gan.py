@@ -84,8 +84,6 @@ class Options(NamedTuple):
     augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
     augment_share: how many of them each of these changes, at the first step and at the last.
     spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
-    eye_times: how noisy pictures are for a flow network that the discriminator sees through: times
-      between these, 1 is noise (arXiv:2403.12015).
     """
 
     game: str = "relativistic"
@@ -107,7 +105,6 @@ class Options(NamedTuple):
     augment: tuple[str, ...] = ()
     augment_share: tuple[float, float] = (0.0, 0.3)
     spectral_norm: bool = False
-    eye_times: tuple[float, float] = (0.0, 0.6)
 
 
 def make(config) -> Objective:
@@ -117,15 +114,15 @@ def make(config) -> Objective:
     `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
     of one of them; `network` there is "convolutional" or "mlp". With `backbone` in `gen` (and
     `prediction`) the generator is that flow network in one step. With a frozen net "eye" the
-    discriminator sees pictures through it: `eye` in `config.model` describes a flow network or,
-    with `tower`, an image tower of `objectives.clip`, else config.load.eye is an image network of
-    `vision`. `clip` there, as the model of `objectives.clip`, is the dual encoder that guides:
-    frozen nets "clip_image", "clip_caption".
+    discriminator sees pictures through it: an image tower of `objectives.clip`, which `eye` in
+    `config.model` describes, or the image network of `vision` that config.load.eye names. `clip`
+    there, as the model of `objectives.clip`, is the dual encoder that guides: frozen nets
+    "clip_image", "clip_caption".
     `teacher` there describes, as `gen`, the flow network of frozen net "teacher" to distil.
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     _check(options)
-    generator, discriminator, eye = _networks(config, options)
+    generator, discriminator, eye = _networks(config)
     guide, guide_caption = _guide(config, options)
     teacher = _teacher(config, options, generator)
     text = side.Side(config)
@@ -148,11 +145,10 @@ def make(config) -> Objective:
         elif guide:
             clip.check_width(guide, cond)
         if eye:
-            nets["eye"] = eye.init(key["eye"], image_BHWC, cond)
+            nets["eye"] = eye.init(key["eye"], image_BHWC)
         if teacher:
             nets["teacher"] = teacher.init(key["teacher"], batch)["model"]
-        keys_B = randomness.per_example(key["eye"], jnp.arange(b))
-        nets["disc"] = discriminator.init(key["disc"], look(nets, image_BHWC, cond, keys_B), cond)
+        nets["disc"] = discriminator.init(key["disc"], look(nets, image_BHWC), cond)
         if options.spectral_norm:
             vectors = spectral.start(nets["disc"]["params"], key["spectral"])
             nets["disc"] = {**nets["disc"], spectral.COLLECTION: vectors}
@@ -162,42 +158,34 @@ def make(config) -> Objective:
         z_B = randomness.normal_each(keys_B, generator.z_shape)
         return generator.apply(nets["gen"], z_B, cond)
 
-    def look(nets, image_BHWC, cond, keys_B):
+    def look(nets, image_BHWC):
         """What the discriminator gets to see of pictures."""
-        return eye.look(nets["eye"], image_BHWC, cond, keys_B) if eye else image_BHWC
+        return eye.look(nets["eye"], image_BHWC) if eye else image_BHWC
 
-    def see(nets, image_BHWC, conds, keys, step=None) -> list[gan.Seen]:
+    def see(nets, image_BHWC, conds, keys_B=None, step=None) -> tuple[gan.Seen, ...]:
         """The discriminator's view of pictures beside each condition; in training, at a step,
-        augmented. `keys`: of examples, the eye's and the augmentation's.
+        augmented by examples' keys.
         """
-        keys_B, keys_augment_B = keys
         if options.augment and step is not None:
             share = optim.annealed(options.augment_share, step, config.steps)
-            image_BHWC = augment.augmented(options.augment, image_BHWC, keys_augment_B, share)
+            image_BHWC = augment.augmented(options.augment, image_BHWC, keys_B, share)
         variables = nets["disc"]
         if options.spectral_norm:
             vectors = variables[spectral.COLLECTION]
             variables = {"params": spectral.bounded(variables["params"], vectors)}
-        groups = [[cond] for cond in conds] if eye and eye.reads else [conds]
-        return [
-            seen
-            for group in groups
-            for seen in discriminator.apply(
-                variables, look(nets, image_BHWC, group[0], keys_B), *group
-            )
-        ]
+        return discriminator.apply(variables, look(nets, image_BHWC), *conds)
 
     def started(nets, batch, key):
-        """The condition, drawn pictures, their noise's key and one more; keys of examples: `see`'s
-        and the penalty's.
+        """The condition, drawn pictures, their noise's key and one more; keys of examples: the
+        augmentation's and the penalty's.
         """
         key_noise, key_more, key_rest = jax.random.split(key, 3)
         cond = text.encode(nets, batch)
         fake_BHWC = draw(nets, cond, randomness.per_example(key_noise, batch["index"]))
-        *seeing, slope_B = randomness.split_each(
-            randomness.per_example(key_rest, batch["index"]), 3
+        augment_B, slope_B = randomness.split_each(
+            randomness.per_example(key_rest, batch["index"]), 2
         )
-        return cond, fake_BHWC, (key_noise, key_more), tuple(seeing), slope_B
+        return cond, fake_BHWC, (key_noise, key_more), augment_B, slope_B
 
     def contrast(seen: gan.Seen, cond, batch):
         """The contrastive losses' sum."""
@@ -215,15 +203,15 @@ def make(config) -> Objective:
         return value
 
     def disc_loss(nets, batch, key, step):
-        cond, fake_BHWC, _, seeing, slope_B = started(nets, batch, key)
+        cond, fake_BHWC, _, augment_B, slope_B = started(nets, batch, key)
         mutated = {}
         if options.spectral_norm:
             params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
             mutated = {"disc": {spectral.COLLECTION: spectral.advanced(params, vectors)}}
             nets = {**nets, "disc": {"params": params, **mutated["disc"]}}
         conds = (cond, shuffled(cond, batch)) if options.mismatch else (cond,)
-        seen, *wrong = see(nets, batch["image"], conds, seeing, step)
-        (seen_fake,) = see(nets, fake_BHWC, (cond,), seeing, step)
+        seen, *wrong = see(nets, batch["image"], conds, augment_B, step)
+        (seen_fake,) = see(nets, fake_BHWC, (cond,), augment_B, step)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
@@ -234,7 +222,7 @@ def make(config) -> Objective:
             metrics["mismatch_gap"] = mean(seen.logit_B - other.logit_B)
         if options.penalty != "none":
             some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
-            alone = (some(cond),), some(seeing), step
+            alone = (some(cond),), some(augment_B), step
             logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
             slope = _slopes(options, logit, some(slope_B))
             mean_of_some = lambda image_BHWC: losses.weighted_mean(
@@ -246,10 +234,10 @@ def make(config) -> Objective:
         return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, keys, seeing, _ = started(nets, batch, key)
-        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), seeing, step), 0.0
+        cond, fake_BHWC, keys, augment_B, _ = started(nets, batch, key)
+        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), augment_B, step), 0.0
         if options.game == "relativistic":
-            real_B = see(nets, batch["image"], (cond,), seeing, step)[0].logit_B
+            real_B = see(nets, batch["image"], (cond,), augment_B, step)[0].logit_B
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
         value, metrics = options.adversarial * value, {}
@@ -259,7 +247,7 @@ def make(config) -> Objective:
         if teacher:
             some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
             wanted_BHWC = taught(nets, some(batch | {"image": fake_BHWC}), *keys)
-            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC, some(cond), some(seeing[0]))
+            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC)
             metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
@@ -273,11 +261,11 @@ def make(config) -> Objective:
         image_BHWC = refine(known, batch, key_noise, strength=strength, **options.teacher)
         return jax.lax.stop_gradient(image_BHWC)
 
-    def unlike(nets, a_BHWC, b_BHWC, cond, keys_B):
+    def unlike(nets, a_BHWC, b_BHWC):
         """Squared error of pixels, and that of maps through the eye or else the guide."""
         error_B = losses.squared_error(a_BHWC, b_BHWC)
         if eye:
-            maps = lambda x: look(nets, x, cond, keys_B)
+            maps = lambda x: look(nets, x)
         elif guide:
             maps = lambda x: guide.apply(nets["clip_image"], x).maps
         else:
@@ -340,14 +328,13 @@ def make(config) -> Objective:
 
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
-        keys_B = randomness.per_example(key, batch["index"])
-        return see(nets, batch["image"], (text.encode(nets, batch),), (keys_B, None))[0].logit_B
+        return see(nets, batch["image"], (text.encode(nets, batch),))[0].logit_B
 
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
     return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
 
 
-def _networks(config, options):
+def _networks(config):
     """The generator, the discriminator, and what the latter sees through, or None."""
     shared = dict(config.model)
     parts = ("gen", "disc", "eye", "clip", "teacher")
@@ -359,7 +346,7 @@ def _networks(config, options):
             where="config.model",
             fix=errors.nearest(network, NETWORKS),
         )
-    eye = _eye(config, own["eye"], options)
+    eye = _eye(config, own["eye"])
     kinds = {"disc": gan.Projected if eye else NETWORKS[network].Discriminator}
     if "backbone" not in own["gen"]:
         kinds["gen"] = NETWORKS[network].Generator
@@ -396,14 +383,11 @@ def _networks(config, options):
     return gan.OneStep(net, config.res, kind), discriminator, eye
 
 
-def _eye(config, sizes, options):
+def _eye(config, sizes):
     """What the discriminator sees through, or None."""
-    if "tower" in sizes:
-        tower = clip.tower(sizes, res=config.res, where="config.model.eye")
-        return _Still(clip_models.Image(tower), tower.res)
     if sizes:
-        net = backbone.build(sizes, res=config.res, where="config.model.eye")
-        return _Flow(net, options.eye_times)
+        tower = clip.tower(sizes, res=config.res, where="config.model.eye")
+        return _Eye(clip_models.Image(tower), tower.res)
     source = config.load.get("eye")
     if not source:
         return None
@@ -414,40 +398,19 @@ def _eye(config, sizes, options):
             fix="describe it in config.model.eye, as configs/shapes_gan.py:projected does",
         )
     net = vision.make(source)
-    return _Still(net, net.res)
+    return _Eye(net, net.res)
 
 
-class _Flow(NamedTuple):
-    """A flow network to see through: noisy pictures, and what it makes of them for the caption."""
-
-    net: nn.Module
-    times: tuple[float, float]
-    reads = True  # what it shows depends on the caption
-
-    def init(self, key, image_BHWC, cond):
-        return self.net.init(key, image_BHWC, jnp.zeros(len(image_BHWC)), cond)
-
-    def look(self, variables, image_BHWC, cond, keys_B):
-        keys_B, keys_noise_B = randomness.split_each(keys_B, 2)
-        low, high = self.times
-        t_B = jax.vmap(lambda key: jax.random.uniform(key, (), minval=low, maxval=high))(keys_B)
-        t = t_B[:, None, None, None]
-        noise_BHWC = randomness.normal_each(keys_noise_B, image_BHWC.shape[1:])
-        z_BHWC = (1 - t) * image_BHWC + t * noise_BHWC
-        return self.net.apply(variables, z_BHWC, t_B, cond, method="maps")
-
-
-class _Still(NamedTuple):
+class _Eye(NamedTuple):
     """An image network to see through, of pictures of `res` pixels a side."""
 
     net: nn.Module
     res: int
-    reads = False
 
-    def init(self, key, image_BHWC, cond):
+    def init(self, key, image_BHWC):
         return self.net.init(key, self._resized(image_BHWC))
 
-    def look(self, variables, image_BHWC, cond, keys_B):
+    def look(self, variables, image_BHWC):
         return self.net.apply(variables, self._resized(image_BHWC)).maps
 
     def _resized(self, image_BHWC):
@@ -551,7 +514,7 @@ def _check(options: Options) -> None:
         "gamma": (pair, "two weights, such as (0.5, 0.05)"),
         **dict.fromkeys(summed, (weight, "a number, 0 or more")),
         "augment_share": (shares, "two shares of 1"),
-        **dict.fromkeys(("distil_times", "eye_times"), (times, "two times of 1, the larger last")),
+        "distil_times": (times, "two times of 1, the larger last"),
         **dict.fromkeys(
             ("sigma", "temperature"), (lambda v: number(v) and v > 0, "a positive number")
         ),
