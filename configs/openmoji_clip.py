@@ -5,14 +5,13 @@ python train.py --config=configs/openmoji_clip.py --workdir=runs/openmoji_clip
 (:debug for seconds)
 """
 
-from configs import common, shapes_clip
+from configs import common, openmoji_flow, shapes_clip
 
 
 def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
-    config = shapes_clip.get_config()
-    config.data = dict(source="openmoji")
-    config.text_length = 24
+    config, flow = shapes_clip.get_config(), openmoji_flow.get_config()
+    config.data, config.text_length = flow.data, flow.text_length
     config.steps = 1500
     held_out = dict(source="openmoji", split="test")
     config.evaluators = dict(retrieval=dict(data=held_out, candidates=64))
