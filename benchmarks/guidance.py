@@ -21,12 +21,16 @@ import sys
 import numpy as np
 from absl import app, flags
 
+from t2i_jax.quality import protocol
+from t2i_jax.vision import encoder
+
 STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
 CONFIG = flags.DEFINE_string("config", "configs/shapes_gan.py", "What is trained.")
 LAMBDAS = (0.3, 1.0, 3.0)
 SEEDS = (1, 2, 3)  # 0 chooses λ
 PROBE = 30  # steps
 CHOICE = ("--evaluators=shapes", "--num_images=512", "--seed=1")
+PROTOCOL = "shapes-features"
 METRICS = ("full_match", "precision", "recall")
 CORES = queue.Queue()  # that are free
 CHANGES = []  # from the command line
@@ -74,6 +78,7 @@ def judged(folder: pathlib.Path, name: str, *arguments: str) -> dict:
 
 
 def main(argv) -> None:
+    encoder.locate(protocol.read(PROTOCOL).extractor)  # its weights must be there in the end
     folder, CHANGES[:] = pathlib.Path(argv[1]), argv[2:]
     folder.mkdir(parents=True, exist_ok=True)
     asked, kept = [STEPS.value, CONFIG.value, *CHANGES], folder / "asked.json"
@@ -112,7 +117,7 @@ def compared(folder: pathlib.Path, each) -> None:
         weight, seed = job
         here = folder / f"{'none' if weight is None else f'lambda{weight:g}'}_seed{seed}"
         trained(here, steps["none" if weight is None else "guided"], seed, weight)
-        return judged(here, "features", "--protocol=shapes-features")
+        return judged(here, "features", f"--protocol={PROTOCOL}")
 
     jobs = [(weight, seed) for seed in SEEDS for weight in (best, None)]
     rows = dict(zip(jobs, each(row, jobs), strict=True))
