@@ -19,7 +19,8 @@ def get_config(arg=None):
     config.steps = 2600
     sizes = dict(width=128, heads=2)
     config.model = dict(gen=dict(sizes, reads=2), disc=sizes)
-    config.loss = dict(game="relativistic", gamma=(0.5, 0.1), penalty_stride=4, mismatch=0.5)
+    config.loss = dict(game="relativistic", gamma=(0.5, 0.1), penalty_stride=4)
+    config.loss.update(mismatch=0.5, sentence=0.1, word=0.1)
     muon = dict(
         **dict(name="muon", consistent_rms=0.25, adam_b1=0.0, adam_b2=0.95, weight_decay=0.0),
         **dict(warmup=20, decay="cosine", final=0.02),
