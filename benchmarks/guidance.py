@@ -68,10 +68,11 @@ def seconds_a_step(folder: pathlib.Path, weight: float | None) -> float:
     return float(np.median([row["seconds"] for row in rows[1:]])) / 5
 
 
-def judged(folder: pathlib.Path, name: str, *arguments: str) -> dict:
-    """The row of an evaluation, which is kept."""
+def judged(folder: pathlib.Path, name: str, arguments, *training) -> dict:
+    """The row of an evaluation of what `trained(folder, *training)` makes; it is kept."""
     kept = folder / f"{name}.json"
     if not kept.exists():
+        trained(folder, *training)
         printed = run("-m", "t2i_jax.evaluate", f"--workdir={folder}", *arguments)
         kept.write_text(printed[printed.index("{") : printed.rindex("}") + 1])
     return json.loads(kept.read_text())
@@ -106,8 +107,8 @@ def compared(folder: pathlib.Path, each) -> None:
 
     def chosen(weight):
         here = folder / f"lambda{weight:g}_seed0"
-        trained(here, steps["guided"], 0, weight)
-        return judged(here, "choice", *CHOICE)["shapes/heldout/full_match"]
+        row = judged(here, "choice", CHOICE, steps["guided"], 0, weight)
+        return row["shapes/heldout/full_match"]
 
     found = dict(zip(LAMBDAS, each(chosen, LAMBDAS), strict=True))
     best = max(found, key=found.get)
@@ -116,8 +117,8 @@ def compared(folder: pathlib.Path, each) -> None:
     def row(job):
         weight, seed = job
         here = folder / f"{'none' if weight is None else f'lambda{weight:g}'}_seed{seed}"
-        trained(here, steps["none" if weight is None else "guided"], seed, weight)
-        return judged(here, "features", f"--protocol={PROTOCOL}")
+        kind = "none" if weight is None else "guided"
+        return judged(here, "features", [f"--protocol={PROTOCOL}"], steps[kind], seed, weight)
 
     jobs = [(weight, seed) for seed in SEEDS for weight in (best, None)]
     rows = dict(zip(jobs, each(row, jobs), strict=True))
