@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import json
 import pathlib
@@ -185,53 +186,53 @@ class Run:
         }
         self._opened = (checkpoints, writer)
         watches = Skips(writer.before(1000)), Watch(config.watch)
-        stream = self.batches.iterate(start, config.steps)
         compiled, row, saved, flying = None, {}, start, collections.deque()
-        for n in range(start, config.steps + 1):
-            if not hooked:
-                try:
-                    with watchdog.phase("hooks"):
-                        failpoints.hit("hooks.before", n)
-                        self.hooks.run(n, state, self.frozen, writer)
-                    hooked = True
-                except Stop:
-                    pass
-            self.hooks.collect(writer, checkpoints)
-            last = interrupt.requested_at(n) or n == config.steps
-            if n > saved and (last or n % config.save_every == 0 or self.hooks.rates(n)):
-                row = self._flush(writer, *watches) or row
-                with watchdog.phase("save"):
-                    failpoints.hit("save.before", n)
-                    done = self.hooks.collect(writer, checkpoints, before=n)
-                    checkpoints.save(state, {**meta, "hooked": hooked and done})
-                    failpoints.hit("save.started", n)
-                saved = n
-            if last:
-                break
-            batch = next(stream)
-            failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
-            for slot, record, reason in batch.bad:
-                _quarantine(workdir, n + 1, slot, record, reason)
-            if failpoints.hit("batch.nan", n + 1):
-                batch.arrays["image"][0] = np.nan
-            arrays = self.layout.place(batch.arrays)
-            if compiled is None:
-                with watchdog.phase("compile"):
-                    compiled = _compile(self.update, state, self.frozen, arrays)
-                writer.pause()
-            failpoints.hit("step.before", n + 1)
-            with watchdog.phase("step"), jax.transfer_guard("disallow"):
-                state, values = compiled(state, self.frozen, arrays)
-                flying.append(values)
-                if len(flying) > AHEAD:
-                    jax.block_until_ready(flying.popleft())
-            hooked = False
-            writer.step(n + 1, values)
-            if n == start:
-                checkpoints.progressed()
-            checkpoints.poll()
-            if (n + 1) % config.log_every == 0:
-                row = self._flush(writer, *watches) or row
+        with contextlib.closing(self.batches.iterate(start, config.steps)) as stream:
+            for n in range(start, config.steps + 1):
+                if not hooked:
+                    try:
+                        with watchdog.phase("hooks"):
+                            failpoints.hit("hooks.before", n)
+                            self.hooks.run(n, state, self.frozen, writer)
+                        hooked = True
+                    except Stop:
+                        pass
+                self.hooks.collect(writer, checkpoints)
+                last = interrupt.requested_at(n) or n == config.steps
+                if n > saved and (last or n % config.save_every == 0 or self.hooks.rates(n)):
+                    row = self._flush(writer, *watches) or row
+                    with watchdog.phase("save"):
+                        failpoints.hit("save.before", n)
+                        done = self.hooks.collect(writer, checkpoints, before=n)
+                        checkpoints.save(state, {**meta, "hooked": hooked and done})
+                        failpoints.hit("save.started", n)
+                    saved = n
+                if last:
+                    break
+                batch = next(stream)
+                failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
+                for slot, record, reason in batch.bad:
+                    _quarantine(workdir, n + 1, slot, record, reason)
+                if failpoints.hit("batch.nan", n + 1):
+                    batch.arrays["image"][0] = np.nan
+                arrays = self.layout.place(batch.arrays)
+                if compiled is None:
+                    with watchdog.phase("compile"):
+                        compiled = _compile(self.update, state, self.frozen, arrays)
+                    writer.pause()
+                failpoints.hit("step.before", n + 1)
+                with watchdog.phase("step"), jax.transfer_guard("disallow"):
+                    state, values = compiled(state, self.frozen, arrays)
+                    flying.append(values)
+                    if len(flying) > AHEAD:
+                        jax.block_until_ready(flying.popleft())
+                hooked = False
+                writer.step(n + 1, values)
+                if n == start:
+                    checkpoints.progressed()
+                checkpoints.poll()
+                if (n + 1) % config.log_every == 0:
+                    row = self._flush(writer, *watches) or row
         row = self._flush(writer, *watches) or row
         checkpoints.progressed()  # a signal before the first step is no death
         with watchdog.phase("save"):

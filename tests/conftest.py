@@ -2,6 +2,8 @@
 
 import os
 import tempfile
+import threading
+import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,3 +39,18 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="session")
 def update_golden(request):
     return request.config.getoption("--update-golden")
+
+
+@pytest.fixture
+def readers():
+    """`readers(wait)`: how many threads of this test read ahead, after `wait` seconds to end in."""
+    before = set(threading.enumerate())
+    count = lambda: sum("prefetch" in t.name for t in set(threading.enumerate()) - before)
+
+    def readers(wait=0):
+        deadline = time.monotonic() + wait
+        while count() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return count()
+
+    return readers

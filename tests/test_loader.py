@@ -1,8 +1,6 @@
 """The stream of batches: a pure function of the step, exactly once, whatever breaks."""
 
 import collections
-import threading
-import time
 
 import numpy as np
 import pytest
@@ -127,20 +125,12 @@ def test_iterate_gives_the_batches_in_order_from_any_step():
             assert_same(batch, make(Source(30, broken=[4]), augment=("flip",)).batch(step))
 
 
-def no_threads_left():
-    workers = lambda: [t for t in threading.enumerate() if "prefetch" in t.name]
-    deadline = time.monotonic() + 5
-    while workers() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return not workers()
-
-
-def test_iterate_without_an_end_stops_its_threads_when_closed():
+def test_iterate_without_an_end_stops_its_threads_when_closed(readers):
     stream = make(Source(30)).iterate(0)
     next(stream)
-    assert any("prefetch" in t.name for t in threading.enumerate())
+    assert readers()
     stream.close()
-    assert no_threads_left()
+    assert not readers(wait=5)
 
 
 def test_an_unexpected_error_reaches_the_consumer_at_its_step():
@@ -173,12 +163,12 @@ def test_a_broken_example_keeps_its_slot_and_moves_nobody():
             assert not b.arrays[name][hit].any()
 
 
-def test_too_many_broken_examples_stop_the_run_with_the_reasons():
+def test_too_many_broken_examples_stop_the_run_with_the_reasons(readers):
     stream = make(Source(400, broken=range(0, 400, 20)))
     message = r"5 of \d+ examples are broken: broken picture \(5\)"
     with pytest.raises(errors.DataError, match=message) as caught:
         collections.deque(stream.iterate(3, 50), maxlen=0)
-    assert no_threads_left(), caught
+    assert not readers(wait=5), caught
     assert len(stream.quarantine) == 5
     for record, (step, slot, reason) in stream.quarantine.items():
         assert (slot, record, reason) in stream.batch(step).bad

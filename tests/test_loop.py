@@ -217,15 +217,18 @@ def test_what_cannot_be_watched_is_said_before_anything(tmp_path, watch, message
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(tmp_path, monkeypatch):
+def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
+    tmp_path, monkeypatch, readers
+):
     """Batches of NaN come from step 11 on, until the run has gone back once."""
     monkeypatch.setattr(
         loop.failpoints,
         "hit",
         lambda name, n=None: name == "batch.nan" and n >= 11 and not folder.rollbacks(tmp_path),
     )
-    with pytest.raises(errors.NonFiniteError):
+    with pytest.raises(errors.NonFiniteError) as caught:
         loop.train(diverging(steps=22), tmp_path)
+    assert not readers(wait=5), caught
     assert not folder.rollbacks(tmp_path)
     loop.train(diverging(steps=22, rollbacks=1), tmp_path)
     (row,) = folder.rollbacks(tmp_path)
