@@ -526,8 +526,17 @@ def test_a_net_of_another_name_must_be_there(flow_run):
     config.load.gen = f"{flow_run}_gone#model"
     with pytest.raises(errors.ConfigError, match="_gone"):
         weights.pretrained(family, config)
-    # who holds the net no longer asks where it came from
-    assert "gen" not in weights.frozen(family, config, besides=family.trained)
+
+
+def test_only_a_run_that_begins_asks_for_the_run_it_begins_with(flow_run, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(errors.ConfigError, match="_gone"):
+        loop.Run(from_flow(f"{flow_run}_gone"), workdir)
+    assert not workdir.exists()
+    (workdir / "checkpoints").mkdir(parents=True)
+    loop.Run(from_flow(f"{flow_run}_gone"), workdir)
+    with pytest.raises(errors.ConfigError, match="_gone"):
+        loop.Run(from_flow(f"{flow_run}_gone"), workdir, restart=True)
 
 
 def test_discriminators_read_a_condition_as_if_it_were_alone():
