@@ -1,5 +1,6 @@
 """The conditional GAN: games, penalties, partners, contrast, and what its losses move."""
 
+import functools
 import json
 import pathlib
 import re
@@ -482,61 +483,49 @@ def test_spectral_norm_and_augmentation_train(config, batch):
 # --- other networks -------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def flow_run(tmp_path_factory):
-    """A flow model whose net a generator may begin as."""
-    workdir = tmp_path_factory.mktemp("flow")
-    loop.train(runs.config(steps=2, load=dict(text="")), workdir)
-    return workdir
-
-
-def from_flow(source=""):
+def from_flow():
     config = shapes_gan_from_flow.get_config("debug")
     net = dict(runs.config().model)
     config.model = dict(gen=dict(net, prediction="v"), disc=dict(width=16))
     config.loss.update(clip=0.0, distil=0.0)
-    if source:
-        config.load.gen = f"{source}#model"
     return config
 
 
-def test_a_generator_begins_as_the_flow_network_in_noise(flow_run):
-    config = from_flow(flow_run)
+def test_a_generator_begins_as_the_flow_network_in_noise():
+    config = shapes_gan_from_flow.get_config()
+    config.loss.update(clip=0.0, distil=0.0)
+    config.load = {name: config.load[name] for name in ("gen", "text")}
     family = objective.make(config)
     nets = weights.pretrained(family, config) | weights.frozen(family, config)
-    theirs = pipeline.Pipeline.load(str(flow_run))
-    shapes = jax.tree.map(np.shape, theirs.nets["model"])
-    assert jax.tree.map(np.shape, nets["gen"]) == shapes
-    batch = pipeline.Predictor(config).batch([np.zeros((16, 16, 3), np.uint8)] * 2, ["a ring"] * 2)
-    found = family.predict["sample"](nets, batch, jax.random.key(0))
+    theirs = pipeline.Pipeline.load(shapes_gan_from_flow.FLOW)
+    jax.tree.map(np.testing.assert_array_equal, nets["gen"], theirs.nets["model"])
+    batch = pipeline.Predictor(config).batch([np.zeros((32, 32, 3), np.uint8)] * 2, ["a ring"] * 2)
+    found = jax.jit(family.predict["sample"])(nets, batch, jax.random.key(0))
     # one Euler step from noise to the picture is what the network sees in noise
     options = dict(guidance=1.0, steps=1, sampler="euler")
-    wanted = theirs.predictor.objective.predict["sample"](
-        nets | {"model": nets["gen"]}, batch, jax.random.key(0), **options
+    wanted = jax.jit(functools.partial(theirs.predictor.objective.predict["sample"], **options))(
+        nets | {"model": nets["gen"]}, batch, jax.random.key(0)
     )
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
-def test_a_net_of_another_name_must_be_there(flow_run):
-    config = from_flow(flow_run)
-    config.load.gen = f"{flow_run}#modle"
-    family = objective.make(config)
+def test_a_net_of_another_name_must_be_there():
+    config = from_flow()
+    config.load.gen = "builtin:shapes#modle"
     with pytest.raises(errors.ConfigError, match="did not train its net 'modle'"):
-        weights.pretrained(family, config)
-    config.load.gen = f"{flow_run}_gone#model"
-    with pytest.raises(errors.ConfigError, match="_gone"):
-        weights.pretrained(family, config)
+        weights.pretrained(objective.make(config), config)
 
 
-def test_only_a_run_that_begins_asks_for_the_run_it_begins_with(flow_run, tmp_path):
-    workdir = tmp_path / "run"
-    with pytest.raises(errors.ConfigError, match="_gone"):
-        loop.Run(from_flow(f"{flow_run}_gone"), workdir)
+def test_only_a_run_that_begins_asks_for_the_run_it_begins_with(tmp_path):
+    config, workdir = from_flow(), tmp_path / "run"
+    config.load.gen = f"{tmp_path / 'gone'}#model"
+    with pytest.raises(errors.ConfigError, match="gone"):
+        loop.Run(config, workdir)
     assert not workdir.exists()
     (workdir / "checkpoints").mkdir(parents=True)
-    loop.Run(from_flow(f"{flow_run}_gone"), workdir)
-    with pytest.raises(errors.ConfigError, match="_gone"):
-        loop.Run(from_flow(f"{flow_run}_gone"), workdir, restart=True)
+    loop.Run(config, workdir)
+    with pytest.raises(errors.ConfigError, match="gone"):
+        loop.Run(config, workdir, restart=True)
 
 
 def test_discriminators_read_a_condition_as_if_it_were_alone():
