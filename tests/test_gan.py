@@ -663,9 +663,7 @@ def test_guidance_adds_the_angle_between_picture_and_caption(batch):
     guided = objective.make(config)
     nets = jax.jit(guided.init)(jax.random.key(0), batch)
     assert set(nets) - set(plain.trained) == {"clip_image", "clip_caption", "text"}
-    loss = lambda family: jax.jit(family.losses[1].fn)(
-        nets, batch, jax.random.key(1), jnp.int32(0)
-    )
+    loss = lambda family: jax.jit(family.losses[1].fn)(nets, batch, jax.random.key(1), jnp.int32(0))
     value, aux = loss(guided)
     assert aux.metrics["clip"] > 0.1
     wanted = 0.5 * loss(plain)[0] + 3 * aux.metrics["clip"]
