@@ -339,6 +339,9 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
             requests.draw_between(pipe, wrong, 4)
 
 
+WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -348,7 +351,7 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
         ({"loss": {"gamma": 1.0}}, "gamma is 1.0"),
         ({"loss": {"distil_times": (0.9, 0.5)}}, "the larger last"),
         ({"loss": {"temperature": 0.0}}, "positive number"),
-        ({"loss": {"mismatch": -1}}, "mismatch is -1"),
+        *(({"loss": {name: -1}}, f"{name} is -1") for name in WEIGHTS),
         ({"loss": {"gamma": (0.5, np.nan)}}, "gamma is"),
         ({"loss": {"adversarial": "high"}}, "a number, 0 or more"),
         ({"loss": {"distil": 1.0}}, "other noise"),
