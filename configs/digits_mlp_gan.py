@@ -5,7 +5,8 @@ python train.py --config=configs/digits_mlp_gan.py --workdir=runs/digits_mlp
 python train.py --config=configs/digits_mlp_gan.py:modern --workdir=runs/digits_modern
 (:debug for seconds)
 
-`modern` is shapes_gan's networks, game and penalties on the same digits.
+`modern` is shapes_gan's networks and game on the same digits. Ten captions let a generator that
+learns fast draw one picture for each (docs/adr/0015-both-nets-of-the-game-learn-by-muon.md).
 """
 
 from configs import common, shapes_gan
@@ -18,7 +19,14 @@ def get_config(arg=None):
     config.text_length = 8
     config.steps = 3000
     if arg.modern:
+        config.steps = 2400
         config.model = dict(width=64, heads=2)
+        config.loss.update(gamma=(4.0, 1.0), mismatch=0.0, sentence=0.0, word=0.0)
+        adam = dict(b1=0.0, b2=0.95, warmup=20, decay="cosine", final=0.1)
+        config.optim = dict(
+            disc=dict(name="adam", learning_rate=4e-4, **adam),
+            gen=dict(name="adam", learning_rate=1e-4, **adam),
+        )
     else:
         config.res = 28
         config.model = dict(network="mlp", width=256, depth=3)
