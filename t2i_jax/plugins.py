@@ -58,7 +58,8 @@ def check_options(fn, options, *, where: str, given: int = 0) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
     known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][given:]
-    known = [name for name in known if name not in ("parent", "name")]  # Linen's own fields
+    if hasattr(fn, "__dataclass_fields__"):  # a Linen module, with fields that are not ours to set
+        known = [name for name in known if name not in ("parent", "name")]
     for name in options:
         if name not in known:
             raise errors.ConfigError(

@@ -219,7 +219,8 @@ def save_between(drawn, folder, frames: int) -> list[pathlib.Path]:
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     strip = images.claim(folder, "strip.png")
-    images.save(strip, images.grid(drawn[:-1], columns=frames))
+    rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
+    images.save(strip, images.grid(np.concatenate(rows), columns=frames + 1))
     animation = images.claim(folder, "animation.webp")
     images.save_animation(animation, drawn)
     return [strip, animation]

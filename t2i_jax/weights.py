@@ -228,11 +228,13 @@ def _trained(source: str, name: str) -> tuple[pathlib.Path, str]:
     source, _, theirs = source.partition("#")
     folder, theirs = locate(source), theirs or name
     config = read_config(folder)
-    if theirs not in config.optim and theirs not in held(folder):
+    if theirs not in (known := {*config.optim, *held(folder)}):
+        if origin := sources(config).get(theirs):
+            message, fix = "did not train its", f"give what it was loaded from: {origin!r}"
+        else:
+            message, fix = "has no", errors.nearest(theirs, known)
         raise errors.ConfigError(
-            f"that run did not train its net {theirs!r}",
-            where=f"config.load.{name}={source}",
-            fix=f"give what it was loaded from: {sources(config).get(theirs)!r}",
+            f"that run {message} net {theirs!r}", where=f"config.load.{name}={source}", fix=fix
         )
     return folder, theirs
 

@@ -331,7 +331,9 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     drawn = requests.draw_between(pipe, [one, one._replace(prompt="a star", count=2)], 4)
     strip, animation = requests.save_between(drawn, tmp_path, 4)
     with Image.open(strip) as picture:
-        assert picture.size == (4 * 16 + 3 * 2, 2 * 16 + 2)
+        assert picture.size == (5 * 16 + 4 * 2, 2 * 16 + 2)
+        last = np.asarray(picture)[-16:, -16:]
+    np.testing.assert_array_equal(last, drawn[-1])
     with Image.open(animation) as film:
         assert film.n_frames == len(drawn) == 9
     for wrong in ([one], [one, one._replace(seed=4)], [one._replace(negative_prompt="x")] * 2):
@@ -515,7 +517,7 @@ def test_a_generator_begins_as_the_flow_network_in_noise():
 def test_a_net_of_another_name_must_be_there():
     config = from_flow()
     config.load.gen = "builtin:shapes#modle"
-    with pytest.raises(errors.ConfigError, match="did not train its net 'modle'"):
+    with pytest.raises(errors.ConfigError, match="no net 'modle'.* did you mean 'model'"):
         weights.pretrained(objective.make(config), config)
 
 

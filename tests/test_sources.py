@@ -13,7 +13,8 @@ import pytest
 import tensorflow_datasets
 from PIL import Image
 
-from t2i_jax import errors
+from configs import coco_gan, tfds_flow
+from t2i_jax import errors, loop
 from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
 from t2i_jax.evaluators import digits as judge
 
@@ -281,6 +282,13 @@ def copied(prepared, tmp_path):
     """A data directory of its own, and its training shard."""
     shutil.copytree(prepared, tmp_path / "tfds")
     return str(tmp_path / "tfds"), next((tmp_path / "tfds").rglob("*train*"))
+
+
+@pytest.mark.parametrize("make", [tfds_flow.get_config, coco_gan.get_config])
+def test_a_config_reads_what_tfds_prepared(make, prepared):
+    config = make()
+    config.data.update(name="tiny", data_dir=prepared, captions=1)
+    assert len(loop.make_source(config)) == 7
 
 
 def test_tfds_gives_back_what_was_put_in(prepared):

@@ -511,7 +511,7 @@ def _check(options: Options) -> None:
     times = lambda v: shares(v) and v[0] <= v[1]
     summed = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
     checks = {
-        "gamma": (pair, "two weights, such as (0.5, 0.05)"),
+        "gamma": (pair, "two weights, 0 or more, such as (0.5, 0.05)"),
         **dict.fromkeys(summed, (weight, "a number, 0 or more")),
         "augment_share": (shares, "two shares of 1"),
         "distil_times": (times, "two times of 1, the larger last"),
