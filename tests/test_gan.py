@@ -517,7 +517,7 @@ def test_a_generator_begins_as_the_flow_network_in_noise():
 def test_a_net_of_another_name_must_be_there():
     config = from_flow()
     config.load.gen = "builtin:shapes#modle"
-    with pytest.raises(errors.ConfigError, match="no net 'modle'.* did you mean 'model'"):
+    with pytest.raises(errors.ConfigError, match=r"no net 'modle'.* did you mean 'model'"):
         weights.pretrained(objective.make(config), config)
 
 
