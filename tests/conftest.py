@@ -8,8 +8,10 @@ import time
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
-    # Runs of one session share their compiled programs, those in other processes too.
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
+    # Runs of one session share their compiled programs, those in other processes too. Whoever works
+    # on the tests can name a folder that is kept: later sessions then compile only what changed.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     # Half of the time went into making machine code fast that runs for milliseconds; test_numerics
     # and the benchmarks compile as users do.
