@@ -43,8 +43,10 @@ class Names(NamedTuple):
       is the torch `weight`, its input before its output and, of a convolution, height and width
       before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
       and a leaf `value` is what the torch name itself names.
-    prefixes: what checkpoints with a head put before every name, the first that fits is removed.
+    prefixes: what checkpoints with a head put before every name of the trunk; the first that fits
+      is removed. Where a file has one, unused tensors without it are a head's, and ignored.
     renamed: parts of names that some checkpoints write otherwise -> ours.
+    tied: tensor -> the one it equals, which is read where a file holds that one alone.
     ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
     untransposed: kernels lie as ours do, (in, out), as in GPT-2's Conv1D.
     """
@@ -52,6 +54,7 @@ class Names(NamedTuple):
     tensors: dict[str, str | tuple[str, ...]]
     prefixes: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
     ignored: tuple[str, ...] = ()
     untransposed: bool = False
 
@@ -157,8 +160,10 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
                 problems.append(f"{source}: want {shape}, found {has}")
             elif (kind := found[source].kind) not in FLOATS:
                 problems.append(f"{source}: want one of {', '.join(FLOATS)}, found {kind}")
+    trunk = lambda source: found[source].name.startswith(names.prefixes)
+    headed = any(map(trunk, found))
     for source in sorted(found.keys() - used):
-        if not ignored(source, names):
+        if not ignored(source, names) and not (headed and not trunk(source)):
             problems.append(f"{source[:200]}: want none, found {found[source].shape}")
     if problems:
         more = " …" if len(problems) > SHOWN else ""
@@ -346,6 +351,9 @@ def _tensors(folder, names):
                     fix="save the checkpoint again with save_pretrained",
                 )
             found[plain] = tensor
+    for name, same in names.tied:
+        if name not in found and same in found:
+            found[name] = found.pop(same)
     return found
 
 

@@ -84,8 +84,9 @@ class Bert(nn.Module):
     """The encoder without pooler and dropout; `dtype` computes, parameters stay float32.
 
     segments: kinds of segment, of which a caption is the first; 0: no such table.
-    first: place in the table of positions of a caption's first token. In RoBERTa it is the padding
-      token's number and one more, and padding lies at the place before.
+    padding: RoBERTa's padding token. Its number is also its place in the table of positions, and
+      those of other tokens are counted from the next on: a padding token that stands in a caption
+      takes no place. None: tokens have the places 0, 1, …
     """
 
     vocab: int = 30522
@@ -97,21 +98,24 @@ class Bert(nn.Module):
     segments: int = 2
     epsilon: float = 1e-12
     activation: str = "gelu"
-    first: int = 0
+    padding: int | None = None
     dtype: str = "float32"
 
     @property
     def positions(self) -> int:
         """The most tokens it reads."""
-        return self.max_length - self.first
+        return self.max_length - (0 if self.padding is None else self.padding + 1)
 
     @nn.compact
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer; only valid tokens mean anything."""
-        place_L = self.first + blocks.positions(text_BL, self.positions)
+        place_BL = blocks.positions(text_BL, self.positions)[None]
+        if self.padding is not None:
+            counted_BL = text_BL != self.padding
+            place_BL = self.padding + jnp.cumsum(counted_BL, axis=1) * counted_BL
         embed = functools.partial(nn.Embed, features=self.width)
         x_BLD = embed(self.vocab, name="word")(text_BL)
-        x_BLD += embed(self.max_length, name="position")(place_L)
+        x_BLD += embed(self.max_length, name="position")(place_BL)
         if self.segments:
             x_BLD += embed(self.segments, name="segment")(jnp.zeros(1, jnp.int32))
         norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name="norm")
@@ -142,6 +146,6 @@ def from_config(config: dict, *, dtype: str = "float32") -> Bert:
             raise errors.ConfigError(
                 f"pad_token_id is {pad!r}", where=hf.CONFIG, fix="it should be like 1"
             )
-        sizes["first"] = pad + 1
+        sizes["padding"] = pad
     blocks.check(sizes)
     return Bert(**sizes, dtype=dtype)

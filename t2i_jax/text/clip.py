@@ -41,7 +41,7 @@ def names(config) -> hf.Names:
             "norm": "final_layer_norm",
             "projection": "text_projection",
         },
-        prefixes=("text_model.",),
+        renamed=(("text_model.", ""),),
         ignored=("vision_model.*", "visual_projection.*", "logit_scale", "*.position_ids"),
     )
 

@@ -1,7 +1,9 @@
 """GPT-2 (Radford et al. 2019): its states as a condition.   B batch · L text length · D width"""
 
 import functools
+import re
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -40,6 +42,7 @@ def names(config) -> hf.Names:
             "layer_{}/down": "h.{}.mlp.c_proj",
             "layer_{}/mlp_norm": "h.{}.ln_2",
             "norm": "ln_f",
+            "head": "lm_head",
         },
         prefixes=("transformer.",),
         ignored=("h.*.attn.bias", "h.*.attn.masked_bias", "lm_head.*"),
@@ -48,7 +51,11 @@ def names(config) -> hf.Names:
 
 
 class Gpt2(blocks.Causal):
-    """The decoder without its head; `dtype` computes, parameters stay float32."""
+    """The decoder; `dtype` computes, parameters stay float32.
+
+    logits: what makes them of states: "word", the embeddings; "head", a matrix of the checkpoint;
+      "none": the checkpoint has neither, and `generate` refuses it.
+    """
 
     vocab: int = 50257
     width: int = 768
@@ -59,6 +66,12 @@ class Gpt2(blocks.Causal):
     epsilon: float = 1e-5
     activation: str = "gelu_new"
     dtype: str = "float32"
+    logits: str = "word"
+
+    def setup(self):
+        super().setup()
+        if self.logits == "head":
+            self.head = nn.Embed(self.vocab, self.width, dtype=self.dtype)
 
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer, the last one normed."""
@@ -75,7 +88,8 @@ class Gpt2(blocks.Causal):
         for layer, old in zip(self.layer, cache, strict=True):
             x_ND, new = layer(x_ND, jnp.ones(text_BL.shape, bool), old, place_BL)
             grown.append(new)
-        logits = self.word.attend(self.norm(x_ND)).astype(jnp.float32)
+        words = self.head if self.logits == "head" else self.word
+        logits = words.attend(self.norm(x_ND)).astype(jnp.float32)
         return logits.reshape(*text_BL.shape, -1), tuple(grown)
 
     def empty_cache(self, batch: int, length: int):
@@ -85,7 +99,10 @@ class Gpt2(blocks.Causal):
 
     def __call__(self, text_BL, mask_BL) -> condition.Cond:
         """The last layer's states, zero where the mask is False, and their mean."""
-        return condition.of_states(self.states(text_BL, mask_BL)[-1], mask_BL)
+        last_BLD = self.states(text_BL, mask_BL)[-1]
+        if self.logits == "head" and self.is_initializing():
+            self.head.attend(last_BLD)  # so that it is loaded
+        return condition.of_states(last_BLD, mask_BL)
 
 
 def generate(
@@ -104,7 +121,7 @@ def generate(
     """Goes on with each row by at most `new` tokens.   -> (text BN int32, mask BN), N = new
 
     A row that has put out `end` puts out nothing more: its mask is False from there on. Rows of
-    unequal length go on from their own last token, each as it would alone.
+    unequal length, padded on either side, go on from their own last token, each as it would alone.
 
     Args:
       key: one for the batch; rows draw by their number.
@@ -112,8 +129,15 @@ def generate(
       top_k: only the k likeliest tokens are drawn; 0: all.
       top_p: only the likeliest that together reach this probability (arXiv:1904.09751).
     Raises:
-      ConfigError: prompts and new tokens are longer than the network's positions.
+      ConfigError: prompts and new tokens are longer than the network's positions, or the checkpoint
+        has no head.
     """
+    if net.logits == "none":
+        raise errors.ConfigError(
+            "the checkpoint has no head that makes words of states",
+            where="generate",
+            fix="use one that GPT2LMHeadModel saved",
+        )
     b, length = text_BL.shape
     if length + new > net.max_length:
         raise errors.ConfigError(
@@ -121,6 +145,8 @@ def generate(
             where="generate",
             fix=f"ask for at most {net.max_length - length} new tokens",
         )
+    order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)  # padding to the end
+    text_BL = jnp.take_along_axis(text_BL, order_BL, axis=1)
     extend = functools.partial(net.apply, variables, method="extend")
     place_BL = jnp.broadcast_to(jnp.arange(length), text_BL.shape)
     logits_BLV, cache = extend(text_BL, place_BL, net.empty_cache(b, length + new))
@@ -169,4 +195,7 @@ def from_config(config: dict, *, dtype: str = "float32") -> Gpt2:
         config = config | {"n_inner": 4 * config.get("n_embd", Gpt2.width)}
     sizes = hf.fields(config, Gpt2, _FIELDS, _IMPLEMENTED)
     blocks.check(sizes)
+    if not config.get("tie_word_embeddings", True):
+        saved_as = str(config.get("architectures"))
+        sizes["logits"] = "head" if re.search("LMHead|DoubleHeads", saved_as) else "none"
     return Gpt2(**sizes, dtype=dtype)

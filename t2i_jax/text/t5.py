@@ -40,7 +40,7 @@ def names(config) -> hf.Names:
     bias = "SelfAttention.relative_attention_bias"
     return hf.Names(
         tensors={
-            "word": "shared",
+            "word": "encoder.embed_tokens",
             "bias/table": f"encoder.block.0.layer.0.{bias}",
             "layer_bias_{}/table": f"{block}0.{bias}",
             "layer_{}/qkv": tuple(f"{block}0.SelfAttention.{x}" for x in "qkv"),
@@ -52,8 +52,9 @@ def names(config) -> hf.Names:
             "layer_{}/mlp_norm": f"{block}1.layer_norm",
             "norm": "encoder.final_layer_norm",
         },
-        renamed=(("encoder.embed_tokens.weight", "shared.weight"),),
-        ignored=("decoder.*", "lm_head.*"),
+        prefixes=("transformer.",),
+        tied=(("encoder.embed_tokens.weight", "shared.weight"),),
+        ignored=("shared.weight", "decoder.*", "lm_head.*", "qa_outputs.*"),
     )
 
 

@@ -48,8 +48,11 @@ def names(config) -> hf.Names:
             "projection": "visual_projection",
             "logit_scale": "logit_scale",  # of `models.clip.Image`
         },
-        prefixes=("vision_model.",),
-        ignored=("text_model.*", "text_projection.*", "logit_scale", "*.position_ids"),
+        renamed=(("vision_model.", ""),),
+        ignored=(
+            *("text_model.*", "text_projection.*", "logit_scale", "*.position_ids"),
+            "classifier.*",
+        ),
     )
 
 
@@ -130,7 +133,9 @@ def from_config(config: dict, *, dtype: str = "float32") -> ClipImage:
     sizes = hf.fields(image, ClipImage, _FIELDS, {"num_channels": 3})
     blocks.check(sizes)
     vit.check_patches(sizes, sizes["res"])
-    if not ("vision_config" in config or "WithProjection" in str(config.get("architectures"))):
+    saved_as = str(config.get("architectures"))
+    both = "vision_config" in config and "ForImageClassification" not in saved_as
+    if not (both or "WithProjection" in saved_as):
         sizes["projected"] = 0
     return ClipImage(**sizes, **vit.statistics(config, MEAN, STD), dtype=dtype)
 

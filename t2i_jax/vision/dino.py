@@ -58,9 +58,9 @@ def names(config) -> hf.Names:
 class Dino(nn.Module):
     """The image network; `dtype` computes, parameters stay float32.
 
-    res: side of the pictures it is meant for; it reads any whole number of patches.
+    res: side of the pictures it is meant for; it also reads any whole number of patches.
     learned: side of those that its position embeddings belong to; they are interpolated for others,
-      antialiased where there are registers.
+      antialiased where there are registers. What is beyond the last whole patch is not read.
     gated: SwiGLU in place of the activation, in a narrower MLP.
     registers: how many tokens stand for nothing, after the class token.
     mean, std: of RGB in [0, 1], taken off and divided by.
@@ -101,7 +101,8 @@ class Dino(nn.Module):
 
     def states(self, image_BHWC) -> list[jax.Array]:
         """BLD before the layers and after each, not normed but for one more: the last's, normed."""
-        vit.check_side(image_BHWC, self.patch)
+        if image_BHWC.shape[1:] != (self.res, self.res, 3):
+            vit.check_side(image_BHWC, self.patch)
         x_BHWD = self.patches(vit.normalise(image_BHWC, self.mean, self.std))
         position_1LD, learned = self.position(), self.learned // self.patch
         grid_IID = position_1LD[0, 1:].reshape(learned, learned, self.width)
@@ -153,7 +154,10 @@ def from_config(config: dict, *, dtype: str = "float32", res: int | None = None)
     crop = config.get("preprocessor", {}).get("crop_size", sizes["learned"])
     crop = crop.get("height") if isinstance(crop, dict) else crop
     sizes["res"] = crop if res is None else res
-    if type(sizes["res"]) is not int or sizes["res"] <= 0 or sizes["res"] % sizes["patch"]:
+    whole = sizes["res"] == sizes["learned"] or (
+        type(sizes["res"]) is int and sizes["res"] > 0 and not sizes["res"] % sizes["patch"]
+    )
+    if not whole:
         raise errors.ConfigError(
             f"res is {sizes['res']!r}",
             where="vision.dino",
