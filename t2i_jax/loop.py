@@ -214,7 +214,7 @@ class Run:
                 for slot, record, reason in batch.bad:
                     _quarantine(workdir, n + 1, slot, record, reason)
                 if failpoints.hit("batch.nan", n + 1):
-                    batch.arrays["image"][0] = np.nan
+                    batch.arrays["image"] = np.full(batch.arrays["image"].shape, np.nan, "float32")
                 arrays = self.layout.place(batch.arrays)
                 if compiled is None:
                     with watchdog.phase("compile"):

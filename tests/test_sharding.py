@@ -25,6 +25,22 @@ def long():
     return on_eight_devices("--long")
 
 
+def test_pictures_cross_as_bytes_and_become_numpys_floats_to_the_bit():
+    layout = sharding.Layout({"data": 1})
+    image = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    placed = layout.place({"image": image, "float": image / np.float32(2), "mask": image > 9})
+    assert {name: x.dtype.name for name, x in placed.items()} == {
+        "image": "float32",
+        "float": "float32",
+        "mask": "bool",
+    }
+    bits = lambda x: np.asarray(x).view(np.int32)
+    wanted = image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    np.testing.assert_array_equal(bits(placed["image"]), bits(wanted))
+    np.testing.assert_array_equal(placed["float"], image / np.float32(2))
+    assert placed["image"].sharding.is_equivalent_to(layout.batch, 4)
+
+
 def on_eight_devices(*flags):
     """What tests/on_eight_devices.py saw: case -> numbers."""
     eight = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"

@@ -7,9 +7,12 @@ B examples of this process · H W pixels · C channels · L text length
 """
 
 import collections
+import concurrent.futures
 import contextlib
+import itertools
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -25,14 +28,18 @@ from t2i_jax.data import transforms
 FEW = 3  # broken examples pass whatever the budget, unless it is 0
 JUDGED = 1000  # records (or all, where fewer) that a share of broken ones is taken of, at least
 WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
-THREADS = min(8, os.cpu_count() or 1)
+# Pictures are decoded and resized without Python's lock: one thread for each core of this process.
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+AHEAD = range(2, 17)  # batches made in advance: as many of these as HELD allows
+HELD = 2**28  # bytes of their pictures
 
 
 class Batch(NamedTuple):
     """One process's share of a global batch.
 
-    arrays: "image" float32 BHWC in [-1, 1]; "text" int32 BL; "mask" bool BL; "index" int32 B, the
-      slot in the global batch; "weight" float32 B; and what `extra` adds. All numpy.
+    arrays: "image" uint8 BHWC, float32 in [-1, 1] once it is on the devices (`Layout.place`);
+      "text" int32 BL; "mask" bool BL; "index" int32 B, the slot in the global batch; "weight"
+      float32 B; and what `extra` adds. All numpy.
     records: the examples' numbers in the source, int64 B.
     bad: (slot, record, reason) of each broken example: weight 0, zeros, an empty caption.
     """
@@ -99,20 +106,37 @@ class Loader:
         self._budget = bad_budget
         self._seen = np.zeros(len(source), bool)
         self._told_cut = False
+        self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "examples")
+        self._in_order = (
+            threading.Lock()
+        )  # the threads make the batch first that is asked for first
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same whenever it is asked for."""
-        positions = [int(step) * self._batch_size + slot for slot in self._slots]
-        records = [self._record(position) for position in positions]
-        b, res = len(records), self._res
-        image_BHWC = np.zeros((b, res, res, 3), np.float32)
-        weight_B, captions, bad = np.ones(b, np.float32), [""] * b, []
-        for row, (position, record) in enumerate(zip(positions, records, strict=True)):
-            try:
-                image_BHWC[row], captions[row] = self._example(position, record)
-            except transforms.BadExample as e:
-                weight_B[row] = 0
-                bad.append((self._slots[row], record, str(e)))
+        with self._in_order:
+            positions = [int(step) * self._batch_size + slot for slot in self._slots]
+            records = [self._record(position) for position in positions]
+            b, res = len(records), self._res
+            image_BHWC, captions = np.zeros((b, res, res, 3), np.uint8), [""] * b
+
+            def make(rows):
+                """Fills the rows that can be.   -> (row, reason) of the others"""
+                broken = []
+                for row in rows:
+                    try:
+                        example = self._example(positions[row], records[row])
+                        image_BHWC[row], captions[row] = example
+                    except transforms.BadExample as e:
+                        broken.append((row, str(e)))
+                return broken
+
+            size = -(-b // (4 * THREADS))  # small parts, so that all threads end together
+            parts = [range(b)[first : first + size] for first in range(0, b, size)]
+            made = self._threads.map(make, parts)
+        weight_B, bad = np.ones(b, np.float32), []
+        for row, reason in itertools.chain.from_iterable(made):
+            weight_B[row] = 0
+            bad.append((self._slots[row], records[row], reason))
         text_BL, mask_BL, cut = self._tokenize(captions)
         self._tell_cut(captions, cut)
         arrays = {
@@ -139,7 +163,9 @@ class Loader:
             (unless the budget is 0); or every example of the source.
           StorageError: an example could not be read, four times within six seconds.
         """
-        reading = grain.ReadOptions(num_threads=THREADS, prefetch_buffer_size=THREADS + 2)
+        ahead = HELD // (len(self._slots) * self._res**2 * 3)
+        ahead = min(max(ahead, AHEAD[0]), AHEAD[-1])
+        reading = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         stop = sys.maxsize if stop is None else stop
         steps = grain.MapDataset.range(start, stop)
         with contextlib.closing(iter(steps.map(self.batch).to_iter_dataset(reading))) as batches:
@@ -156,10 +182,10 @@ class Loader:
     def _example(self, position: int, record: int):
         example = self._read(record)
         image_HWC = transforms.square(example["image"], self._res)
-        rng = np.random.default_rng((self._seed, position))
+        rng = np.random.default_rng((self._seed, position)) if self._augment else None
         for augment in self._augment:
             image_HWC = augment(image_HWC, rng)
-        return transforms.to_float(image_HWC), example["caption"]
+        return image_HWC, example["caption"]
 
     def _read(self, record: int) -> dict:
         for wait in (*WAITS, None):
