@@ -1,14 +1,22 @@
 """Optax optimisers from a config; learning rates read the training step, never an own counter."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 
 from t2i_jax import errors, plugins
+from t2i_jax.fingerprint import path_of
+
+# Paths of the layers that put out a picture, a logit or an embedding. Muon is meant for what lies
+# between the first and the last layer: these learn by Adam (Jordan 2024, "Muon").
+LAST = r"(^|/)(leave|real|projection)/"
+MASKS = ("mask", "weight_decay_mask")  # optax's names for what says which parameters decay
 
 
 class Optimiser(NamedTuple):
@@ -31,8 +39,9 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         and optionally warmup (steps, linear from 0), stable (share of the steps after it at the
         full rate), decay ("constant", "cosine" or "linear", to `final` × learning_rate at
         `steps`), clip (global gradient norm); all else goes to the function, a pair of numbers as
-        one that goes from the first to the second on a cosine over the run (`annealed`). Muon gets
-        every kernel as a matrix, its last axis the output.
+        one that goes from the first to the second on a cosine over the run (`annealed`). Weight
+        decay is of kernels alone, where the function takes a mask. Muon gets kernels as matrices,
+        see `_matrices`; all other parameters learn by its Adam.
       steps: length of the run.
     Raises:
       ConfigError: an unknown name or option, a learning rate that is not positive.
@@ -57,17 +66,31 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         options=_take(spec, ("warmup", "stable", "decay", "final")),
     )
     plugins.check_options(fn, spec, where=where)
+    parameters = inspect.signature(fn).parameters
     if fn is optax.contrib.muon:
+        if spec.get("adam_weight_decay"):
+            raise errors.ConfigError(
+                "Muon's Adam would decay norms and biases, too",
+                where=f"{where}.adam_weight_decay",
+                fix="set weight_decay, which is of the kernels that Muon trains",
+            )
         spec.setdefault("muon_weight_dimension_numbers", _matrices)
+    if masks := [name for name in MASKS if name in parameters]:
+        spec.setdefault(masks[0], _kernels)
+    elif spec.get("weight_decay"):
+        logging.warning("%s: %s decays norms and biases, too", where, name)
     pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
     for option in pairs:
-        if not isinstance(inspect.signature(fn).parameters[option].default, float):
+        if not isinstance(parameters[option].default, float):
             raise errors.ConfigError(
                 f"{option} is {pairs[option]!r}, and it is no number that could be annealed",
                 where=where,
                 fix="give one value",
             )
-    fixed = tuple(option for option in spec if option not in pairs)
+    # Muon's Adam may have a rate of its own, which goes up and down with the other.
+    rates = {option: spec[option] / peak for option in spec if option.endswith("_learning_rate")}
+    fixed = tuple(option for option in spec if option not in {**pairs, **rates})
+    rates["learning_rate"] = 1.0
     spec |= {option: float(pair[0]) for option, pair in pairs.items()}
     inner = optax.inject_hyperparams(fn, static_args=fixed)(learning_rate=peak, **spec)
 
@@ -75,7 +98,7 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         now = {option: annealed(pair, step, steps) for option, pair in pairs.items()}
-        now["learning_rate"] = schedule(step)
+        now |= {option: schedule(step) * share for option, share in rates.items()}
         now = {option: jnp.asarray(value, jnp.float32) for option, value in now.items()}
         state = state._replace(hyperparams={**state.hyperparams, **now})
         return inner.update(grads, state, params)
@@ -96,13 +119,35 @@ def _is_pair(value) -> bool:
 
 
 def _matrices(params):
-    """How Muon sees Linen's kernels, of convolutions too: all axes but the last are summed over."""
+    """How Muon sees a net's parameters: kernels as matrices, their last axis the output.
 
-    def numbers(leaf):
-        axes = tuple(range(leaf.ndim - 1))
-        return optax.contrib.MuonDimensionNumbers(axes, leaf.ndim - 1) if axes else None
+    A kernel is (in, out), of a convolution (height, width, in, out), whose axes but the last are
+    its inputs. With one axis more in front it is a stack, the layers of a scan: each of them is a
+    matrix of its own. Whatever else there is (vectors, stacked or not, and embeddings), and the
+    kernels of LAST, are for Adam.
+    """
 
-    return jax.tree.map(numbers, params)
+    def numbers(path, leaf):
+        path = path_of(path)
+        if not _is_kernel(path, leaf) or re.search(LAST, path):
+            return None
+        stacked = leaf.ndim % 2
+        inputs = tuple(range(stacked, leaf.ndim - 1))
+        return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
+
+    return jax.tree_util.tree_map_with_path(numbers, params)
+
+
+def _kernels(params):
+    """What decays: True for kernels, not for norms, biases, null tokens, scales and embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _is_kernel(path_of(path), leaf), params
+    )
+
+
+def _is_kernel(path: str, leaf) -> bool:
+    """Whether it is a kernel, or one of the two factors that adapt a kernel (`lora`)."""
+    return "kernel" in path.split("/") and leaf.ndim >= 2
 
 
 def _take(spec: dict, names):
