@@ -35,9 +35,28 @@ def spherical(a_BP, b_BP):
 
 
 def apart(text_BL, mask_BL):
-    """Which captions are not the same, as numbers.   -> bool BB"""
-    same_BB = (text_BL[:, None] == text_BL[None]).all(-1)
-    return ~(same_BB & (mask_BL[:, None] == mask_BL[None]).all(-1))
+    """Which captions are not the same, as numbers.   -> bool BB
+
+    By hashes of 64 bits, for the tokens of all pairs would be B²·L numbers. Two captions that
+    differ pass for the same with a chance of 2⁻⁶⁴, any two of 2,048 with one of 10⁻¹³; in that step
+    they are no negatives of each other.
+    """
+    word_BL = 2 * jnp.asarray(text_BL).astype(jnp.uint32) + jnp.asarray(mask_BL)
+    place_L = jnp.arange(word_BL.shape[1], dtype=jnp.uint32)
+    same_BB = True
+    for seed in (0x9E3779B9, 0x7F4A7C15):  # two numbers of 32 bits: JAX has no longer ones
+        # a token's number is drawn anew at each place (Zobrist 1970), so that order counts
+        drawn_BL = _mixed(word_BL ^ _mixed(place_L + jnp.uint32(seed)))
+        hash_B = drawn_BL.sum(1, dtype=jnp.uint32)
+        same_BB &= hash_B[:, None] == hash_B
+    return ~same_BB
+
+
+def _mixed(x):
+    """A one-to-one map of uint32, each bit of which depends on all of x (MurmurHash3's last)."""
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
 
 
 def info_nce(logits_BB, apart_BB, weight_B):

@@ -25,10 +25,15 @@ class Loss(NamedTuple):
 
     The scalar is the mean over the batch weighted by `batch["weight"]`: an example of weight 0
     counts nothing.
+
+    compares: whether an example's share depends on the other examples, as in contrastive losses,
+      beyond that mean. Only the whole batch gives such a loss: a run refuses to cut it into
+      micro-batches (`config.accumulate`) or into devices' parts (strategy "pmap").
     """
 
     nets: tuple[str, ...]
     fn: Callable
+    compares: bool = False
 
 
 class Objective(NamedTuple):
@@ -41,7 +46,8 @@ class Objective(NamedTuple):
 
     `batch` holds "image" f32 BHWC in [-1, 1], "text" int32 BL, "mask" bool BL, "weight" f32 B and
     "index" int32 B: the slot in the global batch, or the picture's number when sampling, from which
-    all noise of an example comes.
+    all noise of an example comes. What a loss sees of a batch are slots in a row, from a multiple
+    of their number on.
     """
 
     init: Callable

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec
 
-from t2i_jax import optim, sharding
+from t2i_jax import errors, optim, sharding
 from t2i_jax.objective import Aux, Objective
 
 FAULTY = "nonfinite_array"  # a net's metric: the number of the gradient's first faulty array
@@ -59,8 +59,12 @@ def make_update(
     `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
     the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples
     of a micro-batch, and their gradients are summed once, by the examples' weights.
+
+    Raises:
+      ConfigError: a loss that compares examples would see only parts of the batch.
     """
     layout = layout or sharding.Layout({"data": 1}, devices=jax.local_devices()[:1])
+    _check_whole(objective, accumulate, layout)
 
     def update(state: State, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -101,6 +105,20 @@ def make_update(
     return update
 
 
+def _check_whole(objective, accumulate, layout) -> None:
+    """Refuses to cut the batch of a loss that compares examples."""
+    devices = layout.parts if layout.strategy == "pmap" else 1
+    compared = [loss.nets for loss in objective.losses if loss.compares]
+    if compared and max(accumulate, devices) > 1:
+        names = " and ".join(sorted({name for nets in compared for name in nets}))
+        raise errors.ConfigError(
+            f"losses of {names} compare the examples of a batch, and would see it in "
+            f"{accumulate * devices} parts",
+            where="config.accumulate" if accumulate > 1 else "config.strategy",
+            fix='set accumulate to 1 and strategy to "data", "zero1" or "fsdp"',
+        )
+
+
 def _gradients(loss, nets, batch, key, step, accumulate, layout):
     """Value, aux and gradients of one loss on a batch."""
 
@@ -117,7 +135,9 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
         # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
         parts, mutated = [], {}
         for m in range(accumulate):
-            micro = jax.tree.map(lambda x, m=m: x[m::accumulate], batch)
+            # Neighbours stay together, so that every n-th example is the same one as in the whole.
+            size = len(batch["weight"]) // accumulate
+            micro = jax.tree.map(lambda x, m=m, n=size: x[m * n : (m + 1) * n], batch)
             (value, aux), grads = value_and_grad(nets, micro)
             share = micro["weight"].sum() / jnp.maximum(total, 1e-9)
             parts.append(jax.tree.map(lambda x, s=share: s * x, (value, dict(aux.metrics), grads)))

@@ -1,5 +1,6 @@
 """The dual encoder: its losses, its temperature, what it reads, and how retrieval is measured."""
 
+import itertools
 import json
 
 import jax
@@ -62,6 +63,34 @@ def test_captions_are_apart_by_tokens_and_mask():
     assert apart[0, 2]
     mask[1, 1] = False
     assert losses.apart(text, mask)[0, 1]
+
+
+def test_captions_are_told_apart_as_if_token_by_token():
+    """Captions that differ least: in one token, in their order, in the mask; and copies."""
+    rng = np.random.default_rng(0)
+    near = np.array(list(itertools.product(range(6), repeat=4)), np.int32)
+    far = rng.integers(0, 60_000, (500, 4)).astype(np.int32)
+    text = np.concatenate([near, far, far[:, ::-1], far + (1 << 16), near[:100]])
+    mask = np.concatenate([np.ones(text.shape, bool), np.tri(4, dtype=bool)[text[:, 0] % 4]])
+    text = np.concatenate([text, text])
+    rows = np.concatenate([text, mask], 1)
+    _, number = np.unique(rows, axis=0, return_inverse=True)
+    wanted_BB = number[:, None] != number
+    np.testing.assert_array_equal(losses.apart(text, mask), wanted_BB)
+    alone = losses.apart(np.array([[3, 4]]), np.ones((1, 2), bool))
+    assert alone.tolist() == [[False]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": dict(caption=dict(rank=2))}])
+def test_a_run_that_would_cut_the_batch_is_refused(changes, tmp_path):
+    """Adapters compare as the losses do that train them."""
+    refused = config(accumulate=2, **changes)
+    if changes:
+        refused.optim = dict(image=refused.optim.image, caption_lora=refused.optim.caption)
+        refused.ema = {}
+    with pytest.raises(errors.ConfigError, match="would see it in 2 parts"):
+        loop.train(refused, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["contrastive", "sigmoid"])

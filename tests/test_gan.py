@@ -261,6 +261,57 @@ def test_the_loss_has_estimates_of_every_second_example(made, batch, config):
     assert value - without == pytest.approx(penalties, rel=1e-3)
 
 
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 7, 20])
+def test_every_nth_example_is_the_same_one_in_parts_of_a_batch(stride):
+    rng = np.random.default_rng(stride)
+    for size, parts in ((12, 1), (12, 2), (12, 3), (12, 6), (12, 12), (10, 5), (16, 2)):
+        value, weight = rng.normal(size=size), rng.integers(0, 2, size)
+        batch = {"index": np.arange(size), "weight": weight, "value": value}
+        whole = gan.every(stride, batch, size)[1](value[::stride])
+        chosen = value[::stride] * weight[::stride]
+        wanted = chosen.sum() / max(weight.sum() * len(chosen) / size, 1e-9)
+        assert whole == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # with all: the chosen's mean
+        total = 0.0
+        for start in range(0, size, size // parts):
+            part = {name: x[start : start + size // parts] for name, x in batch.items()}
+            some, mean = gan.every(stride, part, size)
+            total += mean(some(part)["value"]) * part["weight"].sum() / max(weight.sum(), 1)
+        assert total == pytest.approx(wanted, rel=1e-5, abs=1e-6)
+
+
+def test_micro_batches_penalise_the_same_examples_as_the_whole():
+    config = digits_mlp_gan.get_config("debug")
+    config.loss.update(mismatch=0.0, sentence=0.0, word=0.0, penalty="exact", penalty_stride=4)
+    family, rng = objective.make(config), np.random.default_rng(0)
+    batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+    batch["image"] = rng.uniform(-1, 1, batch["image"].shape).astype(np.float32)
+    batch |= {"index": np.arange(8, dtype=np.int32), "weight": np.float32([1, 1, 1, 0, 1, 1, 1, 1])}
+    made = noisy(jax.jit(family.init)(jax.random.key(0), batch))
+    state = step.start(optimisers(family), {}, {name: made[name] for name in family.trained})
+    found = []
+    for accumulate in (1, 2, 4):
+        fn = step.make_update(family, optimisers(family), ema={}, accumulate=accumulate)
+        _, metrics = jax.jit(fn)(state, {"text": made["text"]}, batch)
+        found.append({name: float(metrics[f"disc/{name}"]) for name in ("r1", "r2", "loss")})
+    assert found[0]["r1"] > 1e-3
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_only_losses_of_pairs_compare_examples(config):
+    compared = lambda **changes: [loss.compares for loss in objective.make(with_(changes)).losses]
+
+    def with_(changes):
+        changed = config.copy_and_resolve_references()
+        changed.loss.update(mismatch=0.0, sentence=0.0, word=0.0)
+        changed.loss.update(changes)
+        return changed
+
+    assert compared() == [False, False]
+    assert compared(mismatch=0.1) == [True, False]
+    assert compared(word=0.1) == compared(sentence=0.1) == [True, True]
+
+
 def test_a_partner_has_another_caption_and_none_may_be_found():
     text = np.array([[1], [1], [2], [1], [3]])
     batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
@@ -298,6 +349,35 @@ def test_word_scores_are_of_regions_that_answer():
     assert nets.word_scores(regions, words, mask, 0.01)[0] == pytest.approx(1, abs=1e-3)
     assert nets.word_scores(regions, words, ~mask, 0.01)[0] == pytest.approx(0, abs=1e-3)
     assert nets.word_scores(regions, words, mask & False)[0] == 0
+
+
+@pytest.mark.parametrize("size", [3, 16, 35])
+def test_word_scores_of_pairs_are_those_of_each_pair(size):
+    """In blocks, with what the last one leaves; so are their gradients."""
+    rng = np.random.default_rng(size)
+    unit = lambda *shape: losses.unit(jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32))
+    regions, words, mask = unit(5, 4), unit(3, 4), jnp.asarray(rng.random((size, 3)) < 0.7)
+
+    def graded(scores, way=jnp.asarray(rng.normal(size=(size, size)), jnp.float32)):
+        value = lambda regions, words: (way * scores(regions, words)).sum()
+        return scores(regions, words), *jax.grad(value, (0, 1))(regions, words)
+
+    ours = graded(lambda regions, words: nets.pairs_word_scores(regions, words, mask))
+    pair = lambda regions, words: nets.word_scores(regions[:, None], words[None], mask[None])
+    for a, b in zip(ours, graded(pair), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_word_scores_of_pairs_take_memory_for_a_block_of_them():
+    n, regions, words, width = 128, 16, 8, 4
+    inputs = (
+        jnp.zeros((n, regions, width)),
+        jnp.zeros((n, words, width)),
+        jnp.ones((n, words), bool),
+    )
+    slope = jax.jit(jax.grad(lambda *inputs: nets.pairs_word_scores(*inputs).sum()))
+    needed = slope.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
+    assert needed < n * n * regions * words * 4  # one number for each region, word and pair
 
 
 def test_sampling_is_one_pass_whose_truncation_goes_to_the_captions_mean(config, made):

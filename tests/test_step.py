@@ -1,5 +1,7 @@
 """The step, on toy objectives in the shape of every family to come."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,13 +121,56 @@ def test_accumulation_hands_changed_collections_from_part_to_part():
     state, frozen, update = setup(toys.codebook(), accumulate=2)
     after, _ = update(state, frozen, toys.batch())
     code = toys.batch()["image"] * state.nets["encoder"]["params"]["w"]
-    mean = 0.1 * code[0::2].mean(0)
+    mean = 0.1 * code[:4].mean(0)
     equal(
         after.nets["encoder"]["state"]["mean"],
-        0.9 * mean + 0.1 * code[1::2].mean(0),
+        0.9 * mean + 0.1 * code[4:].mean(0),
         rtol=1e-5,
         atol=1e-7,
     )
+
+
+def test_micro_batches_are_neighbours():
+    """From a multiple of their number on, so that every n-th is the same one as in the whole."""
+    seen = []
+
+    def loss(nets, batch, key, step):
+        seen.append(batch["index"])
+        return nets["model"]["params"]["w"].sum(), Aux()
+
+    objective = Objective(toys.regression().init, (Loss(("model",), loss),), {})
+    optimisers = {"model": optim.make({"name": "sgd", "learning_rate": 1.0}, steps=1, where="")}
+    state = step.init(objective, optimisers, {}, jax.random.key(1), toys.batch())
+    update = step.make_update(objective, optimisers, ema={}, accumulate=4)
+    update(state, {}, toys.batch())
+    assert [index.tolist() for index in seen] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "strategy", "parts", "where"),
+    [
+        (2, "data", 1, "config.accumulate"),
+        (4, "fsdp", 8, "config.accumulate"),
+        (1, "pmap", 8, "config.strategy"),
+    ],
+)
+def test_a_loss_that_compares_examples_sees_all_of_them_or_is_refused(
+    accumulate, strategy, parts, where
+):
+    alone, other = toys.regression().losses[0], toys.gan()
+    compared = other._replace(losses=(alone, other.losses[0]._replace(compares=True)))
+    layout = types.SimpleNamespace(strategy=strategy, parts=parts)
+    options = dict(ema={}, accumulate=accumulate, layout=layout)
+    with pytest.raises(
+        errors.ConfigError, match=r'of disc compare.*"data", "zero1" or "fsdp"'
+    ) as e:
+        step.make_update(compared, {}, **options)
+    assert e.value.where == where
+    step.make_update(other, {}, **options)
+    for fits in ("data", "zero1", "fsdp"):
+        step.make_update(compared, {}, ema={}, layout=types.SimpleNamespace(strategy=fits, parts=8))
+    one = types.SimpleNamespace(strategy="pmap", parts=1)
+    step.make_update(compared, {}, ema={}, layout=one)
 
 
 def test_examples_of_weight_zero_change_nothing():

@@ -22,6 +22,7 @@ from t2i_jax.text.condition import Cond
 
 MEAN_OF = 64  # noises
 READ = 2  # sizes at which the generator reads words, the smallest
+BLOCK = 16  # captions that all pictures are compared with at once
 
 
 class Level(nn.Module):
@@ -298,3 +299,18 @@ def word_scores(regions, words, mask, temperature: float = 0.2):
     found = jnp.einsum("...lt,...td->...ld", share, regions)
     fit = (found * words).sum(-1) * jax.lax.rsqrt(jnp.square(found).sum(-1) + 1e-6)
     return (fit * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
+
+
+def pairs_word_scores(regions_BTD, words_BLD, mask_BL):
+    """The word scores of every picture with every caption.   -> BB
+
+    Block by block, and again in the backward pass: all at once are some arrays of B²·T·L numbers.
+    """
+
+    @jax.checkpoint
+    def of_caption(words_LD, mask_L):
+        return word_scores(regions_BTD, words_LD[None], mask_L[None])
+
+    # Blocks of captions, not of pictures, which may be split over devices.
+    captions = (words_BLD, mask_BL)
+    return jax.lax.map(lambda caption: of_caption(*caption), captions, batch_size=BLOCK).T

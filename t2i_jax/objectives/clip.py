@@ -86,7 +86,7 @@ def make(config) -> Objective:
 
     trained = ("image", *(["caption"] if caption else []), *["text"] * options.train_text)
     predict = {"image_emb": image_emb, "text_emb": text_emb, "logits": logits}
-    return Objective(init, (Loss(trained, loss),), predict | {"encode": text.encode})
+    return Objective(init, (Loss(trained, loss, compares=True),), predict | {"encode": text.encode})
 
 
 def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool = False):

@@ -60,14 +60,13 @@ class Options(NamedTuple):
       gradient, or "estimate", the first-order ‖D(x) − D(x + σε)‖²/σ² (arXiv:2501.08316), or "none".
     gamma: the penalties' weight at the first step and at the last, half the squared slope's; on a
       cosine between, as `augment_share`.
-    penalty_stride: every n-th example of a batch is penalised: as lazy as a penalty of all at
-      every n-th step, but of one program. XLA:CPU runs convolutions within a conditional
-      through naive code, thirty times as slow.
+    penalty_stride: every n-th example of a batch is penalised, and counts n-fold: as lazy as a
+      penalty of all at every n-th step, but of one program. XLA:CPU runs convolutions within a
+      conditional through naive code, thirty times as slow.
     sigma: of the estimate.
     mismatch: weight of real pictures beside captions of others.
     sentence, word: weights of the contrastive losses, in both nets' losses beside the game. These
-      and `mismatch` compare examples of one batch (with strategy "pmap" of one device, with
-      `accumulate` of one micro-batch): of a single one they are 0.
+      and `mismatch` compare the examples of a batch, which is not cut then: `Loss.compares`.
     temperature: of these.
     adversarial: weight of all of these in the generator's loss, the λ of L_CLIP + λ·L_GAN.
     clip: weight there of how far the picture's embedding by a frozen dual encoder lies from its
@@ -196,9 +195,7 @@ def make(config) -> Objective:
         if options.sentence:
             value += options.sentence * nce(seen.image_BD @ seen.text_BD.T)
         if options.word:
-            scores_NN = gan.word_scores(
-                seen.regions_BTD[:, None], seen.words_BLD[None], cond.mask_BL[None]
-            )
+            scores_NN = gan.pairs_word_scores(seen.regions_BTD, seen.words_BLD, cond.mask_BL)
             value += options.word * nce(scores_NN)
         return value
 
@@ -219,16 +216,14 @@ def make(config) -> Objective:
         for other in wrong:
             loss_B = disc_game(seen.logit_B, other.logit_B) * is_other(batch)
             value += options.mismatch * mean(loss_B)
-            metrics["mismatch_gap"] = mean(seen.logit_B - other.logit_B)
+            gap_B, with_other_B = seen.logit_B - other.logit_B, weight_B * is_other(batch)
+            metrics["mismatch_gap"] = losses.weighted_mean(gap_B, with_other_B)
         if options.penalty != "none":
-            some = lambda tree: jax.tree.map(lambda x: x[:: options.penalty_stride], tree)
+            some, mean_of_some = every(options.penalty_stride, batch, config.batch_size)
             alone = (some(cond),), some(augment_B), step
             logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
             slope = _slopes(options, logit, some(slope_B))
-            mean_of_some = lambda image_BHWC: losses.weighted_mean(
-                slope(some(image_BHWC)), some(weight_B)
-            )
-            r1, r2 = mean_of_some(batch["image"]), mean_of_some(fake_BHWC)
+            r1, r2 = (mean_of_some(slope(some(x))) for x in (batch["image"], fake_BHWC))
             value += 0.5 * optim.annealed(options.gamma, step, config.steps) * (r1 + r2)
             metrics |= {"r1": r1, "r2": r2}
         return value, Aux(metrics, mutated)
@@ -245,10 +240,10 @@ def make(config) -> Objective:
             metrics["clip"] = mean(apart_from_caption(nets, fake_BHWC, cond))
             value += options.clip * metrics["clip"]
         if teacher:
-            some = lambda tree: jax.tree.map(lambda x: x[:: options.distil_stride], tree)
+            some, mean_of_some = every(options.distil_stride, batch, config.batch_size)
             wanted_BHWC = taught(nets, some(batch | {"image": fake_BHWC}), *keys)
             error_B = unlike(nets, some(fake_BHWC), wanted_BHWC)
-            metrics["distil"] = losses.weighted_mean(error_B, some(batch["weight"]))
+            metrics["distil"] = mean_of_some(error_B)
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
 
@@ -331,7 +326,9 @@ def make(config) -> Objective:
         return see(nets, batch["image"], (text.encode(nets, batch),))[0].logit_B
 
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
-    return Objective(init, (Loss(("disc",), disc_loss), Loss(("gen",), gen_loss)), predict)
+    contrasts = bool(options.sentence or options.word)
+    disc = Loss(("disc",), disc_loss, compares=contrasts or bool(options.mismatch))
+    return Objective(init, (disc, Loss(("gen",), gen_loss, compares=contrasts)), predict)
 
 
 def _networks(config):
@@ -465,6 +462,33 @@ def _slopes(options: Options, logit, keys_B):
         return jnp.square((still_B - moved_B) / options.sigma)
 
     return estimate
+
+
+def every(stride: int, batch, batch_size: int):
+    """Every n-th slot of the global batch, however it is cut: (some, mean).
+
+    Args:
+      batch: of all slots or of a part of them, see `Objective`.
+      batch_size: the number of all slots.
+    Returns:
+      some: tree of B -> tree of S, the examples of `batch` among them, or more.
+      mean: value_S -> scalar, what they say of the mean over all examples that count. Like the
+        loss, parts add up by their examples' weights.
+    """
+    index_B, weight_B = batch["index"], batch["weight"]
+    n, share = len(index_B), -(-batch_size // stride) / batch_size
+    if n % stride == 0:  # no gather, which would move pictures between devices
+        some, counted = lambda tree: jax.tree.map(lambda x: x[::stride], tree), 1.0
+    else:
+        place_S = -index_B[0] % stride + stride * jnp.arange(-(-n // stride))
+        some = lambda tree: jax.tree.map(lambda x: x[jnp.minimum(place_S, n - 1)], tree)
+        counted = (place_S < n).astype(jnp.float32)
+
+    def mean(value_S):
+        found = (value_S * some(weight_B) * counted).sum()
+        return found / jnp.maximum(share * weight_B.sum(), 1e-9)
+
+    return some, mean
 
 
 def partner(batch):
