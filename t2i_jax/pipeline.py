@@ -19,7 +19,8 @@ class Predictor:
     """An objective's predictions as host functions of captions, compiled once per static option.
 
     Options that are integers, strings or booleans are static; floats and tuples of floats are
-    arrays, so that another guidance scale compiles nothing. With a `sharding.Layout`, batches are
+    arrays, so that another guidance scale compiles nothing, but for an `objective.Constant` of the
+    option's annotation. With a `sharding.Layout`, batches are
     split over its mesh where they divide, and results lie whole on every device.
     """
 
@@ -81,7 +82,11 @@ class Predictor:
     def _bind(self, name, options):
         """A prediction's jitted program and the options that are its arguments."""
         options = self.check(name, **options)
-        static = {k: v for k, v in options.items() if isinstance(v, int | str)}
+        parameters = inspect.signature(self.objective.predict[name]).parameters
+        apart = lambda k, v: (
+            objective.Constant(v) in getattr(parameters[k].annotation, "__metadata__", ())
+        )
+        static = {k: v for k, v in options.items() if isinstance(v, int | str) or apart(k, v)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
         return self._compiled(name, tuple(sorted(static.items()))), arrays
 

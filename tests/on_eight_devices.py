@@ -141,7 +141,7 @@ def main():
         found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw() | _lora()
     else:
         found |= _remat(mesh={"data": 1}, run=False) | _encoders() | _features() | _contrast()
-        found |= _gan()
+        found |= _gan() | _guided()
     print(json.dumps(found))
 
 
@@ -285,6 +285,23 @@ def _draw() -> dict:
         pictures.append(predictor.sample(nets, ["a red circle"] * 8, steps=3).astype(int))
     a, b = pictures
     return {"draw": {"difference": int(np.abs(a - b).max()), "spread": int(np.ptp(a))}}
+
+
+def _guided() -> dict:
+    """Collectives of whole draws from a batch that is split, by the options."""
+    found, layout = {}, sharding.Layout({"data": -1})
+    config = shapes_transformer.get_config("debug")
+    predictor = pipeline.Predictor(config, layout=layout)
+    nets = weights.abstract_nets(predictor.objective, config)
+    batch = weights.abstract_batch(config, 16)
+    nets = sharding.on(nets, layout.nets(nets))
+    batch = sharding.on(batch, jax.tree.map(lambda _: layout.batch, batch))
+    for name, options in {"always": {}, "at times": {"interval": (0.2, 0.7)}}.items():
+        compiled = predictor.trace("sample", nets, batch, **options).lower().compile()
+        moved = plan.traffic(compiled.as_text())
+        found[name] = {kind: [m.count, m.bytes] for kind, m in moved.items()}
+    found["picture_bytes"] = 16 * config.res**2 * 3 * 4
+    return {"guided": found}
 
 
 def _scan() -> dict:

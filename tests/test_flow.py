@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, plugins, randomness, weights
+from t2i_jax import errors, objective, pipeline, plan, plugins, randomness, weights
 from t2i_jax.data import cache
 from t2i_jax.objectives import flow
 from t2i_jax.sampling import prediction
@@ -138,6 +138,35 @@ def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest
     )
     np.testing.assert_allclose(draw(one, 1.0), draw(negative, 1.0), atol=1e-5)
     assert np.abs(draw(one, 3.0) - draw(negative, 3.0)).max() > 1e-3
+
+
+def test_without_guidance_the_null_condition_is_not_computed(config):
+    """Scales share one program, but for 1; what is outside the interval takes another branch."""
+    predictor = pipeline.Predictor(config)
+    flops = lambda **options: plan.flops(predictor.trace("sample", **options).jaxpr)
+    guided, plain = flops(guidance=3.0), flops(guidance=1.0)
+    assert 0.45 * guided < plain < 0.55 * guided
+    assert predictor.trace("sample", guidance=2.0).jaxpr.eqns
+    assert predictor._compiled.cache_info().currsize == 2
+    assert guided <= flops(interval=(0.2, 0.7)) < 1.1 * guided  # of branches the dearest counts
+    flops(interval=(0.1, 0.3), guidance=4.0)
+    assert predictor._compiled.cache_info().currsize == 3
+
+
+def test_outside_the_interval_pictures_are_those_of_the_conditions_alone(made, config):
+    """To the rounding of products of other sizes, whether the branch is taken in the program or
+    the program has none.
+    """
+    family, nets, _ = made["v"]
+    sample = jax.jit(family.predict["sample"], static_argnames=("steps", "sampler"))
+    draw = functools.partial(sample, nets, batch(config), jax.random.key(0), steps=4)
+    draw = functools.partial(draw, sampler="euler")
+    plain = functools.partial(family.predict["sample"], guidance=1.0, steps=4, sampler="euler")
+    plain = jax.jit(plain)
+    alone = plain(nets, batch(config), jax.random.key(0))
+    np.testing.assert_allclose(draw(guidance=4.0, interval=(0.3, 0.4)), alone, atol=2e-5)
+    assert np.abs(draw(guidance=4.0, interval=(0.5, 0.5)) - alone).max() > 1e-3
+    np.testing.assert_allclose(draw(guidance=1.0, interval=(0.0, 0.9)), alone, atol=2e-5)
 
 
 def test_refining_by_nothing_keeps_pictures_and_wholly_draws_others(made, config):

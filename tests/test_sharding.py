@@ -85,6 +85,11 @@ def test_a_gan_trains_as_on_one_device(quick):
     assert quick["gan"]["difference"] <= 1e-5
 
 
+def test_a_guided_draw_moves_nothing_between_devices_but_the_pictures(quick):
+    once = {"all-gather": [1, quick["guided"]["picture_bytes"]]}
+    assert quick["guided"]["always"] == quick["guided"]["at times"] == once
+
+
 def test_each_device_holds_its_share(found):
     assert found["pmap"]["held"] == 1
     assert found["zero1"]["held"] <= (1 + 3 / 8) / 4 + 0.02  # of weights, two moments, averages

@@ -6,20 +6,24 @@ logit-normal (arXiv:2403.03206), text by cross-attention, captions dropped for g
 B batch · H W pixels · C channels · L text length · D width · S solver steps
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from t2i_jax import losses, plugins, randomness
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.objective import Aux, Constant, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, side
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
+
+
+Guidance = Annotated[float, Constant(guide.NONE)]
+Interval = Annotated[tuple[float, float], Constant(guide.ALWAYS)]
 
 
 class Options(NamedTuple):
@@ -94,7 +98,15 @@ def make(config) -> Objective:
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
     def sample(
-        nets, batch, key, *, guidance=3.0, steps=12, sampler="heun", shift=1.0, interval=(0.0, 1.0)
+        nets,
+        batch,
+        key,
+        *,
+        guidance: Guidance = 3.0,
+        steps=12,
+        sampler="heun",
+        shift=1.0,
+        interval: Interval = guide.ALWAYS,
     ):
         """Pictures for captions.   -> image_BHWC in [-1, 1]
 
@@ -116,11 +128,11 @@ def make(config) -> Objective:
         key,
         *,
         strength=0.7,
-        guidance=3.0,
+        guidance: Guidance = 3.0,
         steps=12,
         sampler="heun",
         shift=1.0,
-        interval=(0.0, 1.0),
+        interval: Interval = guide.ALWAYS,
     ):
         """What becomes of the batch's pictures where noise of time `strength` is put on them and
         taken off again (SDEdit, arXiv:2108.01073); the noise is that of `sample`.   -> image_BHWC
@@ -141,16 +153,16 @@ def make(config) -> Objective:
         """The pictures that guided flow leads to.   -> image_BHWC in [-1, 1]"""
         ode.check(sampler, "--sampler")
         cond = text.encode(nets, batch)
+
+        def under(cond):
+            text_kv = model.apply(nets["model"], cond, method="text_kv")
+            return lambda z_BHWC, t_B: velocity(nets, z_BHWC, t_B, cond, text_kv)
+
         null = text.negative(nets, batch)
         if null is None:
             null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
-        both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), cond, null)
-        text_kv = model.apply(nets["model"], both, method="text_kv")
-
-        def both_velocities(z_2BHWC, t_2B):
-            return velocity(nets, z_2BHWC, t_2B, both, text_kv)
-
-        field = guide.cfg(both_velocities, guidance, interval)
+        pair = under(jax.tree.map(guide.interleave, cond, null))
+        field = guide.cfg(pair, under(cond), guidance, interval)
         return jnp.clip(ode.SOLVERS[sampler](field, start_BHWC, ts_S), -1, 1)
 
     predict = {"sample": sample, "refine": refine, "encode": text.encode}

@@ -1,25 +1,58 @@
-"""Classifier-free guidance as a function of functions (Ho & Salimans 2022, eq. 6)."""
+"""Classifier-free guidance as a function of functions (Ho & Salimans 2022, eq. 6).
 
+B batch · H W pixels · C channels
+"""
+
+import jax
 import jax.numpy as jnp
 
+NONE = 1.0  # the scale that guides nowhere
+ALWAYS = (0.0, 1.0)  # the interval of all times
+TOLERANCE = 1e-6  # relative: times and interval ends are rounded in different ways
 
-def cfg(velocity, scale, interval):
-    """Guides a velocity that sees conditions and null conditions in one batch of 2B.
+
+def cfg(pair, alone, scale, interval):
+    """Guides a velocity; where nothing is guided, the null condition is not computed.
+
+    A scale or interval that is a number, not a traced array, is looked at while tracing: NONE and
+    ALWAYS then need no branch in the program.
 
     Args:
-      velocity: (x_2BHWC, t_2B) -> v_2BHWC; the first half is conditioned, the second half is not.
+      pair: (x_2BHWC, t_2B) -> v_2BHWC under conditions and null conditions as `interleave` orders
+        them.
+      alone: (x_BHWC, t_B) -> v_BHWC under the conditions.
       scale: scalar; 1 is no guidance.
-      interval: (low, high); outside these times the scale is 1 (Kynkäänniemi et al. 2024).
+      interval: (low, high); outside these times the scale is 1 (Kynkäänniemi et al. 2024). Its ends
+        belong to it, also where rounding puts a time of the grid beside them.
     Returns:
       (x_BHWC, t) -> v_BHWC = null + scale · (conditioned − null).
     """
     low, high = interval
 
     def guided(x_BHWC, t):
-        both_2BHWC = jnp.concatenate([x_BHWC, x_BHWC])
-        t_2B = jnp.full((both_2BHWC.shape[0],), t, jnp.float32)
-        conditioned_BHWC, null_BHWC = jnp.split(velocity(both_2BHWC, t_2B), 2)
-        w = jnp.where((low <= t) & (t <= high), scale, 1.0)
-        return null_BHWC + w * (conditioned_BHWC - null_BHWC)
+        both_2BHWC = interleave(x_BHWC, x_BHWC)
+        v_2BHWC = pair(both_2BHWC, jnp.full(both_2BHWC.shape[:1], t))
+        v_B2HWC = v_2BHWC.reshape(-1, 2, *v_2BHWC.shape[1:])
+        conditioned_BHWC, null_BHWC = v_B2HWC[:, 0], v_B2HWC[:, 1]
+        return null_BHWC + scale * (conditioned_BHWC - null_BHWC)
 
-    return guided
+    def unguided(x_BHWC, t):
+        return alone(x_BHWC, jnp.full(x_BHWC.shape[:1], t))
+
+    def either(x_BHWC, t):
+        inside = (low * (1 - TOLERANCE) <= t) & (t <= high * (1 + TOLERANCE))
+        return jax.lax.cond(inside & (scale != NONE), guided, unguided, x_BHWC, t)
+
+    if _known(scale) and scale == NONE:
+        return unguided
+    return guided if _known(interval) and tuple(interval) == ALWAYS else either
+
+
+def interleave(a_BX, b_BX):
+    """a₀, b₀, a₁, b₁, …: rows of one example stay on one device where the batch is split."""
+    return jnp.stack([a_BX, b_BX], 1).reshape(-1, *a_BX.shape[1:])
+
+
+def _known(value) -> bool:
+    """Whether it holds no traced array."""
+    return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(value))

@@ -7,6 +7,7 @@ from t2i_jax import errors
 
 DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
 KINDS = ("v", "x", "edm")
+TIME_FLOOR = 1e-12  # keeps t = 0 finite; noise of so little time is lost in rounding
 
 
 def check(kind: str, where: str) -> None:
@@ -30,7 +31,7 @@ def velocity(kind: str, out_BHWC, z_BHWC, t_B):
     if kind == "v":
         return out_BHWC
     if kind == "x":
-        return (z_BHWC - out_BHWC) / jnp.maximum(t, 1e-3)
+        return (z_BHWC - out_BHWC) / jnp.maximum(t, TIME_FLOOR)
     return _from_edm(out_BHWC, z_BHWC, t)
 
 
