@@ -36,13 +36,13 @@ def ours(case: str, batch: int, folder: pathlib.Path) -> None:
 
     @jax.jit
     def sample(variables, noise, both, scale):
-        cond = cases.cond(both)
+        cond = jax.tree.map(lambda x: guidance.interleave(*jnp.split(x, 2)), cases.cond(both))
         text_kv = module.apply(variables, cond, method="text_kv")
 
         def velocity(z, t):
             return module.apply(variables, z, t, cond, text_kv)
 
-        field = guidance.cfg(velocity, scale, (0.0, 1.0))
+        field = guidance.cfg(velocity, None, scale, guidance.ALWAYS)
         return ode.euler(field, noise, jnp.linspace(1.0, 0.0, STEPS + 1))
 
     scale = jax.device_put(np.float32(SCALE))
