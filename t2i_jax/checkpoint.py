@@ -24,7 +24,8 @@ from absl import logging
 from t2i_jax import distributed, errors, failpoints, fingerprint, images
 from t2i_jax.step import State
 
-FORMAT = 2
+FORMAT = 3
+READ = (2, FORMAT)  # formats that are read, each checked by the sums it was written with
 MANIFEST, BEST = "manifest.json", "best.json"
 SMALL = 2**20  # bytes; the manifest holds smaller files' hashes, too
 FAILURES = 3  # saves in a row that may fail
@@ -117,7 +118,7 @@ class Checkpoints:
         self.wait()
         self._guard()
         items = _items(state)
-        prints, bad = fingerprint.of(items)
+        prints, bad = fingerprint.of(items, format=FORMAT)
         if bad:
             raise errors.NonFiniteError(
                 f"the state holds values that are not finite: {bad[:10]}",
@@ -247,7 +248,8 @@ class Checkpoints:
 
     def _restore(self, step: int, items):
         """Items as they were saved, into the shapes and shardings of the targets given."""
-        arrays = self._verify(step)["arrays"]
+        manifest = self._verify(step)
+        arrays = manifest["arrays"]
         wanted = {
             fingerprint.path_of(path): [str(leaf.dtype), list(leaf.shape)]
             for path, leaf in jax.tree_util.tree_leaves_with_path(items)
@@ -276,7 +278,7 @@ class Checkpoints:
             if item
         }
         found = {name: {} for name in items} | dict(self._read(step, **args).items())
-        prints, _ = fingerprint.of(found)
+        prints, _ = fingerprint.of(found, format=manifest["format"])
         wrong = [name for name in prints if prints[name] != arrays[name]]
         if wrong:
             raise Damaged(
@@ -300,9 +302,9 @@ class Checkpoints:
             raise Damaged(
                 f"damaged: {reason}", where=str(folder), fix="use another --step, or train on"
             )
-        if manifest["format"] != FORMAT:
+        if manifest["format"] not in READ:
             raise errors.ConfigError(
-                f"checkpoint format {manifest['format']}, this version reads {FORMAT}",
+                f"checkpoint format {manifest['format']}, this version reads {READ}",
                 where=str(folder),
                 fix="use the version of t2i_jax that env.txt names, see CHANGELOG.md",
             )

@@ -1,8 +1,28 @@
 """A fingerprint of arrays that does not depend on how they lie over devices.
 
-Every element's bits, weighted by a hash of its place, are summed modulo 2³² in two ways. Integer
-sums are exact, so sharding, the number of devices and the order of a reduction cannot change them;
-a flipped bit changes the second sum for certain, as its weights are odd.
+A word is an element's bits, and its place its row-major number in the array, modulo 2³². In each of
+two lanes a word is joined with a key of its place, once by exclusive or, once by addition. The
+result is mixed by an integer hash and summed over all words modulo 2³². Integer sums are exact, so
+sharding, the number of devices and the order of a reduction cannot change them. 64 bits an array
+remain.
+
+What the sums see:
+
+- One changed word, by any number of bits: for certain, in either lane. Under a fixed key the hash
+  is a bijection of the word, so its term changes and no other does.
+- Words that change places: no two places share a key, as a key is the place times an odd number.
+  The same word so gives another term elsewhere.
+- Two flips, also of sign bits, a negated, scaled or permuted array: each sum changes by a sum of
+  differences of hashed words. The hash is not linear, so these do not cancel by signs and carries,
+  as they do in a weighted sum. A lane misses such a change with a chance of about 2⁻³², and
+  both with one of about 2⁻⁶⁴.
+- Why two keys: where the inputs of two words differ in one bit alone, flipping it in both makes
+  them trade their terms. Both lanes would miss that if they shared a key.
+- Arrays that are swapped: each has its own sums, kept by its path.
+
+The chances hold for damage that knows nothing of the hash. They are no protection from an attacker,
+who can write a manifest of his own. In arrays of more than 2³² words places come again, and a swap
+of two such words is not seen.
 """
 
 import functools
@@ -14,8 +34,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FORMAT = 3  # of the sums; checkpoints' manifests and digests name it
+WEIGHTED = 2  # the sums of before: they miss two flipped sign bits
 
-def of(tree) -> tuple[dict, list]:
+
+def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
     """Path -> [dtype, shape, two sums in hexadecimal], and the paths of arrays not finite.
 
     The sums are computed where the arrays lie; only they come to the host.
@@ -23,7 +46,7 @@ def of(tree) -> tuple[dict, list]:
     flat = jax.tree_util.tree_leaves_with_path(tree)
     # One program, and nothing else in flight: simulated devices share few threads.
     leaves = jax.block_until_ready([leaf for _, leaf in flat])
-    sums = jax.device_get(_sums(leaves))
+    sums = jax.device_get(_sums(leaves, _weighted if format == WEIGHTED else _mixed))
     prints, bad = {}, []
     for (path, leaf), (first, second, finite) in zip(flat, sums, strict=True):
         name = path_of(path)
@@ -33,10 +56,16 @@ def of(tree) -> tuple[dict, list]:
     return prints, bad
 
 
-def digest(tree) -> str:
-    """One hash of all of a tree's fingerprints."""
-    prints, _ = of(tree)
-    return hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+def digest(tree, *, format: int = FORMAT) -> str:
+    """One hash of all of a tree's fingerprints, after its format: "3:…"."""
+    prints, _ = of(tree, format=format)
+    found = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    return found if format == WEIGHTED else f"{format}:{found}"
+
+
+def matches(tree, known: str) -> bool:
+    """Whether a digest, of this format or the one before, is the tree's."""
+    return known == digest(tree, format=FORMAT if ":" in known else WEIGHTED)
 
 
 def path_of(path) -> str:
@@ -44,28 +73,48 @@ def path_of(path) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-@jax.jit
-def _sums(leaves):
-    return [_sum(x) for x in leaves]
+@functools.partial(jax.jit, static_argnums=1)
+def _sums(leaves, lanes):
+    return [_sum(x, lanes) for x in leaves]
 
 
-def _sum(x):
+def _sum(x, lanes):
     """The two sums, and whether all of x is finite."""
     bits = _bits(x)
-    weight = _hash(_places(bits.shape))
     bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
     bad = jnp.broadcast_to(bad.reshape(*x.shape, *(1,) * (bits.ndim - x.ndim)), bits.shape)
-    parts = (
-        (bits ^ weight) * np.uint32(0xC2B2AE35),
-        bits * (weight | np.uint32(1)),
-        bad.astype(jnp.uint32),
-    )
+    parts = (*lanes(bits, _places(bits.shape)), bad.astype(jnp.uint32))
     # One pass for all three, rows first: XLA:CPU sums rows on all cores, to one number on one.
     for axes in ((bits.ndim - 1,), tuple(range(bits.ndim - 1))) if bits.ndim else ():
         parts = jax.lax.reduce(parts, (np.uint32(0),) * 3, _add, axes)
         parts = jax.lax.optimization_barrier(parts)
     first, second, bad = parts
     return first, second, bad == 0
+
+
+def _mixed(word, place):
+    """The terms of both lanes."""
+    key, other = place * np.uint32(0x9E3779B9), place * np.uint32(0xD6E8FEB9)
+    return _mix(word ^ key, 0x21F0AAAD, 0xD35A2D97, 15), _mix(word + other, 0x7FEB352D, 0x846CA68B)
+
+
+def _mix(x, first: int, second: int, last: int = 16):
+    """A bijection of 32 bits in which each bit of x reaches every bit.
+
+    Two multiplications between shifts; the factors and shifts are those that C. Wellons found by
+    search ("Prospecting for hash functions").
+    """
+    x = (x ^ (x >> 16)) * np.uint32(first)
+    x = (x ^ (x >> 15)) * np.uint32(second)
+    return x ^ (x >> last)
+
+
+def _weighted(word, place):
+    """The terms of format 2."""
+    weight = (place + np.uint32(1)) * np.uint32(0x9E3779B9)
+    weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA6B)
+    weight = weight ^ (weight >> 13)
+    return (word ^ weight) * np.uint32(0xC2B2AE35), word * (weight | np.uint32(1))
 
 
 def _add(a, b):
@@ -89,10 +138,3 @@ def _places(shape):
         for i, stride in enumerate(strides)
     ]
     return functools.reduce(jnp.add, numbers, jnp.zeros(shape, jnp.uint32))
-
-
-def _hash(x):
-    """The finaliser of MurmurHash3, shortened to two rounds."""
-    x = (x + np.uint32(1)) * np.uint32(0x9E3779B9)
-    x = (x ^ (x >> 15)) * np.uint32(0x85EBCA6B)
-    return x ^ (x >> 13)

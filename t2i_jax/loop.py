@@ -256,8 +256,9 @@ class Run:
                 fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
             )
         encode = functools.partial(predictor.run, config.cache, self.frozen)
-        known = cache.identity(config, self.frozen, self.source, predictor.tokenize)
-        return encode, self.source, predictor.tokenize, known
+        tokenize = predictor.tokenize
+        identity = functools.partial(cache.identity, config, self.frozen, self.source, tokenize)
+        return encode, self.source, tokenize, identity
 
     def load_frozen(self) -> None:
         """Fills the frozen nets, of which there are only shapes so far."""

@@ -211,7 +211,7 @@ def _reader(name: str):
 
 def check_frozen(nets, known: str | None, found: str | None = None) -> None:
     """Raises ConfigError unless the frozen nets are those of which a digest is known, if one is."""
-    if known and (found or fingerprint.digest(nets)) != known:
+    if known and known != found and not fingerprint.matches(nets, known):
         raise errors.ConfigError(
             f"the frozen nets {sorted(nets)} are not those the run was trained with",
             where="config.load",

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from t2i_jax import errors, loop, pipeline, weights
+from t2i_jax import errors, fingerprint, loop, pipeline, weights
 from t2i_jax.data import cache
 from tests import runs, test_conditioning
 
@@ -59,8 +59,8 @@ def test_training_reads_the_files(written, tmp_path, caplog):
 def test_what_files_and_memory_hold_is_what_the_encoder_says(written):
     run = loop.Run(cached(), written)
     run.load_frozen()
-    encode, source, tokenize, known = run.caption_states()
-    disk = cache.extra(written / cache.FOLDER, encode, source, tokenize, known)
+    encode, source, tokenize, identity = run.caption_states()
+    disk = cache.extra(written / cache.FOLDER, encode, source, tokenize, identity)
     memory = cache.precompute(encode, source, tokenize)
     records = np.array([11999, 0, 5, 5, 7000])
     text_BL, mask_BL, _ = tokenize([source[int(i)]["caption"] for i in records])
@@ -90,6 +90,18 @@ def test_states_of_another_encoder_data_set_or_length_are_refused(written, tmp_p
     with pytest.raises(errors.ConfigError, match="stale: data"):
         loop.train(other, tmp_path / "run")
     assert not (tmp_path / "run/config.json").exists()
+
+
+def test_states_written_with_the_fingerprint_of_before_are_used(written, tmp_path):
+    shutil.copytree(written, tmp_path / "run")
+    run = loop.Run(cached(), tmp_path / "run")
+    run.load_frozen()
+    states = run.caption_states()
+    path = tmp_path / "run/captions/manifest.json"
+    manifest = json.loads(path.read_text()) | states[-1](sums=fingerprint.WEIGHTED)
+    del manifest["sums"]
+    path.write_text(json.dumps(manifest))
+    assert isinstance(cache.extra(path.parent, *states), cache._Stored)
 
 
 def test_a_damaged_file_is_named(written, tmp_path):

@@ -43,14 +43,16 @@ def arrays(cond) -> dict:
     return {"cond_seq": cond.seq_BLD.astype(DTYPE), "cond_pooled": cond.pooled_BD.astype(DTYPE)}
 
 
-def identity(config, nets, source, tokenize) -> dict:
+def identity(config, nets, source, tokenize, *, sums: int = fingerprint.FORMAT) -> dict:
     """What the states depend on: encoder, tokenizer and data by hashes, and the text length.
 
     nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
+    sums: the format of the fingerprint of its weights.
     """
     module = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
-    text = f"{config.objective} {module!r} {fingerprint.digest(nets)}"
+    text = f"{config.objective} {module!r} {fingerprint.digest(nets, format=sums)}"
     return {
+        "sums": sums,
         "format": FORMAT,
         "prediction": config.cache,
         "encoder": hashlib.sha256(text.encode()).hexdigest(),
@@ -60,10 +62,11 @@ def identity(config, nets, source, tokenize) -> dict:
     }
 
 
-def extra(folder: pathlib.Path, encode, source, tokenize, known: dict):
+def extra(folder: pathlib.Path, encode, source, tokenize, identity):
     """`extra(records, mask_BL) -> {"cond_seq", "cond_pooled"}` for the loader.
 
-    From the folder if it holds states, else computed now and kept in memory.
+    From the folder if it holds states, else computed now and kept in memory. `identity(sums=…)` is
+    the function of that name, bound to this run.
 
     Raises:
       ConfigError: the folder's states are another encoder's, tokenizer's or data set's, or those in
@@ -77,6 +80,7 @@ def extra(folder: pathlib.Path, encode, source, tokenize, known: dict):
         raise errors.DataError(
             f"cannot be read: {e}", where=str(folder / MANIFEST), fix=AGAIN
         ) from e
+    known = identity(sums=manifest.setdefault("sums", fingerprint.WEIGHTED))
     stale = [key for key in known if manifest.get(key) != known[key]]
     if stale:
         stale = [f"{key} {str(manifest.get(key))[:12]} → {str(known[key])[:12]}" for key in stale]
@@ -153,12 +157,12 @@ def precompute(encode, source, tokenize, *, batch_size: int = BATCH):
     return from_memory
 
 
-def write(folder: pathlib.Path, encode, source, tokenize, known: dict) -> dict:
+def write(folder: pathlib.Path, encode, source, tokenize, identity) -> dict:
     """Encodes every caption of a source into files.   -> the manifest
 
     Files that an earlier start finished, of the same identity, are kept.
     """
-    captions = _Captions(source, tokenize)
+    captions, known = _Captions(source, tokenize), identity()
     order, files = captions.order, _begin(folder, known)
     for start in range(0, len(order), SHARD):
         name = f"states-{start // SHARD:05d}.array_record"

@@ -44,6 +44,8 @@ BREAKS = (
     # G4: damage is found, and nothing starts over by itself.
     Break("C6", "checkpoint.py", "if prints[name] != arrays[name]]", "if False]"),
     Break("C5", "checkpoint.py", "reason = _difference(folder, step, manifest)", 'reason = ""'),
+    Break("C13", "fingerprint.py", "else _mixed)", "else _weighted)"),
+    Break("C15", "checkpoint.py", "found, format=manifest", "found, format=FORMAT or manifest"),
     Break("C8", "checkpoint.py", "        if reasons:\n", "        if False:\n"),
     Break("C9", "checkpoint.py", ">= ATTEMPTS:", ">= 99:"),
     Break("C10", "checkpoint.py", "p.name.isdecimal() and not p.is_symlink()", "True"),

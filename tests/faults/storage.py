@@ -219,6 +219,57 @@ def c10(lab):
     assert (outside / "precious").read_text() == "x"
 
 
+def large_files(monkey):
+    """As if no file were small enough to have its hash in the manifest."""
+    monkey.setattr(checkpoint, "SMALL", 0)
+
+
+@row("C13", "two sign bits flipped, or an array negated, in a file without a hash: found")
+def c13(lab):
+    base, tried = lab.folder(), 0
+    with pytest.MonkeyPatch.context() as monkey:
+        large_files(monkey)
+        saved(base, 1, 2)
+        weights = np.asarray(state(2).nets["model"]["params"]["w"])
+        signs = np.ones(weights.size, np.float32)
+        for damage in ("two signs", "negated", "two rows"):
+            changed = weights.copy()
+            if damage == "two signs":
+                signs[[17, 4096]] = -1
+                changed *= signs.reshape(weights.shape)
+            elif damage == "negated":
+                changed = -changed
+            else:
+                changed[[3, 200]] = changed[[200, 3]]
+            copy = lab.folder()
+            shutil.copytree(base, copy)
+            for path in files(copy, 2):
+                content = path.read_bytes()
+                if weights.tobytes() in content:
+                    path.write_bytes(content.replace(weights.tobytes(), changed.tobytes()))
+                    tried += 1
+            found, n = newest(copy)
+            assert n == 1, f"silent: {damage}"
+            assert same(found, state(1))
+    assert tried >= 3
+    return f"{tried} files changed, all found"
+
+
+@row("C15", "a checkpoint of the format before opens, checked by the sums it was written with")
+def c15(lab):
+    folder = lab.folder()
+    with pytest.MonkeyPatch.context() as monkey:
+        large_files(monkey)
+        monkey.setattr(checkpoint, "FORMAT", 2)
+        saved(folder, 1, 2)
+        assert same(newest(folder)[0], state(2))
+        data = max(files(folder, 2), key=lambda p: p.stat().st_size)
+        content = bytearray(data.read_bytes())
+        content[len(content) // 2] ^= 1
+        data.write_bytes(content)
+        assert newest(folder)[1] == 1
+
+
 @row("C14", "a checkpoint copied, moved, or zipped and unzipped restores")
 def c14(lab):
     folder, moved, unzipped = lab.folder(), lab.folder(), lab.folder()
