@@ -20,9 +20,6 @@ def sampling_flags() -> dict:
         "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
         "sampler": flags.DEFINE_string("sampler", None, "Sampler, such as heun or euler."),
         "shift": flags.DEFINE_float("shift", None, "Above 1, more steps in noise; flow models."),
-        "temperature": flags.DEFINE_float("temperature", None, "Token models."),
-        "top_k": flags.DEFINE_integer("top_k", None, "Token models."),
-        "top_p": flags.DEFINE_float("top_p", None, "Token models."),
         "truncation": flags.DEFINE_float("truncation", None, "GANs."),
     }
 

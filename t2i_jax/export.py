@@ -36,7 +36,8 @@ def main():
     needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
     card = pathlib.Path(CARD.value).read_text() if CARD.value else _card(needed)
     digest = fingerprint.digest(frozen) if frozen else None
-    weights.export(output, held, config, card=card, dtype=DTYPE.value, frozen=digest)
+    options = dict(card=card, dtype=DTYPE.value, frozen=digest, known=pipe.words)
+    weights.export(output, held, config, **options)
     print(output)
 
 

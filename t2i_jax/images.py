@@ -1,4 +1,7 @@
-"""Pictures on disk: PNG with metadata, grids, file names that never come from a prompt."""
+"""Pictures on disk: files with metadata, grids, file names that never come from a prompt.
+
+B pictures · H W pixels · C channels
+"""
 
 import io
 import json
@@ -7,10 +10,16 @@ import pathlib
 import re
 
 import numpy as np
-from PIL import Image, PngImagePlugin
+from PIL import ExifTags, Image, PngImagePlugin
+
+from t2i_jax import errors
 
 METADATA_KEY = "t2i_jax"
-_METADATA_LIMIT = 8192  # bytes of JSON written or read
+FORMATS = ("PNG", "JPEG", "WEBP")
+_METADATA_LIMIT = 32_768  # bytes of JSON written or read: a JPEG has room for twice that
+_PROMPTS = ("prompt", "negative_prompt", "prompts", "pictures")  # keys of what can be long
+_PARAMETERS_LIMIT = 8192  # characters of the text for other viewers
+_UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
 
 
 def to_uint8(image):
@@ -21,48 +30,82 @@ def to_uint8(image):
 
 def grid(images_BHWC, columns: int | None = None, gap: int = 2):
     """uint8 pictures of one size -> one uint8 picture, row by row on a white ground."""
-    n, h, w, c = images_BHWC.shape
+    n = len(images_BHWC)
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
-    rows = -(-n // columns)
-    out = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap, c), 255, np.uint8)
-    for i, image in enumerate(images_BHWC):
-        y, x = divmod(i, columns)
-        out[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+    return rows([images_BHWC[i : i + columns] for i in range(0, n, columns)], gap)
+
+
+def rows(pictures, gap: int = 2):
+    """As `grid`, of rows that may be of unequal lengths: a list of BHWC or of lists of HWC."""
+    h, w, c = pictures[0][0].shape
+    columns = max(map(len, pictures))
+    size = (len(pictures) * (h + gap) - gap, columns * (w + gap) - gap, c)
+    out = np.full(size, 255, np.uint8)
+    for y, row in enumerate(pictures):
+        for x, image in enumerate(row):
+            out[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
     return out
 
 
 def save(path, image_HWC, metadata: dict | None = None, parameters: str | None = None) -> None:
     """Writes a uint8 picture, whole or not at all, in the format of its extension.
 
-    PNG files also hold `metadata` as JSON and `parameters`, the text that other viewers show.
+    The file also holds `metadata` as JSON and `parameters`, the text that other viewers show: a PNG
+    as text of these names, JPEG and WebP as EXIF's MakerNote and UserComment.
     """
-    info = PngImagePlugin.PngInfo()
-    if metadata is not None:
-        text = json.dumps(metadata)
-        if len(text) > _METADATA_LIMIT:
-            text = json.dumps({**metadata, "prompt": str(metadata.get("prompt"))[:1024]})
-        info.add_itxt(METADATA_KEY, text)
-    if parameters is not None:
-        info.add_itxt("parameters", parameters[:_METADATA_LIMIT])
+    extension = str(path).rpartition(".")[2]
+    kind = {"jpg": "jpeg"}.get(extension, extension)
+    if kind == "png":
+        info = PngImagePlugin.PngInfo()
+        if metadata is not None:
+            info.add_itxt(METADATA_KEY, _to_json(metadata))
+        if parameters is not None:
+            info.add_itxt("parameters", parameters[:_PARAMETERS_LIMIT])
+        options = {"pnginfo": info}
+    else:
+        options = {"exif": _exif(metadata, parameters)}
     buffer = io.BytesIO()
-    kind = {"jpg": "jpeg"}.get(extension := str(path).rpartition(".")[2], extension)
-    Image.fromarray(image_HWC).save(buffer, kind, **({"pnginfo": info} if kind == "png" else {}))
+    Image.fromarray(image_HWC).save(buffer, kind, **options)
     write_whole(path, buffer.getvalue())
 
 
-def save_animation(path, images_NHWC, seconds: float = 0.08) -> None:
-    """Writes uint8 pictures as a WebP that shows each so long, again and again."""
+def save_animation(path, images_NHWC, metadata=None, parameters=None, seconds=0.08) -> None:
+    """Writes uint8 pictures as a WebP that shows each so long, again and again; as `save`."""
     first, *rest = map(Image.fromarray, images_NHWC)
     buffer = io.BytesIO()
-    timing = dict(duration=round(seconds * 1000), loop=0)
-    first.save(buffer, "webp", save_all=True, append_images=rest, lossless=True, **timing)
+    options = dict(duration=round(seconds * 1000), loop=0, exif=_exif(metadata, parameters))
+    first.save(buffer, "webp", save_all=True, append_images=rest, lossless=True, **options)
     write_whole(path, buffer.getvalue())
+
+
+def _to_json(metadata: dict) -> str:
+    """The metadata, without prompts if they are too long to keep."""
+    text = json.dumps(metadata, ensure_ascii=False)
+    if len(text.encode()) <= _METADATA_LIMIT:
+        return text
+    return json.dumps({k: v for k, v in metadata.items() if k not in _PROMPTS})
+
+
+def _exif(metadata: dict | None, parameters: str | None) -> Image.Exif:
+    exif = Image.Exif()
+    own = exif.get_ifd(ExifTags.IFD.Exif)
+    if metadata is not None:
+        own[ExifTags.Base.MakerNote] = f"{METADATA_KEY}\0{_to_json(metadata)}".encode()
+    if parameters is not None:
+        text = parameters[: _PARAMETERS_LIMIT - 1]
+        own[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-be", "replace")
+    return exif
 
 
 def read_metadata(path) -> dict | None:
     """The JSON that `save` wrote, or None; parsed as JSON and nothing else."""
-    with Image.open(path, formats=["PNG"]) as image:
-        text = getattr(image, "text", {}).get(METADATA_KEY)
+    with Image.open(path, formats=FORMATS) as image:
+        if image.format == "PNG":
+            text = getattr(image, "text", {}).get(METADATA_KEY)
+        else:
+            note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
+            name, _, data = note.partition(b"\0") if isinstance(note, bytes) else (b"", b"", b"")
+            text = data.decode(errors="replace") if name == METADATA_KEY.encode() else None
     if text is None or len(text) > 4 * _METADATA_LIMIT:
         return None
     try:
@@ -70,6 +113,40 @@ def read_metadata(path) -> dict | None:
     except json.JSONDecodeError:
         return None
     return found if isinstance(found, dict) else None
+
+
+def check_folder(path, flag: str) -> None:
+    """Raises StorageError unless pictures could go there, as far as can be told without writing."""
+    path = pathlib.Path(path)
+    try:
+        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    except OSError as e:
+        raise _unwritable(path, e.strerror, flag) from e
+    if not there.is_dir():
+        raise _unwritable(path, f"{there} is a file", flag)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{there} is read-only", flag)
+
+
+def make_folder(path, flag: str) -> None:
+    """Makes the folder and proves that it can be written.
+
+    Raises:
+      StorageError: it cannot.
+    """
+    probe = pathlib.Path(path) / f".probe.{os.getpid()}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(probe, b"")
+        probe.unlink()
+    except OSError as e:
+        raise _unwritable(path, e.strerror, flag) from e
+
+
+def _unwritable(path, reason: str, flag: str) -> errors.StorageError:
+    return errors.StorageError(
+        f"cannot write there: {reason}", where=str(path), fix=f"choose another {flag}"
+    )
 
 
 def write_whole(path, data: bytes) -> None:

@@ -161,7 +161,7 @@ class Run:
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
-            folder.describe(workdir, config)
+            folder.describe(workdir, config, self.source)
         if self._changed:
             logging.info("the config changed: %s", "; ".join(self._changed))
         self.layout.report(self.shapes)

@@ -3,16 +3,26 @@
 import functools
 import inspect
 import math
+import sys
+import time
 
 import jax
 import numpy as np
+from absl import logging
 
-from t2i_jax import errors, images, objective, plugins, weights
+from t2i_jax import errors, images, objective, plugins, requests, weights
 from t2i_jax.data import transforms
-from t2i_jax.text import encoder
+from t2i_jax.text import encoder, words
 
-SEED_LIMIT = 2**32
+SEED_LIMIT = requests.SEED_LIMIT
 COUNT_LIMIT = 10_000  # of sampling steps and the like
+LACKS = {  # prediction -> what a family without it does not do, and the fix
+    "sample": ("draws no pictures", "choose a model that draws, such as builtin:shapes"),
+    "between": (
+        "draws no way from one picture to the next",
+        "leave --interpolate out, or choose a model that does, such as builtin:shapes-gan",
+    ),
+}
 
 
 class Predictor:
@@ -30,6 +40,7 @@ class Predictor:
         self.objective = objective.make(config)
         self.tokenize = encoder.tokenizer(config.load.get("text"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
+        self._announced = set()  # programs that were compiled, by what they depend on
 
     def check(self, name: str, **given) -> dict:
         """All options of a prediction: the given ones, then `config.<name>`'s, then the family's.
@@ -39,10 +50,12 @@ class Predictor:
             another type than the default, not finite, negative, or out of bounds.
         """
         if name not in self.objective.predict:
+            what, fix = LACKS.get(
+                name, (f"has no prediction {name!r}", errors.nearest(name, self.objective.predict))
+            )
+            where = "--interpolate" if name == "between" else "the model"
             raise errors.ConfigError(
-                f"objective {self.config.objective!r} has no prediction {name!r}",
-                where="predict",
-                fix=errors.nearest(name, self.objective.predict),
+                f"objective {self.config.objective!r} {what}", where=where, fix=fix
             )
         parameters = inspect.signature(self.objective.predict[name]).parameters.values()
         options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -73,11 +86,29 @@ class Predictor:
         make = plugins.load("evaluators", name).make
         return plugins.call(make, self.bound, where=f"evaluator {name}", options=options)
 
-    def run(self, name: str, nets, batch, *, seed: int = 0, **options):
-        """One prediction on one batch of numpy arrays -> pytree of device arrays."""
+    def run(self, name: str, nets, batch, *, seed=0, **options):
+        """One prediction on one batch of numpy arrays -> pytree of device arrays.
+
+        seed: a number, or B numbers, one for each example.
+        """
         self.poll()
         fn, arrays = self._bind(name, options)
-        return fn(nets, batch, np.uint32(seed), arrays)
+        return fn(nets, batch, np.asarray(seed, np.uint32), arrays)
+
+    def _draw(self, name: str, nets, batch, *, seed, **options):
+        """`run` for pictures, on the host; says when it compiles, which may take long."""
+        shapes = tuple(sorted((key, value.shape) for key, value in batch.items()))
+        static = tuple(sorted((k, v) for k, v in options.items() if isinstance(v, int | str)))
+        program, count = (name, shapes, np.shape(seed), static), len(batch["index"])
+        started = None
+        if program not in self._announced:
+            self._announced.add(program)
+            started = time.perf_counter()
+            _say(f"compiling for {count} {'picture' if count == 1 else 'pictures'} at once …")
+        pictures = jax.device_get(self.run(name, nets, batch, seed=seed, **options))
+        if started is not None:
+            _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
+        return pictures
 
     def _bind(self, name, options):
         """A prediction's jitted program and the options that are its arguments."""
@@ -96,52 +127,79 @@ class Predictor:
         def predict(nets, batch, seed, arrays):
             if layout:
                 nets, batch = layout.gather(nets), layout.spread(batch)
-            return fn(nets, batch, jax.random.key(seed), **dict(static), **arrays)
+            key = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
+            return fn(nets, batch, key, **dict(static), **arrays)
 
         return jax.jit(predict, out_shardings=layout.whole if layout else None)
 
     def sample(
-        self, nets, captions, *, seed=0, index=None, negative=None, batch_size=None, **options
+        self,
+        nets,
+        captions,
+        *,
+        seed=0,
+        index=None,
+        negative_prompt=None,
+        batch_size=None,
+        **options,
     ):
         """Draws one picture per caption.   -> uint8 BHWC
 
         Args:
           nets: net -> variables, all that the family has.
           captions: B strings.
-          seed: 0 … 2³² − 1.
-          index: B integers, the picture's number under this seed (default 0 … B − 1). Noise
+          seed: 0 … 2³² − 1, or B of them.
+          index: B integers, the picture's number under its seed (default 0 … B − 1). Noise
             depends on (seed, index) alone, never on the batch size or on the other captions.
-          negative: a caption to be guided away from, or None.
-          batch_size: pictures per compiled call.
+          negative_prompt: a caption to be guided away from, or B of them, or None.
+          batch_size: pictures per compiled call at most. Fewer pictures are padded to a power of
+            two: every size is a program of its own, and compiling takes longer than drawing.
         """
-        if not 0 <= seed < SEED_LIMIT:
-            raise errors.ConfigError(
-                f"seed is {seed}", where="--seed", fix=f"give a number from 0 to {SEED_LIMIT - 1}"
-            )
-        self.check("sample", **options)
-        size = min(batch_size or self.config.batch_size, len(captions))
-        index = np.arange(len(captions)) if index is None else np.asarray(index)
+        n = len(captions)
+        settings = self.check("sample", **options)
+        seed_B = np.broadcast_to(np.asarray(seed), n)
+        for one in seed_B.tolist():
+            requests.check_seed(one, "--seed")
+        negatives = [negative_prompt or ""] * n if _is_one(negative_prompt) else negative_prompt
+        if any(negatives):
+            self.check_negative(settings)
+        size = min(batch_size or self.config.batch_size, _padded(n))
+        index_B = np.arange(n) if index is None else np.asarray(index)
         text_BL, mask_BL, _ = self.tokenize(captions)
+        if any(negatives):
+            negative_BL, negative_mask_BL, _ = self.tokenize(negatives)
         out = []
-        for start in range(0, len(captions), size):
-            rows = np.minimum(np.arange(start, start + size), len(captions) - 1)
+        for start in range(0, n, size):
+            rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = {
                 "text": text_BL[rows],
                 "mask": mask_BL[rows],
-                "index": index[rows].astype(np.int32),
+                "index": index_B[rows].astype(np.int32),
             }
-            if negative is not None:
-                negative_BL, negative_mask_BL, _ = self.tokenize([negative] * size)
-                batch |= {"negative_text": negative_BL, "negative_mask": negative_mask_BL}
-            pictures = jax.device_get(self.run("sample", nets, batch, seed=seed, **options))
+            if any(negatives):
+                batch["negative_text"] = negative_BL[rows]
+                batch["negative_mask"] = negative_mask_BL[rows]
+            pictures = self._draw("sample", nets, batch, seed=seed_B[rows], **options)
             if not np.isfinite(pictures).all():
                 raise errors.DataError(
                     "the pictures hold values that are not finite",
-                    where=f"sample with {self.check('sample', **options)}",
+                    where=f"sample with {settings}",
                     fix="choose options nearer to the defaults, or a model that was trained well",
                 )
-            out.append(images.to_uint8(pictures)[: len(captions) - start])
+            out.append(images.to_uint8(pictures)[: n - start])
         return np.concatenate(out)
+
+    def check_negative(self, options: dict, where: str = "--negative_prompt") -> None:
+        """Raises ConfigError unless pictures with these options are guided away from a prompt.
+
+        A prediction that reads "negative_text" has an option `guidance`.
+        """
+        if "guidance" not in options:
+            raise errors.ConfigError(
+                f"objective {self.config.objective!r} takes no negative prompt",
+                where=where,
+                fix="leave it out, or draw with a model that takes --guidance",
+            )
 
     def between(self, nets, captions, frames: int, *, seed=0, index=None, **options):
         """Draws `frames` pictures on the way from each caption's picture to the next one's, the
@@ -152,15 +210,20 @@ class Predictor:
             raise errors.ConfigError(
                 "one picture", where="--interpolate", fix="give two prompts or more --num_images"
             )
-        text_BL, mask_BL, _ = self.tokenize(captions)
-        index = np.arange(len(captions)) if index is None else np.asarray(index)
-        batch = {"text": text_BL, "mask": mask_BL, "index": index.astype(np.int32)}
+        n, text_BL, mask_BL = len(captions), *self.tokenize(captions)[:2]
+        index_B = np.arange(n) if index is None else np.asarray(index)
+        rows = np.minimum(np.arange(_padded(n)), n - 1)
+        batch = {
+            "text": text_BL[rows],
+            "mask": mask_BL[rows],
+            "index": index_B[rows].astype(np.int32),
+        }
         shares = np.arange(frames) / frames
         drawn = [
-            jax.device_get(self.run("between", nets, batch, seed=seed, share=share, **options))
+            self._draw("between", nets, batch, seed=seed, share=share, **options)
             for share in shares
         ]
-        image_BFHWC = np.stack(drawn, 1)
+        image_BFHWC = np.stack(drawn, 1)[:n]
         whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
         return images.to_uint8(np.concatenate([whole, image_BFHWC[-1:, 0]]))
 
@@ -184,6 +247,23 @@ class Predictor:
         return named | ({"sample": self.sample} if "sample" in named else {})
 
 
+def _padded(n: int) -> int:
+    """The next power of two."""
+    return 1 << (n - 1).bit_length()
+
+
+def _is_one(text) -> bool:
+    return text is None or isinstance(text, str)
+
+
+def _say(text: str) -> None:
+    """As a line of the log, or where none is shown, as in a notebook, on stderr."""
+    if logging.level_info():
+        logging.info("%s", text)
+    else:
+        print(text, file=sys.stderr, flush=True)
+
+
 def _as(default, option: str, value, where: str):
     """An option's value as the type of its default; integers are counts, numbers not negative."""
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
@@ -205,11 +285,15 @@ def _as(default, option: str, value, where: str):
 
 
 class Pipeline:
-    """A trained model, ready to draw."""
+    """A trained model, ready to draw.
 
-    def __init__(self, predictor: Predictor, nets, source: str, step: int | None):
+    words: those of its training captions, or None where they are not known.
+    """
+
+    def __init__(self, predictor: Predictor, nets, source: str, step: int | None, words=None):
         self.predictor, self.nets = predictor, nets
         self.config, self.source, self.step = predictor.config, source, step
+        self.words, self._told = words, set()
 
     @classmethod
     def load(
@@ -249,11 +333,57 @@ class Pipeline:
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
         weights.check_frozen(loaded, weights.frozen_digest(folder, step))
         nets |= frozen
-        return cls(predictor, nets, source, step)
+        return cls(predictor, nets, source, step, words.read(folder))
 
-    def __call__(self, captions, **options):
-        """Pictures for captions, see Predictor.sample.   -> uint8 BHWC"""
-        return self.predictor.sample(self.nets, captions, **options)
+    def __call__(
+        self,
+        prompts,
+        *,
+        num_images: int = 1,
+        seed=0,
+        negative_prompt=None,
+        index=None,
+        batch_size: int | None = None,
+        **options,
+    ):
+        """Draws pictures.   -> uint8 BHWC, the pictures of a prompt beside each other
+
+        Args:
+          prompts: a string, or a list of them.
+          num_images: pictures of each prompt.
+          seed: 0 … 2³² − 1, for all pictures: they differ by their place among them. Or a list: a
+            seed for each prompt, or for each picture, which is then drawn as if alone.
+          negative_prompt: what to be guided away from, or a list with one for each prompt.
+          index: places, in place of 0 … B − 1: noise depends on (seed, place) alone.
+          batch_size: pictures drawn together at most; it changes no picture.
+          options: of the family's "sample", such as guidance and steps.
+        Raises:
+          ConfigError: an argument of a wrong type or length, or an option the family lacks.
+        """
+        asked = requests.pictures(prompts, num_images, seed, negative_prompt, index)
+        limit = self.config.batch_size if batch_size is None else batch_size
+        if not requests.is_whole(limit) or limit < 1:
+            raise errors.ConfigError(
+                f"batch_size is {batch_size!r}", where="batch_size", fix="give 1 or more"
+            )
+        if known := {*options} & requests.ALIASES.keys():
+            name = min(known)
+            raise errors.ConfigError(
+                f"no option {name!r}", where="draw", fix=f"say {requests.ALIASES[name]!r}"
+            )
+        self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
+        return self.predictor.sample(self.nets, **asked, batch_size=limit, **options)
+
+    def tell_unknown_words(self, texts) -> None:
+        """Warns, once for each, of words that the training captions do not have."""
+        if self.words is None:
+            return
+        missing = [
+            w for text in dict.fromkeys(texts) for w in words.unknown(text or "", self.words)
+        ]
+        if missing := [word for word in dict.fromkeys(missing) if word not in self._told]:
+            self._told.update(missing)
+            logging.warning("%s", words.message(missing, self.words))
 
     def evaluate(self, name: str, **options) -> dict:
         """Runs one evaluator of t2i_jax/evaluators on this model."""

@@ -4,8 +4,11 @@ import jax
 
 
 def per_example(key, index_B):
-    """One key per example: fold_in(key, index), whatever the mesh and the batch size.   -> B"""
-    return jax.vmap(lambda index: jax.random.fold_in(key, index))(index_B)
+    """One key per example: fold_in(key, index), whatever the mesh and the batch size.   -> B
+
+    key: one for all, or one for each example.
+    """
+    return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index_B)
 
 
 def split_each(keys_B, n: int):

@@ -1,6 +1,8 @@
 """What to draw: prompts from flags or files, checked; pictures written with what remakes them."""
 
+import contextlib
 import json
+import operator
 import pathlib
 import shlex
 from typing import NamedTuple
@@ -12,7 +14,16 @@ import t2i_jax
 from t2i_jax import errors, images
 
 PROMPT_LIMIT = 10_000  # characters
+PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 COUNT_LIMIT = 100_000
+SEED_LIMIT = 2**32
+ALIASES = {  # what diffusers calls it -> what it is called here
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "generator": "seed",
+    "negative": "negative_prompt",
+}
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
 
 
@@ -27,32 +38,128 @@ class Request(NamedTuple):
     first: int = 0
 
 
-def check(request: Request, where: str) -> Request:
-    """The request itself; ConfigError for empty, overlong or broken prompts, counts and seeds."""
-    for text in (request.prompt, request.negative_prompt or ""):
-        if not isinstance(text, str):
-            raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
-        if len(text) > PROMPT_LIMIT:
-            raise errors.ConfigError(
-                f"a prompt has {len(text):,} characters",
-                where=where,
-                fix=f"shorten it; {PROMPT_LIMIT:,} is the limit",
-            )
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise errors.ConfigError(
-                "a prompt is not valid Unicode", where=where, fix="write it in UTF-8"
-            )
-    if not request.prompt.strip():
-        raise errors.ConfigError("a prompt is empty", where=where, fix="say what to draw")
-    if not isinstance(request.count, int) or not 1 <= request.count <= COUNT_LIMIT:
+def check(request: Request, where: str = "") -> Request:
+    """The request itself; ConfigError for empty, overlong or broken prompts, counts and seeds.
+
+    where: the file and line it comes from; by default the flag at fault is named.
+    """
+    check_prompt(request.prompt, where or "--prompt")
+    if request.negative_prompt is not None:
+        check_text(request.negative_prompt, where or "--negative_prompt")
+    if not is_whole(request.count) or not 1 <= request.count <= COUNT_LIMIT:
         raise errors.ConfigError(
-            f"num_images is {request.count!r}", where=where, fix=f"give 1 to {COUNT_LIMIT:,}"
+            f"num_images is {request.count!r}",
+            where=where or "--num_images",
+            fix=f"give 1 to {COUNT_LIMIT:,}",
         )
-    if not isinstance(request.seed, int) or not 0 <= request.seed < 2**32:
-        raise errors.ConfigError(
-            f"seed is {request.seed!r}", where=where, fix="give a whole number from 0 to 2³² − 1"
-        )
+    check_seed(request.seed, where or "--seed")
     return request
+
+
+def check_prompt(text, where: str) -> None:
+    """`check_text`, and something must be asked for."""
+    check_text(text, where)
+    if not text.strip():
+        raise errors.ConfigError("a prompt is empty", where=where, fix="say what to draw")
+
+
+def check_text(text, where: str) -> None:
+    """Raises ConfigError unless it is a string, not overlong, of valid Unicode."""
+    if not isinstance(text, str):
+        raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
+    if len(text) > PROMPT_LIMIT:
+        raise errors.ConfigError(
+            f"a prompt has {len(text):,} characters",
+            where=where,
+            fix=f"shorten it; {PROMPT_LIMIT:,} is the limit",
+        )
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise errors.ConfigError(
+            "a prompt is not valid Unicode", where=where, fix="write it in UTF-8"
+        )
+
+
+def check_seed(seed, where: str) -> None:
+    """Raises ConfigError unless it is a whole number in range."""
+    if not is_whole(seed) or not 0 <= seed < SEED_LIMIT:
+        raise errors.ConfigError(
+            f"seed is {seed!r}", where=where, fix="give a whole number from 0 to 2³² − 1"
+        )
+
+
+def is_whole(value) -> bool:
+    """Whether it is an integer of Python or NumPy."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
+    """What a call from Python asks for, a row for each of its B pictures.
+
+    For the arguments see `Pipeline.__call__`.   -> captions, seed, index, negative_prompt
+    """
+    texts = _listed(prompts, "prompts", "a string or a list of strings")
+    if not texts:
+        raise errors.ConfigError("no prompt", where="prompts", fix="give one string at least")
+    for text in texts:
+        check_prompt(text, "prompts")
+    seeds = [seed] if is_whole(seed) else _listed(seed, "seed", "a whole number or a list of them")
+    for one in seeds:
+        check_seed(one, "seed")
+    if len(texts) == 1 and num_images == 1:
+        num_images = len(seeds)
+    if not is_whole(num_images) or not 1 <= num_images <= COUNT_LIMIT:
+        raise errors.ConfigError(
+            f"num_images is {num_images!r}", where="num_images", fix=f"give 1 to {COUNT_LIMIT:,}"
+        )
+    n = len(texts) * num_images
+    if is_whole(seed):
+        seed_B, place_B = np.full(n, seed, np.int64), np.arange(n)
+    elif len(seeds) == n:
+        seed_B, place_B = np.array(seeds), np.zeros(n, int)
+    elif len(seeds) == len(texts):
+        seed_B, place_B = np.repeat(seeds, num_images), np.tile(np.arange(num_images), len(texts))
+    else:
+        raise _unequal("seed", len(seeds), len(texts), n)
+    if index is not None:
+        place_B = np.array(_listed(index, "index", "a list of whole numbers"))
+        if place_B.shape != (n,):
+            raise _unequal("index", len(place_B), n, n)
+        for one in place_B.tolist():
+            if not is_whole(one) or not 0 <= one < 2**31:
+                raise errors.ConfigError(
+                    f"a place is {one!r}", where="index", fix="give whole numbers from 0"
+                )
+    negatives = None
+    if negative_prompt is not None:
+        negatives = _listed(negative_prompt, "negative_prompt", "a string or a list of strings")
+        for text in negatives:
+            if text is not None:
+                check_text(text, "negative_prompt")
+        if len(negatives) not in (1, len(texts)):
+            raise _unequal("negative_prompt", len(negatives), len(texts), len(texts))
+        negatives = [text for text in negatives for _ in range(n // len(negatives))]
+    captions = [text for text in texts for _ in range(num_images)]
+    return dict(captions=captions, seed=seed_B, index=place_B, negative_prompt=negatives)
+
+
+def _listed(values, where: str, wanted: str) -> list:
+    """A list of several values, or of a single string."""
+    if isinstance(values, str):
+        return [values]
+    if isinstance(values, dict | bytes) or not hasattr(values, "__iter__"):
+        raise errors.ConfigError(f"{where} is {values!r}", where=where, fix=f"give {wanted}")
+    return list(values)
+
+
+def _unequal(name: str, found: int, prompts: int, total: int) -> errors.ConfigError:
+    wanted = f"{prompts}" if prompts == total else f"{prompts} or {total}"
+    return errors.ConfigError(f"it has {found} entries", where=name, fix=f"give one, or {wanted}")
 
 
 def read_file(path, default: Request) -> list[Request]:
@@ -118,81 +225,146 @@ def _plain(line, where):
     return values
 
 
-def from_picture(path) -> tuple[Request, str, int | None]:
-    """The request that made a picture, the model's name and its step, out of its metadata."""
+class Recorded(NamedTuple):
+    """What a picture's metadata says: requests, the model's name, and its step.
+
+    grid: it is of several pictures.   frames: of a way between pictures, or 0.
+    """
+
+    requests: list[Request]
+    model: str
+    step: int | str | None
+    grid: bool = False
+    frames: int = 0
+
+
+def from_picture(path) -> Recorded:
+    """The requests that made a picture, a grid or a strip of ours, out of its metadata."""
     try:
         found = images.read_metadata(path)
     except (OSError, ValueError) as e:
         raise errors.DataError(
-            f"cannot read it: {e}", where=str(path), fix="give a PNG that sample.py wrote"
+            f"cannot read it: {e}", where=str(path), fix="give a picture that sample.py wrote"
         ) from e
-    needed = {"prompt": str, "seed": int, "index": int, "options": dict, "model": str}
-    if not found or any(not isinstance(found.get(k), t) for k, t in needed.items()):
+    rows = found.get("pictures", [found]) if found else []
+    fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)
+    fits = fits and all(isinstance(row, dict) for row in rows)
+    rows = [{"options": found.get("options"), **row} for row in rows] if fits else []
+    needed = {"prompt": str, "seed": int, "index": int, "options": dict}
+    frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
+    fits = fits and all(isinstance(row.get(k), t) for row in rows for k, t in needed.items())
+    if not fits or not is_whole(frames) or not 0 <= frames <= COUNT_LIMIT:
         raise errors.DataError(
             "the picture holds no settings of ours",
             where=str(path),
-            fix="give a PNG that sample.py wrote with --metadata",
+            fix="give a picture that sample.py wrote with --metadata",
         )
-    options = {k: tuple(v) if isinstance(v, list) else v for k, v in found["options"].items()}
-    request = Request(
-        found["prompt"],
-        found["seed"],
-        1,
-        found.get("negative_prompt"),
+    requests = [check(_request(row), str(path)) for row in rows]
+    step = step if isinstance(step, int) else None
+    return Recorded(requests, found["model"], step, "pictures" in found and not frames, frames)
+
+
+def _request(row) -> Request:
+    options = {k: tuple(v) if isinstance(v, list) else v for k, v in row["options"].items()}
+    return Request(
+        row["prompt"],
+        row["seed"],
+        row.get("count", 1),
+        row.get("negative_prompt"),
         tuple(sorted(options.items())),
-        found["index"],
+        row["index"],
     )
-    step = found.get("step")
-    return check(request, str(path)), found["model"], step if isinstance(step, int) else None
 
 
 def draw(pipe, requests, *, batch_size: int, strict: bool = False):
-    """Draws all requests, those with equal settings together.   -> [(picture u8_HWC, metadata), …]
+    """Draws all requests, those with equal options together.   -> [(picture u8_HWC, metadata), …]
 
     Raises:
       ConfigError: an option the family does not take; with `strict`, a prompt longer than the
         model reads.
     """
-    settings = [pipe.predictor.check("sample", **dict(r.options)) for r in requests]
+    settings = check_options(pipe, requests, "sample")
+    if any(
+        r.negative_prompt and o["guidance"] == 1 for r, o in zip(requests, settings, strict=True)
+    ):
+        logging.warning("guidance 1 is none: the negative prompt changes nothing")
     cuts = _cut(pipe, requests, strict)
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(requests):
-        key = (r.seed, r.negative_prompt, tuple(settings[i].items()))
+        key = (bool(r.negative_prompt), tuple(settings[i].items()))
         groups.setdefault(key, []).append(i)
     drawn = {}
-    for (seed, negative, options), members in groups.items():
+    for (guided_away, options), members in groups.items():
         jobs = [(i, k) for i in members for k in range(requests[i].count)]
-        pictures = pipe(
+        found = pipe(
             [requests[i].prompt for i, _ in jobs],
-            seed=seed,
-            index=np.array([requests[i].first + k for i, k in jobs]),
-            negative=negative,
+            seed=[requests[i].seed for i, _ in jobs],
+            index=[requests[i].first + k for i, k in jobs],
+            negative_prompt=[requests[i].negative_prompt for i, _ in jobs] if guided_away else None,
             batch_size=batch_size,
             **dict(options),
         )
-        drawn |= dict(zip(jobs, pictures, strict=True))
+        drawn |= dict(zip(jobs, found, strict=True))
     out = []
     for i, k in sorted(drawn):
-        r = requests[i]
-        metadata = {
-            "prompt": r.prompt,
-            "negative_prompt": r.negative_prompt,
-            "seed": r.seed,
-            "index": r.first + k,
-            "options": settings[i],
-            "model": _public_name(pipe.source),
-            "step": pipe.step,
-            "t2i_jax": t2i_jax.__version__,
-        }
-        if cuts.get(r.prompt):
-            metadata["cut"] = cuts[r.prompt]
+        metadata = _settings(pipe, requests[i], settings[i], k)
+        if cut := cuts.get(requests[i].prompt):
+            metadata["cut"] = cut
         out.append((drawn[i, k], metadata))
     return out
 
 
-def draw_between(pipe, requests, frames: int):
-    """Pictures on the way from each of the requests' pictures to the next.   -> uint8 NHWC
+def _settings(pipe, request: Request, options: dict, k: int) -> dict:
+    """All that draws the request's k-th picture again."""
+    return {
+        "prompt": request.prompt[:PROMPT_KEPT],
+        "negative_prompt": request.negative_prompt and request.negative_prompt[:PROMPT_KEPT],
+        "seed": request.seed,
+        "index": request.first + k,
+        "options": options,
+        "model": _public_name(pipe.source),
+        "step": pipe.step,
+        "t2i_jax": t2i_jax.__version__,
+    }
 
+
+def _together(each) -> dict:
+    """The settings of several pictures as one: what all share, and "pictures" with the rest.
+
+    Pictures of a prompt that follow each other are one entry with a "count".
+    """
+    common = {k: v for k, v in each[0].items() if all(one[k] == v for one in each)}
+    common = {k: common[k] for k in ("options", "model", "step", "t2i_jax") if k in common}
+    pictures = []
+    for one in each:
+        entry = {k: v for k, v in one.items() if k not in common and v is not None}
+        last = pictures[-1] if pictures else {}
+        follows = {**entry, "index": last.get("index"), "count": last.get("count")} == last
+        if follows and entry["index"] == last["index"] + last["count"]:
+            last["count"] += 1
+        else:
+            pictures.append({**entry, "count": 1})
+    return {"pictures": pictures, **common}
+
+
+def check_options(pipe, requests, prediction: str) -> list[dict]:
+    """All options of each request, as `Predictor.check` gives them.
+
+    Raises:
+      ConfigError: the family does not take one, or takes no negative prompt.
+    """
+    settings = [pipe.predictor.check(prediction, **dict(r.options)) for r in requests]
+    for request, options in zip(requests, settings, strict=True):
+        if request.negative_prompt:
+            pipe.predictor.check_negative(options)
+    return settings
+
+
+def draw_between(pipe, requests, frames: int):
+    """Pictures on the way from each of the requests' pictures to the next.
+
+    Returns:
+      uint8 NHWC, and the settings they came from.
     Raises:
       ConfigError: a family without such a way, or requests with unequal seeds or options.
     """
@@ -203,8 +375,10 @@ def draw_between(pipe, requests, frames: int):
             where="--interpolate",
             fix="give prompts alone, and more pictures of one by --num_images",
         )
+    options = check_options(pipe, requests, "between")[0]
+    pipe.tell_unknown_words([r.prompt for r in requests])
     jobs = [(r.prompt, r.first + k) for r in requests for k in range(r.count)]
-    return pipe.predictor.between(
+    drawn = pipe.predictor.between(
         pipe.nets,
         [prompt for prompt, _ in jobs],
         frames,
@@ -212,17 +386,27 @@ def draw_between(pipe, requests, frames: int):
         index=np.array([index for _, index in jobs]),
         **dict(requests[0].options),
     )
+    del options["share"]  # it runs from 0 to 1
+    each = [_settings(pipe, r, options, k) for r in requests for k in range(r.count)]
+    return drawn, _together(each) | {"interpolate": frames}
 
 
-def save_between(drawn, folder, frames: int) -> list[pathlib.Path]:
-    """Writes them as a strip, a row from each picture to the next, and as an animation."""
+def save_between(drawn, settings: dict | None, folder) -> list[pathlib.Path]:
+    """Writes them as a strip, a row from each picture to the next, and as an animation.
+
+    settings: those of `draw_between`; None writes none into the files.
+    """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    strip = images.claim(folder, "strip.png")
-    rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
-    images.save(strip, images.grid(np.concatenate(rows), columns=frames + 1))
-    animation = images.claim(folder, "animation.webp")
-    images.save_animation(animation, drawn)
+    images.make_folder(folder, "--output_dir")
+    frames = settings["interpolate"] if settings else None
+    frames = frames or len(drawn) - 1
+    with _writing(folder):
+        text = _parameters_of(settings, drawn.shape[1]) if settings else None
+        strip = images.claim(folder, "strip.png")
+        rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
+        images.save(strip, images.rows(rows), settings, text)
+        animation = images.claim(folder, "animation.webp")
+        images.save_animation(animation, drawn, settings, text)
     return [strip, animation]
 
 
@@ -258,14 +442,25 @@ def parameters_text(metadata: dict, size: int) -> str:
     return "\n".join([*lines, ", ".join(shown)])
 
 
+def _parameters_of(settings: dict, size: int) -> str:
+    """The same of several pictures: all prompts, and the settings of the first."""
+    rows = settings["pictures"]
+    first = {"options": {}, "negative_prompt": None, **settings, **rows[0]}
+    prompts = " | ".join(dict.fromkeys(row["prompt"] for row in rows))
+    return parameters_text({**first, "prompt": prompts}, size)
+
+
 def save(
     drawn, folder, *, grid: bool, metadata: bool, extension: str = "png"
 ) -> list[pathlib.Path]:
-    """Writes the pictures as {number:05d}_s{seed}.<extension>, never over an existing file."""
+    """Writes the pictures as {number:05d}_s{seed}.<extension>, never over an existing file.
+
+    grid: also all as one picture, see `in_rows`.
+    """
     folder = pathlib.Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths = []
+    images.make_folder(folder, "--output_dir")
+    paths = []
+    with _writing(folder):
         for picture, info in drawn:
             path = images.claim(folder, f"s{info['seed']}.{extension}")
             text = parameters_text(info, picture.shape[0]) if metadata else None
@@ -273,10 +468,32 @@ def save(
             paths.append(path)
         if grid:
             path = images.claim(folder, f"grid.{extension}")
-            images.save(path, images.grid(np.stack([picture for picture, _ in drawn])))
+            settings = _together([info for _, info in drawn]) if metadata else None
+            text = _parameters_of(settings, drawn[0][0].shape[0]) if metadata else None
+            images.save(path, in_rows(drawn), settings, text)
             paths.append(path)
+    return paths
+
+
+def in_rows(drawn):
+    """All pictures as one: a row for each prompt, its pictures along it.
+
+    Where no prompt has more than one picture, as many rows as columns.
+    """
+    rows: dict[str, list] = {}
+    for picture, info in drawn:
+        rows.setdefault(info["prompt"], []).append(picture)
+    if len(rows) == len(drawn):
+        return images.grid(np.stack([picture for picture, _ in drawn]))
+    return images.rows(list(rows.values()))
+
+
+@contextlib.contextmanager
+def _writing(folder):
+    """Makes what a disk refuses one clear error."""
+    try:
+        yield
     except OSError as e:
         raise errors.StorageError(
             f"cannot write pictures: {e.strerror}", where=str(folder), fix="choose --output_dir"
         ) from e
-    return paths

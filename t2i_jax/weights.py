@@ -12,7 +12,7 @@ from absl import logging
 from flax import traverse_util
 
 from t2i_jax import checkpoint, errors, fingerprint, images, objective, sharding
-from t2i_jax.text import encoder
+from t2i_jax.text import encoder, words
 from t2i_jax.vision import encoder as vision
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
@@ -110,7 +110,13 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
         if name in besides:
             continue
         if is_ours(source):
-            _trained(source, name)
+            folder, _ = _trained(source, name)
+            if name in config.lora and (res := read_config(folder).res) != config.res:
+                raise errors.ConfigError(
+                    f"adapters for pictures of {config.res} pixels a side, of a net for {res}",
+                    where="config.res",
+                    fix=f"set it to {res}, or train the net itself (config.init_from) instead",
+                )
         else:
             _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
@@ -294,10 +300,17 @@ def held(folder: pathlib.Path) -> list[str]:
 
 
 def export(
-    folder: pathlib.Path, nets, config, *, card: str, dtype="float16", frozen: str | None = None
+    folder: pathlib.Path,
+    nets,
+    config,
+    *,
+    card: str,
+    dtype="float16",
+    frozen: str | None = None,
+    known=None,
 ) -> None:
     """Writes model.safetensors, config.json and README.md: what sampling needs beside the frozen
-    nets, of which it notes the digest.
+    nets, of which it notes the digest; and words.txt of the `known` words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
@@ -306,6 +319,8 @@ def export(
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors, note))
     images.write_whole(folder / "config.json", to_json(config).encode())
     images.write_whole(folder / "README.md", card.encode())
+    if known:
+        words.write(folder, known)
 
 
 def to_json(config) -> str:

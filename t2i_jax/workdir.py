@@ -11,6 +11,7 @@ from absl import logging
 
 import t2i_jax
 from t2i_jax import checkpoint, errors, images, weights
+from t2i_jax.text import words
 
 FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
@@ -24,23 +25,15 @@ FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same nu
 
 
 def make(path: pathlib.Path) -> None:
-    """Makes the folder and proves that it can be written.
+    """Makes the folder and proves that it can be written; raises StorageError if it cannot."""
+    images.make_folder(path, "--workdir")
 
-    Raises:
-      StorageError: it cannot.
+
+def describe(path: pathlib.Path, config, source) -> None:
+    """Writes config.json, env.txt and words.txt, and sends the log to log.txt, too.
+
+    source: the training data, of whose captions the words are.
     """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        images.write_whole(path / ".probe", b"")
-        (path / ".probe").unlink()
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write there: {e.strerror}", where=str(path), fix="choose another --workdir"
-        ) from e
-
-
-def describe(path: pathlib.Path, config) -> None:
-    """Writes config.json and env.txt, and sends the log to log.txt, too."""
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -53,6 +46,8 @@ def describe(path: pathlib.Path, config) -> None:
     try:
         images.write_whole(path / "config.json", weights.to_json(config).encode())
         images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
+        if not (path / words.FILE).exists() and (known := known_words(config, source)):
+            words.write(path, known)
         handler = std_logging.FileHandler(path / "log.txt")
     except OSError as e:
         raise errors.StorageError(
@@ -65,6 +60,17 @@ def describe(path: pathlib.Path, config) -> None:
         logger.removeHandler(old)
         old.close()
     logger.addHandler(handler)
+
+
+def known_words(config, source) -> set[str] | None:
+    """The words of the training captions, and those of every model of ours that the run uses.
+
+    None where those of one of them are not known.
+    """
+    origins = [s for s in (config.init_from, *weights.sources(config).values()) if s]
+    folders = [weights.locate(s.partition("#")[0]) for s in origins if weights.is_ours(s)]
+    lists = [words.collect(source), *map(words.read, folders)]
+    return None if None in lists else set().union(*lists)
 
 
 def rollbacks(path: pathlib.Path) -> list[dict]:

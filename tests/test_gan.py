@@ -408,8 +408,18 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     found = jax.jit(predictor.objective.init)(jax.random.key(0), zeros)
     pipe = pipeline.Pipeline(predictor, found, "here", None)
     one = requests.Request("a red circle", seed=3)
-    drawn = requests.draw_between(pipe, [one, one._replace(prompt="a star", count=2)], 4)
-    strip, animation = requests.save_between(drawn, tmp_path, 4)
+    asked = [one, one._replace(prompt="a star", count=2)]
+    drawn, settings = requests.draw_between(pipe, asked, 4)
+    strip, animation = requests.save_between(drawn, settings, tmp_path)
+    for path in (strip, animation):
+        recorded = requests.from_picture(path)
+        assert [(r.prompt, r.seed, r.count) for r in recorded.requests] == [
+            ("a red circle", 3, 1),
+            ("a star", 3, 2),
+        ]
+        assert (recorded.frames, recorded.grid, recorded.model) == (4, False, "here")
+        again, _ = requests.draw_between(pipe, recorded.requests, recorded.frames)
+        np.testing.assert_array_equal(again, drawn)
     with Image.open(strip) as picture:
         assert picture.size == (5 * 16 + 4 * 2, 2 * 16 + 2)
         last = np.asarray(picture)[-16:, -16:]
@@ -419,6 +429,8 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     for wrong in ([one], [one, one._replace(seed=4)], [one._replace(negative_prompt="x")] * 2):
         with pytest.raises(errors.ConfigError, match=r"one picture|other seeds"):
             requests.draw_between(pipe, wrong, 4)
+    with pytest.raises(errors.ConfigError, match="takes no negative prompt"):
+        requests.draw(pipe, [one._replace(negative_prompt="blue")], batch_size=4)
 
 
 WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from t2i_jax import errors, images, requests
+from t2i_jax.text import tokenize
 
 DEFAULT = requests.Request(prompt="", seed=0)
 
@@ -31,20 +32,70 @@ def test_to_uint8_maps_the_range_and_clips():
     assert images.to_uint8([-1, 0, 1, 5, -9]).tolist() == [0, 128, 255, 255, 0]
 
 
-def test_a_picture_and_its_settings_come_back(tmp_path):
-    path = tmp_path / "a.png"
-    images.save(path, picture(), metadata(), "a red circle\nSeed: 7")
-    np.testing.assert_array_equal(np.asarray(Image.open(path)), picture())
-    assert images.read_metadata(path) == metadata()
-    assert Image.open(path).text["parameters"].startswith("a red circle")
-    request, model, _ = requests.from_picture(path)
-    assert (request.prompt, request.seed, request.first, model) == (
-        "a red circle",
-        7,
-        2,
-        "builtin:shapes",
-    )
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp"])
+def test_a_picture_and_its_settings_come_back(tmp_path, extension):
+    path = tmp_path / f"a.{extension}"
+    settings = metadata(prompt='a "rötes" 圆 🔴')
+    images.save(path, picture(), settings, 'a "rötes" 圆 🔴\nSeed: 7')
+    if extension == "png":
+        np.testing.assert_array_equal(np.asarray(Image.open(path)), picture())
+    assert images.read_metadata(path) == settings
+    recorded = requests.from_picture(path)
+    (request,) = recorded.requests
+    assert (request.prompt, request.seed, request.first) == (settings["prompt"], 7, 2)
+    assert (recorded.model, recorded.grid, recorded.frames) == ("builtin:shapes", False, 0)
     assert dict(request.options) == {"guidance": 3.0, "interval": (0.0, 1.0)}
+
+
+def test_other_viewers_find_the_text_where_they_look(tmp_path):
+    """PNG's "parameters"; EXIF's UserComment, which EXIF 2.3 (4.6.5, table 9) marks as UNICODE."""
+    for extension in ("png", "jpg", "webp"):
+        images.save(tmp_path / f"a.{extension}", picture(), metadata(), "a röd ring\nSeed: 7")
+    assert Image.open(tmp_path / "a.png").text["parameters"] == "a röd ring\nSeed: 7"
+    for name in ("a.jpg", "a.webp"):
+        with Image.open(tmp_path / name) as image:
+            comment = image.getexif().get_ifd(0x8769)[0x9286]
+        assert comment[:8] == b"UNICODE\0"
+        assert comment[8:].decode("utf-16-be") == "a röd ring\nSeed: 7"
+
+
+def drawn(*asked):
+    """Pictures of (prompt, seed, index), as `requests.draw` gives them."""
+    value = lambda i: np.full((4, 4, 3), 10 * i % 256, np.uint8)
+    make = lambda prompt, seed, index: metadata(prompt=prompt, seed=seed, index=index, step=None)
+    return [(value(i), make(*one) | {"t2i_jax": "0"}) for i, one in enumerate(asked)]
+
+
+def test_a_grid_is_a_row_for_each_prompt_and_holds_all_settings(tmp_path):
+    asked = [("ring", 1, 0), ("ring", 1, 1), ("ring", 1, 2), ("star", 1, 0), ("ring", 5, 0)]
+    *_, path = requests.save(drawn(*asked), tmp_path, grid=True, metadata=True)
+    grid = np.asarray(Image.open(path))
+    assert grid.shape == (4 + 2 + 4, 4 * 4 + 3 * 2, 3)
+    assert grid[0, ::6, 0].tolist() == [0, 10, 20, 40]  # of ring, whatever their seed
+    assert grid[-1, ::6, 0].tolist() == [30, 255, 255, 255]
+    recorded = requests.from_picture(path)
+    jobs = [(r.prompt, r.seed, r.first + k) for r in recorded.requests for k in range(r.count)]
+    assert jobs == asked
+    assert recorded.grid
+    assert len(recorded.requests) == 3
+    assert Image.open(path).text["parameters"].startswith("ring | star")
+
+
+def test_a_grid_of_single_pictures_is_about_square(tmp_path):
+    asked = [(f"prompt {i}", 0, 0) for i in range(5)]
+    *_, path = requests.save(drawn(*asked), tmp_path, grid=True, metadata=False)
+    assert np.asarray(Image.open(path)).shape == (2 * 4 + 2, 3 * 4 + 2 * 2, 3)
+    assert images.read_metadata(path) is None
+
+
+def test_settings_of_very_many_pictures_are_left_out_of_a_grid(tmp_path):
+    asked = [(f"{i} " + "x" * 400, 0, 0) for i in range(100)]
+    for extension in ("png", "jpg", "webp"):
+        found = drawn(*asked)
+        *_, path = requests.save(found, tmp_path, grid=True, metadata=True, extension=extension)
+        assert images.read_metadata(path)["model"] == "builtin:shapes"
+        with pytest.raises(errors.DataError, match="no settings of ours"):
+            requests.from_picture(path)
 
 
 def test_a_grid_holds_every_picture():
@@ -73,13 +124,21 @@ def test_metadata_stays_small_and_files_are_never_overwritten(tmp_path):
         requests.save([(picture(), long | {"options": {}})], tmp_path, grid=True, metadata=True)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["00000_s7.png", "00001_grid.png", "00002_s7.png", "00003_grid.png"]
-    assert len(images.read_metadata(tmp_path / "00000_s7.png")["prompt"]) == 1024
+    for name in names[:2]:
+        (request,) = requests.from_picture(tmp_path / name).requests
+        assert request.prompt == "x" * 9000
+    assert requests.PROMPT_KEPT == tokenize.CHARACTERS
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(errors.StorageError, match="choose --output_dir"):
-        requests.save([(picture(), metadata())], tmp_path / "file" / "x", grid=False, metadata=True)
+    for folder in (tmp_path / "file", tmp_path / "file" / "x"):
+        with pytest.raises(errors.StorageError, match="choose another --output_dir"):
+            requests.save([(picture(), metadata())], folder, grid=False, metadata=True)
+        with pytest.raises(errors.StorageError, match=r"is a file.*choose another --output_dir"):
+            images.check_folder(folder, "--output_dir")
+    images.check_folder(tmp_path / "new" / "folder", "--output_dir")
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,14 @@ def test_the_adapter_of_a_frozen_encoder_is_trained_by_the_last_loss(base):
         objective.make(config)
 
 
+def test_an_adapter_of_other_pictures_than_the_nets_is_refused(base, tmp_path):
+    config = adapted(base)
+    config.res = 32
+    with pytest.raises(errors.ConfigError, match="32 pixels a side, of a net for 16"):
+        loop.train(config, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

@@ -129,6 +129,105 @@ def test_a_bad_line_of_a_prompts_file_is_named(pipe, tmp_path, line, message):
         requests.draw(pipe, requests.read_file(path, requests.Request("", seed=0)), batch_size=4)
 
 
+def test_a_string_is_one_prompt(pipe):
+    one = pipe("a red circle", steps=2)
+    assert one.shape == (1, 16, 16, 3)
+    np.testing.assert_array_equal(one, pipe(["a red circle"], steps=2))
+
+
+def test_a_list_of_seeds_draws_each_picture_as_if_alone(pipe):
+    several = pipe(CAPTIONS[0], seed=[3, 4], steps=2).astype(int)
+    for i, seed in enumerate((3, 4)):
+        first, _ = pipe([CAPTIONS[0]] * 2, seed=seed, steps=2).astype(int)
+        assert np.abs(several[i] - first).max() <= 1
+    assert np.abs(several[0] - several[1]).max() > 1
+
+
+def test_few_programs_draw_any_number_of_pictures_all_the_same(pipe):
+    whole = pipe([CAPTIONS[0]] * 8, seed=5, steps=2).astype(int)
+    programs = len(pipe.predictor._announced)
+    for n in (5, 6, 7):
+        assert np.abs(pipe(CAPTIONS[0], num_images=n, seed=5, steps=2) - whole[:n]).max() <= 1
+    again = pipe(CAPTIONS[0], num_images=5, seed=5, steps=2, batch_size=2)
+    assert np.abs(again - whole[:5]).max() <= 1
+    assert len(pipe.predictor._announced) == programs
+
+
+@pytest.fixture
+def batches(pipe, monkeypatch):
+    """The (batch, seeds) that are asked for, in place of drawing them."""
+    asked = []
+
+    def run(name, nets, batch, *, seed, **options):
+        asked.append((batch, seed.tolist()))
+        return np.zeros((len(seed), 2, 2, 3))
+
+    monkeypatch.setattr(pipe.predictor, "run", run)
+    return asked
+
+
+def test_seeds_are_for_prompts_or_for_pictures(pipe, batches):
+    for seed in (7, [7, 8], [7, 7, 8, 9]):
+        assert pipe(CAPTIONS, seed=seed, num_images=2).shape[0] == 4
+    numbers = [(seeds, batch["index"].tolist()) for batch, seeds in batches]
+    assert numbers == [
+        ([7, 7, 7, 7], [0, 1, 2, 3]),
+        ([7, 7, 8, 8], [0, 1, 0, 1]),
+        ([7, 7, 8, 9], [0, 0, 0, 0]),
+    ]
+    for batch, _ in batches:  # pictures of a prompt stand beside each other
+        text = batch["text"]
+        assert (text[0] == text[1]).all()
+        assert (text[2] == text[3]).all()
+        assert (text[1] != text[2]).any()
+
+
+def test_negative_prompts_are_one_for_all_or_one_for_each(pipe, batches):
+    for negative in ("blue", ["blue", "red"], ["", None], None):
+        pipe(CAPTIONS, negative_prompt=negative)
+    all_alike, each, *without = (batch for batch, _ in batches)
+    tokens = pipe.predictor.tokenize(["blue", "red"])
+    np.testing.assert_array_equal(all_alike["negative_text"], tokens.text_BL[[0, 0]])
+    np.testing.assert_array_equal(each["negative_text"], tokens.text_BL)
+    assert all("negative_text" not in batch for batch in without)
+
+
+def test_it_says_when_it_compiles(pipe, batches, capsys):
+    for _ in range(2):
+        pipe(CAPTIONS, steps=5)
+    said = capsys.readouterr().err
+    assert said.count("compiling for 2 pictures at once") == 1
+    assert said.count("compiled, and drew") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(prompts=[]), "no prompt"),
+        (dict(prompts=None), "prompts is None"),
+        (dict(prompts={"a": 1}), "give a string or a list of strings"),
+        (dict(prompts=["a", 3]), "a prompt is 3"),
+        (dict(prompts=" "), "a prompt is empty"),
+        (dict(seed=1.5), "seed is 1.5"),
+        (dict(seed=True), "seed is True"),
+        (dict(seed=[1, -2]), "seed is -2"),
+        (dict(seed=[1, 2, 3], num_images=2), r"it has 3 entries .at seed.*give one, or 1 or 2"),
+        (dict(num_images=0), "num_images is 0"),
+        (dict(num_images=2.0), "num_images is 2.0"),
+        (dict(negative_prompt=3), "negative_prompt is 3"),
+        (dict(negative_prompt=["a", "b"]), "it has 2 entries"),
+        (dict(index=3), "index is 3"),
+        (dict(index=[0.5]), "a place is 0.5"),
+        (dict(batch_size=0), "batch_size is 0"),
+        (dict(num_inference_steps=5), "say 'steps'"),
+        (dict(guidanse=5), "did you mean 'guidance'"),
+    ],
+)
+def test_a_wrong_argument_gets_one_clear_error(pipe, arguments, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        pipe(**{"prompts": "a red circle", **arguments})
+
+
 def test_guidance_may_be_none_at_all(pipe):
     assert pipe(CAPTIONS, guidance=0, steps=1).shape == (2, 16, 16, 3)
 

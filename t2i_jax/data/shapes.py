@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t2i_jax import errors
+from t2i_jax.text import words
 
 VERSION = 1  # of pictures and captions: part of the fingerprint
 COLOURS = {
@@ -305,6 +306,10 @@ class Source:
     def captions(self) -> list[str]:
         """All captions, without drawing a picture."""
         return [self._example(index)[1] for index in range(self._size)]
+
+    def words(self) -> set[str]:
+        """All words of captions: a few hundred captions have each of them."""
+        return {w for i in range(min(self._size, 2048)) for w in words.of(self._example(i)[1])}
 
     def _example(self, index) -> tuple[Scene, str]:
         rng = _generator(self._split, self._seed, int(index))
