@@ -17,7 +17,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["t2i_jax", "t2i_jax.*"]),
+    packages=[*find_packages(include=["t2i_jax", "t2i_jax.*"]), "t2i_jax.configs"],
+    package_dir={"t2i_jax.configs": "configs"},  # for --config=shapes_flow, wherever one is
+    entry_points={"console_scripts": ["t2i_jax = t2i_jax.__main__:main"]},
     package_data={"t2i_jax": ["builtin/*/*", "evaluators/protocols/*.json"]},
     install_requires=[
         # 0.10.2 is silently wrong on CPU (jax#39103); 0.11.0 crashes reducing many axes (#39257)

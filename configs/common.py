@@ -5,6 +5,10 @@ import ml_collections
 from t2i_jax import errors
 
 
+SWITCHES = {"": True, **dict.fromkeys(("true", "1", "yes"), True)}  # text of an option -> value
+SWITCHES |= dict.fromkeys(("false", "0", "no"), False)
+
+
 def base() -> ml_collections.ConfigDict:
     """The default experiment: no objective, no data; a config file fills these in."""
     config = ml_collections.ConfigDict()
@@ -51,7 +55,7 @@ def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
     """'debug,res=64' -> known options overwritten, each cast to its default's type."""
     options = ml_collections.ConfigDict(known)
     for part in filter(None, (arg or "").split(",")):
-        name, eq, value = part.partition("=")
+        name, _, value = part.partition("=")
         if name not in known:
             raise errors.ConfigError(
                 f"unknown config option {name!r}",
@@ -59,17 +63,15 @@ def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
                 fix=errors.nearest(name, known),
             )
         default = known[name]
-        if isinstance(default, bool):
-            options[name] = value.lower() in ("true", "1", "yes") if eq else True
-        else:
-            try:
-                options[name] = type(default)(value)
-            except ValueError as e:
-                raise errors.ConfigError(
-                    f"option {name}={value!r} is no {type(default).__name__}",
-                    where=f"--config=…:{arg}",
-                    fix=f"for example {name}={default!r}",
-                ) from e
+        try:
+            switch = isinstance(default, bool)
+            options[name] = SWITCHES[value.lower()] if switch else type(default)(value)
+        except (KeyError, ValueError) as e:
+            raise errors.ConfigError(
+                f"option {name}={value!r} is no {type(default).__name__}",
+                where=f"--config=…:{arg}",
+                fix=f"for example {name}={default!r}",
+            ) from e
     return options
 
 

@@ -1,7 +1,9 @@
 """Command lines: flags parsed, errors as one line with an exit code, tracebacks on --debug."""
 
+import importlib.util
 import logging as std_logging
 import os
+import pathlib
 import re
 import sys
 import threading
@@ -11,6 +13,13 @@ from absl import flags, logging
 from t2i_jax import distributed, errors
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
+WANTED = {  # type of a flag -> what to give
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "step": 'a number or "best"',
+    "config dict": "a dictionary, such as '{\"name\": 1}'",
+}
 
 
 def sampling_flags() -> dict:
@@ -65,9 +74,10 @@ class _Step(flags.ArgumentParser):
     """Parses --step."""
 
     def parse(self, argument):
-        if argument == "best" or str(argument).isdecimal():
-            return argument if argument == "best" else int(argument)
-        raise ValueError(f'step is {argument!r}: give a number or "best"')
+        return argument if argument == "best" else int(argument)
+
+    def flag_type(self):
+        return "step"
 
 
 def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
@@ -164,6 +174,7 @@ def _in_background(args) -> None:
 
 
 def _parse(argv, required, arguments) -> list[str]:
+    argv = _with_config_files(argv)
     try:
         rest = flags.FLAGS(argv)
         for name in required:  # a config file that failed to load says so only when it is used
@@ -172,6 +183,8 @@ def _parse(argv, required, arguments) -> list[str]:
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
         if "ConfigError: " in last:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
+        if bad := _bad_flag(e):
+            raise bad from e
         if isinstance(e, KeyError | AttributeError):
             key, *hint = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " "))
             last = f"the config has no key {key!r}"
@@ -179,7 +192,7 @@ def _parse(argv, required, arguments) -> list[str]:
         raise errors.ConfigError(
             last[:600],
             where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
-            fix="see --help for the flags, and the config file for its keys",
+            fix=f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys",
         ) from e
     if rest[1:] and not arguments:
         raise errors.ConfigError(
@@ -195,6 +208,83 @@ def _parse(argv, required, arguments) -> list[str]:
                 f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
             )
     return rest[1:]
+
+
+def _bad_flag(e: Exception) -> errors.ConfigError | None:
+    """What absl says of a flag that is unknown, or of its value, in our words."""
+    if isinstance(e, flags.UnrecognizedFlagError):
+        known = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
+        return errors.ConfigError(
+            f"no flag --{e.flagname}",
+            where="the command line",
+            fix=errors.nearest(e.flagname, known, else_say="see --help for all"),
+        )
+    text = " ".join(str(e).split())
+    if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):
+        return errors.ConfigError("no value", where=f"--{lacks[1]}", fix=f"write --{lacks[1]}=…")
+    if not (found := re.match(r"flag --([\w.]+)=(.*?): (.*)", text)):
+        return None
+    name, value, reason = found.groups()
+    parser = flags.FLAGS[name].parser if name in flags.FLAGS else None
+    wanted = WANTED.get(parser.flag_type() if parser else "", "")
+    if isinstance(parser, flags.EnumParser):
+        wanted = errors.nearest(value, parser.enum_values)
+    elif wanted and (least := getattr(parser, "lower_bound", None)) is not None:
+        wanted = f"give {wanted}, {least} or more"
+    elif wanted:
+        wanted = f"give {wanted}"
+    what = f"{name.rpartition('.')[2]} is {value[:200]!r}" if wanted else reason[:300]
+    return errors.ConfigError(what, where=f"--{name}", fix=wanted or "see --help")
+
+
+def configs_folder() -> pathlib.Path:
+    """Where the experiments lie: in an installed package, or beside it in a checkout."""
+    package = pathlib.Path(__file__).parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def _with_config_files(argv) -> list[str]:
+    """The arguments with --config=name as the file of that name; makes `configs` importable.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if "config" not in flags.FLAGS:
+        return argv
+    folder = configs_folder()
+    if "configs" not in sys.modules and (folder / "__init__.py").is_file():
+        spec = importlib.util.spec_from_file_location(
+            "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["configs"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["configs"])
+    out = list(argv)
+    for i, argument in enumerate(argv[1:], 1):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            out[i] = f"{flag}={_config_file(value, folder)}"
+        elif argument in ("--config", "-config") and i + 1 < len(argv):
+            out[i + 1] = _config_file(argv[i + 1], folder)
+    return out
+
+
+def _config_file(text: str, folder: pathlib.Path) -> str:
+    """ "name:options" or "file.py:options" as "file.py:options"."""
+    name, colon, options = text.partition(":")
+    path, ours = pathlib.Path(name), folder / f"{pathlib.Path(name).stem}.py"
+    if not path.is_file() and ours.is_file() and str(path.parent) in (".", "configs"):
+        path = ours
+    if path.is_file():
+        if "get_config" not in path.read_text(errors="replace"):
+            raise errors.ConfigError(
+                "it has no function get_config", where=str(path), fix="name one of configs/"
+            )
+        return f"{path}{colon}{options}"
+    there = [*folder.glob("*.py"), *path.parent.glob("*.py")]
+    known = {p.stem for p in there} - {"__init__", "common", "train", "sample", "setup"}
+    raise errors.ConfigError(
+        f"no config {name!r}", where="--config", fix=errors.nearest(path.stem, known)
+    )
 
 
 def _flag_of(message: str, argv) -> str:

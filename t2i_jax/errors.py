@@ -51,10 +51,20 @@ class Preempted(Error):
     exit_code = 75
 
 
-def nearest(name: str, known) -> str:
-    """A hint for a misspelt name: ' Did you mean "x"?' or the whole list when nothing is near."""
+def nearest(name: str, known, else_say: str = "") -> str:
+    """A hint for a misspelt name: "did you mean 'x'?", or all names where none is near.
+
+    else_say: what to say then instead.
+    """
     import difflib
 
     known = sorted(map(str, known))
     close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else f"choose one of {known}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return else_say or (f"choose one of {known}" if known else "there is none to choose")
+
+
+def reason(e: Exception) -> str:
+    """What went wrong, without the number and the path that Python puts round it."""
+    return getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0][:300]

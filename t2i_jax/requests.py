@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 import t2i_jax
 from t2i_jax import errors, images
@@ -173,7 +174,9 @@ def read_file(path, default: Request) -> list[Request]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         raise errors.ConfigError(
-            f"cannot read the prompts: {e}", where=str(path), fix="give a UTF-8 text file"
+            f"cannot read the prompts: {errors.reason(e)}",
+            where=str(path),
+            fix="give a UTF-8 text file",
         ) from e
     found = []
     for number, line in enumerate(lines, 1):
@@ -243,8 +246,11 @@ def from_picture(path) -> Recorded:
     try:
         found = images.read_metadata(path)
     except (OSError, ValueError) as e:
+        reason = errors.reason(e)
+        if isinstance(e, Image.UnidentifiedImageError):
+            reason = f"it is no {', '.join(images.FORMATS)}"
         raise errors.DataError(
-            f"cannot read it: {e}", where=str(path), fix="give a picture that sample.py wrote"
+            f"cannot read it: {reason}", where=str(path), fix="give a picture that sample.py wrote"
         ) from e
     rows = found.get("pictures", [found]) if found else []
     fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)

@@ -1,11 +1,14 @@
 """Bad input on the command line: one clear error, its exit code, nothing written, no traceback."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
+
+from t2i_jax import __main__ as commands
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/shapes_flow.py:debug"
@@ -23,9 +26,9 @@ CASES = {
     "no config": (["train.py", "--workdir={new}"], 78, "--config is missing"),
     "no workdir": (["train.py", CONFIG], 78, "--workdir is missing"),
     "no such config": (
-        ["train.py", "--config=configs/shape.py", "--workdir={new}"],
+        ["train.py", "--config=configs/shapes_flo.py", "--workdir={new}"],
         78,
-        "shape.py",
+        "no config 'configs/shapes_flo.py' (at --config). Fix: did you mean 'shapes_flow'?",
     ),
     "misspelt option": (
         ["train.py", "--config=configs/shapes_flow.py:debgu", "--workdir={new}"],
@@ -37,7 +40,11 @@ CASES = {
         78,
         "no key 'stepz'; did you mean 'steps'? (at --config.stepz=3)",
     ),
-    "wrong type": (["train.py", CONFIG, "--config.steps=many", "--workdir={new}"], 78, "many"),
+    "wrong type": (
+        ["train.py", CONFIG, "--config.steps=many", "--workdir={new}"],
+        78,
+        "steps is 'many' (at --config.steps). Fix: give a whole number",
+    ),
     "zero steps": (["train.py", CONFIG, "--config.steps=0", "--workdir={new}"], 78, "steps is 0"),
     "unwritable workdir": (["train.py", CONFIG, "--workdir=/dev/null/run"], 74, "/dev/null/run"),
     "nothing to draw": (["sample.py", "--checkpoint=builtin:shapes"], 78, "nothing to draw"),
@@ -55,7 +62,11 @@ CASES = {
         "two models",
     ),
     "empty prompt": (["sample.py", "--checkpoint=builtin:shapes", "--prompt="], 78, "empty"),
-    "negative seed": (["sample.py", "--prompt=a circle", "--seed=-1"], 78, "seed is -1"),
+    "negative seed": (
+        ["sample.py", "--prompt=a circle", "--seed=-1"],
+        78,
+        "seed is -1 (at --seed)",
+    ),
     "unknown builtin": (
         ["sample.py", "--prompt=a circle", "--checkpoint=builtin:shaps"],
         78,
@@ -64,7 +75,23 @@ CASES = {
     "foreign folder": (["sample.py", "--prompt=a circle", "--workdir=docs"], 78, "config.json"),
     "zero sampling steps": ([*BUILTIN, "--steps=0"], 78, "steps is 0"),
     "guidance that is no number": ([*BUILTIN, "--guidance=nan"], 78, "guidance is nan"),
-    "an option of another family": ([*BUILTIN, "--top_k=3"], 78, "takes no option 'top_k'"),
+    "an option of another family": (
+        [*BUILTIN, "--truncation=0.5"],
+        78,
+        "takes no option 'truncation'",
+    ),
+    "options that another makes void": (
+        [*BUILTIN, "--interpolate=4", "--grid", "--format=jpg"],
+        78,
+        "--grid, --format beside --interpolate",
+    ),
+    "settings beside those of a picture": (
+        ["sample.py", "--reproduce=x.png", "--seed=3"],
+        78,
+        "--seed beside --reproduce",
+    ),
+    "folder for pictures that is a file": ([*BUILTIN, "--output_dir=setup.py"], 74, "is a file"),
+    "no such command": (["-m", "t2i_jax", "trian"], 78, "did you mean 'train'"),
     "no such pictures": (
         ["train.py", "--config=configs/folder_flow.py:path=nowhere", "--workdir={new}"],
         65,
@@ -75,7 +102,14 @@ CASES = {
         78,
         "use 48 or 52",
     ),
-    "unknown flag": (["sample.py", "--promt=a circle"], 78, "promt"),
+    "unknown flag": (
+        ["sample.py", "--promt=a"],
+        78,
+        "no flag --promt (at the command line). Fix: did you mean 'prompt'",
+    ),
+    "a size of no batch": ([*BUILTIN, "--batch_size=0"], 78, "give a whole number, 1 or more"),
+    "no such format": ([*BUILTIN, "--format=gif"], 78, "format is 'gif'"),
+    "a flag without a value": (["train.py", "--workdir"], 78, "no value (at --workdir)"),
     "stray argument": (["sample.py", "a circle"], 78, "unexpected argument"),
 }
 
@@ -84,7 +118,8 @@ CASES = {
 def test_bad_input_gets_one_clear_error(case, tmp_path):
     command, code, message = CASES[case]
     command = [part.format(new=tmp_path / "new") for part in command]
-    command += [f"--output_dir={tmp_path / 'new'}"] if command[0] == "sample.py" else []
+    if command[0] == "sample.py" and not any("output_dir" in part for part in command):
+        command.append(f"--output_dir={tmp_path / 'new'}")
     done = start(*command)
     assert done.returncode == code, done.stderr
     last = done.stderr.strip().splitlines()[-1]
@@ -93,6 +128,43 @@ def test_bad_input_gets_one_clear_error(case, tmp_path):
     assert "Fix: " in last
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "new").exists()
+
+
+def test_an_installed_package_finds_its_configs_by_name_anywhere(tmp_path):
+    build = [sys.executable, "setup.py", "-q", "build", f"--build-base={tmp_path / 'build'}"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (elsewhere / "mine.py").write_text(
+        "from configs import shapes_gan_from_flow\n"
+        "def get_config(arg=None):\n    return shapes_gan_from_flow.get_config(arg)\n"
+    )
+    (elsewhere / "elsewhere.txt").write_text("hello")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "build" / "lib")}
+    for config, message in (
+        ("shapes_gan_from_flow:debug", "no key 'stepz'; did you mean 'steps'"),
+        ("mine.py:debug", "no key 'stepz'; did you mean 'steps'"),
+        ("elsewhere.txt", "it has no function get_config"),
+        ("shapes_flo", "did you mean 'shapes_flow'"),
+        ("mime.py", "did you mean 'mine'"),
+    ):
+        train = [sys.executable, "-m", "t2i_jax", "train", f"--config={config}", "--workdir=x"]
+        done = subprocess.run(
+            [*train, "--config.stepz=3"],
+            cwd=elsewhere,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 78
+        assert message in done.stderr
+
+
+def test_commands_are_listed_by_one_name():
+    done = start("-m", "t2i_jax")
+    assert done.returncode == 0
+    for name, (module, _) in commands.COMMANDS.items():
+        assert f"  {name} " in done.stdout
+        assert importlib.util.find_spec(module)
 
 
 def test_help_shows_our_flags():

@@ -86,5 +86,8 @@ def test_an_unknown_option_of_a_config_names_the_nearest():
         common.parse_arg("rse=3", res=32)
     with pytest.raises(errors.ConfigError, match="is no int"):
         common.parse_arg("res=big", res=32)
+    with pytest.raises(errors.ConfigError, match="debug='maybe' is no bool"):
+        common.parse_arg("debug=maybe", debug=False)
+    assert common.parse_arg("debug=no", debug=True).debug is False
     parsed = common.parse_arg("debug,res=64", debug=False, res=32)
     assert parsed.to_dict() == {"debug": True, "res": 64}

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import shapes_clip
 from t2i_jax import errors, images, loop, pipeline, requests, weights
 from t2i_jax.quality import protocol
 from tests.runs import config
@@ -226,6 +227,17 @@ def test_it_says_when_it_compiles(pipe, batches, capsys):
 def test_a_wrong_argument_gets_one_clear_error(pipe, arguments, message):
     with pytest.raises(errors.ConfigError, match=message):
         pipe(**{"prompts": "a red circle", **arguments})
+
+
+def test_what_a_family_does_not_draw_is_said(pipe):
+    one = requests.Request("a red circle", seed=0, count=2)
+    with pytest.raises(errors.ConfigError, match=r"draws no way .* .at --interpolate"):
+        requests.draw_between(pipe, [one], 4)
+    judge = pipeline.Predictor(shapes_clip.get_config("debug"))
+    with pytest.raises(errors.ConfigError, match="'clip' draws no pictures"):
+        judge.check("sample")
+    with pytest.raises(errors.ConfigError, match="has no prediction 'smple'"):
+        judge.check("smple")
 
 
 def test_guidance_may_be_none_at_all(pipe):

@@ -1,0 +1,39 @@
+"""All commands by one name: t2i_jax <command> --flag=…, or python -m t2i_jax <command> …"""
+
+import runpy
+import sys
+
+from t2i_jax import errors
+
+COMMANDS = {
+    "train": ("t2i_jax.train", "trains a model"),
+    "sample": ("t2i_jax.sample", "draws pictures"),
+    "evaluate": ("t2i_jax.evaluate", "judges a model, or a folder of pictures"),
+    "compare": ("t2i_jax.compare", "compares runs"),
+    "export": ("t2i_jax.export", "writes a run's weights as a model"),
+    "cache": ("t2i_jax.data.cache", "encodes a run's captions once"),
+    "convert": ("t2i_jax.vision.convert", "makes image networks from files of torch"),
+}
+
+
+def main() -> None:
+    """Runs the command that the first argument names, its flags being the others."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help", "help"):
+        print(
+            __doc__, "", *(f"  {name:10}{does}" for name, (_, does) in COMMANDS.items()), sep="\n"
+        )
+        print("\nt2i_jax <command> --help shows its flags.")
+    elif name not in COMMANDS:
+        e = errors.ConfigError(
+            f"no command {name!r}", where="the command line", fix=errors.nearest(name, COMMANDS)
+        )
+        print(f"t2i_jax: {e}", file=sys.stderr)
+        sys.exit(e.exit_code)
+    else:
+        del sys.argv[1]
+        runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
