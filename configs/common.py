@@ -4,7 +4,6 @@ import ml_collections
 
 from t2i_jax import errors
 
-
 SWITCHES = {"": True, **dict.fromkeys(("true", "1", "yes"), True)}  # text of an option -> value
 SWITCHES |= dict.fromkeys(("false", "0", "no"), False)
 
