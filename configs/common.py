@@ -51,9 +51,18 @@ def base() -> ml_collections.ConfigDict:
 
 
 def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
-    """'debug,res=64' -> known options overwritten, each cast to its default's type."""
-    options = ml_collections.ConfigDict(known)
+    """'debug,res=64' -> known options overwritten, each cast to its default's type.
+
+    A comma that no option follows belongs to the text before it: "path=a,b" is a path.
+    """
+    options, parts = ml_collections.ConfigDict(known), []
     for part in filter(None, (arg or "").split(",")):
+        before = parts[-1].partition("=")[0] if parts else ""
+        if "=" not in part and part not in known and isinstance(known.get(before), str):
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    for part in parts:
         name, _, value = part.partition("=")
         if name not in known:
             raise errors.ConfigError(

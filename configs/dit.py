@@ -7,6 +7,7 @@ python train.py --config=configs/dit.py:size=XL,data=folder --config.data.path=D
 """
 
 from configs import common, shapes_flow
+from t2i_jax import errors
 
 SIZES = {  # width, blocks, heads
     "S": (384, 12, 6),
@@ -21,6 +22,10 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     if arg.data != "shapes":
         config.data = dict(source=arg.data, path=arg.path)
+    if arg.size not in SIZES:
+        raise errors.ConfigError(
+            f"size is {arg.size!r}", where="--config=…:size", fix=errors.nearest(arg.size, SIZES)
+        )
     width, depth, heads = SIZES[arg.size]
     config.model = dict(
         backbone="transformer",

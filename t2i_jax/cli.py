@@ -185,8 +185,9 @@ def _parse(argv, required, arguments) -> list[str]:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         if bad := _bad_flag(e):
             raise bad from e
-        if isinstance(e, KeyError | AttributeError):
-            key, *hint = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " "))
+        words = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " ")) if e.args else []
+        if isinstance(e, KeyError | AttributeError) and words:
+            key, *hint = words
             last = f"the config has no key {key!r}"
             last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
         raise errors.ConfigError(
@@ -227,6 +228,8 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
     name, value, reason = found.groups()
     parser = flags.FLAGS[name].parser if name in flags.FLAGS else None
     wanted = WANTED.get(parser.flag_type() if parser else "", "")
+    if " as a ConfigDict: " in reason:
+        wanted = WANTED["config dict"]
     if isinstance(parser, flags.EnumParser):
         wanted = errors.nearest(value, parser.enum_values)
     elif wanted and (least := getattr(parser, "lower_bound", None)) is not None:

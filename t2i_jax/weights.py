@@ -118,6 +118,7 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
                     fix=f"set it to {res}, or train the net itself (config.init_from) instead",
                 )
         else:
+            _check_there(name, source)
             _reader(name).check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -213,6 +214,21 @@ def load_net(source, name: str, target):
 def _reader(name: str):
     """What reads pretrained checkpoints: texts for the net "text", pictures for all others."""
     return encoder if name == "text" else vision
+
+
+def _check_there(name: str, source) -> None:
+    """Raises ConfigError for a path that is no folder, which may have been a run's."""
+    for one in (source,) if isinstance(source, str) else source:
+        path = pathlib.Path(one).expanduser()
+        if one.startswith("hf:") or len(path.parts) < 2 or path.is_dir():
+            continue
+        several = "" if isinstance(source, str) else "; commas separate several checkpoints"
+        raise errors.ConfigError(
+            f"no such folder{several}",
+            where=f"config.load.{name}={one}",
+            fix="give a run's --workdir or an exported model (#net behind it names another of its "
+            "nets), builtin:…, or a pretrained checkpoint's folder or hf:org/name",
+        )
 
 
 def check_frozen(nets, known: str | None, found: str | None = None) -> None:

@@ -85,6 +85,22 @@ def test_a_string_names_several_by_commas_unless_it_is_a_folder(tmp_path):
     assert encoder.given(str(tmp_path / "clip, projected")) == str(tmp_path / "clip, projected")
 
 
+def test_a_comma_in_a_path_that_is_not_there_is_told(tmp_path):
+    for source in (f"{tmp_path}/nowhere,{tmp_path}/b", [f"{tmp_path}/my", "pictures"]):
+        with pytest.raises(errors.DataError, match="commas separate several encoders"):
+            encoder.make(source)
+    with pytest.raises(errors.DataError, match=r"looked for config.*in it .at"):
+        encoder.make(f"{tmp_path}/nowhere")
+
+
+def test_a_run_that_is_not_there_is_no_image_network():
+    for source in ("runs/nothere", ["runs/nothere", "minilm"]):
+        with pytest.raises(errors.ConfigError, match=r"no such folder.* .at config.load.gen=runs"):
+            weights._check_there("gen", source)
+    for source in ("hf:org/name", "minilm", "inception", "tests"):
+        weights._check_there("gen", source)
+
+
 def test_a_field_not_implemented_names_its_folder(pair, tmp_path):
     folder = tmp_path / "clip"
     shutil.copytree(pair[0], folder)

@@ -89,5 +89,7 @@ def test_an_unknown_option_of_a_config_names_the_nearest():
     with pytest.raises(errors.ConfigError, match="debug='maybe' is no bool"):
         common.parse_arg("debug=maybe", debug=False)
     assert common.parse_arg("debug=no", debug=True).debug is False
+    parsed = common.parse_arg("path=/a,b/c, d,debug", debug=False, path="")
+    assert parsed.to_dict() == {"debug": True, "path": "/a,b/c, d"}
     parsed = common.parse_arg("debug,res=64", debug=False, res=32)
     assert parsed.to_dict() == {"debug": True, "res": 64}

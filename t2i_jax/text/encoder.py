@@ -149,7 +149,7 @@ def _make(source: str, dtype: str, options) -> nn.Module:
 
 def _check_options(source, dtype, options) -> None:
     """Options of families that are not there, or that are none, are errors."""
-    here = {_name(_read(hf.locate(origin(one)))[1]) for one in _sources(source)}
+    here = {_name(_read(_located(one, source))[1]) for one in _sources(source)}
     for name, given in options.items():
         if name not in here:
             raise errors.ConfigError(
@@ -166,6 +166,16 @@ def _check_options(source, dtype, options) -> None:
             raise errors.ConfigError(
                 f"dtype is {value!r}", where="config.text", fix=errors.nearest(value, DTYPES)
             )
+
+
+def _located(one: str, source):
+    try:
+        return hf.locate(origin(one))
+    except errors.DataError as e:
+        if isinstance(source, str) or not e.what.startswith("no such folder"):
+            raise
+        what = f"{e.what}; commas separate several encoders"
+        raise errors.DataError(what, where=e.where, fix=e.fix) from e
 
 
 def _sources(source) -> tuple[str, ...]:
