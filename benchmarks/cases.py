@@ -2,13 +2,15 @@
 
 import json
 import pathlib
-import sys
 
 import numpy as np
 
+from benchmarks import harness
+
+SIZES = dict(width=32, depth=1, heads=2) if harness.CHECK else {}
 CASES = {  # name -> backbone, its sizes
-    "unet": dict(backbone="unet"),
-    "transformer": dict(backbone="transformer"),
+    "unet": dict(backbone="unet", **SIZES),
+    "transformer": dict(backbone="transformer", **SIZES),
 }
 RES, LENGTH, TEXT_WIDTH = 32, 24, 384
 
@@ -40,35 +42,30 @@ def cond(data):
     return Cond(data["seq"], data["mask"], data["pooled"])
 
 
-def variables(case: str):
-    """The network's variables, moved."""
+def variables(case: str, folder: pathlib.Path):
+    """The network's variables, moved; writes `weights.npz` for `peer`."""
     import jax
 
+    from t2i_jax.models import layers
+
     module, data = backbone(case), inputs(2)
-    return moved(jax.jit(module.init)(jax.random.key(0), data["z"], data["t"], cond(data)))
+    tree = moved(jax.jit(module.init)(jax.random.key(0), data["z"], data["t"], cond(data)))
+    side = RES // getattr(module, "patch", 4)
+    sizes = {
+        name: getattr(module, name) for name in ("depth", "heads", "patch") if hasattr(module, name)
+    }
+    positions = layers.positions_2d(side, side, module.width)
+    write(folder / "weights.npz", tree, sizes=json.dumps(sizes), positions=positions)
+    return tree
 
 
 def moved(tree):
     """Variables as after some training: nothing is zero."""
     import jax
 
-    leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.02 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return jax.tree.unflatten(structure, noisy)
-
-
-def write_weights(case: str, path: pathlib.Path) -> None:
-    """One file for the peer: parameters under our names, the position table, the sizes."""
-    from t2i_jax.models import layers
-
-    module = backbone(case)
-    side = RES // getattr(module, "patch", 4)
-    sizes = {
-        name: getattr(module, name) for name in ("depth", "heads", "patch") if hasattr(module, name)
-    }
-    positions = layers.positions_2d(side, side, module.width)
-    write(path, variables(case), sizes=json.dumps(sizes), positions=positions)
+    rng = np.random.default_rng(1)
+    noise = lambda x: 0.02 * rng.standard_normal(x.shape).astype(x.dtype)
+    return jax.tree.map(lambda x: np.asarray(x) + noise(x), tree)
 
 
 def write(path: pathlib.Path, tree, **more) -> None:
@@ -79,14 +76,10 @@ def write(path: pathlib.Path, tree, **more) -> None:
     np.savez(path, **{name: np.asarray(value) for name, value in flat.items()}, **more)
 
 
-def peer(case: str, path: pathlib.Path):
-    """The torch network with the weights of `write_weights`."""
+def peer(case: str, folder: pathlib.Path):
+    """The torch network with the weights of `variables`."""
     from benchmarks import peers
 
-    flat = dict(np.load(path))
+    flat = dict(np.load(folder / "weights.npz"))
     sizes = json.loads(str(flat.pop("sizes")))
     return {"unet": peers.UNet, "transformer": peers.Transformer}[case](flat, **sizes)
-
-
-if __name__ == "__main__":
-    write_weights(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -1,6 +1,6 @@
 """The GAN's pictures and training steps against PyTorch, and its pictures against the flow model's.
 
-python -m benchmarks.gan [draw] [train] [flow]   (all three by default)
+python -m benchmarks.gan [draw] [train] [flow] [--check]
 
 draw: one pass of the convolutional generator of configs/shapes_gan.py and of a U-net as it ships,
 against the same networks in PyTorch (channels_last), eager and compiled, under inference_mode.
@@ -9,24 +9,22 @@ train: a step of configs/shapes_gan.py (64 pictures of 32 px, exact penalties, a
 losses, averages) with Adam for both nets, captions' states ready on both sides. Parity: both losses
 and both gradients' norms of the first step, to 1e-3: the discriminator's agree to 1e-6, but with
 β₁ = 0 Adam's first update is a sign, which rounding decides where a gradient cancels, and the
-generator's come after it.
+generator's come after it. The work is what ours computes in a step as it is written.
 flow: builtin:shapes-gan against builtin:shapes as they are sampled, 64 pictures, captions' states
-ready, then with MiniLM in both.
+ready, then with MiniLM in both. Each is held against the work of its own.
 """
 
 import functools
+import itertools
 import pathlib
-import sys
-import tempfile
-import time
 
 import numpy as np
 
 from benchmarks import cases, harness
 
 NETS, BATCHES = ("generator", "unet"), (1, 16, 64)
-BATCH, STEPS_A_ROUND = 64, 2
-PICTURES_A_ROUND = 512
+BATCH, STEPS_A_ROUND = (16, 1) if harness.CHECK else (64, 2)
+PICTURES_A_ROUND = 4 if harness.CHECK else 512
 FLOW, GAN = "builtin:shapes", "builtin:shapes-gan"
 
 
@@ -41,9 +39,7 @@ def generator(net: str):
 
 
 def _sizes() -> dict:
-    from configs import shapes_gan
-
-    return shapes_gan.get_config().model.gen.to_dict()
+    return train_config().model.gen.to_dict()
 
 
 def passes(batch: int) -> int:
@@ -56,11 +52,12 @@ def passes(batch: int) -> int:
 def draw_ours(net: str, size: str, folder: pathlib.Path) -> None:
     import jax
 
+    from t2i_jax import plan
+
     batch, (module, noise) = int(size), generator(net)
     data = cases.inputs(batch)
     if net == "unet":
-        variables = cases.variables("unet")
-        cases.write_weights("unet", folder / "weights.npz")
+        variables = cases.variables("unet", folder)
     else:
         variables = jax.jit(module.init)(jax.random.key(0), noise(data), cases.cond(data))
         variables = cases.moved(variables)
@@ -69,12 +66,13 @@ def draw_ours(net: str, size: str, folder: pathlib.Path) -> None:
     apply = jax.jit(module.apply).lower(variables, z, cond).compile()
     np.savez(folder / "ours.npz", pictures=apply(variables, z, cond))
 
+    products = plan.flops(jax.make_jaxpr(module.apply)(variables, z, cond))
+
     def run():
         for _ in range(passes(batch)):
             jax.block_until_ready(apply(variables, z, cond))
 
-    run()
-    harness.serve({"versions": {"jax": jax.__version__}}, run)
+    harness.serve(run, "jax", flops=products * passes(batch))
 
 
 def draw_peer(net: str, size: str, folder: pathlib.Path, compiled: bool) -> None:
@@ -88,7 +86,7 @@ def draw_peer(net: str, size: str, folder: pathlib.Path, compiled: bool) -> None
     z = torch.from_numpy(noise(data))
     text = [torch.from_numpy(data[name]) for name in ("seq", "mask", "pooled")]
     if net == "unet":
-        model, ones = cases.peer("unet", folder / "weights.npz").eval(), torch.ones(batch)
+        model, ones = cases.peer("unet", folder).eval(), torch.ones(batch)
         forward = torch.compile(model) if compiled else model
         one_pass = lambda: z - forward(z, ones, *text)
     else:
@@ -104,12 +102,7 @@ def draw_peer(net: str, size: str, folder: pathlib.Path, compiled: bool) -> None
         return found
 
     np.savez(folder / "peer.npz", pictures=run().numpy())
-
-    def timed():
-        run()
-
-    timed()
-    harness.serve({"versions": {"torch": torch.__version__}}, timed)
+    harness.serve(run, "torch")
 
 
 # --- a training step ------------------------------------------------------------------------------
@@ -120,6 +113,8 @@ def train_config():
 
     config = shapes_gan.get_config()
     config.batch_size = BATCH
+    for net in ("gen", "disc") if harness.CHECK else ():
+        config.model[net].width = 32
     adam = dict(name="adam", learning_rate=4e-4, b1=0.0, b2=0.95, decay="cosine", final=0.25)
     config.optim = dict(disc=adam, gen=dict(adam))
     return config
@@ -141,12 +136,12 @@ def batch() -> dict[str, np.ndarray]:
 def train_ours(folder: pathlib.Path) -> None:
     import jax
 
-    from t2i_jax import objective, optim, randomness, step
+    from t2i_jax import objective, optim, plan, randomness, step
 
     config, data = train_config(), jax.device_put(batch())
     family = objective.make(config)
     made = jax.jit(family.init)(jax.random.key(0), data)
-    nets = {name: cases.moved(made[name]) for name in family.trained}
+    nets = jax.device_put({name: cases.moved(made[name]) for name in family.trained})
     for name, net in nets.items():
         cases.write(folder / f"{name}.npz", net)
     z = np.zeros((2, BATCH, 64), np.float32)  # what the first step's two losses draw from
@@ -163,6 +158,7 @@ def train_ours(folder: pathlib.Path) -> None:
     state = step.start(optimisers, dict(config.ema), nets)
     update = step.make_update(family, optimisers, ema=dict(config.ema), seed=config.seed)
     frozen = {"text": made["text"]}
+    products = plan.flops(jax.make_jaxpr(update)(state, frozen, data))
     update = jax.jit(update, donate_argnums=0).lower(state, frozen, data).compile()
     state, metrics = update(state, frozen, data)
     names = [f"{net}/{what}" for net in ("disc", "gen") for what in ("loss", "grad_norm")]
@@ -172,10 +168,9 @@ def train_ours(folder: pathlib.Path) -> None:
         nonlocal state
         for _ in range(STEPS_A_ROUND):
             state, _ = update(state, frozen, data)
-        jax.block_until_ready(state)
+        return state
 
-    run()
-    harness.serve({"versions": {"jax": jax.__version__}}, run)
+    harness.serve(run, "jax", flops=products * STEPS_A_ROUND)
 
 
 def train_peer(folder: pathlib.Path, compiled: bool) -> None:
@@ -266,18 +261,17 @@ def train_peer(folder: pathlib.Path, compiled: bool) -> None:
         for _ in range(STEPS_A_ROUND):
             update(*torch.randn(z.shape))
 
-    run()
-    harness.serve({"versions": {"torch": torch.__version__}}, run)
+    harness.serve(run, "torch")
 
 
 # --- against the flow model -----------------------------------------------------------------------
 
 
-def sample(source: str, with_text: bool) -> None:
-    """An arm: 64 pictures for captions, by the model's own options."""
+def sample(source: str, text: str, _: pathlib.Path) -> None:
+    """Draws pictures for captions by the model's own options."""
     import jax
 
-    from t2i_jax import pipeline
+    from t2i_jax import pipeline, plan
     from t2i_jax.data import shapes
 
     pipe = pipeline.Pipeline.load(source)
@@ -285,75 +279,42 @@ def sample(source: str, with_text: bool) -> None:
     objective, config = pipe.predictor.objective, pipe.config
     data = pipe.predictor.batch([np.zeros((config.res, config.res, 3), np.uint8)] * BATCH, captions)
     nets, data = jax.device_put((pipe.nets, data))
-    if not with_text:
+    if text == "states":
         cond = jax.jit(objective.predict["encode"])(nets, data)
         data = data | {"cond_seq": cond.seq_BLD, "cond_pooled": cond.pooled_BD}
-    options = config.sample.to_dict()
-    draw = functools.partial(objective.predict["sample"], **options)
-    key = jax.random.key(0)
-    draw = jax.jit(draw).lower(nets, data, key).compile()
-    calls = 10 if source == GAN else 1
-
-    def run():
-        started = time.perf_counter()
-        for _ in range(calls):
-            jax.block_until_ready(draw(nets, data, key))
-        return (time.perf_counter() - started) / calls
-
-    run()
-    harness.serve({"versions": {"jax": jax.__version__}}, run)
+    draw = functools.partial(objective.predict["sample"], **config.sample.to_dict())
+    arguments = nets, data, jax.random.key(0)
+    draw, products = jax.jit(draw), plan.flops(jax.make_jaxpr(draw)(*arguments))
+    harness.serve(lambda: draw(*arguments), "jax", flops=products)
 
 
-def compare(name: str, amount: int, tolerance: float, kind: str, *arguments: str) -> None:
-    """Ours against PyTorch, eager and compiled, once both compute the same."""
-    for how in ("eager", "compiled"):
-        with tempfile.TemporaryDirectory() as folder:
-            a = harness.Arm("benchmarks.gan", f"arm:{kind}", "ours", *arguments, folder)
-            b = harness.Arm("benchmarks.gan", f"arm:{kind}", how, *arguments, folder)
-            files = [pathlib.Path(folder) / file for file in ("ours.npz", "peer.npz")]
-            same = harness.parity(*files, tolerance)
-            harness.compare(f"gan/{name}/{how}", a, b, same, amount=amount)
-            a.close()
-            b.close()
+def draw():
+    for net, size, kind in itertools.product(NETS, BATCHES, ("eager", "compiled")):
+        arms = ("draw", net, str(size)), (f"draw/{kind}", net, str(size))
+        yield harness.Case(f"gan/draw/{net}/batch{size}/{kind}", *arms, passes(size) * size)
 
 
-def draw() -> None:
-    for net in NETS:
-        for size in BATCHES:
-            compare(f"draw/{net}/batch{size}", passes(size) * size, 1e-4, "draw", net, str(size))
+def train():
+    for kind in ("eager", "compiled"):
+        arms, images = (("train",), (f"train/{kind}",)), BATCH * STEPS_A_ROUND
+        yield harness.Case(f"gan/train/{kind}", *arms, images, tolerance=1e-3)
 
 
-def train() -> None:
-    compare("train", BATCH * STEPS_A_ROUND, 1e-3, "train")
-
-
-def flow() -> None:
+def flow():
     for text in ("states", "text"):
-        a = harness.Arm("benchmarks.gan", "arm:flow", GAN, text)
-        b = harness.Arm("benchmarks.gan", "arm:flow", FLOW, text)
-        harness.compare(f"gan/flow/{text}", a, b, None, amount=BATCH)
-        a.close()
-        b.close()
+        arms = ("sample", GAN, text), ("sample", FLOW, text)
+        yield harness.Case(f"gan/flow/{text}", *arms, BATCH, tolerance=None)
 
 
-def arm(kind: str, who: str, *arguments: str) -> None:
-    """One side, in its own process."""
-    *arguments, last = arguments
-    if kind == "flow":
-        return sample(who, last == "text")
-    ours, peer = {"draw": (draw_ours, draw_peer), "train": (train_ours, train_peer)}[kind]
-    if who == "ours":
-        return ours(*arguments, pathlib.Path(last))
-    return peer(*arguments, pathlib.Path(last), who == "compiled")
-
-
-def main() -> None:
-    first, *rest = sys.argv[1:] or ["draw", "train", "flow"]
-    if first.startswith("arm:"):
-        return arm(first.removeprefix("arm:"), *rest)
-    for part in (first, *rest):
-        {"draw": draw, "train": train, "flow": flow}[part]()
-
+ARMS = {
+    "draw": draw_ours,
+    "draw/eager": functools.partial(draw_peer, compiled=False),
+    "draw/compiled": functools.partial(draw_peer, compiled=True),
+    "train": train_ours,
+    "train/eager": functools.partial(train_peer, compiled=False),
+    "train/compiled": functools.partial(train_peer, compiled=True),
+    "sample": sample,
+}
 
 if __name__ == "__main__":
-    main()
+    harness.main({"draw": draw, "train": train, "flow": flow}, ARMS)

@@ -1,6 +1,7 @@
 """What guidance by the dual encoder gives a GAN for equal compute.
 
 python -m benchmarks.guidance FOLDER [--steps=600] [-- --config.KEY=VALUE …]
+python -m benchmarks.guidance --check     (one λ, one seed, tiny nets, a few steps)
 
 Trains configs/shapes_gan.py:guided, L = L_CLIP + λ·L_GAN, for each λ of LAMBDAS and one seed, takes
 the best by `full_match` of captions of the split `heldout`, then trains with that λ and without
@@ -17,21 +18,29 @@ import pathlib
 import queue
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 from absl import app, flags
 
+from benchmarks import harness
 from t2i_jax.quality import protocol
 from t2i_jax.vision import encoder
 
 STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
 CONFIG = flags.DEFINE_string("config", "configs/shapes_gan.py", "What is trained.")
+flags.DEFINE_bool("check", False, "Whether all of it still runs.")
 LAMBDAS = (0.3, 1.0, 3.0)
 SEEDS = (1, 2, 3)  # 0 chooses λ
 PROBE = 30  # steps
 CHOICE = ("--evaluators=shapes", "--num_images=512", "--seed=1")
 PROTOCOL = "shapes-features"
+JUDGE = (f"--protocol={PROTOCOL}",)
 METRICS = ("full_match", "precision", "recall")
+if harness.CHECK:
+    LAMBDAS, SEEDS, PROBE = (1.0,), (0,), 10
+    CHOICE = JUDGE = ("--evaluators=shapes", "--num_images=8", "--seed=1")
+    METRICS = ("shapes/heldout/full_match",)
 CORES = queue.Queue()  # that are free
 CHANGES = []  # from the command line
 
@@ -47,6 +56,7 @@ def run(*arguments: str) -> str:
             text=True,
             stdout=subprocess.PIPE,
             preexec_fn=pin,
+            env=harness.environment() if harness.CHECK else None,
         ).stdout
     finally:
         CORES.put(core)
@@ -54,9 +64,9 @@ def run(*arguments: str) -> str:
 
 def trained(folder: pathlib.Path, steps: int, seed: int, weight: float | None, **more) -> None:
     """`weight`: λ, or None for no guidance."""
-    config, given = CONFIG.value, {}
-    if weight is not None:
-        config, given = f"{config}:guided", {"loss.adversarial": weight}
+    given = {} if weight is None else {"loss.adversarial": weight}
+    kinds = ["guided"] * (weight is not None) + ["debug"] * harness.CHECK
+    config = f"{CONFIG.value}:{','.join(kinds)}"
     given |= dict(steps=steps, seed=seed, eval_every=0, sample_every=0, save_every=1000) | more
     changes = [f"--config.{name}={value}" for name, value in given.items()]
     run("train.py", f"--config={config}", f"--workdir={folder}", *CHANGES, *changes)
@@ -79,21 +89,31 @@ def judged(folder: pathlib.Path, name: str, arguments, *training) -> dict:
 
 
 def main(argv) -> None:
-    encoder.locate(protocol.read(PROTOCOL).extractor)  # its weights must be there in the end
-    folder, CHANGES[:] = pathlib.Path(argv[1]), argv[2:]
-    folder.mkdir(parents=True, exist_ok=True)
-    asked, kept = [STEPS.value, CONFIG.value, *CHANGES], folder / "asked.json"
-    if kept.exists() and json.loads(kept.read_text()) != asked:
-        raise SystemExit(f"{folder} holds runs of {kept.read_text()}: give another folder")
-    kept.write_text(json.dumps(asked))
+    if harness.CHECK:
+        with tempfile.TemporaryDirectory() as name:
+            alone(pathlib.Path(name), steps=PROBE)
+    else:
+        encoder.locate(protocol.read(PROTOCOL).extractor)  # its weights must be there in the end
+        folder, CHANGES[:] = pathlib.Path(argv[1]), argv[2:]
+        folder.mkdir(parents=True, exist_ok=True)
+        asked, kept = [STEPS.value, CONFIG.value, *CHANGES], folder / "asked.json"
+        if kept.exists() and json.loads(kept.read_text()) != asked:
+            raise SystemExit(f"{folder} holds runs of {kept.read_text()}: give another folder")
+        kept.write_text(json.dumps(asked))
+        alone(folder, STEPS.value)
+    harness.done()
+
+
+def alone(folder: pathlib.Path, steps: int) -> None:
+    """Compares with each run on a core of its own."""
     cores = os.sched_getaffinity(0)
     for core in cores:
         CORES.put(core)
     with concurrent.futures.ThreadPoolExecutor(len(cores)) as pool:
-        compared(folder, lambda fn, items: list(pool.map(fn, items)))
+        compared(folder, steps, lambda fn, items: list(pool.map(fn, items)))
 
 
-def compared(folder: pathlib.Path, each) -> None:
+def compared(folder: pathlib.Path, guided_steps: int, each) -> None:
     """`each`: map, several at once."""
     speeds = folder / "seconds.json"
     if not speeds.exists():
@@ -102,7 +122,7 @@ def compared(folder: pathlib.Path, each) -> None:
         speeds.write_text(json.dumps(dict(zip(kinds, each(clock, kinds), strict=True))))
     seconds = json.loads(speeds.read_text())
     steps = {
-        kind: round(STEPS.value * seconds["guided"] / value) for kind, value in seconds.items()
+        kind: round(guided_steps * seconds["guided"] / value) for kind, value in seconds.items()
     }
 
     def chosen(weight):
@@ -112,13 +132,13 @@ def compared(folder: pathlib.Path, each) -> None:
 
     found = dict(zip(LAMBDAS, each(chosen, LAMBDAS), strict=True))
     best = max(found, key=found.get)
-    print(json.dumps({"steps": steps, "heldout full_match by lambda": found, "chosen": best}))
+    harness.report({"steps": steps, "heldout full_match by lambda": found, "chosen": best})
 
     def row(job):
         weight, seed = job
         here = folder / f"{'none' if weight is None else f'lambda{weight:g}'}_seed{seed}"
         kind = "none" if weight is None else "guided"
-        return judged(here, "features", [f"--protocol={PROTOCOL}"], steps[kind], seed, weight)
+        return judged(here, "features", JUDGE, steps[kind], seed, weight)
 
     jobs = [(weight, seed) for seed in SEEDS for weight in (best, None)]
     rows = dict(zip(jobs, each(row, jobs), strict=True))
@@ -132,7 +152,7 @@ def compared(folder: pathlib.Path, each) -> None:
                 if key.split("-")[0] == metric
             ]
             line[metric] = f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-        print(json.dumps(line))
+        harness.report(line)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""A guided 25-step Euler sampler at batch 1 and 16 against PyTorch.   python -m benchmarks.sampler
+"""A guided 25-step Euler sampler at batch 1 and 16 against PyTorch.
+
+python -m benchmarks.sampler [unet] [transformer] [--check]
 
 Both compute the text's keys and values once and run conditioned and null halves as one batch; the
 peer runs under inference_mode, eager and compiled. Parity: the pictures.
 """
 
+import functools
 import itertools
 import pathlib
-import sys
-import tempfile
 
 import numpy as np
 
@@ -25,14 +26,15 @@ def inputs(batch: int):
     return data["z"], both
 
 
-def ours(case: str, batch: int, folder: pathlib.Path) -> None:
+def ours(case: str, batch: str, folder: pathlib.Path) -> None:
     import jax
     import jax.numpy as jnp
 
+    from t2i_jax import plan
     from t2i_jax.sampling import guidance, ode
 
-    module, variables = cases.backbone(case), cases.variables(case)
-    noise, both = jax.device_put(inputs(batch))
+    module, variables = cases.backbone(case), jax.device_put(cases.variables(case, folder))
+    noise, both = jax.device_put(inputs(int(batch)))
 
     @jax.jit
     def sample(variables, noise, both, scale):
@@ -45,21 +47,18 @@ def ours(case: str, batch: int, folder: pathlib.Path) -> None:
         field = guidance.cfg(velocity, None, scale, guidance.ALWAYS)
         return ode.euler(field, noise, jnp.linspace(1.0, 0.0, STEPS + 1))
 
-    scale = jax.device_put(np.float32(SCALE))
-
-    def run():
-        return jax.block_until_ready(sample(variables, noise, both, scale))
-
+    arguments = variables, noise, both, jax.device_put(np.float32(SCALE))
+    run = lambda: sample(*arguments)
     np.savez(folder / "ours.npz", pictures=run())
-    run()
-    harness.serve({"versions": {"jax": jax.__version__}}, run)
+    harness.serve(run, "jax", flops=plan.flops(jax.make_jaxpr(sample)(*arguments)))
 
 
-def peer(case: str, batch: int, folder: pathlib.Path, compiled: bool) -> None:
+def peer(case: str, batch: str, folder: pathlib.Path, compiled: bool) -> None:
     import torch
 
+    batch = int(batch)
     torch.set_num_threads(harness.THREADS)
-    net = cases.peer(case, folder / "weights.npz").eval()
+    net = cases.peer(case, folder).eval()
     forward = torch.compile(net) if compiled else net
     noise, both = inputs(batch)
     noise = torch.from_numpy(noise)
@@ -77,32 +76,22 @@ def peer(case: str, batch: int, folder: pathlib.Path, compiled: bool) -> None:
         return z
 
     np.savez(folder / "peer.npz", pictures=run().numpy())
-    run()
-    harness.serve({"versions": {"torch": torch.__version__}}, run)
+    harness.serve(run, "torch")
 
 
-def main() -> None:
-    if len(sys.argv) > 1:
-        arm, case, batch, folder = sys.argv[1:]
-        folder = pathlib.Path(folder)
-        if arm == "ours":
-            ours(case, int(batch), folder)
-        else:
-            peer(case, int(batch), folder, arm == "compiled")
-        return
-    for case in cases.CASES:
-        for batch in BATCHES:
-            with tempfile.TemporaryDirectory() as name:
-                folder = pathlib.Path(name)
-                harness.call("benchmarks.cases", case, str(folder / "weights.npz"))
-                for kind in ("eager", "compiled"):
-                    a = harness.Arm("benchmarks.sampler", "ours", case, str(batch), name)
-                    b = harness.Arm("benchmarks.sampler", kind, case, str(batch), name)
-                    same = harness.parity(folder / "ours.npz", folder / "peer.npz")
-                    harness.compare(f"sampler/{case}/batch{batch}/{kind}", a, b, same, amount=batch)
-                    a.close()
-                    b.close()
+def against(case: str):
+    for batch, kind in itertools.product(BATCHES, ("eager", "compiled")):
+        name, arguments = f"sampler/{case}/batch{batch}/{kind}", (case, str(batch))
+        arms = ("ours", *arguments), (kind, *arguments)
+        yield harness.Case(name, *arms, batch)
 
+
+ARMS = {
+    "ours": ours,
+    "eager": functools.partial(peer, compiled=False),
+    "compiled": functools.partial(peer, compiled=True),
+}
+PARTS = {case: functools.partial(against, case) for case in cases.CASES}
 
 if __name__ == "__main__":
-    main()
+    harness.main(PARTS, ARMS)

@@ -1,18 +1,19 @@
 """Text encoders: against torch, in length buckets, cached, and what loading takes.
 
-python -m benchmarks.text_encoders [torch] [buckets] [cached] [load]     (default: all four)
+python -m benchmarks.text_encoders [torch] [buckets] [cached] [load] [--check]
 
 torch    captions a second of ours and of transformers' models with torch's fused attention (SDPA),
          at the same padded shape, half of the tokens valid; random weights but for MiniLM's.
          Parity: the last states of valid tokens.
 buckets  captions of shapes (10 to 30 tokens, as long as COCO's) encoded at their length as
-         `data.cache` does, against all of them padded to 256 (T5) or 77 tokens (CLIP).
+         `data.cache` does, against all of them padded to 256 (T5) or 77 tokens (CLIP). The work is
+         as many captions of their mean length.
 cached   a training step that brings caption states from files, against one that needs no encoder as
          its states are always the same; the loader's work is part of both.
 load     the peak of a process's memory over what it was before, over the checkpoint's size.
 """
 
-import json
+import functools
 import pathlib
 import subprocess
 import sys
@@ -21,31 +22,36 @@ import time
 
 import numpy as np
 
-from benchmarks import harness
+from benchmarks import cases, harness
 
 COUNT = 64  # captions encoded in buckets
+LAYERS = 1 if harness.CHECK else 4
+RECORDS, STEPS_A_ROUND = (128, 1) if harness.CHECK else (2048, 8)
 BASE = dict(vocab_size=30522, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
 CASES = {  # name -> class of transformers (None: a checkpoint by name), its sizes, batch, tokens
     "minilm": (None, "minilm", 64, 32),
-    "bert": ("BertModel", dict(**BASE, num_hidden_layers=4), 16, 64),
+    "bert": ("BertModel", dict(**BASE, num_hidden_layers=LAYERS), 16, 64),
     "clip": (
         "CLIPTextModel",
-        dict(**BASE | dict(vocab_size=49408), num_hidden_layers=4, hidden_act="quick_gelu"),
+        dict(**BASE | dict(vocab_size=49408), num_hidden_layers=LAYERS, hidden_act="quick_gelu"),
         16,
         77,
     ),
     "t5": (
         "T5EncoderModel",
-        dict(**dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_heads=12), num_layers=4)
+        dict(
+            **dict(vocab_size=32128, d_model=768, d_kv=64, d_ff=2048, num_heads=12),
+            num_layers=LAYERS,
+        )
         | dict(feed_forward_proj="gated-gelu"),
         8,
         256,
     ),
-    "gpt2": ("GPT2Model", dict(n_embd=768, n_head=12, n_layer=4), 16, 64),
+    "gpt2": ("GPT2Model", dict(n_embd=768, n_head=12, n_layer=LAYERS), 16, 64),
 }
 
 
-WHOLE = {"t5_base": ("T5EncoderModel", CASES["t5"][1] | dict(num_layers=12))}  # for loading
+WHOLE = {"t5_base": ("T5EncoderModel", CASES["t5"][1] | dict(num_layers=3 * LAYERS))}  # for loading
 
 
 def make(case: str, folder: pathlib.Path) -> None:
@@ -72,9 +78,10 @@ def tokens(case: str):
 
 
 def prepared(name: str, length: int):
-    """An encoder's jitted function of tokens, its weights loaded."""
+    """An encoder's jitted function of tokens, its weights loaded, and that of its operations."""
     import jax
 
+    from t2i_jax import plan
     from t2i_jax.text import encoder
 
     net = encoder.make(name)
@@ -82,18 +89,16 @@ def prepared(name: str, length: int):
     shapes = jax.eval_shape(net.init, jax.random.key(0), *abstract)
     variables = jax.device_put(encoder.load(name, shapes))
     apply = jax.jit(net.apply)
-    return lambda text_BL, mask_BL: apply(variables, text_BL, mask_BL)
+    count = lambda *tokens: plan.flops(jax.make_jaxpr(apply)(variables, *tokens))
+    return functools.partial(apply, variables), count
 
 
 def ours(case: str, folder: pathlib.Path) -> None:
-    import jax
-
     text_BL, mask_BL = tokens(case)
-    encode = prepared(source(case, folder), text_BL.shape[1])
+    encode, count = prepared(source(case, folder), text_BL.shape[1])
     seq_BLD = np.asarray(encode(text_BL, mask_BL).seq_BLD)
     np.savez(folder / "ours.npz", states=seq_BLD[mask_BL])
-    run = lambda: jax.block_until_ready(encode(text_BL, mask_BL)) and None
-    harness.serve({"versions": {"jax": jax.__version__}}, run)
+    harness.serve(lambda: encode(text_BL, mask_BL), "jax", flops=count(text_BL, mask_BL))
 
 
 def peer(case: str, folder: pathlib.Path) -> None:
@@ -116,22 +121,14 @@ def peer(case: str, folder: pathlib.Path) -> None:
             return model(**batch).last_hidden_state
 
     np.savez(folder / "peer.npz", states=run().numpy()[mask_BL])
-    harness.serve({"versions": {"torch": torch.__version__}}, lambda: run() is None or None)
+    harness.serve(run, "torch")
 
 
-def against_torch() -> None:
-    for case in CASES:
-        with tempfile.TemporaryDirectory() as name:
-            folder = pathlib.Path(name)
-            if CASES[case][0]:
-                harness.call("benchmarks.text_encoders", "--make", case, name)
-            a, b = (
-                harness.Arm("benchmarks.text_encoders", x, case, name) for x in ("--ours", "--peer")
-            )
-            same = harness.parity(folder / "ours.npz", folder / "peer.npz")
-            harness.compare(f"text_encoders/{case}", a, b, same, amount=CASES[case][2])
-            a.close()
-            b.close()
+def against_torch():
+    for case, (model, *_, batch, _) in CASES.items():
+        prepare = ("make", case) if model else ()
+        arms = ("ours", case), ("peer", case)
+        yield harness.Case(f"text_encoders/{case}", *arms, batch, prepare)
 
 
 def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
@@ -143,7 +140,7 @@ def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
 
     length = CASES[case][3]
     given = tokenize.open("minilm", length)  # its numbers are valid for every vocabulary here
-    encode = prepared(str(folder), length)
+    encode, count = prepared(str(folder), length)
     texts = list(dict.fromkeys(shapes.make(size=320, res=32).captions()))[:COUNT]
 
     class Data:
@@ -167,7 +164,9 @@ def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
         return pooled
 
     np.savez(folder / f"{'ours' if bucketed else 'peer'}.npz", pooled=run())
-    harness.serve({"versions": {"jax": jax.__version__}}, lambda: run() is None or None)
+    mean = round(np.asarray(given(texts)[1]).sum(1).mean())
+    shape = lambda dtype: jax.ShapeDtypeStruct((len(texts), mean), dtype)
+    harness.serve(run, "jax", flops=count(shape("int32"), shape("bool")))
 
 
 def net_width(case: str) -> int:
@@ -175,31 +174,31 @@ def net_width(case: str) -> int:
     return sizes.get("projection_dim") or sizes.get("hidden_size") or sizes.get("d_model")
 
 
-def in_buckets() -> None:
+def in_buckets():
     for case in ("t5", "clip"):
-        with tempfile.TemporaryDirectory() as name:
-            harness.call("benchmarks.text_encoders", "--make", case, name)
-            a, b = (
-                harness.Arm("benchmarks.text_encoders", x, case, name)
-                for x in ("--bucketed", "--padded")
-            )
-            folder = pathlib.Path(name)
-            same = harness.parity(folder / "ours.npz", folder / "peer.npz", 5e-3)  # of float16
-            harness.compare(f"text_encoders/{case}/buckets", a, b, same, amount=COUNT)
-            a.close()
-            b.close()
+        name, arms = f"text_encoders/{case}/buckets", (("bucketed", case), ("padded", case))
+        # the states are kept as float16
+        yield harness.Case(name, *arms, COUNT, ("make", case), tolerance=5e-3)
+
+
+def store(folder: pathlib.Path) -> None:
+    """Writes the caption states that `step_arm` reads."""
+    command = [sys.executable, "-m", "t2i_jax.data.cache", "--config=configs/shapes_flow.py"]
+    command += [f"--config.data.size={RECORDS}", f"--workdir={folder}/run"]
+    subprocess.run(command, check=True)
 
 
 def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
-    """Eight steps of configs/shapes_flow.py, loader and all."""
+    """Some steps of configs/shapes_flow.py, loader and all."""
     import jax
 
     from configs import shapes_flow
-    from t2i_jax import loop
+    from t2i_jax import loop, plan
     from t2i_jax.data import cache
 
     config = shapes_flow.get_config()
-    config.data.size, config.steps = 2048, 100_000
+    config.model.update(cases.SIZES)
+    config.data.size, config.steps = RECORDS, 100_000
     run = loop.Run(config, folder / "run")
     run.load_frozen()
     stored = cache.extra(folder / "run" / cache.FOLDER, *run.caption_states())
@@ -210,99 +209,74 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), run._example)
     state = jax.jit(run._init)(jax.random.key(0), zeros)
     stream = run.batches.iterate(0)
-    compiled = None
+
+    def batch():
+        arrays = run.layout.place(next(stream).arrays)
+        return arrays if cached else arrays | always
+
+    arguments = state, run.frozen, batch()
+    products = plan.flops(jax.make_jaxpr(run.update)(*arguments))
+    update = run.update.lower(*arguments).compile()
 
     def steps():
-        nonlocal state, compiled
-        for _ in range(8):
-            batch = run.layout.place(next(stream).arrays)
-            batch = batch if cached else batch | always
-            compiled = compiled or run.update.lower(state, run.frozen, batch).compile()
-            state, _ = compiled(state, run.frozen, batch)
-        jax.block_until_ready(state)
+        nonlocal state
+        for _ in range(STEPS_A_ROUND):
+            state, _ = update(state, run.frozen, batch())
+        return state
 
-    steps()
-    harness.serve({"versions": {"jax": jax.__version__}}, steps)
+    harness.serve(steps, "jax", flops=products * STEPS_A_ROUND)
 
 
-def cached_step() -> None:
+def cached_step():
+    arms = ("cached",), ("without",)
+    amount = STEPS_A_ROUND * 64
+    yield harness.Case("text_encoders/cached_step", *arms, amount, ("store",), tolerance=None)
+
+
+def load(folder: pathlib.Path) -> None:
+    """Prints by how much loading raises a process's memory at most, bytes."""
+    import jax
+
+    from t2i_jax.text import encoder
+
+    net = encoder.make(str(folder))
+    tokens = [jax.ShapeDtypeStruct((1, 8), dtype) for dtype in ("int32", "bool")]
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *tokens)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    jax.block_until_ready(jax.numpy.zeros(8) + 1)
+    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
+    status = pathlib.Path("/proc/self/status")
+    kilobytes = lambda key: int(status.read_text().split(key)[1].split()[0])
+    before = kilobytes("VmRSS:")
+    jax.block_until_ready(encoder.load(str(folder), shapes))
+    print((kilobytes("VmHWM:") - before) * 1024)
+
+
+def loading():
     with tempfile.TemporaryDirectory() as name:
-        harness.call(
-            "t2i_jax.data.cache",
-            "--config=configs/shapes_flow.py",
-            "--config.data.size=2048",
-            f"--workdir={name}/run",
-        )
-        a, b = (
-            harness.Arm("benchmarks.text_encoders", x, "step", name)
-            for x in ("--cached", "--without")
-        )
-        harness.compare("text_encoders/cached_step", a, b, None, amount=8 * 64)
-        a.close()
-        b.close()
-
-
-LOAD = """
-import pathlib, sys, jax
-from t2i_jax.text import encoder
-net = encoder.make(sys.argv[1])
-tokens = [jax.ShapeDtypeStruct((1, 8), dtype) for dtype in ("int32", "bool")]
-shapes = jax.eval_shape(net.init, jax.random.key(0), *tokens)
-here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-jax.block_until_ready(jax.numpy.zeros(8) + 1)
-shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here), shapes)
-status = lambda key: int(pathlib.Path("/proc/self/status").read_text().split(key)[1].split()[0])
-before = status("VmRSS:")
-jax.block_until_ready(encoder.load(sys.argv[1], shapes))
-print(status("VmHWM:") - before)
-"""
-
-
-def loading() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        harness.call("benchmarks.text_encoders", "--make", "t5_base", name)
-        size = (pathlib.Path(name) / "model.safetensors").stat().st_size
+        folder = pathlib.Path(name)
+        harness.call(("make", "t5_base"), folder)
+        size = (folder / "model.safetensors").stat().st_size
         started = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", LOAD, name],
-            env=harness.environment(),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak = int(done.stdout.split()[-1]) * 1024
-        print(
-            json.dumps(
-                {
-                    "name": "text_encoders/load",
-                    "megabytes": round(size / 1e6, 1),
-                    "peak": round(peak / size, 3),
-                    "seconds": round(time.perf_counter() - started, 1),
-                }
-            ),
-            flush=True,
-        )
+        peak = int(harness.call(("load",), folder).split()[-1])
+        row = {"name": "text_encoders/load", "megabytes": round(size / 1e6, 1)}
+        row |= {"peak": round(peak / size, 3), "seconds": round(time.perf_counter() - started, 1)}
+        harness.report(row)
+    yield from ()
 
 
-def main() -> None:
-    if sys.argv[1:2] and sys.argv[1].startswith("--"):
-        arm, case, folder = sys.argv[1].removeprefix("--"), sys.argv[2], pathlib.Path(sys.argv[3])
-        if arm in ("cached", "without"):
-            step_arm(folder, cached=arm == "cached")
-        elif arm in ("bucketed", "padded"):
-            captions_arm(case, folder, bucketed=arm == "bucketed")
-        else:
-            {"make": make, "ours": ours, "peer": peer}[arm](case, folder)
-        return
-    parts = {
-        "torch": against_torch,
-        "buckets": in_buckets,
-        "cached": cached_step,
-        "load": loading,
-    }
-    for name in sys.argv[1:] or parts:
-        parts[name]()
-
+ARMS = {
+    "make": make,
+    "ours": ours,
+    "peer": peer,
+    "bucketed": functools.partial(captions_arm, bucketed=True),
+    "padded": functools.partial(captions_arm, bucketed=False),
+    "store": store,
+    "cached": functools.partial(step_arm, cached=True),
+    "without": functools.partial(step_arm, cached=False),
+    "load": load,
+}
+PARTS = {"torch": against_torch, "buckets": in_buckets, "cached": cached_step, "load": loading}
 
 if __name__ == "__main__":
-    main()
+    harness.main(PARTS, ARMS)

@@ -2,14 +2,19 @@
 
 python -m benchmarks.tpu [SLICE …]      (pip install ".[tpu-aot]"; results are kept in
 out/tpu.jsonl, so that a run that was stopped goes on; the page is written from them)
+python -m benchmarks.tpu --check        (a tiny step and a tiny sampler; nothing is written; where
+libtpu is lacking, both are compiled for the CPU)
 """
 
+import functools
 import itertools
 import json
 import math
 import pathlib
 import sys
 import time
+
+from benchmarks import harness
 
 SLICES = ("v5e:2x4", "v6e:2x2", "v5p:2x2x1")
 SIZES = ("B", "XL")
@@ -23,15 +28,29 @@ PROGRAMS = (  # strategy, remat policy (none: the sampler), the most telling fir
 )
 KEPT = pathlib.Path("out/tpu.jsonl")
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "tpu.md"
-FIRST, MOST = 32, 2048  # pictures on a chip that the search begins with, and its end
+FIRST, MOST = (
+    (2, 4) if harness.CHECK else (32, 2048)
+)  # pictures on a chip that the search begins with, and its end
+
+
+@functools.cache
+def chips_of(slice_name):
+    """The devices to compile for."""
+    import jax
+
+    from t2i_jax import plan
+
+    if harness.lacks("libtpu", f"tpu/{slice_name}"):
+        return jax.devices()
+    return plan.slice_devices(slice_name)
 
 
 def make_run(slice_name, size, strategy, remat, per_chip):
     from configs import dit
-    from t2i_jax import loop, plan
+    from t2i_jax import loop
 
-    devices = plan.slice_devices(slice_name)
-    config = dit.get_config(f"size={size}")
+    devices = chips_of(slice_name)
+    config = dit.get_config(f"size={size},debug" if harness.CHECK else f"size={size}")
     config.strategy, config.model.remat = strategy, remat
     config.batch_size = per_chip * len(devices)
     return loop.Run(config, pathlib.Path("out/none"), devices)
@@ -83,7 +102,7 @@ def row(slice_name, size, strategy, remat) -> dict:
     from t2i_jax import plan
 
     memory = plan.HBM[slice_name.split(":")[0]]
-    chips = len(plan.slice_devices(slice_name))
+    chips = len(chips_of(slice_name))
     if remat:
         traced = lambda n: make_run(slice_name, size, strategy, remat, n).trace()
     else:
@@ -116,7 +135,7 @@ def measure(slices) -> list[dict]:
     for case in ((name, size, *program) for program, size, name in cases):
         if case not in known:
             rows.append(row(*case) | {"jax": jax.__version__})
-            print(json.dumps(rows[-1]), flush=True)
+            harness.report(rows[-1])
             with KEPT.open("a") as f:
                 f.write(json.dumps(rows[-1]) + "\n")
     return sorted(rows, key=lambda r: order.index((r["size"], r["strategy"], r["remat"])))
@@ -175,7 +194,20 @@ def line(r) -> str:
     return "| " + " | ".join(map(str, [*cells, f"{r['seconds']:.0f} s"])) + " |\n"
 
 
+def check():
+    import jax
+
+    for strategy, remat in PROGRAMS[:3:2]:
+        found = row(SLICES[0], SIZES[0], strategy, remat) | {"jax": jax.__version__}
+        harness.report(found)
+        if line(found) not in page([found]):
+            raise SystemExit("the page lacks a row")
+
+
 def main():
+    if harness.CHECK:
+        check()
+        return harness.done()
     rows = measure(sys.argv[1:] or SLICES)
     PAGE.write_text(page(rows))
 
