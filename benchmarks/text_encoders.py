@@ -24,7 +24,7 @@ import numpy as np
 
 from benchmarks import cases, harness
 
-COUNT = 64  # captions encoded in buckets
+COUNT = 8 if harness.CHECK else 64  # captions encoded in buckets
 LAYERS = 1 if harness.CHECK else 4
 RECORDS, STEPS_A_ROUND = (128, 1) if harness.CHECK else (2048, 8)
 BASE = dict(vocab_size=30522, hidden_size=768, num_attention_heads=12, intermediate_size=3072)
