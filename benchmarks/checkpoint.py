@@ -97,7 +97,7 @@ def ours(case: str, folder: pathlib.Path):
 
     def verify():
         started = time.perf_counter()
-        fingerprint.of(checkpoint._items(current))
+        fingerprint.of(checkpoint._items(current), format=checkpoint.FORMAT)
         checkpoint._files(workdir / "checkpoints" / str(books.choose()))
         return time.perf_counter() - started
 
