@@ -181,6 +181,8 @@ def _parse(argv, required, arguments) -> list[str]:
             getattr(flags.FLAGS[name].value, "lock", None)
     except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
+        fix = f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys"
+        where = _flag_of(str(e.args[0]), argv) if e.args else "the command line"
         if "ConfigError: " in last:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         if bad := _bad_flag(e):
@@ -189,12 +191,12 @@ def _parse(argv, required, arguments) -> list[str]:
         if isinstance(e, KeyError | AttributeError) and words:
             key, *hint = words
             last = f"the config has no key {key!r}"
-            last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
-        raise errors.ConfigError(
-            last[:600],
-            where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
-            fix=f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys",
-        ) from e
+            name = where.partition("=")[0]
+            if len(hint) > 3:
+                last += f"; did you mean {hint[3]!r}?"
+            elif name.startswith("--config."):
+                fix = f"flags change what the config file sets: write {name[2:]} = … there first"
+        raise errors.ConfigError(last[:600], where=where, fix=fix) from e
     if rest[1:] and not arguments:
         raise errors.ConfigError(
             f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"

@@ -45,6 +45,11 @@ CASES = {
         78,
         "steps is 'many' (at --config.steps). Fix: give a whole number",
     ),
+    "option the config leaves out": (
+        ["train.py", CONFIG, "--config.loss.train_text=true", "--workdir={new}"],
+        78,
+        "write config.loss.train_text = … there first",
+    ),
     "zero steps": (["train.py", CONFIG, "--config.steps=0", "--workdir={new}"], 78, "steps is 0"),
     "unwritable workdir": (["train.py", CONFIG, "--workdir=/dev/null/run"], 74, "/dev/null/run"),
     "nothing to draw": (["sample.py", "--checkpoint=builtin:shapes"], 78, "nothing to draw"),
