@@ -12,6 +12,11 @@ from absl import flags, logging
 
 from t2i_jax import distributed, errors
 
+PATHS = (  # flags that name a file or folder
+    *("workdir", "checkpoint", "load", "images", "data", "reference", "protocol", "extractor"),
+    *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
+    *("input",),
+)
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 WANTED = {  # type of a flag -> what to give
     "int": "a whole number",
@@ -141,7 +146,8 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
         if not debug:
             threading.excepthook = _in_background
         rest = _parse(argv, required, arguments)
-        main(*[rest] if arguments else [])
+        with errors.of_storage("the file that was being written"):
+            main(*[rest] if arguments else [])
     except errors.Error as e:
         if debug:
             raise
@@ -181,8 +187,6 @@ def _parse(argv, required, arguments) -> list[str]:
             getattr(flags.FLAGS[name].value, "lock", None)
     except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
-        fix = f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys"
-        where = _flag_of(str(e.args[0]), argv) if e.args else "the command line"
         if "ConfigError: " in last:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         if bad := _bad_flag(e):
@@ -191,12 +195,18 @@ def _parse(argv, required, arguments) -> list[str]:
         if isinstance(e, KeyError | AttributeError) and words:
             key, *hint = words
             last = f"the config has no key {key!r}"
-            name = where.partition("=")[0]
-            if len(hint) > 3:
-                last += f"; did you mean {hint[3]!r}?"
-            elif name.startswith("--config."):
-                fix = f"flags change what the config file sets: write {name[2:]} = … there first"
-        raise errors.ConfigError(last[:600], where=where, fix=fix) from e
+            last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
+        raise errors.ConfigError(
+            last[:600],
+            where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
+            fix=f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys",
+        ) from e
+    for name in PATHS:
+        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        for path in value if isinstance(value, list) else [value or ""]:
+            errors.check_local(path.rpartition("=")[2], f"--{name}")
+    for path in rest[1:]:
+        errors.check_local(path, "the command line")
     if rest[1:] and not arguments:
         raise errors.ConfigError(
             f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"

@@ -1,5 +1,17 @@
 """Errors a user can act on: what happened, where, and the fix; each kind has its own exit code."""
 
+import contextlib
+import errno
+import re
+
+# What a disk answers: no room, no right, no writing at all, a broken one, names and files too long,
+# paths that lead nowhere or to another kind of thing.
+OF_DISKS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+    errno.ELOOP,
+)
+
 
 class Error(Exception):
     """One clear error: "<what> (at <where>). Fix: <fix>"; tracebacks are shown on --debug."""
@@ -29,10 +41,31 @@ class StorageError(Error, OSError):
     exit_code = 74
 
 
+@contextlib.contextmanager
+def of_storage(where):
+    """Turns what a disk refuses within the body into a StorageError that names the path."""
+    try:
+        yield
+    except Error:
+        raise
+    except OSError as e:
+        if e.errno not in OF_DISKS:
+            raise
+        raise StorageError(
+            e.strerror, where=str(e.filename or where), fix="make room or choose another place"
+        ) from e
+
+
 class NonFiniteError(Error, ArithmeticError):
-    """Too many steps with a non-finite loss or gradient."""
+    """Too many steps with a non-finite loss, gradient or update; `step` is the first of them."""
 
     exit_code = 76
+    step = None
+    ADVICE = (
+        "the checkpoints hold finite values, but the newest may be at fault already: let the run "
+        "go back to an earlier one (a larger --config.rollbacks), lower the learning rate, or clip "
+        "the gradient (config.optim.<net>.clip)"
+    )
 
 
 class DivergedError(NonFiniteError):
@@ -49,6 +82,18 @@ class Preempted(Error):
     """Stopped by a signal after saving; start again to go on."""
 
     exit_code = 75
+
+
+def check_local(path, where: str) -> None:
+    """Raises ConfigError for an address such as gs://bucket/run, which a path would take for a
+    folder called "gs:".
+    """
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/", str(path), re.IGNORECASE):
+        raise ConfigError(
+            f"{str(path)!r} lies in no file system: {found[1]}:// is not supported",
+            where=where,
+            fix="mount it, or copy it, and give the local path",
+        )
 
 
 def nearest(name: str, known, else_say: str = "") -> str:

@@ -3,6 +3,8 @@
 B pictures · H W pixels · C channels
 """
 
+import contextlib
+import errno
 import io
 import json
 import os
@@ -98,21 +100,37 @@ def _exif(metadata: dict | None, parameters: str | None) -> Image.Exif:
 
 
 def read_metadata(path) -> dict | None:
-    """The JSON that `save` wrote, or None; parsed as JSON and nothing else."""
-    with Image.open(path, formats=FORMATS) as image:
-        if image.format == "PNG":
-            text = getattr(image, "text", {}).get(METADATA_KEY)
-        else:
-            note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
-            name, _, data = note.partition(b"\0") if isinstance(note, bytes) else (b"", b"", b"")
-            text = data.decode(errors="replace") if name == METADATA_KEY.encode() else None
+    """The JSON that `save` wrote, or None; parsed as JSON and nothing else.
+
+    Raises:
+      OSError: the file cannot be read, or is no picture.
+      ValueError: it is a broken one, or claims more pixels than Pillow decodes.
+    """
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))  # a pipe would block
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            text = _note(image)
+    except (OSError, ValueError):
+        raise
+    except Exception as e:  # Pillow raises nearly every kind for a broken file
+        raise ValueError(f"broken picture: {type(e).__name__} {e}") from e
     if text is None or len(text) > 4 * _METADATA_LIMIT:
         return None
     try:
         found = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def _note(image: Image.Image) -> str | None:
+    """The JSON of a file of ours as text."""
+    if image.format == "PNG":
+        return getattr(image, "text", {}).get(METADATA_KEY)
+    note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
+    name, _, data = note.partition(b"\0") if isinstance(note, bytes) else (b"", b"", b"")
+    return data.decode(errors="replace") if name == METADATA_KEY.encode() else None
 
 
 def check_folder(path, flag: str) -> None:
@@ -150,11 +168,20 @@ def _unwritable(path, reason: str, flag: str) -> errors.StorageError:
 
 
 def write_whole(path, data: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that no reader sees half of it."""
+    """Writes a file under a temporary name and renames it, so that no reader sees half of it.
+
+    An OSError names the path, and no temporary file stays.
+    """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        e.filename, e.filename2 = str(path), None  # `write` names none, the others the temporary
+        raise
 
 
 def claim(folder: pathlib.Path, name: str) -> pathlib.Path:

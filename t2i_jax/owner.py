@@ -108,7 +108,9 @@ class Owner:
 
     def _read(self) -> dict | None:
         try:
-            found = json.loads(self._path.read_text())
+            if not self._path.is_file():  # a pipe would block
+                return None
+            found = json.loads(self._path.read_bytes())
             return found if set(self._me) < set(found) else None
         except (OSError, ValueError):
             return None

@@ -313,19 +313,23 @@ class Pipeline:
         try:
             return cls._load(source, folder, config, step, averaged)
         except errors.DataError as e:
-            if e.where not in map(str, weights.sources(config).values()):
+            described = folder / "config.json"
+            if e.where == str(described) or e.where not in map(
+                str, weights.sources(config).values()
+            ):
                 raise
             raise errors.DataError(
                 e.what,
-                where=f"{e.where}, which {folder / 'config.json'} names in config.load",
+                where=f"{e.where}, which {described} names in config.load",
                 fix="bring it back, or say where it lies now: --load=text=DIR",
             ) from e
 
     @classmethod
     def _load(cls, source, folder, config, step, averaged):
-        predictor = Predictor(config)
-        family = predictor.objective
-        shapes = weights.abstract_nets(family, config)
+        with weights.describes(folder / "config.json"):
+            predictor = Predictor(config)
+            family = predictor.objective
+            shapes = weights.abstract_nets(family, config)
         held = weights.held(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)

@@ -202,7 +202,7 @@ def read_file(path, default: Request) -> list[Request]:
 def _json_line(line, where):
     try:
         return dict(json.loads(line))
-    except (json.JSONDecodeError, TypeError, ValueError) as e:
+    except (TypeError, ValueError, RecursionError) as e:
         raise errors.ConfigError(
             f"not a JSON object: {e}", where=where, fix='write {"prompt": "…"}'
         ) from e

@@ -1,5 +1,6 @@
 """Where nets come from: exported models, runs and pretrained encoders, by one name."""
 
+import contextlib
 import json
 import pathlib
 
@@ -16,6 +17,11 @@ from t2i_jax.text import encoder, words
 from t2i_jax.vision import encoder as vision
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
+KINDS = {  # of what every config.json holds and nets are built from
+    **{"objective": str, "res": int, "text_length": int, "batch_size": int, "seed": int},
+    **{"model": dict, "load": dict, "optim": dict, "ema": dict, "loss": dict, "sample": dict},
+    **{"evaluators": dict},
+}
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
 
 
@@ -53,9 +59,10 @@ def locate(source: str) -> pathlib.Path:
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The config of a run: plain values from its config.json."""
     path = folder / "config.json"
+    check_regular(path)
     try:
         values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:
         raise errors.DataError(
             f"not JSON: {e}", where=str(path), fix="restore the file from a copy of the run"
         ) from e
@@ -63,6 +70,54 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
+    for key, kind in KINDS.items():
+        if key in values and (type(values[key]) is not kind):
+            raise errors.DataError(
+                f"{key!r} is {values[key]!r:.50} in it, not {kind.__name__}",
+                where=str(path),
+                fix="restore the file from a copy of the run",
+            )
+    with describes(path):
+        return config_of(values)
+
+
+@contextlib.contextmanager
+def describes(path: pathlib.Path):
+    """Turns what a senseless config.json makes of the body, which builds its nets, into one error.
+
+    Raises:
+      DataError: names the file.
+    """
+    try:
+        yield
+    except errors.Error:
+        raise
+    except (
+        TypeError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ) as e:
+        line = (str(e).splitlines() or [""])[0][:200]
+        raise errors.DataError(
+            f"it describes no model that can be built: {type(e).__name__}: {line}",
+            where=str(path),
+            fix="restore the file from a copy, or see --debug",
+        ) from e
+
+
+def check_regular(path: pathlib.Path) -> None:
+    """Raises DataError where a pipe, a socket or a device lies: reading it might never end."""
+    if path.exists() and not path.is_file():
+        raise errors.DataError(
+            "not a regular file", where=str(path), fix="copy or export the model again"
+        )
+
+
+def config_of(values: dict) -> ml_collections.ConfigDict:
+    """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
@@ -276,9 +331,10 @@ def is_ours(source) -> bool:
         return False  # several pretrained encoders
     if source.startswith("builtin:") or "#" in source:
         return True
+    path = pathlib.Path(source) / "config.json"
     try:
-        return "objective" in json.loads((pathlib.Path(source) / "config.json").read_text())
-    except (OSError, ValueError):
+        return path.is_file() and "objective" in json.loads(path.read_text())
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 
@@ -344,6 +400,7 @@ def to_json(config) -> str:
 
 
 def _opened(path: pathlib.Path):
+    check_regular(path)
     try:
         return safetensors.safe_open(path, framework="np")
     except (safetensors.SafetensorError, OSError, ValueError) as e:

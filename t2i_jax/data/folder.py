@@ -117,8 +117,11 @@ def _scan(root, folder):
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
-                if not pathlib.Path(entry.path).resolve().is_relative_to(root):
+                if not pathlib.Path(os.path.realpath(entry.path)).is_relative_to(root):
                     raise _leaves(name, root)
+                if not os.path.exists(entry.path):  # a loop of links, too
+                    logging.warning("%s: %r is a link that leads nowhere: left out", root, name)
+                    continue
                 if entry.is_dir():
                     continue  # what it points to is met at its own place
             if entry.is_dir():

@@ -42,8 +42,12 @@ class Pictures:
         """A hash of all files and captions."""
         digest = hashlib.sha256()
         for name, caption in zip(self._names, self._captions, strict=True):
-            content = hashlib.sha256((self._root / name).read_bytes()).hexdigest()
-            digest.update(f"{name} {content} {caption}\n".encode())
+            try:
+                content = hashlib.sha256((self._root / name).read_bytes()).hexdigest()
+            except OSError as e:  # `batches` counts it as broken
+                content = type(e).__name__
+            row = f"{name} {content} {caption}\n"
+            digest.update(row.encode(errors="surrogatepass"))  # names need not be UTF-8
         return digest.hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[list[np.ndarray], list[str] | None]]:
@@ -88,7 +92,7 @@ class Pictures:
             return None
         try:
             metadata = images.read_metadata(self._root / name) or {}
-        except (OSError, ValueError, SyntaxError):  # Pillow raises the last for a broken PNG
+        except (OSError, ValueError):
             return None
         prompt = metadata.get("prompt")
         return prompt if isinstance(prompt, str) else None
