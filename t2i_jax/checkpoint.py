@@ -26,10 +26,10 @@ from t2i_jax.step import State
 
 FORMAT = 3
 READ = (2, FORMAT)  # formats that are read, each checked by the sums it was written with
-MANIFEST, BEST = "manifest.json", "best.json"
+MANIFEST, BEST, ATTEMPTS_FILE = "manifest.json", "best.json", "attempts.json"
 SMALL = 2**20  # bytes; the manifest holds smaller files' hashes, too
 FAILURES = 3  # saves in a row that may fail
-ATTEMPTS = 3  # starts from one checkpoint that may die before their first step
+ATTEMPTS = 3  # starts from one checkpoint that may die in their first step
 ITEMS = ("params", "ema", "opt")
 
 
@@ -73,7 +73,7 @@ class Checkpoints:
     def best(self) -> dict | None:
         """{"step", "metric", "value"} as `set_best` was told last; None if it is not there."""
         try:
-            found = json.loads((self._folder / BEST).read_text())
+            found = _read_json(self._folder / BEST)
             there = (self._folder / str(found["step"]) / MANIFEST).is_file()
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -185,25 +185,22 @@ class Checkpoints:
     def restore_newest(self, target: State) -> tuple[State, int] | None:
         """The newest sound checkpoint's state and step; None if there never was one.
 
-        Damaged checkpoints are renamed and passed over, with a warning; so is one from which three
-        starts died before their first step.
+        Damaged checkpoints are renamed and passed over, with a warning. One is passed over, too,
+        where three starts from it died in their first step, see `begins`.
 
         Raises:
           DataError: there are checkpoints, and none can be used.
         """
-        attempts, reasons = self._attempts(), []
+        attempts, reasons, advice = self._attempts(), [], ""
         for step in reversed(self.steps()):
             if attempts.get(str(step), 0) >= ATTEMPTS:
-                reasons.append(f"{step}: {ATTEMPTS} starts from it died before their first step")
-                logging.warning("checkpoint %s", reasons[-1])
+                reasons.append(f"{step}: {ATTEMPTS} starts from it died in their first step")
+                advice = f"remove {ATTEMPTS_FILE} there if something else killed them, "
+                logging.warning("checkpoint %s; to use it, %s", reasons[-1], advice[:-2])
                 continue
-            distributed.barrier(f"{step}.attempt")  # all have read the number that changes now
-            tries = attempts.get(str(step), 0)
-            self._write_attempts({**attempts, str(step): tries + 1})  # reading may kill us, too
             try:
                 return self.restore(step, target), step
             except errors.Error as e:
-                self._write_attempts(attempts)
                 if not isinstance(e, Damaged):
                     raise
                 reasons.append(f"{step}: {e.what}")
@@ -213,12 +210,22 @@ class Checkpoints:
             raise errors.DataError(
                 "no checkpoint can be used: " + "; ".join(reasons),
                 where=str(self._folder),
-                fix="bring back a copy, or give --restart_from_scratch to begin again",
+                fix=f"{advice}bring back a copy, or give --restart_from_scratch to begin again",
             )
         return None
 
+    def begins(self, step: int) -> None:
+        """The first step from a checkpoint comes now; a death in it counts against the checkpoint.
+
+        What dies before, while it reads or compiles, has not used the state and says nothing.
+        """
+        distributed.barrier(f"{step}.begins")  # all have read the number that changes now
+        if step in self.steps():
+            attempts = self._attempts()
+            self._write_attempts({**attempts, str(step): attempts.get(str(step), 0) + 1})
+
     def progressed(self) -> None:
-        """A step was made: earlier deaths before the first step no longer count."""
+        """A step was made: earlier deaths in the first step no longer count."""
         self._write_attempts({})
 
     def set_all_aside(self) -> None:
@@ -426,15 +433,21 @@ class Checkpoints:
 
     def _attempts(self) -> dict:
         try:
-            found = json.loads((self._folder / "attempts.json").read_text())
+            found = _read_json(self._folder / ATTEMPTS_FILE)
             return {k: int(v) for k, v in found.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
     def _write_attempts(self, attempts: dict) -> None:
-        path = self._folder / "attempts.json"
+        path = self._folder / ATTEMPTS_FILE
         if jax.process_index() == 0 and (attempts or path.exists()):
             images.write_whole(path, json.dumps(attempts).encode())
+
+
+def _read_json(path: pathlib.Path):
+    if not path.is_file():  # a pipe would block
+        raise FileNotFoundError(path)
+    return json.loads(path.read_bytes())
 
 
 def _free_name(path: pathlib.Path, suffix: str) -> pathlib.Path:

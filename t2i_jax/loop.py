@@ -62,6 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
       OwnerError: another process trains there.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
+    errors.check_local(workdir, "--workdir")
     run = Run(config, pathlib.Path(workdir), restart=restart)
     with Interrupt() as interrupt:
         run.predictor.poll = interrupt.poll
@@ -113,7 +114,7 @@ class Run:
             name: optim.make(spec, steps=config.steps, where=f"config.optim.{name}")
             for name, spec in config.optim.items()
         }
-        self._rollbacks = 0 if restart else distributed.as_first(len(folder.rollbacks(workdir)))
+        self._rollbacks = 0 if restart else distributed.as_first(folder.rollbacks(workdir))
         seed = config.seed + SEEDS_APART * self._rollbacks  # other noise, other order of data
         self.source = make_source(config)
         self._changed = folder.check_same_run(workdir, config, self.source.fingerprint)
@@ -181,6 +182,7 @@ class Run:
         meta = {
             "data": self.source.fingerprint,
             "frozen": self._frozen_digest,
+            "config": json.loads(weights.to_json(config)),  # should config.json be lost
             "t2i_jax": t2i_jax.__version__,
             "jax": jax.__version__,
         }
@@ -220,11 +222,12 @@ class Run:
                     with watchdog.phase("compile"):
                         compiled = _compile(self.update, state, self.frozen, arrays)
                     writer.pause()
+                    checkpoints.begins(start)
                 failpoints.hit("step.before", n + 1)
                 with watchdog.phase("step"), jax.transfer_guard("disallow"):
                     state, values = compiled(state, self.frozen, arrays)
                     flying.append(values)
-                    if len(flying) > AHEAD:
+                    if len(flying) > AHEAD or n == start:
                         jax.block_until_ready(flying.popleft())
                 hooked = False
                 writer.step(n + 1, values)
@@ -295,11 +298,7 @@ class Run:
             state, start = found
             logging.info("resuming %s after %d steps", self.workdir, start)
             meta = checkpoints.meta(start)
-            try:
-                weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digest)
-            except errors.ConfigError:
-                checkpoints.progressed()  # refused, not dead
-                raise
+            weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digest)
             return state, start, meta["hooked"]
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
         if config.init_from:

@@ -1,5 +1,6 @@
 """A run's folder: what is written there, and whether a start may go on in it."""
 
+import contextlib
 import json
 import logging as std_logging
 import os
@@ -73,15 +74,17 @@ def known_words(config, source) -> set[str] | None:
     return None if None in lists else set().union(*lists)
 
 
-def rollbacks(path: pathlib.Path) -> list[dict]:
-    """The times that a run diverged and went back."""
+def rollbacks(path: pathlib.Path) -> int:
+    """How often a run diverged and went back: lines, whatever became of what they say."""
     file = path / ROLLBACKS
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def note_rollback(path: pathlib.Path, row: dict) -> None:
-    lines = "".join(json.dumps(r) + "\n" for r in (*rollbacks(path), row))
-    images.write_whole(path / ROLLBACKS, lines.encode())
+    file = path / ROLLBACKS
+    before = file.read_bytes().splitlines() if file.exists() else []
+    lines = (*before, json.dumps(row).encode())
+    images.write_whole(file, b"".join(line + b"\n" for line in lines))
 
 
 def forget_rollbacks(path: pathlib.Path) -> None:
@@ -111,9 +114,13 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
         raise errors.ConfigError(
             "an exported model lies there", where=str(path), fix="use a new --workdir"
         )
-    if not (path / "config.json").exists() or not (path / "checkpoints").is_dir():
+    if not (path / "checkpoints").is_dir():
         return []
-    before, now = flat(weights.read_config(path)), flat(config)
+    checkpoints = checkpoint.Checkpoints(path, create=False)
+    saved = _newest_meta(checkpoints)
+    if not (path / "config.json").exists() and not saved:
+        return []
+    before, now = flat(_config_before(path, saved)), flat(config)
     differences, allowed = [], []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
@@ -125,26 +132,40 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
             where=str(path),
             fix="use a new --workdir (with --config.init_from to start from this run)",
         )
-    checkpoints = checkpoint.Checkpoints(path, create=False)
     if (done := max(checkpoints.steps(), default=0)) > config.steps:
         raise errors.ConfigError(
             f"the run has done {done} steps, the config asks for {config.steps}",
             where="config.steps",
             fix=f"ask for {done} or more, or use a new --workdir",
         )
-    for step in reversed(checkpoints.steps()):
-        try:
-            saved = checkpoints.meta(step)["data"]
-        except checkpoint.Damaged:
-            continue
-        if saved != data:
-            raise errors.ConfigError(
-                f"the run was trained on other data ({saved[:12]}…, now {data[:12]}…)",
-                where=str(path),
-                fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
-            )
-        break
+    if saved and saved["data"] != data:
+        raise errors.ConfigError(
+            f"the run was trained on other data ({saved['data'][:12]}…, now {data[:12]}…)",
+            where=str(path),
+            fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
+        )
     return allowed
+
+
+def _config_before(path: pathlib.Path, saved: dict):
+    """The config of the run there, of config.json or of a checkpoint's meta."""
+    if (path / "config.json").exists():
+        return weights.read_config(path)
+    if "config" not in saved:
+        raise errors.ConfigError(
+            "checkpoints lie there without the config.json of their run",
+            where=str(path),
+            fix="bring it back from a copy, or use a new --workdir",
+        )
+    return weights.config_of(saved["config"])
+
+
+def _newest_meta(checkpoints) -> dict:
+    """What the newest sound checkpoint was saved with; {} if there is none."""
+    for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(checkpoint.Damaged):
+            return checkpoints.meta(step)
+    return {}
 
 
 def _free(key: str) -> bool:

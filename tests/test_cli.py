@@ -3,12 +3,14 @@
 import importlib.util
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from t2i_jax import __main__ as commands
+from t2i_jax import cli, errors, loop
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/shapes_flow.py:debug"
@@ -45,13 +47,9 @@ CASES = {
         78,
         "steps is 'many' (at --config.steps). Fix: give a whole number",
     ),
-    "option the config leaves out": (
-        ["train.py", CONFIG, "--config.loss.train_text=true", "--workdir={new}"],
-        78,
-        "write config.loss.train_text = … there first",
-    ),
     "zero steps": (["train.py", CONFIG, "--config.steps=0", "--workdir={new}"], 78, "steps is 0"),
     "unwritable workdir": (["train.py", CONFIG, "--workdir=/dev/null/run"], 74, "/dev/null/run"),
+    "workdir in a bucket": (["train.py", CONFIG, "--workdir=gs://a/run"], 78, "--workdir"),
     "nothing to draw": (["sample.py", "--checkpoint=builtin:shapes"], 78, "nothing to draw"),
     "no model": (["sample.py", "--prompt=a circle"], 78, "no model"),
     "two models to draw with": ([*BUILTIN, "--workdir=runs/flow"], 78, "two models"),
@@ -170,6 +168,22 @@ def test_commands_are_listed_by_one_name():
     for name, (module, _) in commands.COMMANDS.items():
         assert f"  {name} " in done.stdout
         assert importlib.util.find_spec(module)
+
+
+def test_an_address_is_refused_for_every_flag_that_names_a_path():
+    """What is neither in cli.PATHS nor here is a flag that nobody has decided on."""
+    others = {"sampler", "prompt", "negative_prompt", "coordinator", "metric", "topology", "kind"}
+    sources = [*ROOT.glob("*.py"), *(ROOT / "t2i_jax").rglob("*.py")]
+    defined = re.compile(r'DEFINE_(?:multi_)?string\(\s*"(\w+)"')
+    names = {name for source in sources for name in defined.findall(source.read_text())}
+    assert names - set(cli.PATHS) <= others
+    for text in ("gs://bucket/run", "s3://bucket/run", "file:///tmp/run", "GS://b/r", "gs:/b/r"):
+        with pytest.raises(errors.ConfigError, match="is not supported"):
+            errors.check_local(text, "--workdir")
+        with pytest.raises(errors.ConfigError, match="is not supported"):
+            loop.train(None, pathlib.Path(text))
+    for text in ("runs/flow", "builtin:shapes", "hf:org/name@1f", "C:/runs", "", "/a:b/c"):
+        errors.check_local(text, "--workdir")
 
 
 def test_help_shows_our_flags():

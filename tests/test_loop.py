@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -90,6 +91,53 @@ def test_another_config_in_the_same_workdir_is_refused_with_the_difference(run):
     other = config(batch_size=16)
     with pytest.raises(errors.ConfigError, match="batch_size: 8 → 16"):
         loop.train(other, run)
+
+
+def test_another_config_is_refused_though_config_json_is_gone(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    for other, message in (
+        (config(batch_size=16), "batch_size: 8 → 16"),
+        (config(data={"source": "shapes", "size": 80}), r"data.size: \d+ → 80"),
+    ):
+        with pytest.raises(errors.ConfigError, match=message):
+            loop.Run(other, tmp_path / "run")
+    loop.Run(config(), tmp_path / "run")
+    with pytest.raises(errors.ConfigError, match="checkpoints lie there without"):
+        folder._config_before(tmp_path / "run", {"data": "of an older version"})
+
+
+def test_a_death_counts_against_a_checkpoint_only_in_the_first_step(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    longer = config(steps=config().steps + 2, prompts=())
+    attempts = tmp_path / "run/checkpoints/attempts.json"
+
+    def killed(*_):
+        raise RuntimeError("as a kill would")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_compile", killed)
+        with pytest.raises(RuntimeError):
+            loop.train(longer, tmp_path / "run")
+    assert not attempts.exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_compile", lambda *_: killed)
+        with pytest.raises(RuntimeError):
+            loop.train(longer, tmp_path / "run")
+    assert json.loads(attempts.read_text()) == {str(config().steps): 1}
+
+
+def test_damaged_rows_of_rollbacks_still_count(tmp_path):
+    assert folder.rollbacks(tmp_path) == 0
+    folder.note_rollback(tmp_path, {"step": 8, "why": "not finite"})
+    path = tmp_path / folder.ROLLBACKS
+    path.write_bytes(path.read_bytes() + b'{"step": 4, "wh\xff')
+    assert folder.rollbacks(tmp_path) == 2
+    folder.note_rollback(tmp_path, {"step": 2, "why": "again"})
+    assert folder.rollbacks(tmp_path) == 3
+    first, damaged, last = path.read_bytes().splitlines()
+    assert [json.loads(line)["step"] for line in (first, last)] == [8, 2]
+    assert damaged.startswith(b'{"step": 4')
 
 
 def test_the_sampler_draws_from_a_run_whatever_the_batch_size(run):
@@ -231,7 +279,7 @@ def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
     assert not readers(wait=5), caught
     assert not folder.rollbacks(tmp_path)
     loop.train(diverging(steps=22, rollbacks=1), tmp_path)
-    (row,) = folder.rollbacks(tmp_path)
+    row = json.loads((tmp_path / folder.ROLLBACKS).read_text())
     assert row["step"] == 8
     assert "not finite" in row["why"]
     kept = rows(tmp_path)

@@ -1,6 +1,5 @@
 """Adapters: start as nothing, learn, are small, and merge into what they are with the net."""
 
-import json
 import pathlib
 import shutil
 import subprocess
@@ -74,7 +73,7 @@ def test_a_run_does_not_go_on_with_other_frozen_nets(base, tuned, tmp_path):
     loop.train(debug(steps=6), tmp_path / "base")  # trained on meanwhile
     with pytest.raises(errors.ConfigError, match="not those the run was trained with"):
         loop.train(config, tmp_path / "run")
-    assert json.loads((tmp_path / "run/checkpoints/attempts.json").read_text()) == {}
+    assert not (tmp_path / "run/checkpoints/attempts.json").exists()
 
 
 def batch(config):

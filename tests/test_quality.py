@@ -359,40 +359,6 @@ def test_distances_are_right_and_copies_at_zero():
     assert np.all(np.diagonal(got)[:5] == 0)
 
 
-def exact_manifold(real_ND, fake_MD, k, density_k):
-    """The four values of points with whole coordinates, by integers and a count."""
-    distances = lambda a, b: np.square(a[:, None] - b[None]).sum(-1)
-    radius = lambda x, k: np.sort(distances(x, x), 1)[:, k]  # its own 0 is the first
-    between = distances(real_ND, fake_MD)
-    within = between <= radius(real_ND, density_k)[:, None]
-    return (
-        (between <= radius(real_ND, k)[:, None]).any(0).mean(),
-        (between <= radius(fake_MD, k)).any(1).mean(),
-        within.sum() / density_k / len(fake_MD),
-        within.any(1).mean(),
-    )
-
-
-@pytest.mark.parametrize("width", [1, 2, 5, 33])
-def test_manifolds_of_whole_numbers_are_exact(width, monkeypatch):
-    """With ties, copies, sets of unlike centres, an offset, and other steps than 1."""
-    monkeypatch.setattr(features, "BLOCK", 64)
-    rng = np.random.default_rng(width)
-    for _ in range(60):
-        n, m, side = rng.integers(6, 40), rng.integers(6, 40), rng.integers(2, 12)
-        k, density_k = np.sort(rng.integers(1, 6, 2))
-        real = rng.integers(0, side, (n, width))
-        fake = rng.integers(0, side, (m, width)) + rng.integers(0, side)
-        copies = rng.integers(0, m + 1)
-        fake[:copies] = real[rng.integers(0, n, copies)]
-        wanted = exact_manifold(real, fake, k, density_k)
-        scale, offset = rng.choice([1, 2.0**-20, 3e6]), rng.choice([0, 1000])
-        got = manifold.compare(
-            *(scale * (x + offset) for x in (real, fake)), k=int(k), density_k=int(density_k)
-        )
-        np.testing.assert_allclose(got, wanted, rtol=1e-12)
-
-
 def test_manifolds_by_hand():
     """On a line."""
     real, fake = np.array([[0.0], [1], [2], [10]]), np.array([[0.5], [5], [30], [31], [32]])

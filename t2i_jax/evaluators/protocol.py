@@ -5,7 +5,6 @@ N M pictures, drawn and real
 
 import concurrent.futures
 import hashlib
-import itertools
 import json
 import os
 import pathlib
@@ -57,8 +56,6 @@ def _kid(drawn, real, *, subsets=100, subset_size=1000, seed=0):
 
 def _inception_score(drawn, real, *, splits=10):
     logits_NK = drawn["logits"].astype(np.float64)
-    # Captions, and so pictures, may be in the order of classes: no split should hold a few alone.
-    logits_NK = np.random.default_rng(0).permutation(logits_NK)
     weight_NK = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
     probability_NK = weight_NK / weight_NK.sum(1, keepdims=True)
     mean, spread = classes.inception_score(probability_NK, splits=splits)
@@ -128,7 +125,6 @@ LEAST = {  # an option that needs as many pictures, and its default
 OF_CLIP = ("image_emb", "text_emb")
 OF_GROUPS = {"lpips_diversity": "diversity", "diversity": pixels.diversity}
 OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
-OF_CAPTIONS = ("captions", "text_emb", *OF_PAIRS)  # columns that no picture has without a caption
 
 
 def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None, **changes):
@@ -275,7 +271,7 @@ def check_captions(ours: Protocol, nets: Networks, captions) -> None:
     """Raises ConfigError where a metric cannot work with captions, picture's name -> caption."""
     where = f"protocol {ours.name}"
     bare = [name for name, caption in captions.items() if not caption]
-    if bare and nets.drawn & {*OF_CAPTIONS}:
+    if bare and nets.drawn & {"captions", "text_emb"}:
         raise errors.ConfigError(
             f"{len(bare)} of {len(captions)} pictures have no caption, and a metric needs "
             f"one of each: {', '.join(bare[:5])}{' …' * (len(bare) > 5)}",
@@ -329,7 +325,6 @@ class Measure:
     def __init__(self, protocol: Protocol, nets: Networks, batches, reference=None):
         self._protocol, self._nets = protocol, nets
         self._columns, self._res, self._own, self._sizes = {}, 0, None, set()
-        self._count, self._texts = 0, None  # pictures so far; all captions of the protocol
         self._first = jax.process_index() == 0
         self._judges = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self.provenance = nets.provenance()
@@ -344,24 +339,17 @@ class Measure:
         self._res = self._res or len(pictures[0])
         self._sizes |= {picture.shape[:2] for picture in pictures}
         wanted = self._nets.drawn
-        if texts is None and wanted & {*OF_CAPTIONS}:
+        if texts is None and wanted & {"captions", "text_emb"}:
             raise errors.ConfigError(
                 "the pictures have no captions, and a metric needs them",
                 where=f"protocol {self._protocol.name}",
                 fix="write metadata.jsonl beside the pictures, or choose other metrics",
             )
         found = self._nets.columns(wanted, pictures, texts)
-        if groups := sorted(wanted & OF_GROUPS.keys()):
-            first = [texts[i - i % self._protocol.per_caption] for i in range(len(texts or ()))]
-            self._check_order(texts or (), first)
-            found |= {
-                name: self._nets.of_groups(name, pictures, self._protocol.per_caption)
-                for name in groups
-            }
+        for name in wanted & OF_GROUPS.keys():
+            found[name] = self._nets.of_groups(name, pictures, self._protocol.per_caption)
         if pairs := sorted(wanted & OF_PAIRS.keys()):
             self._own = self._own or self._protocol.pictures(self._res)
-            self._texts = self._texts or self._protocol.captions()
-            self._check_order(texts, self._texts[self._count : self._count + len(texts)])
             own = [
                 transforms.square(next(self._own), self._protocol.res or self._res)
                 for _ in pictures
@@ -370,19 +358,8 @@ class Measure:
         if "captions" in wanted and self._first:
             found["captions"] = list(texts)
             found["shapes"] = [self._judges.submit(_judge, pictures, texts)]
-        self._count += len(pictures)
         for name, rows in found.items():
             self._columns.setdefault(name, []).append(rows)
-
-    def _check_order(self, texts, wanted) -> None:
-        """Refuses pictures of other captions, or in another order, than they are compared by."""
-        for place, (text, own) in enumerate(itertools.zip_longest(texts, wanted)):
-            if (text or "").strip() != (own or "").strip():
-                raise errors.DataError(
-                    f"picture {self._count + place + 1} is of {text!r}, not of {own!r}",
-                    where=f"protocol {self._protocol.name}",
-                    fix="judge pictures of all that --captions writes, named in that order",
-                )
 
     def _read(self, reference) -> statistics.Statistics:
         if more := {c for m in self._protocol.metrics for c in METRICS[m].real if m != "fid"}:

@@ -46,35 +46,24 @@ def check(where: str, *, rows: int = 1, **features) -> None:
         )
 
 
-def squared_distances(x_ND, y_MD, centre_D=None):
+def squared_distances(x_ND, y_MD):
     """Yields (first row, squared Euclidean distances float64 RM), one block of rows after another.
 
     Pairs nearer than rounding can tell are at distance 0 exactly: a picture and its copy are.
-
-    Args:
-      centre_D: the origin, the mean of y by default. Distances that are compared need a common one,
-        and `resolution` says how exact they are.
     """
-    if centre_D is None:
-        centre_D = np.mean(y_MD, 0, np.float64)  # norms without a common offset lose fewer digits
+    centre_D = np.mean(y_MD, 0, np.float64)  # norms without a common offset lose fewer digits
     y_MD = np.asarray(y_MD, np.float64) - centre_D
     y_norm_M = np.einsum("md,md->m", y_MD, y_MD)
+    resolution = (8 + len(centre_D)) * np.finfo(np.float64).eps
     for start, block_RD in _blocks(x_ND, len(y_MD)):
         x_RD = np.asarray(block_RD, np.float64) - centre_D
         norms_RM = np.einsum("rd,rd->r", x_RD, x_RD)[:, None] + y_norm_M
         squared_RM = x_RD @ y_MD.T
         squared_RM *= -2
         squared_RM += norms_RM
-        norms_RM *= resolution(len(centre_D))
+        norms_RM *= resolution
         squared_RM[squared_RM < norms_RM] = 0
         yield start, squared_RM
-
-
-def resolution(width: int) -> float:
-    """The error of a squared distance between points of so many numbers, as a share of the sum of
-    their squared distances from the centre, at most.
-    """
-    return (8 + width) * np.finfo(np.float64).eps
 
 
 def _blocks(x_ND, columns: int = 0):

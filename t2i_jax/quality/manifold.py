@@ -35,9 +35,8 @@ def compare(real_ND, fake_MD, *, k: int = 3, density_k: int = 5) -> Manifold:
     Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2, arXiv:1904.06991): the share of
     fake pictures within any real neighbourhood, and the reverse. Density and coverage (Naeem et al.
     2020, arXiv:2002.09797): in how many real neighbourhoods a fake picture lies, over k, and the
-    share of those that hold one. Balls are closed: distances that rounding cannot tell apart count
-    as equal, so that copies and ties give what exact numbers would. All depend on the sizes of the
-    sets: compare models at equal ones.
+    share of those that hold one. Balls are closed. All depend on the sizes of the sets: compare
+    models at equal ones.
 
     Args:
       k, density_k: neighbours, for precision and recall, and for density and coverage.
@@ -54,11 +53,10 @@ def compare(real_ND, fake_MD, *, k: int = 3, density_k: int = 5) -> Manifold:
                 where=where,
                 fix="ask for at least 1 neighbour and fewer than there are pictures",
             )
-    centre_D = np.mean(real_ND, 0, np.float64)
-    narrow_N, wide_N = _radii(real_ND, (k, density_k), centre_D)
-    (narrow_M,) = _radii(fake_MD, (k,), centre_D)
+    narrow_N, wide_N = _radii(real_ND, (k, density_k))
+    (narrow_M,) = _radii(fake_MD, (k,))
     precise_M, recalled, inside, covered = np.zeros(len(fake_MD), bool), 0, 0, 0
-    for start, squared_RM in features.squared_distances(real_ND, fake_MD, centre_D):
+    for start, squared_RM in features.squared_distances(real_ND, fake_MD):
         rows = slice(start, start + len(squared_RM))
         precise_M |= (squared_RM <= narrow_N[rows, None]).any(0)
         recalled += (squared_RM <= narrow_M).any(1).sum()
@@ -103,19 +101,13 @@ def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
     return Memorised(float((ratio_M < ratio).mean()), index_M, first_M, ratio_M)
 
 
-def _radii(x_ND, neighbours, centre_D) -> np.ndarray:
-    """The squared distance of every row to its k-th nearest other, for each k, and so much more as
-    the rounding of this distance and of one to be compared with it can make.   -> KN
-    """
+def _radii(x_ND, neighbours) -> np.ndarray:
+    """The squared distance of every row to its k-th nearest other, for each k.   -> KN"""
     wanted = [k - 1 for k in neighbours]
-    radius_KN = np.empty((len(wanted), len(x_ND)))
-    for start, squared_RN in features.squared_distances(x_ND, x_ND, centre_D):
+    found = np.empty((len(wanted), len(x_ND)))
+    for start, squared_RN in features.squared_distances(x_ND, x_ND):
         rows = np.arange(len(squared_RN))
         squared_RN[rows, start + rows] = np.inf
         squared_RN.partition(sorted(set(wanted)), axis=1)
-        radius_KN[:, start + rows] = squared_RN[:, wanted].T
-        # Points within the ball of squared radius r around x have a norm of 2|x|² + 2r at most.
-        norm_R = np.square(np.asarray(x_ND[start + rows], np.float64) - centre_D).sum(1)
-        error_KR = 6 * norm_R + 4 * radius_KN[:, start + rows]
-        radius_KN[:, start + rows] += features.resolution(len(centre_D)) * error_KR
-    return radius_KN
+        found[:, start + rows] = squared_RN[:, wanted].T
+    return found

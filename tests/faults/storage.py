@@ -176,20 +176,32 @@ def c8(lab):
 
 @row(
     "C9",
-    "starts that die before their first step: after three, the checkpoint before; then an error",
+    "starts that die in their first step: after three, the checkpoint before; then an error",
 )
 def c9(lab):
     folder = lab.folder()
     saved(folder, 1, 2)
-    assert [newest(folder)[1] for _ in range(6)] == [2, 2, 2, 1, 1, 1]
+
+    def died():
+        checkpoints = checkpoint.Checkpoints(folder)
+        _, step = checkpoints.restore_newest(abstract(state(0)))
+        checkpoints.begins(step)
+        return step
+
+    assert [died() for _ in range(6)] == [2, 2, 2, 1, 1, 1]
     with pytest.raises(errors.DataError) as caught:
         newest(folder)
-    assert "died before their first step" in caught.value.what
+    assert "died in their first step" in caught.value.what
+    assert "attempts.json" in caught.value.fix
+    (folder / "checkpoints" / "attempts.json").unlink()  # as it says
+    for _ in range(6):  # a death that comes before the state is used says nothing about it
+        assert newest(folder)[1] == 2
     folder = lab.folder()
     saved(folder, 1, 2)
     for _ in range(6):  # starts that come further count for nothing
         checkpoints = checkpoint.Checkpoints(folder)
         assert checkpoints.restore_newest(abstract(state(0)))[1] == 2
+        checkpoints.begins(2)
         checkpoints.progressed()
 
 
