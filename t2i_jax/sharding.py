@@ -9,6 +9,10 @@ fsdp       split        split                 of the global batch
 Splitting the state is ZeRO (arXiv:1910.02054), stages 1 and 3. The mesh axis "tensor" splits
 attention heads and MLPs of every net (Megatron, arXiv:1909.08053) by TENSOR_RULES; a batch is
 split over all other axes.
+
+An array that no whole mesh divides is split over the largest part of it that does: for zero1 and
+fsdp the mesh has a named axis for every prime factor of its sizes, so 1152 divides by 128 of 256
+devices, and a matrix takes the other 2 on its other axis.
 """
 
 import functools
@@ -18,6 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import struct
 from flax.core import meta
@@ -30,6 +35,8 @@ from t2i_jax.fingerprint import path_of
 STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
 GATHERED = "gathered"  # the name under which remat policies know parameters made whole
+SMALL = 2**14  # numbers on a device that are not worth a second axis, and gathering along it
+UNEVEN = 0.02  # share of the state that may lie on each device beyond its even part untold
 
 # A parameter's path and which of its last axes the tensor axis splits: columns of what enters heads
 # and MLPs, rows of what leaves them.
@@ -49,7 +56,8 @@ class Layout:
       axes: axis -> devices, such as {"data": -1} or {"data": 4, "tensor": 2}; -1 takes all devices
         the other axes leave.
       strategy: one of STRATEGIES.
-      devices: all devices of all processes by default.
+      devices: all devices of all processes by default; a number of devices that are not there
+        gives a mesh for shapes alone.
     Raises:
       ConfigError: an unknown strategy, or a mesh that does not fit the devices.
     """
@@ -61,7 +69,9 @@ class Layout:
                 where="config.strategy",
                 fix=errors.nearest(strategy, STRATEGIES),
             )
-        self.strategy, self.mesh = strategy, _mesh(dict(axes), devices)
+        self.strategy, mesh = strategy, _mesh(dict(axes), devices)
+        self.axes = dict(mesh.shape)
+        self.mesh = _factored(mesh) if strategy in ("zero1", "fsdp") else mesh
         self.batch_axes = tuple(name for name in self.mesh.axis_names if name != TENSOR)
         self.parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
@@ -94,28 +104,36 @@ class Layout:
             ema=self._tree(state.ema, split=split),
         )
 
+    def held(self, state) -> tuple[int, dict[str, int]]:
+        """Bytes of the state on each device; by array, what of them is beyond an even part of the
+        arrays that the strategy splits. Shapes in.
+        """
+        kept, held, uneven = jax.tree.leaves(self.state(state)), 0, {}
+        wanted = {"zero1": ("opt", "ema"), "fsdp": ("nets", "opt", "ema")}.get(self.strategy, ())
+        for (path, leaf), s in zip(jax.tree.leaves_with_path(state), kept, strict=True):
+            here = _bytes(s.shard_shape(leaf.shape), leaf.dtype)
+            held += here
+            beyond = here - _bytes(leaf.shape, leaf.dtype) // self.mesh.size
+            if path[0].name in wanted and beyond > 0:
+                uneven[path_of(path)] = beyond
+        return held, uneven
+
     def report(self, state) -> None:
-        """Logs which share of the state each device holds, and what stays whole on all."""
-        flat = jax.tree_util.tree_leaves_with_path(state)
-        kept = jax.tree.leaves(self.state(state))
-        total = sum(_bytes(leaf.shape, leaf.dtype) for _, leaf in flat)
-        held = sum(
-            _bytes(s.shard_shape(leaf.shape), leaf.dtype)
-            for (_, leaf), s in zip(flat, kept, strict=True)
-        )
+        """Logs how much of the state each device holds, and warns of what does not divide."""
+        total = sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
+        held, uneven = self.held(state)
         logging.info(
             "%s over %s: %.1f MB of state, %.1f MB on each device",
-            *(self.strategy, dict(self.mesh.shape), total / 1e6, held / 1e6),
+            *(self.strategy, self.axes, total / 1e6, held / 1e6),
         )
-        wanted = {"zero1": ("opt", "ema"), "fsdp": ("nets", "opt", "ema")}.get(self.strategy)
-        wanted = wanted if self.parts > 1 else None
-        whole = [
-            f"{path_of(path)} {leaf.shape}"
-            for (path, leaf), s in zip(flat, kept, strict=True)
-            if wanted and path[0].name in wanted and leaf.ndim and s.is_fully_replicated
-        ]
-        if whole:
-            logging.info("%d arrays do not divide and stay whole: %s", len(whole), whole[:5])
+        if sum(uneven.values()) > UNEVEN * total:
+            worst = sorted(uneven, key=uneven.get, reverse=True)[:3]
+            logging.warning(
+                "%.1f MB of them are there because arrays do not divide by %d devices: %s",
+                sum(uneven.values()) / 1e6,
+                self.mesh.size,
+                ", ".join(f"{path} {uneven[path] / 1e6:.1f} MB" for path in worst),
+            )
 
     def gather(self, nets, *, at_use: bool = True):
         """Nets as a program computes with them: whole but for the tensor axis.
@@ -163,21 +181,38 @@ class Layout:
         )
 
     def _spec(self, path: str, shape, split: bool) -> PartitionSpec:
-        """An axis by the tensor rules, then the largest other axis that divides, or none."""
-        axes = [None] * len(shape)
+        """An axis by the tensor rules; the rest of the mesh over the axis that the largest part of
+        it divides, and what is left over then over another, where that is worth it.
+        """
+        room, axes, free = list(shape), [()] * len(shape), list(self.mesh.axis_names)
         n = self.mesh.shape.get(TENSOR, 1)
         for pattern, axis in TENSOR_RULES if n > 1 else ():
             if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % n == 0:
-                axes[axis] = TENSOR
+                axes[axis], room[axis] = (TENSOR,), shape[axis] // n
+                free.remove(TENSOR)
                 break
-        over = self.batch_axes if TENSOR in axes else self.mesh.axis_names
-        parts = math.prod(self.mesh.shape[name] for name in over)
-        if split and parts > 1:
-            for i in sorted(range(len(shape)), key=lambda i: -shape[i]):
-                if axes[i] is None and shape[i] % parts == 0:
-                    axes[i] = over
-                    break
-        return PartitionSpec(*axes)
+        for second in (False, True) if split else ():
+            if second and math.prod(room) <= SMALL:
+                break
+            taken = {i: self._part(room[i], free) for i in range(len(shape)) if not axes[i]}
+            size = lambda i, taken=taken: self._size(taken[i])
+            i = max(taken, key=lambda i: (size(i), room[i], -i), default=None)
+            if i is None or size(i) == 1:
+                break
+            axes[i], room[i] = taken[i], room[i] // size(i)
+            free = [name for name in free if name not in taken[i]]
+        return PartitionSpec(*(names or None for names in axes))
+
+    def _part(self, length: int, free) -> tuple[str, ...]:
+        """Those of the free mesh axes, the last first, that divide an array's axis together."""
+        part = ()
+        for name in reversed(free):
+            if length % self._size((name, *part)) == 0:
+                part = (name, *part)
+        return part
+
+    def _size(self, names) -> int:
+        return math.prod(self.mesh.shape[name] for name in names)
 
 
 def on(shapes, shardings):
@@ -243,22 +278,50 @@ _move.defvjp(_move_forward, _move_backward)
 
 def _mesh(axes: dict, devices) -> jax.sharding.Mesh:
     devices = jax.devices() if devices is None else devices
+    count = devices if isinstance(devices, int) else len(devices)
     fixed = math.prod(n for n in axes.values() if n != -1)
-    if list(axes.values()).count(-1) > 1 or fixed < 1 or len(devices) % fixed:
+    if list(axes.values()).count(-1) > 1 or fixed < 1 or count % fixed:
         raise errors.ConfigError(
-            f"mesh {axes} does not fit {len(devices)} devices",
+            f"mesh {axes} does not fit {count} devices",
             where="config.mesh",
             fix="one axis may be -1, and the others must divide the number of devices",
         )
-    sizes = tuple(len(devices) // fixed if n == -1 else n for n in axes.values())
-    if math.prod(sizes) != len(devices):
+    sizes = tuple(count // fixed if n == -1 else n for n in axes.values())
+    if math.prod(sizes) != count:
         raise errors.ConfigError(
-            f"mesh {axes} uses {math.prod(sizes)} of {len(devices)} devices",
+            f"mesh {axes} uses {math.prod(sizes)} of {count} devices",
             where="config.mesh",
             fix="set one axis to -1",
         )
     kinds = (AxisType.Auto,) * len(axes)
+    if isinstance(devices, int):
+        return jax.sharding.AbstractMesh(sizes, tuple(axes), axis_types=kinds)
     return jax.make_mesh(sizes, tuple(axes), axis_types=kinds, devices=devices)
+
+
+def _factored(mesh):
+    """The same devices in the same order, an axis for every prime factor of an axis that splits
+    batches: "data" of 8 becomes "data", "data.1", "data.2".
+    """
+    sizes = {}
+    for name, size in mesh.shape.items():
+        for i, factor in enumerate([size] if name == TENSOR else _primes(size)):
+            sizes[f"{name}.{i}" if i else name] = factor
+    names, shape = tuple(sizes), tuple(sizes.values())
+    kinds = (AxisType.Auto,) * len(sizes)
+    if isinstance(mesh, jax.sharding.AbstractMesh):
+        return jax.sharding.AbstractMesh(shape, names, axis_types=kinds)
+    return jax.sharding.Mesh(np.reshape(mesh.devices, shape), names, axis_types=kinds)
+
+
+def _primes(n: int) -> list[int]:
+    """Prime factors, the largest first; [1] of 1."""
+    found, factor = [], 2
+    while n > 1:
+        while n % factor == 0:
+            found, n = [factor, *found], n // factor
+        factor += 1
+    return found or [1]
 
 
 def _bytes(shape, dtype) -> int:

@@ -1,16 +1,23 @@
 """Strategies on eight simulated devices: the same numbers, and only what was planned on each."""
 
+import functools
 import json
+import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
-import types
 
+import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
-from t2i_jax import errors, sharding
+from configs import dit
+from t2i_jax import errors, objective, optim, sharding, step, weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -74,6 +81,17 @@ def test_every_strategy_trains_as_one_device_does(found, case):
     assert found[case]["loss"] == pytest.approx(found["one"]["loss"], rel=1e-6)
     assert found[case]["grad_norm"] == pytest.approx(found["one"]["grad_norm"], rel=1e-5)
     assert found[case]["difference"] <= 1e-5
+
+
+@SLOW
+def test_arrays_split_over_a_part_or_over_two_axes_train_as_on_one_device(found):
+    one = found["uneven one"]
+    for case, share in (("uneven fsdp", 1 / 8), ("uneven zero1", (1 + 3 / 8) / 4)):
+        assert found[case]["loss"] == pytest.approx(one["loss"], rel=1e-6)
+        assert found[case]["difference"] <= 1e-5
+        assert found[case]["held"] <= share + 0.02
+        assert found[case]["donated"] == found[case]["state_bytes"]
+        assert set(found[case]["collectives"]) <= {"all-reduce", "reduce-scatter", "all-gather"}
 
 
 def test_features_and_contrast_are_those_of_one_device(quick):
@@ -192,14 +210,79 @@ def test_bfloat16_computes_and_float32_remembers(found):
     assert found["bfloat16"]["loss"] == pytest.approx(found["one"]["loss"], rel=2e-2)
 
 
-def test_arrays_that_do_not_divide_stay_whole():
-    layout = sharding.Layout({"data": 1})
-    layout.mesh = types.SimpleNamespace(shape={"data": 8}, axis_names=("data",))
-    spec = lambda *shape: tuple(layout._spec("nets/model/params/w", shape, True))
-    assert spec(24, 7) == ("data", None)
-    assert spec(24, 128) == (None, "data")  # the largest axis that divides
-    assert spec(7, 9) == (None, None)
-    assert spec() == ()
+MESHES = (
+    {"data": -1},
+    {"data": 4, "tensor": -1},
+    {"hosts": 2, "data": -1},
+    {"hosts": -1, "data": 2, "tensor": 2},
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    shape=st.lists(st.sampled_from([1, 2, 3, 7, 24, 28, 96, 1000, 1152, 3456, 4608]), max_size=4),
+    devices=st.sampled_from([4, 8, 12, 16, 24, 40, 64, 128, 256, 512]),
+    axes=st.sampled_from(MESHES),
+    path=st.sampled_from(["nets/model/params/w", "nets/model/params/mlp_up/Dense_0/kernel"]),
+)
+def test_an_array_is_split_as_far_as_one_of_its_axes_allows_or_further(shape, devices, axes, path):
+    layout = sharding.Layout(axes, "fsdp", devices=devices)
+    spec, tensor = layout._spec(path, shape, True), layout.axes.get("tensor", 1)
+    named = [name for names in spec if names for name in np.atleast_1d(names)]
+    assert len(named) == len(set(named))
+    held = math.prod(NamedSharding(layout.mesh, spec).shard_shape(tuple(shape)))
+    rule = tensor if "mlp_up" in path and shape and shape[-1] % tensor == 0 else 1
+    others = devices // tensor  # parts of these divide any axis but the tensor's
+    free = [n for i, n in enumerate(shape) if rule == 1 or i < len(shape) - 1]
+    assert held <= math.prod(shape) // rule // max([math.gcd(n, others) for n in free], default=1)
+    if rule == 1 and any(n % devices == 0 for n in shape):
+        assert held == math.prod(shape) // devices
+        assert sum(names is not None for names in spec) == 1
+
+
+def test_what_no_axis_divides_whole_is_split_over_two_or_in_part():
+    layout = sharding.Layout({"data": -1}, "fsdp", devices=256)
+    shard = lambda *shape: NamedSharding(
+        layout.mesh, layout._spec("nets/model/params/w", shape, True)
+    ).shard_shape(shape)
+    assert shard(28, 1152, 4608) == (28, 1152, 18)  # the largest axis that divides
+    assert shard(28, 1152, 1152) == (28, 9, 576)
+    assert shard(1152) == (9,)
+    assert shard(28, 1152) == (28, 9)  # layers of a stack are not parted for so little
+    assert shard(7, 9) == (7, 9)
+    assert shard() == ()
+
+
+def test_each_chip_holds_its_part_of_the_largest_configs_state():
+    config = dit.get_config("size=XL")
+    family = objective.make(config)
+    optimisers = {"model": optim.make(config.optim.model, steps=10, where="")}
+    init = functools.partial(step.init, family, optimisers, {"model": 0.9})
+    state = jax.eval_shape(init, jax.random.key(0), weights.abstract_batch(config))
+    total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    assert total > 13 * 2**30
+    for devices in (8, 16, 32, 64, 96, 128, 256):
+        held, _ = sharding.Layout({"data": -1}, "fsdp", devices=devices).held(state)
+        assert held <= (1 / devices + 0.001) * total
+        held, _ = sharding.Layout({"data": -1}, "zero1", devices=devices).held(state)
+        assert held <= (1 / 4 + 3 / 4 / devices + 0.001) * total
+
+
+def test_what_does_not_divide_is_told_in_bytes(monkeypatch):
+    told = []
+    monkeypatch.setattr(sharding.logging, "warning", lambda text, *a: told.append(text % a))
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, np.float32)
+    nets = lambda **arrays: {"model": {"params": arrays}}
+    state = lambda **arrays: step.State(array(), nets(**arrays), {}, {}, array())
+    layout = sharding.Layout({"data": -1}, "fsdp", devices=8)
+    layout.report(state(even=array(800, 1000)))
+    assert not told
+    layout.report(state(even=array(800, 1000), odd=array(501, 1001), small=array(3)))
+    assert len(told) == 1
+    assert re.search(r"1\.8 MB of them .* 8 devices: nets/model/params/odd 1\.8 MB", told[0])
+    layout = sharding.Layout({"data": -1}, "data", devices=8)
+    layout.report(state(odd=array(501, 1001)))  # whole, as the strategy says
+    assert len(told) == 1
 
 
 def test_an_unknown_strategy_is_refused():
