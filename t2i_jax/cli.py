@@ -2,7 +2,6 @@
 
 import importlib.util
 import logging as std_logging
-import os
 import pathlib
 import re
 import sys
@@ -131,7 +130,6 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
 
     arguments: what to call the arguments that are no flags, one at least: `main` is given them.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     argv = sys.argv if argv is None else argv
     debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
     if any(a in ("-h", "--help", "-help") for a in argv[1:]):

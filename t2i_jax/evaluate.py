@@ -107,9 +107,11 @@ def _told(batches, total: int):
 
 
 def _by_protocol() -> dict:
+    from t2i_jax import compile_cache
     from t2i_jax.data import pictures
     from t2i_jax.evaluators import protocol as judge
 
+    compile_cache.enable()
     ours = _protocol()
     started = time.perf_counter()
     if IMAGES.value:

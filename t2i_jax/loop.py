@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 import t2i_jax
 from t2i_jax import (
     checkpoint,
+    compile_cache,
     distributed,
     errors,
     failpoints,
@@ -97,6 +98,7 @@ class Run:
 
     def __init__(self, config, workdir: pathlib.Path, devices=None, restart: bool = False):
         check(config)
+        compile_cache.enable()
         self.config, self.workdir = config, workdir
         self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
         self.layout.check_batch(config.batch_size, config.accumulate)

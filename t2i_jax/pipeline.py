@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, images, objective, plugins, requests, weights
+from t2i_jax import compile_cache, errors, images, objective, plugins, requests, weights
 from t2i_jax.data import transforms
 from t2i_jax.text import encoder, words
 
@@ -307,6 +307,7 @@ class Pipeline:
         Raises:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
+        compile_cache.enable()
         folder = weights.locate(source)
         config = weights.read_config(folder)
         weights.override(config, load or {})

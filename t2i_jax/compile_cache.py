@@ -1,0 +1,134 @@
+"""Compiled programs kept between starts, in a folder of the user's own.
+
+An entry holds machine code, which runs as it lies there. So the folder belongs to this user alone;
+it is never part of a run or of a model; and every entry is checked by its SHA-256 against damage.
+JAX's key holds the program, its options, the version of jaxlib and the kind of device, but not the
+CPU: the names of the files hold that.
+"""
+
+import contextlib
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import stat
+import warnings
+
+import jax
+from absl import logging
+
+from t2i_jax import images
+
+try:
+    from jax._src import compilation_cache  # JAX has no public way to bring a cache of one's own
+except ImportError:
+    compilation_cache = None
+
+LIMIT = 4 * 2**30  # bytes; those not used for longest go first
+MIN_SECONDS = 0.2  # what compiles faster is not kept
+DIGEST = hashlib.sha256().digest_size
+
+
+def enable() -> None:
+    """Keeps what is compiled from now on, and uses what earlier starts kept.
+
+    Does nothing where JAX has a cache already (JAX_COMPILATION_CACHE_DIR) or is told to use none
+    (JAX_ENABLE_COMPILATION_CACHE=0). JAX_COMPILATION_CACHE_MAX_SIZE changes LIMIT. A folder that is
+    not safe, or cannot be made, is told and not used: then each start compiles.
+    """
+    named = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir
+    if named or not jax.config.jax_enable_compilation_cache:
+        return
+    if not all(hasattr(compilation_cache, name) for name in ("_cache", "_cache_initialized")):
+        logging.info("compiled programs are not kept: this JAX has another cache")
+        return
+    try:
+        path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+        path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
+        path = own_folder(path / "t2i_jax" / "compiled")
+    except (OSError, RuntimeError) as e:  # RuntimeError: there is no home
+        logging.warning("compiled programs are not kept: %s", e)
+        return
+    limit = jax.config.jax_compilation_cache_max_size
+    compilation_cache.reset_cache()  # in a notebook, JAX may have found before that there is none
+    compilation_cache._cache = Folder(path, LIMIT if limit < 0 else limit)
+    compilation_cache._cache_initialized = True
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
+    # Of an entry that another build of the same version left: it is compiled again.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def own_folder(path: pathlib.Path) -> pathlib.Path:
+    """The folder, made if need be.
+
+    Raises:
+      OSError: it cannot be made, or others could write there.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    seen = path.lstat()
+    if not stat.S_ISDIR(seen.st_mode):
+        raise OSError(f"{path} is a link or no folder")
+    if hasattr(os, "getuid") and seen.st_uid != os.getuid():
+        raise OSError(f"{path} belongs to another user")
+    if os.name == "posix" and seen.st_mode & 0o022:
+        raise OSError(f"others may write to {path} (chmod 700 mends it)")
+    return path
+
+
+class Folder:
+    """What JAX asks of a cache: bytes by key. No failure of the file system comes out of it."""
+
+    def __init__(self, path: pathlib.Path, limit: int):
+        self._path, self._limit = path, limit
+
+    def get(self, key: str) -> bytes | None:
+        file = self._file(key)
+        with contextlib.suppress(OSError):
+            whole = file.read_bytes()
+            digest, value = whole[:DIGEST], whole[DIGEST:]
+            if hashlib.sha256(value).digest() == digest:
+                os.utime(file)  # used now
+                return value
+            file.unlink()
+        return None
+
+    def put(self, key: str, value: bytes) -> None:
+        if len(value) > self._limit:
+            return
+        try:
+            images.write_whole(self._file(key), hashlib.sha256(value).digest() + value)
+            self._keep_to_limit()
+        except OSError as e:
+            logging.info("a compiled program is not kept: %s", e)
+
+    def _file(self, key: str) -> pathlib.Path:
+        return self._path / f"{processor()}-{key}"
+
+    def _keep_to_limit(self) -> None:
+        files = []
+        for file in self._path.iterdir():
+            with contextlib.suppress(OSError):  # another process may have removed it
+                files.append((file.stat().st_mtime, file.stat().st_size, file))
+        size = sum(size for _, size, _ in files)
+        for _, gone, file in sorted(files):
+            if size <= self._limit:
+                break
+            with contextlib.suppress(OSError):
+                file.unlink()
+            size -= gone
+
+
+@functools.cache
+def processor() -> str:
+    """What machine code for the CPU depends on: its kind, features and number of cores, hashed."""
+    known = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    if hasattr(os, "sched_getaffinity"):
+        known.append(str(len(os.sched_getaffinity(0))))
+    wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
+    with contextlib.suppress(OSError):
+        lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        known += sorted({line for line in lines if line.startswith(wanted)})
+    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
