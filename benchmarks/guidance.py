@@ -1,7 +1,7 @@
 """What guidance by the dual encoder gives a GAN for equal compute.
 
 python -m benchmarks.guidance FOLDER [--steps=600] [-- --config.KEY=VALUE …]
-python -m benchmarks.guidance --check     (one λ, one seed, tiny nets, a few steps)
+python -m benchmarks.guidance --check     (one λ, one seed, tiny nets, ten steps)
 
 Trains configs/shapes_gan.py:guided, L = L_CLIP + λ·L_GAN, for each λ of LAMBDAS and one seed, takes
 the best by `full_match` of captions of the split `heldout`, then trains with that λ and without
@@ -30,6 +30,7 @@ from t2i_jax.vision import encoder
 STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
 CONFIG = flags.DEFINE_string("config", "configs/shapes_gan.py", "What is trained.")
 flags.DEFINE_bool("check", False, "Whether all of it still runs.")
+KINDS = {"guided": 1.0, "none": None}  # kind of training -> λ of the run whose steps are clocked
 LAMBDAS = (0.3, 1.0, 3.0)
 SEEDS = (1, 2, 3)  # 0 chooses λ
 PROBE = 30  # steps
@@ -38,7 +39,7 @@ PROTOCOL = "shapes-features"
 JUDGE = (f"--protocol={PROTOCOL}",)
 METRICS = ("full_match", "precision", "recall")
 if harness.CHECK:
-    LAMBDAS, SEEDS, PROBE = (1.0,), (0,), 10
+    KINDS, LAMBDAS, SEEDS, PROBE = {"guided": 1.0}, (1.0,), (0,), 10
     CHOICE = JUDGE = ("--evaluators=shapes", "--num_images=8", "--seed=1")
     METRICS = ("shapes/heldout/full_match",)
 CORES = queue.Queue()  # that are free
@@ -117,9 +118,8 @@ def compared(folder: pathlib.Path, guided_steps: int, each) -> None:
     """`each`: map, several at once."""
     speeds = folder / "seconds.json"
     if not speeds.exists():
-        kinds = {"guided": 1.0, "none": None}
-        clock = lambda kind: seconds_a_step(folder / f"clock_{kind}", kinds[kind])
-        speeds.write_text(json.dumps(dict(zip(kinds, each(clock, kinds), strict=True))))
+        clock = lambda kind: seconds_a_step(folder / f"clock_{kind}", KINDS[kind])
+        speeds.write_text(json.dumps(dict(zip(KINDS, each(clock, KINDS), strict=True))))
     seconds = json.loads(speeds.read_text())
     steps = {
         kind: round(guided_steps * seconds["guided"] / value) for kind, value in seconds.items()
@@ -140,9 +140,10 @@ def compared(folder: pathlib.Path, guided_steps: int, each) -> None:
         kind = "none" if weight is None else "guided"
         return judged(here, "features", JUDGE, steps[kind], seed, weight)
 
-    jobs = [(weight, seed) for seed in SEEDS for weight in (best, None)]
+    weights = (best, None)[: len(KINDS)]
+    jobs = [(weight, seed) for seed in SEEDS for weight in weights]
     rows = dict(zip(jobs, each(row, jobs), strict=True))
-    for weight in (best, None):
+    for weight in weights:
         line = {"lambda": weight}
         for metric in METRICS:
             values = [

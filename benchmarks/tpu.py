@@ -10,6 +10,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import pathlib
 import sys
 import time
@@ -195,6 +196,7 @@ def line(r) -> str:
 
 
 def check():
+    os.environ.update(harness.environment())
     import jax
 
     for strategy, remat in PROGRAMS[:3:2]:
