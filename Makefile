@@ -26,8 +26,9 @@ demo: venv
 	$(PY) sample.py --workdir=runs/demo --prompts_file=docs/prompts.txt --grid --output_dir=out/demo
 	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --protocol=shapes --num_images=256
 
+# A process that has no tests left takes half of the other's, so that both end together.
 test: venv
-	$(PY) -m pytest tests --numprocesses=2 --dist=loadfile
+	$(PY) -m pytest tests --numprocesses=2 --dist=worksteal
 
 faults: venv
 	$(PY) -m pytest tests -m slow
