@@ -44,9 +44,7 @@ def enable() -> None:
         logging.info("compiled programs are not kept: this JAX has another cache")
         return
     try:
-        path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
-        path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
-        path = own_folder(path / "t2i_jax" / "compiled")
+        path = own_folder("compiled")
     except (OSError, RuntimeError) as e:  # RuntimeError: there is no home
         logging.warning("compiled programs are not kept: %s", e)
         return
@@ -61,12 +59,15 @@ def enable() -> None:
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
-def own_folder(path: pathlib.Path) -> pathlib.Path:
-    """The folder, made if need be.
+def own_folder(name: str) -> pathlib.Path:
+    """A folder of the user's cache, made if need be.
 
     Raises:
-      OSError: it cannot be made, or others could write there.
+      OSError, RuntimeError: it cannot be made, or others could write there; there is no home.
     """
+    path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
+    path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
+    path = path / "t2i_jax" / name
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     seen = path.lstat()
     if not stat.S_ISDIR(seen.st_mode):
@@ -100,25 +101,27 @@ class Folder:
             return
         try:
             images.write_whole(self._file(key), hashlib.sha256(value).digest() + value)
-            self._keep_to_limit()
+            keep_to_limit(self._path, self._limit)
         except OSError as e:
             logging.info("a compiled program is not kept: %s", e)
 
     def _file(self, key: str) -> pathlib.Path:
         return self._path / f"{processor()}-{key}"
 
-    def _keep_to_limit(self) -> None:
-        files = []
-        for file in self._path.iterdir():
-            with contextlib.suppress(OSError):  # another process may have removed it
-                files.append((file.stat().st_mtime, file.stat().st_size, file))
-        size = sum(size for _, size, _ in files)
-        for _, gone, file in sorted(files):
-            if size <= self._limit:
-                break
-            with contextlib.suppress(OSError):
-                file.unlink()
-            size -= gone
+
+def keep_to_limit(folder: pathlib.Path, limit: int) -> None:
+    """Removes files until those left are `limit` bytes at most, the longest unused first."""
+    files = []
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process may have removed it
+            files.append((file.stat().st_mtime, file.stat().st_size, file))
+    size = sum(size for _, size, _ in files)
+    for _, gone, file in sorted(files):
+        if size <= limit:
+            break
+        with contextlib.suppress(OSError):
+            file.unlink()
+        size -= gone
 
 
 @functools.cache

@@ -12,6 +12,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
     # on the tests can name a folder that is kept: later sessions then compile only what changed.
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = (COMPILED := tempfile.TemporaryDirectory()).name
+    # Nothing of the tests lies in the user's cache folder, and nothing there helps them.
+    os.environ["XDG_CACHE_HOME"] = (CACHES := tempfile.TemporaryDirectory()).name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
     # Half of the time went into making machine code fast that runs for milliseconds; test_numerics
     # and the benchmarks compile as users do.

@@ -14,6 +14,7 @@ import pytest
 
 from t2i_jax import errors, fingerprint, loop, pipeline, weights
 from t2i_jax.data import cache
+from t2i_jax.text import condition, encoder
 from tests import runs, test_conditioning
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -144,6 +145,54 @@ class Few:
 
     def captions(self):
         return self.texts
+
+
+def test_a_second_start_encodes_no_caption_again(tmp_path, monkeypatch, caplog):
+    """But others, those of another encoder, and what was damaged meanwhile."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenize, encoded = encoder.tokenizer("", 16), []
+
+    def encode(batch):
+        encoded.append(len(batch["text"]))
+        seq_BLD = np.float32(batch["text"])[..., None] * np.linspace(0, 0.01, 5)
+        return condition.Cond(seq_BLD, batch["mask"], seq_BLD.mean(1))
+
+    def start(**changed):
+        encoded.clear()
+        identity = lambda: {"encoder": "one", **changed}
+        extra = cache.extra(tmp_path / "run", encode, Few(), tokenize, identity)
+        _, mask_BL, _ = tokenize(list(Few.texts))
+        return extra(np.arange(4), mask_BL)
+
+    first = start()
+    assert encoded
+    second = start()
+    assert not encoded
+    for name, states in first.items():
+        np.testing.assert_array_equal(second[name], states)
+    start(encoder="two")
+    assert encoded
+    start()
+    assert not encoded
+    folder = tmp_path / "t2i_jax" / "captions"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    for file in folder.iterdir():
+        flipped = bytearray(file.read_bytes())
+        flipped[-40] ^= 1
+        file.write_bytes(flipped)
+    third = start()
+    assert encoded
+    np.testing.assert_array_equal(third["cond_seq"], first["cond_seq"])
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    start()
+    assert encoded
+    start()
+    assert not encoded
+    folder.chmod(0o777)
+    start()
+    assert encoded
+    assert "others may write" in caplog.text
 
 
 def test_states_of_several_encoders_lie_where_their_tokens_do(tmp_path):

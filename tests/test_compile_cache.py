@@ -108,7 +108,6 @@ def test_a_damaged_entry_is_compiled_and_written_again(home, first):
 def no_cache(monkeypatch):
     """JAX as it starts without the variable that these tests have set."""
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     before = (
         jax.config.jax_compilation_cache_dir,
         jax.config.jax_persistent_cache_min_compile_time_secs,

@@ -3,7 +3,8 @@
 python -m t2i_jax.data.cache --config=configs/shapes_flow.py --workdir=runs/flow
 
 writes them to <workdir>/captions, where training finds them; without that command training computes
-them before its first step and keeps them in memory. After a kill the command goes on with the next
+them before its first step and keeps them in memory, and in the user's cache folder for the next
+start with the same captions and encoder. After a kill the command goes on with the next
 file.
 
 N captions · B batch · L text length · V valid tokens of a caption · D width · P pooled width
@@ -12,16 +13,29 @@ N captions · B batch · L text length · V valid tokens of a caption · D width
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import time
 
 import jax
 import numpy as np
+import safetensors
+import safetensors.numpy
 from absl import flags, logging
 from array_record.python import array_record_data_source, array_record_module
 from ml_collections import config_flags
 
-from t2i_jax import cli, distributed, errors, failpoints, fingerprint, images, owner, workdir
+from t2i_jax import (
+    cli,
+    compile_cache,
+    distributed,
+    errors,
+    failpoints,
+    fingerprint,
+    images,
+    owner,
+    workdir,
+)
 from t2i_jax.data import transforms
 from t2i_jax.text import encoder
 
@@ -29,6 +43,7 @@ FORMAT = 1
 BUCKET = 8  # captions are encoded at lengths that are multiples of this
 BATCH = 64
 LIMIT = 8 * 2**30  # bytes of states in memory
+KEPT_LIMIT = 4 * 2**30  # bytes of states in the user's cache folder
 SHARD = 64 * BATCH  # captions in a file
 FOLDER, MANIFEST, BUILDING, PLACES = "captions", "manifest.json", "building.json", "places.npy"
 AGAIN = (
@@ -65,15 +80,15 @@ def identity(config, nets, source, tokenize, *, sums: int = fingerprint.FORMAT) 
 def extra(folder: pathlib.Path, encode, source, tokenize, identity):
     """`extra(records, mask_BL) -> {"cond_seq", "cond_pooled"}` for the loader.
 
-    From the folder if it holds states, else computed now and kept in memory. `identity(sums=…)` is
-    the function of that name, bound to this run.
+    From the folder if it holds states, else from an earlier start or computed now, and kept in
+    memory. `identity(sums=…)` is the function of that name, bound to this run.
 
     Raises:
       ConfigError: the folder's states are another encoder's, tokenizer's or data set's, or those in
         memory would take more than LIMIT bytes.
     """
     if not distributed.as_first((folder / MANIFEST).exists()):
-        return precompute(encode, source, tokenize)
+        return precompute(encode, source, tokenize, kept=_kept(identity()))
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as e:
@@ -123,14 +138,31 @@ class _Stored:
         return {"cond_seq": seq, "cond_pooled": pooled}
 
 
-def precompute(encode, source, tokenize, *, batch_size: int = BATCH):
+def precompute(encode, source, tokenize, *, batch_size: int = BATCH, kept=None):
     """Encodes every caption of a source into memory.   -> as `extra`
 
     Args:
       encode: batch {"text", "mask"} -> Cond, the frozen encoder.
       source: its captions are read once, by `captions()` where it has that.
       tokenize: captions -> (text_BL, mask_BL, cut).
+      kept: a file for the next start, or None; what it holds is not computed.
     """
+    states = _opened(kept) or _encoded(encode, source, tokenize, batch_size, kept)
+    flat, pooled, offsets = states["flat"], states["pooled"], states["offsets"]
+
+    def from_memory(records, mask_BL):
+        rows = states["row_of_record"][records]
+        seq = np.zeros((*mask_BL.shape, flat.shape[1]), DTYPE)
+        for i, row in enumerate(rows):
+            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
+                seq[i, mask_BL[i]] = flat[offsets[row] : offsets[row + 1]]
+        return {"cond_seq": seq, "cond_pooled": pooled[rows]}
+
+    return from_memory
+
+
+def _encoded(encode, source, tokenize, batch_size: int, kept) -> dict:
+    """States of all captions, one behind the other; and written to a file, if it can be."""
     started = time.perf_counter()
     captions = _Captions(source, tokenize)
     logging.info("encoding %d captions once …", len(captions.order))
@@ -145,16 +177,57 @@ def precompute(encode, source, tokenize, *, batch_size: int = BATCH):
         flat[offsets[row] : offsets[row + 1]], pooled[row] = seq_VD, pooled_P
     seconds = time.perf_counter() - started
     logging.info("encoded them in %.0f s (%.0f MB)", seconds, flat.nbytes / 1e6)
+    states = {"flat": flat, "pooled": pooled, "offsets": offsets}
+    states["row_of_record"] = captions.row_of_record
+    if kept:
+        temporary = kept.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            safetensors.numpy.save_file(states, temporary, {"sha256": _sum(states)})
+            temporary.replace(kept)
+            compile_cache.keep_to_limit(kept.parent, KEPT_LIMIT)
+        except (OSError, safetensors.SafetensorError) as e:
+            temporary.unlink(missing_ok=True)
+            logging.info("the captions' states are not kept: %s", e)
+    return states
 
-    def from_memory(records, mask_BL):
-        rows = captions.row_of_record[records]
-        seq = np.zeros((*mask_BL.shape, flat.shape[1]), DTYPE)
-        for i, row in enumerate(rows):
-            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
-                seq[i, mask_BL[i]] = flat[offsets[row] : offsets[row + 1]]
-        return {"cond_seq": seq, "cond_pooled": pooled[rows]}
 
-    return from_memory
+def _opened(kept) -> dict | None:
+    """The states in a file; None where there is none or it is damaged."""
+    if not (kept and kept.is_file()):
+        return None
+    try:
+        with safetensors.safe_open(kept, "numpy") as f:
+            states = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            if (f.metadata() or {}).get("sha256") != _sum(states):
+                return None
+        os.utime(kept)  # used now
+    except (OSError, safetensors.SafetensorError):
+        return None
+    logging.info("states of %d captions, from an earlier start: %s", len(states["pooled"]), kept)
+    return states
+
+
+def _kept(known: dict) -> pathlib.Path | None:
+    """The file for states of this identity in the user's cache folder.
+
+    With several processes there is none: all must compute together, or none.
+    """
+    if jax.process_count() > 1:
+        return None
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    try:
+        return compile_cache.own_folder("captions") / f"{digest}.safetensors"
+    except (OSError, RuntimeError) as e:
+        logging.warning("the captions' states are not kept: %s", e)
+        return None
+
+
+def _sum(states: dict) -> str:
+    whole = hashlib.sha256()
+    for name in sorted(states):
+        whole.update(name.encode())
+        whole.update(np.ascontiguousarray(states[name]).data)
+    return whole.hexdigest()
 
 
 def write(folder: pathlib.Path, encode, source, tokenize, identity) -> dict:
