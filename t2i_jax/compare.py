@@ -298,6 +298,7 @@ def page(note, tables, pictures) -> str:
 
 
 def main(workdirs):
+    images.check_folder(OUTPUT.value, "--output")
     runs = read(workdirs)
     asked = METRIC.value or _main_metric(runs)
     metric = asked.removeprefix("-")

@@ -37,7 +37,7 @@ OPTIONS = cli.sampling_flags()
 
 
 def main():
-    from t2i_jax import errors
+    from t2i_jax import errors, images
 
     if bool(PROTOCOL.value) == bool(EVALUATORS.value):
         raise errors.ConfigError(
@@ -58,12 +58,15 @@ def main():
             raise errors.ConfigError(
                 "no protocol", where="--captions", fix="add --protocol=…, whose captions they are"
             )
+        images.check_file(CAPTIONS.value, "--captions")
         _write_captions()
         return
+    output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
+    if OUTPUT.value:
+        images.check_file(output, "--output")
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
     text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
     print(text)
-    output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
     if output:
         try:
             with pathlib.Path(output).open("a") as f:

@@ -15,11 +15,15 @@ MERGE = flags.DEFINE_bool("merge", False, "Add LoRA adapters to the nets they ad
 
 
 def main():
-    from t2i_jax import errors, fingerprint, lora, pipeline, weights
+    from t2i_jax import errors, images
 
     output = pathlib.Path(OUTPUT.value)
+    images.check_folder(output, "--output")
     if output.exists() and any(output.iterdir()):
         raise errors.ConfigError("the folder is not empty", where=str(output), fix="name a new one")
+    card = _read_card(CARD.value) if CARD.value else ""
+    from t2i_jax import fingerprint, lora, pipeline, weights
+
     pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value, load=cli.loads(LOAD))
     nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
     if MERGE.value and not config.lora:
@@ -34,11 +38,22 @@ def main():
         if name not in held and name in weights.sources(config)
     }
     needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
-    card = pathlib.Path(CARD.value).read_text() if CARD.value else _card(needed)
+    card = card or _card(needed)
     digest = fingerprint.digest(frozen) if frozen else None
     options = dict(card=card, dtype=DTYPE.value, frozen=digest, known=pipe.words)
     weights.export(output, held, config, **options)
     print(output)
+
+
+def _read_card(path: str) -> str:
+    from t2i_jax import errors
+
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise errors.ConfigError(
+            f"cannot read it: {errors.reason(e)}", where=f"--card={path}", fix="name a text file"
+        ) from e
 
 
 def _card(needed) -> str:

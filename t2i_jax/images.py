@@ -146,6 +146,16 @@ def check_folder(path, flag: str) -> None:
         raise _unwritable(path, f"{there} is read-only", flag)
 
 
+def check_file(path, flag: str) -> None:
+    """`check_folder` for one file, which may be there already."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise _unwritable(path, "it is a folder", flag)
+    check_folder(path.parent, flag)
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"{path.parent} is not there", flag)
+
+
 def make_folder(path, flag: str) -> None:
     """Makes the folder and proves that it can be written.
 

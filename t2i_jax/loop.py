@@ -30,6 +30,7 @@ from t2i_jax import (
     owner,
     pipeline,
     plugins,
+    requests,
     sharding,
     step,
     watchdog,
@@ -441,6 +442,8 @@ def check(config) -> None:
         raise errors.ConfigError(
             f"seed is {config.seed}", where="config.seed", fix="give a number from 0 to 2³² − 1"
         )
+    for prompt in config.prompts:
+        requests.check_prompt(prompt, "config.prompts")
     for name, decay in config.ema.items():
         if not 0 <= decay < 1:
             raise errors.ConfigError(

@@ -334,7 +334,8 @@ class Pipeline:
         held = weights.held(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
-        frozen, sources = weights.frozen(family, config, besides=held), weights.sources(config)
+        frozen = weights.frozen(family, config, besides=held, shapes=shapes)
+        sources = weights.sources(config)
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
         weights.check_frozen(loaded, weights.frozen_digest(folder, step))
         nets |= frozen

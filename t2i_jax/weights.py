@@ -144,16 +144,18 @@ def abstract_nets(family: objective.Objective, config):
     return jax.eval_shape(family.init, key, abstract_batch(config))
 
 
-def frozen_shapes(family: objective.Objective, config, *, besides=()):
+def frozen_shapes(family: objective.Objective, config, *, besides=(), shapes=None):
     """The shapes of the nets no loss trains, after a look whether `config.load` fills its nets,
     `besides` those of these names.
 
+    Args:
+      shapes: what `abstract_nets` gave, where it is known: it takes a second.
     Raises:
       ConfigError: `config.load` names an unknown net or a run that there is not, or a frozen net
         has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
-    shapes = abstract_nets(family, config)
+    shapes = shapes or abstract_nets(family, config)
     given = sources(config)
     for name, source in given.items():
         if name not in shapes:
@@ -186,14 +188,16 @@ def frozen_shapes(family: objective.Objective, config, *, besides=()):
     return found
 
 
-def frozen(family: objective.Objective, config, place=None, *, besides=()):
+def frozen(family: objective.Objective, config, place=None, *, besides=(), shapes=None):
     """The nets no loss trains, filled from `config.load`, or random where the config allows it.
 
     Args:
       place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
       besides: names of nets that came from elsewhere.
+      shapes: as of `frozen_shapes`.
     """
-    shapes, given = frozen_shapes(family, config, besides=besides), sources(config)
+    shapes = frozen_shapes(family, config, besides=besides, shapes=shapes)
+    given = sources(config)
     targets = _placed({name: s for name, s in shapes.items() if name not in besides}, place)
     nets = {}
     for name, target in targets.items():

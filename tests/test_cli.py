@@ -24,6 +24,8 @@ def start(*command):
 
 
 BUILTIN = ["sample.py", "--checkpoint=builtin:shapes", "--prompt=a circle"]
+EVALUATE = ["-m", "t2i_jax.evaluate", "--checkpoint=builtin:shapes", "--protocol=shapes"]
+EXPORT = ["-m", "t2i_jax.export", "--workdir=builtin:shapes"]
 CASES = {
     "no config": (["train.py", "--workdir={new}"], 78, "--config is missing"),
     "no workdir": (["train.py", CONFIG], 78, "--workdir is missing"),
@@ -94,6 +96,38 @@ CASES = {
         "--seed beside --reproduce",
     ),
     "folder for pictures that is a file": ([*BUILTIN, "--output_dir=setup.py"], 74, "is a file"),
+    "a row of results that is a folder": (
+        [*EVALUATE, "--output=docs"],
+        74,
+        "it is a folder (at docs). Fix: choose another --output",
+    ),
+    "a row of results where nothing is": ([*EVALUATE, "--output=no/x.jsonl"], 74, "is not there"),
+    "an export into a file": ([*EXPORT, "--output=setup.py"], 74, "setup.py is a file"),
+    "a card that is not there": (
+        [*EXPORT, "--output={new}", "--card=no.md"],
+        78,
+        "cannot read it: No such file or directory (at --card=no.md)",
+    ),
+    "a report into a file": (
+        ["-m", "t2i_jax.compare", "runs/flow", "--output=setup.py"],
+        74,
+        "setup.py is a file",
+    ),
+    "a dictionary that is none": (
+        ["train.py", CONFIG, "--config.mesh=data", "--workdir={new}"],
+        78,
+        "mesh is 'data' (at --config.mesh). Fix: give a dictionary",
+    ),
+    "no such size of a config": (
+        ["train.py", "--config=dit:size=M", "--workdir={new}"],
+        78,
+        "choose one of ['B', 'L', 'S', 'XL']",
+    ),
+    "a prompt that is a number": (
+        ["train.py", CONFIG, "--config.prompts=(3,)", "--workdir={new}"],
+        78,
+        "a prompt is 3 (at config.prompts)",
+    ),
     "no such command": (["-m", "t2i_jax", "trian"], 78, "did you mean 'train'"),
     "no such pictures": (
         ["train.py", "--config=configs/folder_flow.py:path=nowhere", "--workdir={new}"],

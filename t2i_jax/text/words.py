@@ -11,6 +11,7 @@ from t2i_jax import images
 
 FILE = "words.txt"
 LIMIT = 100_000  # words; beyond, a list is large, and hardly a word is missing
+LARGEST = 2**24  # bytes of a list
 FEW = 60  # words that a message can name
 SCANNED = 50_000  # captions at most that are read from a disk for their words
 
@@ -48,6 +49,8 @@ def write(folder: pathlib.Path, words) -> None:
 def read(folder: pathlib.Path) -> frozenset[str] | None:
     """What `write` wrote, or None where there is no such file, or none that can be read."""
     try:
+        if (folder / FILE).stat().st_size > LARGEST:
+            return None
         return frozenset((folder / FILE).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError):
         return None
