@@ -197,7 +197,8 @@ def _parse(argv, required, arguments) -> list[str]:
         raise errors.ConfigError(
             last[:600],
             where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
-            fix=f"see {pathlib.Path(argv[0]).name} --help, and the config file for its keys",
+            fix=f"see {pathlib.Path(argv[0]).name} --help; of a config, flags set the keys that it "
+            "names, others a config file of your own",
         ) from e
     for name in PATHS:
         value = flags.FLAGS[name].value if name in flags.FLAGS else None
@@ -228,7 +229,7 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
         return errors.ConfigError(
             f"no flag --{e.flagname}",
             where="the command line",
-            fix=errors.nearest(e.flagname, known, else_say="see --help for all"),
+            fix=errors.nearest(e.flagname.split(".")[0], known, else_say="see --help for all"),
         )
     text = " ".join(str(e).split())
     if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):

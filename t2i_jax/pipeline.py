@@ -98,8 +98,8 @@ class Predictor:
     def _draw(self, name: str, nets, batch, *, seed, **options):
         """`run` for pictures, on the host; says when it compiles, which may take long."""
         shapes = tuple(sorted((key, value.shape) for key, value in batch.items()))
-        static = tuple(sorted((k, v) for k, v in options.items() if isinstance(v, int | str)))
-        program, count = (name, shapes, np.shape(seed), static), len(batch["index"])
+        fn, _ = self._bind(name, options)
+        program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
         started = None
         if program not in self._announced:
             self._announced.add(program)
@@ -127,6 +127,8 @@ class Predictor:
         def predict(nets, batch, seed, arrays):
             if layout:
                 nets, batch = layout.gather(nets), layout.spread(batch)
+            if layout and seed.ndim:
+                seed = layout.spread(seed)
             key = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
             return fn(nets, batch, key, **dict(static), **arrays)
 

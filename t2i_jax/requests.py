@@ -397,17 +397,16 @@ def draw_between(pipe, requests, frames: int):
     return drawn, _together(each) | {"interpolate": frames}
 
 
-def save_between(drawn, settings: dict | None, folder) -> list[pathlib.Path]:
+def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathlib.Path]:
     """Writes them as a strip, a row from each picture to the next, and as an animation.
 
-    settings: those of `draw_between`; None writes none into the files.
+    settings: those of `draw_between`, which the files hold with `metadata`.
     """
-    folder = pathlib.Path(folder)
+    folder, frames = pathlib.Path(folder), settings["interpolate"]
     images.make_folder(folder, "--output_dir")
-    frames = settings["interpolate"] if settings else None
-    frames = frames or len(drawn) - 1
+    text = _parameters_of(settings, drawn.shape[1]) if metadata else None
+    settings = settings if metadata else None
     with _writing(folder):
-        text = _parameters_of(settings, drawn.shape[1]) if settings else None
         strip = images.claim(folder, "strip.png")
         rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
         images.save(strip, images.rows(rows), settings, text)

@@ -66,7 +66,8 @@ def main():
     images.make_folder(OUTPUT_DIR.value, "--output_dir")
     if frames:
         drawn, settings = requests.draw_between(pipe, wanted, frames)
-        paths = requests.save_between(drawn, settings if METADATA.value else None, OUTPUT_DIR.value)
+        options = dict(metadata=METADATA.value)
+        paths = requests.save_between(drawn, settings, OUTPUT_DIR.value, **options)
     else:
         drawn = requests.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
         options = dict(grid=grid, metadata=METADATA.value, extension=FORMAT.value)

@@ -15,6 +15,7 @@ from configs import digits_mlp_gan, shapes_gan, shapes_gan_from_flow
 from t2i_jax import (
     errors,
     fingerprint,
+    images,
     loop,
     losses,
     objective,
@@ -410,7 +411,11 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     one = requests.Request("a red circle", seed=3)
     asked = [one, one._replace(prompt="a star", count=2)]
     drawn, settings = requests.draw_between(pipe, asked, 4)
-    strip, animation = requests.save_between(drawn, settings, tmp_path)
+    strip, animation = requests.save_between(drawn, settings, tmp_path, metadata=True)
+    (bare := tmp_path / "bare").mkdir()
+    plain, _ = requests.save_between(drawn, settings, bare, metadata=False)
+    assert images.read_metadata(plain) is None
+    np.testing.assert_array_equal(*(np.asarray(Image.open(path)) for path in (plain, strip)))
     for path in (strip, animation):
         recorded = requests.from_picture(path)
         assert [(r.prompt, r.seed, r.count) for r in recorded.requests] == [
