@@ -35,4 +35,6 @@ def get_config(arg=None):
         "a red double decker bus on a street",
         "two giraffes standing in a field",
     )
+    if arg.path:
+        config.prompts = ()  # the folder's own
     return common.shrink(config) if arg.debug else config

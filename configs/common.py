@@ -37,7 +37,7 @@ def base() -> ml_collections.ConfigDict:
     config.init_from = ""  # a run or exported model whose nets start this one
 
     config.sample = dict()  # default options of predict["sample"]
-    config.prompts = ()  # drawn every sample_every steps into samples/
+    config.prompts = ()  # drawn every sample_every steps into samples/; none: captions of the data
     config.evaluators = dict()  # t2i_jax/evaluators/<name>.py -> its options
     config.watch = dict()  # metric, such as "disc/gap" -> limit: beyond it a run has diverged
     config.rollbacks = 0  # how often a run that diverged may go back to a checkpoint before it

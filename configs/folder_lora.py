@@ -2,7 +2,7 @@
 
 python train.py --config=configs/folder_lora.py:path=DIR --workdir=runs/lora   (:debug for seconds)
 
-DIR as for configs/folder_flow.py.
+DIR and `holdout` as for configs/folder_flow.py.
 
 python -m t2i_jax.export --workdir=runs/lora --output=models/lora
 
@@ -13,8 +13,9 @@ from configs import common, folder_flow
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, path="", steps=1000, debug=False)
-    config = folder_flow.get_config(f"path={arg.path},steps={arg.steps}")
+    arg = common.parse_arg(arg, path="", steps=1000, holdout=0.0, debug=False)
+    options = f"path={arg.path},steps={arg.steps},holdout={arg.holdout}"
+    config = folder_flow.get_config(options)
     config.load.model = "builtin:shapes"  # its sizes are those of shapes_flow
     config.lora = dict(model=dict(rank=8))
     config.optim = dict(

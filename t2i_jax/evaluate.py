@@ -23,7 +23,9 @@ from t2i_jax import cli
 MODEL = cli.model_flags()
 IMAGES = flags.DEFINE_string("images", None, "Pictures of any system, in place of a model.")
 PROTOCOL = flags.DEFINE_string("protocol", None, "evaluators/protocols/<name>.json, or a file.")
-DATA = flags.DEFINE_string("data", None, "The folder of captioned pictures that it asks for.")
+DATA = flags.DEFINE_string(
+    "data", None, "A folder of captioned pictures: a protocol's, or in place of the held-out ones."
+)
 REFERENCE = flags.DEFINE_string("reference", None, "An .npz with mu and sigma, for fid alone.")
 EXTRACTOR = flags.DEFINE_string("extractor", None, "In place of the protocol's.")
 CLIP = flags.DEFINE_string("clip", None, "In place of the protocol's: folder or hf:org/name.")
@@ -160,6 +162,9 @@ def _by_evaluators() -> dict:
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
         asked = {"batch_size": BATCH_SIZE.value, **own, **given}
+        if DATA.value:
+            asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
+        asked = pipe.predictor.evaluator_options(name, asked)
         found = pipe.evaluate(name, **asked)
         result |= {f"{name}/{k}": v for k, v in found.items()}
         result[f"{name}/options"] = asked

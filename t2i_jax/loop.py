@@ -121,7 +121,10 @@ class Run:
         seed = config.seed + SEEDS_APART * self._rollbacks  # other noise, other order of data
         self.source = make_source(config)
         self._changed = folder.check_same_run(workdir, config, self.source.fingerprint)
-        self.hooks = Hooks(self.predictor, workdir)
+        prompts = list(config.prompts)
+        if not prompts and config.sample_every and "sample" in family.predict:
+            prompts = loader.some_captions(self.source)
+        self.hooks = Hooks(self.predictor, workdir, prompts)
         self.batches = loader.Loader(
             self.source,
             self.predictor.tokenize,
@@ -217,7 +220,8 @@ class Run:
                 batch = next(stream)
                 failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
                 for slot, record, reason in batch.bad:
-                    _quarantine(workdir, n + 1, slot, record, reason)
+                    first = self.batches.quarantine[record][:2] == (n, slot)
+                    _quarantine(workdir, n + 1, slot, record, reason, warn=first)
                 if failpoints.hit("batch.nan", n + 1):
                     batch.arrays["image"] = np.full(batch.arrays["image"].shape, np.nan, "float32")
                 arrays = self.layout.place(batch.arrays)
@@ -477,8 +481,9 @@ class Hooks:
     Processes draw together; what follows is the first one's alone, behind the training.
     """
 
-    def __init__(self, predictor, workdir):
+    def __init__(self, predictor, workdir, prompts=()):
         self._predictor, self._workdir, self._config = predictor, workdir, predictor.config
+        self._prompts = prompts
         self._evaluators = {
             name: predictor.evaluator(name, **options)
             for name, options in self._config.evaluators.items()
@@ -489,19 +494,19 @@ class Hooks:
 
     def run(self, n: int, state, frozen, writer) -> None:
         config = self._config
-        draw = self._due(n, config.sample_every) and config.prompts
+        draw = self._due(n, config.sample_every) and self._prompts
         draw = draw and "sample" in self._predictor.bound
         judge = self._due(n, config.eval_every) and self._evaluators
         if not (draw or judge):
             return
         nets = {**averaged(state), **frozen}
         if draw:
-            drawn = self._predictor.sample(nets, list(config.prompts), seed=config.seed)
+            drawn = self._predictor.sample(nets, self._prompts, seed=config.seed)
             if self._main:
                 path = self._workdir / "samples" / f"step_{n:08d}.png"
                 path.parent.mkdir(exist_ok=True)
                 grid = images.grid(drawn)
-                images.save(path, grid, {"prompts": list(config.prompts)})
+                images.save(path, grid, {"prompts": self._prompts})
                 writer.picture(n, "samples", grid)
         if judge:
             finish = {name: run(nets, n) for name, run in self._evaluators.items()}
@@ -624,8 +629,9 @@ def _compile(update, state, frozen, arrays):
     return compiled
 
 
-def _quarantine(workdir, n, slot, record, reason) -> None:
-    logging.warning("step %d: example %d is broken and counts nothing: %s", n, record, reason)
+def _quarantine(workdir, n, slot, record, reason, *, warn: bool) -> None:
+    if warn:  # the file has every time, the log the first of this start
+        logging.warning("step %d: example %d is broken and counts nothing: %s", n, record, reason)
     with metrics.quarantine(workdir).open("a") as f:
         row = {"step": n, "slot": int(slot), "record": int(record), "reason": reason}
         f.write(json.dumps(row) + "\n")

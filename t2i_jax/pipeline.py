@@ -84,7 +84,16 @@ class Predictor:
         if options.get("sample"):
             self.check("sample", **options["sample"])
         make = plugins.load("evaluators", name).make
+        options = self.evaluator_options(name, options)
         return plugins.call(make, self.bound, where=f"evaluator {name}", options=options)
+
+    def evaluator_options(self, name: str, options) -> dict:
+        """The options, and for an evaluator that needs data the split "test" of the config's."""
+        make = plugins.load("evaluators", name).make
+        data = inspect.signature(make).parameters.get("data")
+        needed = data is not None and data.default is data.empty
+        own = {"res": self.config.res, **self.config.data, "split": "test"}
+        return ({"data": own} if needed else {}) | dict(options)
 
     def run(self, name: str, nets, batch, *, seed=0, **options):
         """One prediction on one batch of numpy arrays -> pytree of device arrays.

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 from scipy.special import log_softmax
 
 from configs import shapes_clip
@@ -219,6 +220,15 @@ def test_retrieval_falls_with_noise_and_leaves_out_equal_captions():
         >= found[1]["image_to_text_at_5"]
         > found[1]["image_to_text_at_1"]
     )
+
+
+def test_retrieval_leaves_out_broken_pictures(tmp_path):
+    for i in range(12):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{i:02d}.png")
+        (tmp_path / f"{i:02d}.txt").write_text(f"number {i}")
+    (tmp_path / "03.png").write_bytes(b"<html>")
+    own = dict(source="folder", path=str(tmp_path))
+    assert retrieval.make(dual(0), data=own, candidates=11)({}, 0)()["num_images"] == 11
 
 
 @pytest.mark.parametrize(

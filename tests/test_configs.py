@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common
-from t2i_jax import errors, loop, objective, pipeline, weights
+from configs import common, folder_flow
+from t2i_jax import errors, images, loop, objective, pipeline, weights
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -50,6 +50,36 @@ def test_a_config_trains_resumes_and_predicts(name, tmp_path, pictures):
     assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 3, 4]
     images = pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=2)
     assert images.shape == (1, 16, 16, 3)
+
+
+def test_own_pictures_are_drawn_and_held_out_by_one_option(tmp_path, pictures):
+    """Captions of the data in samples/, and the loss of pictures that training does not see."""
+    config = folder_flow.get_config(f"path={pictures},holdout=0.3")
+    assert config.sample_every
+    assert config.eval_every
+    judges = config.evaluators.to_dict()
+    config = common.shrink(config)
+    config.model, config.evaluators = debug("shapes_transformer").model, judges
+    config.steps = config.sample_every = config.eval_every = 2
+    config.sample.steps = 1
+    loop.train(config, tmp_path)
+    trained, kept = (
+        set(loop.make_source(config, split=split).captions()) for split in ("train", "test")
+    )
+    assert len(trained) + len(kept) == 12
+    assert kept
+    drawn = images.read_metadata(tmp_path / "samples" / "step_00000002.png")["prompts"]
+    assert len(drawn) == 4
+    assert set(drawn) <= trained
+    (row,) = map(json.loads, (tmp_path / "events.jsonl").read_text().splitlines())
+    pipe = pipeline.Pipeline.load(str(tmp_path))
+    assert pipe.evaluate("held_out_loss")["mean"] == pytest.approx(row["held_out_loss/mean"])
+    asked = pipe.predictor.evaluator_options("held_out_loss", {"seed": 1})
+    assert asked["seed"] == 1
+    assert asked["data"] == {**config.data, "split": "test", "res": 16}
+    other = {"data": {"source": "shapes"}}
+    assert pipe.predictor.evaluator_options("retrieval", other) == other
+    assert pipe.predictor.evaluator_options("shapes", {}) == {}
 
 
 @pytest.mark.parametrize("name", CONFIGS)

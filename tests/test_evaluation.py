@@ -476,6 +476,28 @@ def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):
         assert [row["step"] for row in events(tmp_path)] == [2]
 
 
+def test_broken_pictures_are_left_out_of_the_held_out_loss(tmp_path, caplog):
+    for i in range(5):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / f"{i}.png")
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
+    (tmp_path / "1.png").write_bytes(b"<html>")
+    told = []
+    predict = {
+        "batch": lambda pictures, captions: {"image": pictures, "index": np.arange(len(captions))},
+        "loss_at_times": lambda nets, batch, seed: (
+            told.append(batch) or [batch["image"][0][0, 0, 0]]
+        ),
+    }
+    options = dict(data=dict(source="folder", path=str(tmp_path)), batch_size=2)
+    assert plugin("held_out_loss", predict, **options)({}, 0)() == {"0": 1.5, "mean": 1.5}
+    assert [batch["index"].tolist() for batch in told] == [[0, 1], [2, 3]]  # 0, 2; 3, 4
+    assert "1.png" in caplog.text
+    for i in range(5):
+        (tmp_path / f"{i}.png").write_bytes(b"<html>")
+    with pytest.raises(errors.DataError, match="all of 5 held-out pictures are broken"):
+        plugin("held_out_loss", predict, **options)({}, 0)
+
+
 def test_held_out_loss_needs_the_prediction():
     with pytest.raises(errors.ConfigError, match="no prediction 'loss_at_times'"):
         plugin("held_out_loss", {}, **LOSS)
@@ -520,8 +542,8 @@ def test_the_best_is_the_least_or_the_most_as_the_metric_wants(best, values, kep
         ({"best": "shape/full_match"}, "no evaluator is called 'shape'"),
         ({"best": "full_match"}, "no evaluator is called 'full_match'"),
         (
-            {"best": "", "evaluators": {"held_out_loss": {"num_images": 3}}},
-            "lacks the option 'data'",
+            {"best": "", "evaluators": {"held_out_loss": {"num_imagse": 3}}},
+            "did you mean 'num_images'",
         ),
         ({"best": "", "evaluators": {"protocol": "own.json"}}, "it is 'own.json'"),
     ],

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from configs import coco_gan, tfds_flow
 from t2i_jax import errors, loop
 from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
+from t2i_jax.data import pictures as folder_pictures
 from t2i_jax.evaluators import digits as judge
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 128, 0), "blue": (0, 0, 255)}
@@ -101,6 +103,109 @@ def test_what_is_left_out_is_named(pictures, caplog):
     )
     assert "1 rows of metadata name pictures that are not there: gone.png" in caplog.text
     assert "1 captions are empty" in caplog.text
+
+
+def test_a_line_says_what_there_is_and_what_is_used(pictures, caplog):
+    as_text(pictures)
+    (pictures / "bare.png").write_bytes(png("red"))
+    (pictures / "two").mkdir()
+    for name in ("anim.gif", "two/more.GIF", "logo.svg", "alone.txt", "Makefile"):
+        (pictures / name).write_text("…")
+    os.symlink("nothing.png", pictures / "gone.png")
+    os.symlink("loop.png", pictures / "loop.png")
+    with caplog.at_level("INFO"):
+        folder.make(pictures)
+    assert (
+        "4 pictures, 3 of them used, with 3 captions; 1 without caption; "
+        "not read: 2 .gif, 1 .svg, 1 .txt, 1 Makefile" in caplog.text
+    )
+    assert "2 links lead to no file, or are no files, and are left out: gone.png" in caplog.text
+    assert "have no caption and are left out: bare.png" in caplog.text
+
+
+def test_a_row_of_a_format_that_is_not_read_is_not_said_to_be_absent(pictures, caplog):
+    write_jsonl(pictures / "metadata.jsonl", row("red.png", "red"), row("anim.gif", "moves"))
+    (pictures / "anim.gif").write_bytes(b"GIF89a")
+    with caplog.at_level("WARNING"):
+        assert len(folder.make(pictures)) == 1
+    assert "1 rows of metadata name files that are not .png, .jpg, .jpeg, .webp" in caplog.text
+    assert "not there" not in caplog.text
+
+
+def test_the_first_line_of_a_text_file_is_the_caption(pictures, caplog):
+    (pictures / "red.txt").write_text("\n  all red \r\na second line\nand a third\n")
+    (pictures / "sub" / "green.txt").write_text("all green\n \n")
+    (pictures / "sub" / "deep" / "blue.TXT").write_text("all blue")
+    with caplog.at_level("WARNING"):
+        assert seen(folder.make(pictures)) == WANTED
+    assert "1 caption files have more than one line: the first is the caption: red" in caplog.text
+
+
+def test_captions_of_spaces_are_empty_and_captions_that_are_no_text_are_counted(pictures, caplog):
+    rows = [row("red.png", " \t\n"), row("sub/green.png", None), row("sub/deep/blue.PNG", " b ")]
+    write_jsonl(pictures / "metadata.jsonl", *rows)
+    with caplog.at_level("WARNING"):
+        source = folder.make(pictures)
+    assert source.captions() == ["", " b ", ""]
+    assert "1 captions are empty: these pictures train without condition: red.png" in caplog.text
+    assert "1 captions are no text: these pictures count nothing: sub/green.png" in caplog.text
+
+
+def test_names_of_any_letters_are_met(tmp_path, caplog):
+    decomposed, broken = unicodedata.normalize("NFD", "café.png"), b"bad\xff"
+    (tmp_path / decomposed).write_bytes(png("red"))
+    for suffix, data in ((b".png", png("blue")), (b".txt", b"all blue\nmore")):
+        with open(os.fsencode(tmp_path / "x")[:-1] + broken + suffix, "wb") as f:
+            f.write(data)
+    write_jsonl(tmp_path / "Metadata.JSONL", row(unicodedata.normalize("NFC", "café.png"), "red"))
+    with caplog.at_level("INFO"):
+        source = folder.make(tmp_path)
+    assert sorted(source.captions()) == ["all blue", "red"]
+    assert r"bad\xff.txt" in caplog.text
+    assert {source.where(i).rpartition("/")[2] for i in (0, 1)} == {decomposed, r"bad\xff.png"}
+    judged = folder_pictures.Pictures(tmp_path)
+    assert len(judged.fingerprint) == 64
+    assert sum(len(found) for found, _ in judged.batches(4)) == 2
+
+
+def test_a_folder_that_cannot_be_listed_is_named(pictures, monkeypatch):
+    as_text(pictures)
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(folder.os, "scandir", scandir)
+    with pytest.raises(errors.StorageError, match=r"Permission denied \(at .*sub/deep\)"):
+        folder.make(pictures)
+
+
+def test_the_budget_names_files(pictures):
+    as_text(pictures)
+    for name in ("red.png", "sub/green.png", "sub/deep/blue.PNG"):
+        (pictures / name).write_bytes(b"<html>")
+    tokenize = lambda captions: (np.zeros((len(captions), 1)),) * 2 + ([""] * len(captions),)
+    stream = loader.Loader(folder.make(pictures), tokenize, batch_size=3, res=4, seed=0)
+    with pytest.raises(errors.DataError, match=r"3 of 3 .*\(at /.*red.png, /.*sub/green.png\)"):
+        list(stream.iterate(0, 1))
+
+
+def test_captions_to_draw_are_far_apart_different_and_always_the_same(pictures, tmp_path):
+    root = tmp_path / "many"
+    root.mkdir()
+    texts = [f"text {i // 10}" if i % 3 else " " for i in range(100)]
+    for i in range(100):
+        (root / f"{i:03d}.png").write_bytes(png("red"))
+    (root / "000.png").write_bytes(b"<html>")
+    write_jsonl(root / "metadata.jsonl", *(row(f"{i:03d}.png", t) for i, t in enumerate(texts)))
+    found = loader.some_captions(folder.make(root))
+    assert found == loader.some_captions(folder.make(root))
+    assert len(set(found)) == 4
+    assert all(text.strip() for text in found)
+    as_text(pictures)
+    assert loader.some_captions(folder.make(pictures)) == ["all red", "all blue", "all green"]
 
 
 def test_broken_examples_name_their_file(pictures):

@@ -1,10 +1,12 @@
 """Pictures in a folder, captioned by metadata.jsonl, metadata.csv or a .txt beside each."""
 
+import collections
 import csv
 import hashlib
 import json
 import os
 import pathlib
+import unicodedata
 
 from absl import logging
 
@@ -30,15 +32,20 @@ class Source:
 
     def __getitem__(self, index: int) -> dict:
         name, caption = self._examples[index]
+        shown = printable(name)
         if not isinstance(caption, str):
-            raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {name}")
+            raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {shown}")
         try:
             image_HWC = transforms.decode((self._root / name).read_bytes(), self._res)
         except FileNotFoundError as e:
-            raise transforms.BadExample(f"missing file: {name}") from e
+            raise transforms.BadExample(f"missing file: {shown}") from e
         except transforms.BadExample as e:
-            raise transforms.BadExample(f"{e} in {name}") from e
+            raise transforms.BadExample(f"{e} in {shown}") from e
         return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+
+    def where(self, index: int) -> str:
+        """The file of an example."""
+        return printable(self._root / self._examples[index][0])
 
     def captions(self) -> list[str]:
         """All captions, without opening a picture; "" where one is no text."""
@@ -51,10 +58,11 @@ def make(
     """The PNG, JPEG and WebP pictures below a folder, in the order of their names.
 
     A picture's captions are its rows in metadata files of its own folder or one above, with keys
-    file_name (relative to the metadata file) and text, each row an example; without any, the .txt
-    file of the same name. Beside a metadata.jsonl, a metadata.csv is not read. An empty caption
-    means no condition. Left out, and counted in a warning: pictures without a caption, and rows
-    whose picture is not there. Hidden files are not looked at.
+    file_name (relative to the metadata file) and text, each row an example; without any, the first
+    line of the .txt file of the same name. Beside a metadata.jsonl, a metadata.csv is not read. An
+    empty caption means no condition. Pictures without a caption are left out. Hidden files are not
+    looked at. A line of the log says how many pictures and other files there are and how many are
+    used; warnings name the first of those that are not.
 
     Args:
       path: the folder.
@@ -79,8 +87,11 @@ def make(
         raise errors.DataError(
             f"no examples in split {split!r} with holdout {holdout}",
             where=str(root),
-            fix="change config.data.holdout: 0.05 leaves 5 % to the test split",
+            fix="train with another config.data.holdout: 0.05 leaves some 5 % of the pictures to "
+            "the split 'test', which is too few of a small folder",
         )
+    if holdout:
+        logging.info("%s: %d of %d examples in %r", root, len(chosen), len(examples), split)
     digest = hashlib.sha256()
     for name, caption in chosen:
         digest.update(json.dumps([name, sizes[name], caption]).encode() + b"\n")
@@ -88,29 +99,42 @@ def make(
 
 
 def scan(path) -> tuple[pathlib.Path, dict[str, int], list[str]]:
-    """A folder, the sizes of its picture, caption and metadata files by name, and its pictures.
+    """A folder, the sizes of its visible files by name, and which of them are pictures.
+
+    The size of what is no file, such as a link to nothing, is −1.
 
     Raises:
       DataError: no folder, no picture in it, or a link that leaves it.
+      StorageError: a folder in it cannot be listed.
     """
     root = pathlib.Path(path).expanduser().resolve()
     if not path or not root.is_dir():
         raise errors.DataError(
             "no such folder", where=str(path or "config.data.path"), fix="give a folder of pictures"
         )
-    sizes = dict(sorted(_scan(root, root)))
-    pictures = [name for name in sizes if name.lower().endswith(PICTURES)]
+    try:
+        sizes = dict(sorted(_scan(root, root)))
+    except OSError as e:
+        raise errors.StorageError(
+            f"cannot be listed: {e.strerror}",
+            where=printable(e.filename or root),
+            fix="check the disk and who may read the folder",
+        ) from e
+    pictures = [n for n, size in sizes.items() if n.lower().endswith(PICTURES) and size >= 0]
     if not pictures:
         raise errors.DataError(
-            f"no pictures: looked for {', '.join(PICTURES)} in it and below",
+            f"no pictures: looked for {', '.join(PICTURES)} in it and below; "
+            f"there are {_by_kind(sizes) or 'no files'}",
             where=str(root),
             fix="check the path, or convert the pictures to one of these formats",
         )
+    nothing = [name for name, size in sizes.items() if size < 0]
+    _warn(root, nothing, "links lead to no file, or are no files, and are left out")
     return root, sizes, pictures
 
 
 def _scan(root, folder):
-    """(name relative to root, size) of each picture, caption and metadata file."""
+    """(name relative to root, size) of each visible file."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = pathlib.Path(entry.path).relative_to(root).as_posix()
@@ -120,63 +144,111 @@ def _scan(root, folder):
                 if not pathlib.Path(os.path.realpath(entry.path)).is_relative_to(root):
                     raise _leaves(name, root)
                 if not os.path.exists(entry.path):  # a loop of links, too
-                    logging.warning("%s: %r is a link that leads nowhere: left out", root, name)
+                    yield name, -1
                     continue
                 if entry.is_dir():
                     continue  # what it points to is met at its own place
             if entry.is_dir():
                 yield from _scan(root, entry.path)
-            elif entry.is_file() and name.lower().endswith((*PICTURES, ".txt", *METADATA)):
-                yield name, entry.stat().st_size
+            else:
+                yield name, entry.stat().st_size if entry.is_file() else -1
 
 
 def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
-    """[(picture, caption), …] in the order of names; warns of what is left out.
+    """[(picture, caption), …] in the order of names; tells what there is and what is left out.
 
     Raises:
       DataError: no captions, or a metadata file that does not read.
     """
-    captions, absent = {}, []
-    for metadata in [name for name in sizes if pathlib.PurePosixPath(name).name in METADATA]:
-        if f"{metadata.removesuffix('csv')}jsonl" in sizes:
+    captions, absent, unread, cut, read = {}, [], [], [], set()
+    names = {unicodedata.normalize("NFC", name): name for name in sizes}
+    known = set(pictures)
+    for metadata in [n for n in sizes if pathlib.PurePosixPath(n).name.lower() in METADATA]:
+        if f"{metadata[:-3]}jsonl" in sizes:  # of a metadata.csv
             continue
+        read.add(metadata)
         for name, caption in _rows(root, metadata):
-            if name in sizes:
+            name = name if name in sizes else names.get(unicodedata.normalize("NFC", name), name)
+            if name in known:
                 captions.setdefault(name, []).append(caption)
             else:
-                absent.append(name)
+                (unread if sizes.get(name, -1) >= 0 else absent).append(name)
+    texts = {n[:-4]: n for n, size in sizes.items() if n.lower().endswith(".txt") and size >= 0}
     for picture in pictures:
-        beside = str(pathlib.PurePosixPath(picture).with_suffix(".txt"))
-        if picture not in captions and beside in sizes:
-            with open(root / beside, encoding="utf-8-sig", errors="replace") as f:
-                captions[picture] = [f.read(CAPTION_LIMIT).strip()]
+        beside = texts.get(picture.rpartition(".")[0])
+        if picture in captions or not beside:
+            continue
+        read.add(beside)
+        with open(root / beside, encoding="utf-8-sig", errors="replace") as f:
+            caption, _, more = f.read(CAPTION_LIMIT).strip().partition("\n")
+        captions[picture] = [caption.strip()]
+        if more.strip():
+            cut.append(beside)
     bare = [picture for picture in pictures if picture not in captions]
-    examples = [(p, caption) for p in pictures if p in captions for caption in captions[p]]
+    examples = [
+        (p, "" if isinstance(caption, str) and not caption.strip() else caption)
+        for p in pictures
+        if p in captions
+        for caption in captions[p]
+    ]
+    others = _by_kind({n for n, size in sizes.items() if size >= 0} - known - read)
     if not examples:
         raise errors.DataError(
             f"no captions for {len(pictures)} pictures: looked for {', '.join(METADATA)} and a "
-            f".txt beside each picture; {len(absent)} rows name pictures that are not there",
+            f".txt beside each picture; {len(absent)} rows name pictures that are not there"
+            + (f"; not read: {others}" if others else ""),
             where=str(root),
             fix=f"write metadata.jsonl with lines like {EXAMPLE}",
         )
+    if not warn:
+        return examples
+    logging.info(
+        "%s: %d pictures, %d of them used, with %d captions; %d without caption; not read: %s",
+        printable(root),
+        *(len(pictures), len(pictures) - len(bare), len(examples), len(bare), others or "none"),
+    )
     empty = [name for name, caption in examples if caption == ""]
     foreign = [name for name, caption in examples if "\ufffd" in str(caption)]
+    other = [name for name, caption in examples if not isinstance(caption, str)]
     for names, what in (
         (bare, "pictures have no caption and are left out"),
         (absent, "rows of metadata name pictures that are not there"),
+        (unread, f"rows of metadata name files that are not {', '.join(PICTURES)} and not read"),
+        (cut, "caption files have more than one line: the first is the caption"),
         (foreign, "captions are not in UTF-8: their other letters are lost"),
+        (other, "captions are no text: these pictures count nothing"),
         (empty, "captions are empty: these pictures train without condition"),
     ):
-        if names and warn:
-            shown = ", ".join(names[:5]) + " …" * (len(names) > 5)
-            logging.warning("%s: %d %s: %s", root, len(names), what, shown)
+        _warn(root, names, what)
     return examples
+
+
+def _warn(root, names, what: str) -> None:
+    if names:
+        shown = ", ".join(map(printable, names[:5])) + " …" * (len(names) > 5)
+        logging.warning("%s: %d %s: %s", printable(root), len(names), what, shown)
+
+
+def _by_kind(names) -> str:
+    """How many files of each extension, such as "2 .gif, 1 .svg"."""
+    kinds = collections.Counter(
+        pathlib.PurePosixPath(name).suffix.lower() or pathlib.PurePosixPath(name).name
+        for name in names
+    )
+    kinds = sorted(kinds.items(), key=lambda item: (-item[1], item[0]))
+    shown = [f"{count} {printable(kind)}" for kind, count in kinds[:8]]
+    return ", ".join(shown) + " …" * (len(kinds) > 8)
+
+
+def printable(path) -> str:
+    """A path with what is not UTF-8 in it escaped."""
+    return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _rows(root, metadata: str):
     """(picture relative to root, caption) of each row of a metadata file."""
     folder, line = pathlib.PurePosixPath(metadata).parent, 0
-    read = _json_rows if metadata.endswith("jsonl") else _csv_rows
+    read = _json_rows if metadata.lower().endswith("jsonl") else _csv_rows
     with open(root / metadata, encoding="utf-8-sig", errors="replace", newline="") as f:
         try:
             for line, row in read(f):

@@ -56,6 +56,7 @@ class Loader:
 
     Args:
       source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
+        where(i), the file of an example, is for messages, if it has that.
       tokenize: captions -> (text_BL, mask_BL, cut), cut being what each caption lost.
       batch_size: over all processes; each makes its own contiguous slice of the slots.
       res: side of the square pictures.
@@ -195,11 +196,15 @@ class Loader:
                 if wait is None:
                     raise errors.StorageError(
                         f"cannot be read: {e}",
-                        where=f"record {record}",
+                        where=self._where(record),
                         fix="check the disk or network that holds the data",
                     ) from e
-                logging.warning("record %d: %s; trying again in %g s", record, e, wait)
+                logging.warning("%s: %s; trying again in %g s", self._where(record), e, wait)
                 time.sleep(wait)
+
+    def _where(self, record: int) -> str:
+        named = hasattr(self._source, "where")
+        return self._source.where(record) if named else f"record {record}"
 
     def _count(self, step: int, batch: Batch) -> None:
         self._seen[batch.records] = True
@@ -216,7 +221,7 @@ class Loader:
             raise errors.DataError(
                 f"{broken} of {seen} examples are broken: "
                 + "; ".join(f"{kind} ({count})" for kind, count in top),
-                where=f"records {sorted(self.quarantine)[:5]}",
+                where=", ".join(map(self._where, sorted(self.quarantine)[:5])),
                 fix="mend or remove them, or raise config.bad_budget",
             )
 
@@ -229,3 +234,23 @@ class Loader:
                     "the first: %r loses %r",
                     *(caption[:80], rest[:80]),
                 )
+
+
+def sound(source, records) -> Iterator[tuple[int, dict]]:
+    """(record, example) of the given records that are not broken; warns of the first that are."""
+    for record in records:
+        try:
+            yield record, source[record]
+        except transforms.BadExample as e:
+            logging.log_first_n(logging.WARNING, "example %d is left out: %s", 5, record, e)
+
+
+def some_captions(source, count: int = 4) -> list[str]:
+    """Captions of examples far apart, always the same; no two are equal and none is empty."""
+    found = {}
+    for size in (count, 8 * count):  # more are looked at only where the first do not do
+        records = np.linspace(0, len(source) - 1, min(size, len(source))).astype(int).tolist()
+        found |= {e["caption"]: None for _, e in sound(source, records) if e["caption"].strip()}
+        if len(found) >= count:
+            break
+    return list(found)[:count]

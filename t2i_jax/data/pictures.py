@@ -63,7 +63,7 @@ class Pictures:
                 captions.append(caption)
             except (transforms.BadExample, OSError) as e:
                 self.broken[name] = str(e)
-                logging.warning("%s is left out: %s", name, e)
+                logging.warning("%s is left out: %s", folder.printable(name), e)
             if len(pictures) == size:
                 yield pictures, captions if self.captioned else None
                 pictures, captions = [], []

@@ -6,6 +6,7 @@ N pairs · P embedding
 import numpy as np
 
 from t2i_jax import errors, plugins
+from t2i_jax.data import loader
 from t2i_jax.quality import retrieval
 
 PLACES = (1, 5, 10)
@@ -25,7 +26,8 @@ def make(
     Args:
       predict: name -> host function; "image_emb" and "text_emb" give unit vectors BP of a batch,
         "batch" makes it.
-      data: a source's options, such as {"source": "shapes", "split": "test"}.
+      data: a source's options, such as {"source": "shapes", "split": "test"}; by default the
+        training data's split "test".
       num_images: its first ones of which no two have the same caption; whole groups of `candidates`
         are used alone.
       batch_size: pictures at once.
@@ -49,8 +51,8 @@ def make(
     module = plugins.load("data", options.pop("source", ""))
     source = plugins.call(module.make, where=where, options=options)
     chosen = {}
-    for record in range(min(num_images, len(source))):
-        chosen.setdefault(source[record]["caption"], record)
+    for record, example in loader.sound(source, range(min(num_images, len(source)))):
+        chosen.setdefault(example["caption"], record)
     groups = len(chosen) // candidates
     if not groups or candidates <= max(PLACES):
         raise errors.ConfigError(

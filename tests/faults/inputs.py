@@ -44,6 +44,11 @@ TESTS = {
         "a missing feature is an error that says what there is",
         "tests/test_sources.py::test_tfds_errors_say_what_there_is",
     ),
+    "D14": (
+        "examples held out are never trained on, and the judge passes over broken ones",
+        "tests/test_sources.py::test_train_and_test_share_no_picture",
+        "tests/test_evaluation.py::test_broken_pictures_are_left_out_of_the_held_out_loss",
+    ),
     "X1": (
         "files that can run code are refused, and nothing of a checkpoint runs",
         "tests/test_text.py::test_files_that_can_run_code_are_refused",
@@ -142,6 +147,33 @@ def d7(lab):
         (pictures / f"{i:02d}.png").write_bytes(b"<html>")
     ended = lab.run(run, folder=pictures)
     assert_error(ended, 65, "examples are broken", "unreadable as PNG")
+
+
+@row(
+    "D13",
+    "an odd folder trains: what is read is told in a line, a broken picture once and by name",
+    long=True,
+)
+def d13(lab):
+    pictures, run = lab.folder(), lab.folder()
+    _folder_of_pictures(pictures, 12)
+    (pictures / "03.png").write_bytes(b"<html>")
+    (pictures / "04.txt").write_text(" \n")
+    (pictures / "05.txt").unlink()
+    (pictures / "anim.gif").write_bytes(b"GIF89a")
+    (pictures / "gone.png").symlink_to("nothing.png")
+    ended = lab.run(run, folder=pictures)  # 16 epochs
+    assert ended.code == 0, ended.log[-2000:]
+    line = "12 pictures, 11 of them used, with 11 captions; 1 without caption; not read: 1 .gif"
+    for text in (line, "left out: 05.png", "left out: gone.png", "without condition: 04.png"):
+        assert ended.log.count(text) == 1, (text, ended.log[-2000:])
+    assert ended.log.count("is broken and counts nothing") == 1
+    assert ended.log.count("in 03.png") == 1
+    assert len((run / "quarantine.jsonl").read_text().splitlines()) > 10
+    (pictures / "06.png").write_bytes(b"")
+    for number in (7, 8):
+        (pictures / f"{number:02d}.png").write_bytes(b"<html>")
+    assert_error(lab.run(lab.folder(), folder=pictures), 65, "4 of", str(pictures / "07.png"))
 
 
 def _folder_of_pictures(folder, count):
