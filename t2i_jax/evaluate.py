@@ -123,6 +123,8 @@ def _by_protocol() -> dict:
         found = pictures.Pictures(IMAGES.value)
         ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(found))
     nets = judge.Networks(ours)
+    uses = ((EXTRACTOR, nets.extract), (CLIP, nets.dual), (REFERENCE, "fid" in ours.metrics))
+    _check_used(ours, uses)
     if IMAGES.value:
         judge.check_captions(ours, nets, found.captions)
         batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
@@ -149,6 +151,19 @@ def _by_protocol() -> dict:
         "definition_sha256": ours.sha256,
         **_circumstances(started),
     }
+
+
+def _check_used(ours, uses) -> None:
+    """Raises ConfigError for a flag that the protocol has no use for."""
+    from t2i_jax import errors
+
+    for flag, use in uses:
+        if flag.value and not use:
+            raise errors.ConfigError(
+                f"no metric of the protocol {ours.name!r} uses it",
+                where=f"--{flag.name}",
+                fix="leave it out, or choose another protocol",
+            )
 
 
 def _by_evaluators() -> dict:

@@ -102,6 +102,11 @@ CASES = {
         "it is a folder (at docs). Fix: choose another --output",
     ),
     "a row of results where nothing is": ([*EVALUATE, "--output=no/x.jsonl"], 74, "is not there"),
+    "a network that no metric uses": (
+        [*EVALUATE, "--extractor=inception"],
+        78,
+        "no metric of the protocol 'shapes",
+    ),
     "an export into a file": ([*EXPORT, "--output=setup.py"], 74, "setup.py is a file"),
     "a card that is not there": (
         [*EXPORT, "--output={new}", "--card=no.md"],
