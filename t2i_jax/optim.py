@@ -94,16 +94,23 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     spec |= {option: float(pair[0]) for option, pair in pairs.items()}
     inner = optax.inject_hyperparams(fn, static_args=fixed)(learning_rate=peak, **spec)
 
+    def init(params):
+        return _unmasked(inner.init(params))
+
     def update(grads, state, params, step):
+        state = jax.tree.structure(jax.eval_shape(inner.init, params)).unflatten(
+            jax.tree.leaves(state)
+        )
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         now = {option: annealed(pair, step, steps) for option, pair in pairs.items()}
         now |= {option: schedule(step) * share for option, share in rates.items()}
         now = {option: jnp.asarray(value, jnp.float32) for option, value in now.items()}
         state = state._replace(hyperparams={**state.hyperparams, **now})
-        return inner.update(grads, state, params)
+        updates, state = inner.update(grads, state, params)
+        return updates, _unmasked(state)
 
-    return Optimiser(inner.init, update, schedule)
+    return Optimiser(init, update, schedule)
 
 
 def annealed(pair, step, steps: int):
@@ -116,6 +123,12 @@ def annealed(pair, step, steps: int):
 def _is_pair(value) -> bool:
     numbers = isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value)
     return numbers and len(value) == 2
+
+
+def _unmasked(state):
+    """A state without wrappers of masks that hold nothing: checkpoints from before know none."""
+    empty = lambda x: isinstance(x, optax.MaskedState) and not jax.tree.leaves(x)
+    return jax.tree.map(lambda x: optax.EmptyState() if empty(x) else x, state, is_leaf=empty)
 
 
 def _matrices(params):

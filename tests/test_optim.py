@@ -177,6 +177,18 @@ def test_every_optimiser_with_a_mask_spares_vectors(name):
     assert not np.any(moved["norm"]["scale"])
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_a_state_is_that_of_checkpoints_from_before_decay_had_a_mask(name):
+    params = {"kernel": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)}
+    found = optim.make(dict(name=name, learning_rate=0.1), steps=10, where="test")
+    plain = getattr(optax, name, None) or optax.contrib.muon
+    wanted = jax.tree.structure(plain(0.1).init(params))
+    first = found.init(params)
+    assert jax.tree.structure(first.inner_state) == wanted
+    _, second = found.update(params, first, params, 0)
+    assert jax.tree.structure(second) == jax.tree.structure(first)
+
+
 def test_decay_that_no_mask_can_limit_is_told(caplog):
     optim.make(dict(name="novograd", learning_rate=0.1, weight_decay=0.5), steps=1, where="here")
     assert "novograd decays norms and biases, too" in caplog.text
