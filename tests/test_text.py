@@ -115,15 +115,16 @@ def test_padding_changes_no_valid_state(folder):
     assert not cond.pooled_BD[2].any()
 
 
-def test_bfloat16_computes_and_parameters_stay_float32(folder):
+@pytest.mark.parametrize(("dtype", "close"), [("bfloat16", 0.15), ("float16", 0.02)])
+def test_half_precision_computes_and_parameters_stay_float32(folder, dtype, close):
     tokens = np.array([[3, 4, 5, 6]], np.int32), np.ones((1, 4), bool)
-    variables, apply = load(folder, dtype="bfloat16")
+    variables, apply = load(folder, dtype=dtype)
     _, cond = apply(variables, *tokens)
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {np.dtype("float32")}
-    assert cond.seq_BLD.dtype == "bfloat16"
+    assert cond.seq_BLD.dtype == dtype
     assert cond.pooled_BD.dtype == "float32"
     _, want = load(folder)[1](variables, *tokens)
-    np.testing.assert_allclose(cond.seq_BLD.astype("float32"), want.seq_BLD, atol=0.15)
+    np.testing.assert_allclose(cond.seq_BLD.astype("float32"), want.seq_BLD, atol=close)
 
 
 def test_captions_beyond_the_positions_are_refused(folder):

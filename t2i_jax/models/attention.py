@@ -11,13 +11,16 @@ def attention(
 
     Keys where a mask is False are not seen, nor, if causal, those behind the query; scale is 1/√H.
     """
+    dtype = q_BTNH.dtype
+    if dtype == jnp.float16:  # XLA for CPUs has no products of these with float32 sums
+        q_BTNH, k_BSNH, v_BSNH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSNH, v_BSNH))
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
     mask = mask if mask_BTS is None else mask_BTS[:, None]
     bias = None if bias_NTS is None else bias_NTS[None].astype(q_BTNH.dtype)
     out_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BSNH, v_BSNH, bias, mask, scale=scale, is_causal=causal
     )
-    return out_BTNH.astype(q_BTNH.dtype)
+    return out_BTNH.astype(dtype)
 
 
 def split_heads(x_BTD, heads: int):
