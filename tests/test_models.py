@@ -1,5 +1,6 @@
 """Both backbones keep the same promises; convolutions are XLA's to any derivative."""
 
+import functools
 import re
 
 import jax
@@ -50,6 +51,22 @@ def test_text_keys_and_values_computed_before_give_the_same(net):
     np.testing.assert_allclose(
         apply(variables, x, t, cond), apply(variables, x, t, cond, before), atol=1e-5
     )
+
+
+def test_bfloat16_adds_up_in_float32(net):
+    """Blocks compute in it, what passes them by does not: outputs and gradients are near."""
+    module, variables, _ = net
+    x, t, cond = inputs()
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(module):
+        out, pull = jax.vjp(lambda v: module.apply(v, x, t, cond), variables)
+        return out, jnp.concatenate([g.ravel() for g in jax.tree.leaves(pull(x))])
+
+    exact, near = results(module), results(module.clone(dtype="bfloat16"))
+    for ours, want in zip(near, exact, strict=True):
+        error = float(jnp.linalg.norm(ours - want) / jnp.linalg.norm(want))
+        assert 1e-5 < error < 3e-3
 
 
 def test_padding_of_the_text_changes_nothing(net):

@@ -15,6 +15,7 @@ from t2i_jax.text.condition import Cond
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, SwiGLU; each modulated by time and text.
 
+    The stream x_BTD and its modulation are float32 whatever `dtype` the products are computed in.
     Returns (x_BTD, None), as a scan over layers wants it.
     """
 
@@ -26,7 +27,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, text_kv, c_BD, mask_BS):
         d, kind = self.width, dict(dtype=self.dtype)
-        mod_B9D = layers.Dense(9 * d, zero=True, name="modulation", **kind)(c_BD)
+        mod_B9D = layers.Dense(9 * d, zero=True, name="modulation")(c_BD)
         mods = jnp.split(mod_B9D, 9, -1)
 
         def enter(x_BTD, i):
@@ -54,6 +55,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """x_BHWC in, C channels of the same size out; H and W divisible by `patch`.
 
+    dtype: of the products inside the blocks. All that is added up over blocks, their modulation,
+      and the first and last layer are float32, which halves the error of bfloat16.
     remat: what the backward pass of a block computes again, see `layers.REMAT`.
     scan: one compiled block run `depth` times, its parameters stacked: compiles fast when deep.
     """
@@ -76,9 +79,9 @@ class Backbone(nn.Module):
     def setup(self):
         d, kind = self.width, dict(dtype=self.dtype)
         hidden = int(d * self.mlp_ratio)
-        self.condition = layers.TimeText(d, **kind)
+        self.condition = layers.TimeText(d)
         self.text = layers.TextTokens(d, **kind)
-        self.embed = layers.Dense(d, **kind)
+        self.embed = layers.Dense(d)
         keys_values, block = layers.KeysValues, layers.remat(Block, self.remat, scanned=self.scan)
         if self.scan:
             stack = dict(variable_axes={"params": 0}, split_rngs={"params": True})
@@ -88,9 +91,9 @@ class Backbone(nn.Module):
         copies = 1 if self.scan else self.depth
         self.kvs = [keys_values(d, self.heads, **kind) for _ in range(copies)]
         self.blocks = [block(d, self.heads, hidden, **kind) for _ in range(copies)]
-        self.leave_modulation = layers.Dense(2 * d, zero=True, **kind)
+        self.leave_modulation = layers.Dense(2 * d, zero=True)
         self.leave_norm = layers.RMSNorm()
-        self.leave = layers.Dense(self.patch**2 * self.channels, zero=True, **kind)
+        self.leave = layers.Dense(self.patch**2 * self.channels, zero=True)
 
     def text_kv(self, cond: Cond):
         """Keys and values of the text for every block, and the mask they share."""
@@ -103,10 +106,10 @@ class Backbone(nn.Module):
         patches = layers.space_to_depth(x_BHWC, self.patch)
         b, rows, columns, _ = patches.shape
         x_BTD = self.embed(patches).reshape(b, rows * columns, self.width)
-        x_BTD = x_BTD + layers.positions_2d(rows, columns, self.width).astype(x_BTD.dtype)
+        x_BTD = x_BTD + layers.positions_2d(rows, columns, self.width)
         for block, text_kv in zip(self.blocks, kvs, strict=True):
             x_BTD, _ = block(x_BTD, text_kv, c_BD, mask_BS)
         shift_BD, scale_BD = jnp.split(self.leave_modulation(c_BD), 2, -1)
         x_BTD = layers.modulate(self.leave_norm(x_BTD), shift_BD, scale_BD)
         x_BHWC = self.leave(x_BTD).reshape(b, rows, columns, -1)
-        return layers.depth_to_space(x_BHWC, self.patch).astype(jnp.float32)
+        return layers.depth_to_space(x_BHWC, self.patch)

@@ -35,8 +35,8 @@ class Residual(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC, c_BD):
         if x_BHWC.shape[-1] != self.width:
-            x_BHWC = layers.Dense(self.width, dtype=self.dtype, name="skip")(x_BHWC)
-        mod = layers.Dense(2 * self.width, zero=True, dtype=self.dtype, name="modulation")(c_BD)
+            x_BHWC = layers.Dense(self.width, name="skip")(x_BHWC)
+        mod = layers.Dense(2 * self.width, zero=True, name="modulation")(c_BD)
         shift_BD, scale_BD = jnp.split(mod, 2, -1)
         h = Conv(self.width, dtype=self.dtype, name="conv1")(nn.silu(layers.RMSNorm()(x_BHWC)))
         h = layers.modulate(layers.RMSNorm(scale=False)(h), shift_BD, scale_BD)
@@ -56,7 +56,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC, c_BD, text_kv, mask_BS):
         b, h, w, d = x_BHWC.shape
-        mod = layers.Dense(2 * d, zero=True, dtype=self.dtype, name="modulation")(c_BD)
+        mod = layers.Dense(2 * d, zero=True, name="modulation")(c_BD)
         shift_BD, scale_BD = jnp.split(mod, 2, -1)
         x_BTD = layers.modulate(layers.RMSNorm(scale=False)(x_BHWC), shift_BD, scale_BD)
         x_BTD = x_BTD.reshape(b, h * w, d)
@@ -79,7 +79,8 @@ class Attention(nn.Module):
 class Backbone(nn.Module):
     """x_BHWC in, C channels of the same size out; H and W divisible by 4.
 
-    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side.
+    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side;
+    `dtype` of the products inside the blocks, all else is float32, see `transformer.Backbone`.
     """
 
     channels: int = 3
@@ -96,18 +97,18 @@ class Backbone(nn.Module):
 
     def setup(self):
         d, n, kind = self.width, self.depth, dict(dtype=self.dtype)
-        self.condition = layers.TimeText(d, **kind)
+        self.condition = layers.TimeText(d)
         self.text = layers.TextTokens(d, **kind)
         self.kvs = [layers.KeysValues(d, self.heads, **kind) for _ in range(2 * n)]
-        self.enter = Conv(self.stem, **kind)
+        self.enter = Conv(self.stem)
         self.down = [Residual(self.stem, **kind) for _ in range(n)]
-        self.shrink = layers.Dense(d, **kind)
+        self.shrink = layers.Dense(d)
         self.blocks = [Residual(d, **kind) for _ in range(2 * n)]
         self.attentions = [Attention(d, self.heads, **kind) for _ in range(2 * n)]
-        self.grow = layers.Dense(4 * self.stem, **kind)
+        self.grow = layers.Dense(4 * self.stem)
         self.up = [Residual(self.stem, **kind) for _ in range(n)]
         self.leave_norm = layers.RMSNorm()
-        self.leave = Conv(4 * self.channels, zero=True, **kind)
+        self.leave = Conv(4 * self.channels, zero=True)
 
     def text_kv(self, cond: Cond):
         """Keys and values of the text for every attention, and the mask they share."""
@@ -124,7 +125,7 @@ class Backbone(nn.Module):
             outer.append(h)
         h = self.shrink(layers.space_to_depth(h))
         _, rows, columns, d = h.shape
-        h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d).astype(h.dtype)
+        h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d)
         inner = []
         for i, (block, attend) in enumerate(zip(self.blocks, self.attentions, strict=True)):
             if i >= self.depth:
@@ -136,4 +137,4 @@ class Backbone(nn.Module):
         for block in self.up:
             h = block(jnp.concatenate([h, outer.pop()], -1), c_BD)
         h = self.leave(nn.silu(self.leave_norm(h)))
-        return layers.depth_to_space(h).astype(jnp.float32)
+        return layers.depth_to_space(h)
