@@ -3,6 +3,8 @@
 Only safetensors, JSON and text files are ever read; nothing in a checkpoint can run.
 """
 
+import contextlib
+import contextvars
 import fnmatch
 import functools
 import hashlib
@@ -32,6 +34,9 @@ FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt", "*.model")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
+# What a config.json may ask for at most: far more than any checkpoint has, and built in seconds.
+LARGEST = {"vocab": 2**22, "end": 2**22, "depth": 128, "res": 4096, "learned": 4096, "epsilon": 1.0}
+LARGE = 2**17  # of fields that LARGEST does not name
 SHOWN = 10  # tensors named in one message
 
 
@@ -69,7 +74,7 @@ _AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a ker
 def locate(name: str) -> pathlib.Path:
     """The folder of a checkpoint: `minilm`, a local folder, or `hf:org/name[@revision]`.
 
-    The network is used for `hf:` alone.
+    The network is used for `hf:` alone, and within `fetched_only` not for all of these.
 
     Raises:
       DataError: files are missing, changed, or of a kind that can run code.
@@ -119,9 +124,14 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     for theirs, ours in names.items():
         default = getattr(module, ours)
         value = found[ours] = config.get(theirs, default)
-        if type(value) is not type(default) or (not isinstance(value, str) and value <= 0):
+        if type(value) is not type(default) or (not isinstance(value, str) and not value > 0):
             raise errors.ConfigError(
-                f"{theirs} is {value!r}", where=CONFIG, fix=f"it should be like {default!r}"
+                f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
+            )
+        limit = LARGEST.get(ours, LARGE)
+        if not isinstance(value, str) and value > limit:
+            raise errors.ConfigError(
+                f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be at most {limit}"
             )
     return found
 
@@ -239,18 +249,43 @@ def _sha256(path, size, mtime_ns) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+_own: contextvars.ContextVar = contextvars.ContextVar("own", default=None)
+
+
+@contextlib.contextmanager
+def fetched_only(*but):
+    """Within it, `hf:` names but these are looked for only among what was fetched before.
+
+    A config that came with a model names what its author chose; the network is for what the user's
+    own command or config names.
+    """
+    token = _own.set(but)
+    try:
+        yield
+    finally:
+        _own.reset(token)
+
+
 @functools.cache
 def _fetch(name: str) -> pathlib.Path:
     import huggingface_hub
 
     repo, _, revision = name.partition("@")
-    if not revision:
+    local = _own.get() is not None and f"hf:{name}" not in _own.get()
+    if not revision and not local:
         logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
     try:
         folder = huggingface_hub.snapshot_download(
-            repo, revision=revision or None, allow_patterns=FETCHED, ignore_patterns="*/*"
+            **dict(repo_id=repo, revision=revision or None, local_files_only=local),
+            **dict(allow_patterns=FETCHED, ignore_patterns="*/*"),
         )
     except (OSError, ValueError) as e:  # every error of the hub is one or the other
+        if local:
+            raise errors.DataError(
+                f"the model's config.json names hf:{name}, which was not fetched before",
+                where="config.load",
+                fix=f"if you trust it, name it yourself: --load=NET=hf:{name}",
+            ) from e
         raise errors.DataError(
             f"cannot be fetched: {type(e).__name__}: {str(e).partition(chr(10))[0]}",
             where=f"hf:{name}",

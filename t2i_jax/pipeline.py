@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import compile_cache, errors, images, objective, plugins, requests, weights
+from t2i_jax import compile_cache, errors, hf, images, objective, plugins, requests, weights
 from t2i_jax.data import transforms
 from t2i_jax.text import encoder, words
 
@@ -323,7 +323,8 @@ class Pipeline:
         config = weights.read_config(folder)
         weights.override(config, load or {})
         try:
-            return cls._load(source, folder, config, step, averaged)
+            with hf.fetched_only(*weights.named(load)):
+                return cls._load(source, folder, config, step, averaged)
         except errors.DataError as e:
             described = folder / "config.json"
             if e.where == str(described) or e.where not in map(

@@ -12,7 +12,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import checkpoint, errors, fingerprint, images, objective, sharding
+from t2i_jax import checkpoint, errors, fingerprint, hf, images, objective, sharding
 from t2i_jax.text import encoder, words
 from t2i_jax.vision import encoder as vision
 
@@ -77,6 +77,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
                 where=str(path),
                 fix="restore the file from a copy of the run",
             )
+    _check_size(values, path)
     with describes(path):
         return config_of(values)
 
@@ -122,6 +123,25 @@ def config_of(values: dict) -> ml_collections.ConfigDict:
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
     return ml_collections.ConfigDict(values)
+
+
+def _check_size(values, path) -> None:
+    """Raises ConfigError for networks that are no sensible size, before any time goes into one."""
+    limits = {"depth": 512}
+    sizes = [("res", values.get("res"), hf.LARGEST["res"])]
+    sizes += [("text_length", values.get("text_length"), hf.LARGE)]
+    rest = [("model", values.get("model"))]
+    while rest:
+        name, value = rest.pop()
+        if isinstance(value, dict):
+            rest += [(f"{name}.{key}", inner) for key, inner in value.items()]
+        else:
+            sizes.append((name, value, limits.get(name.rpartition(".")[2], hf.LARGE)))
+    for name, value, limit in sizes:
+        if isinstance(value, int | float) and not value <= limit:
+            raise errors.ConfigError(
+                f"{name} is {value!r:.50}", where=str(path), fix=f"it should be at most {limit}"
+            )
 
 
 def abstract_batch(config, batch_size: int | None = None):
@@ -225,6 +245,17 @@ def sources(config) -> dict:
     """net -> where its weights come from, of `config.load`, without empty entries."""
     found = {name: encoder.given(source) for name, source in config.load.items()}
     return {name: source for name, source in found.items() if source}
+
+
+def named(load) -> list[str]:
+    """All sources of `net -> source or sources`."""
+    each = [encoder.given(source) for source in (load or {}).values()]
+    return [
+        one
+        for source in each
+        if source
+        for one in ([source] if isinstance(source, str) else source)
+    ]
 
 
 def override(config, given) -> None:
@@ -416,10 +447,12 @@ def _opened(path: pathlib.Path):
 def _read_exported(path: pathlib.Path, targets):
     with _opened(path) as tensors:
         names = tensors.keys()  # it is no mapping
-        flat = {name: tensors.get_tensor(name) for name in names}
+        kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
+        flat = {name: tensors.get_tensor(name) for name in names if kinds[name] in hf.FLOATS}
     wanted = traverse_util.flatten_dict(targets, sep="/")
     bad = [
-        f"{name}: want {wanted[name].shape}, found {flat[name].shape if name in flat else None}"
+        f"{name}: want {wanted[name].shape} of {', '.join(hf.FLOATS)}, found "
+        f"{flat[name].shape if name in flat else kinds.get(name, 'none')}"
         for name in wanted
         if name not in flat or flat[name].shape != wanted[name].shape
     ]

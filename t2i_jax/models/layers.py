@@ -43,6 +43,7 @@ class RMSNorm(nn.Module):
         return wide.astype(x.dtype)
 
 
+POSITIONS = 2**27  # numbers, half a GiB
 REMAT = {
     "none": None,
     "weights": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
@@ -160,7 +161,17 @@ def depth_to_space(x_BHWC, n: int = 2):
 
 
 def positions_2d(h: int, w: int, width: int):
-    """Fixed sines and cosines of row and column, both mapped to [0, 1].   -> (h·w, width) numpy"""
+    """Fixed sines and cosines of row and column, both mapped to [0, 1].   -> (h·w, width) numpy
+
+    Raises:
+      ConfigError: more numbers than a constant of a program should have.
+    """
+    if h * w * width > POSITIONS:
+        raise errors.ConfigError(
+            f"{h} × {w} picture tokens of width {width}",
+            where="config.model",
+            fix="use larger patches, smaller pictures or a narrower network",
+        )
     rates = np.exp(np.linspace(0, np.log(32.0), width // 4))
 
     def waves(n):

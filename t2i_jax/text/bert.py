@@ -137,12 +137,15 @@ def from_config(config: dict, *, dtype: str = "float32") -> Bert:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
     if config["model_type"] == "distilbert":
+        config = {"n_layers": 6} | config
         sizes = hf.fields(config, Bert, _DISTILBERT_FIELDS) | {"segments": 0}
     else:
+        if config["model_type"] == "roberta":
+            config = {"vocab_size": 50265} | config
         sizes = hf.fields(config, Bert, _FIELDS, _IMPLEMENTED)
     if config["model_type"] in ROBERTAS:
         pad = config.get("pad_token_id", 1)
-        if type(pad) is not int or pad < 0:
+        if type(pad) is not int or not 0 <= pad < sizes["max_length"] - 1:
             raise errors.ConfigError(
                 f"pad_token_id is {pad!r}", where=hf.CONFIG, fix="it should be like 1"
             )

@@ -93,7 +93,7 @@ def lengths(source, length: int) -> tuple[int, ...]:
 def tokenizer(source, length: int):
     """`captions -> Tokens` for `make(source, length=length)`."""
     source = given(source)
-    names = [origin(one) for one in _sources(source)] or ["bytes"]
+    names = [str(_folder(one)) for one in _sources(source)] or ["bytes"]
     each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
     return each[0] if len(each) == 1 else tokenize.Several(each)
 
@@ -136,7 +136,7 @@ def load(source, abstract_variables):
 
 
 def _make(source: str, dtype: str, options) -> nn.Module:
-    config, family = _read(hf.locate(origin(source)))
+    config, family = _read(_folder(source))
     own = {"dtype": dtype, **options.get(_name(family), {})}
     where = f"config.text.{_name(family)}"
     try:
@@ -170,12 +170,21 @@ def _check_options(source, dtype, options) -> None:
 
 def _located(one: str, source):
     try:
-        return hf.locate(origin(one))
+        return _folder(one)
     except errors.DataError as e:
         if isinstance(source, str) or not e.what.startswith("no such folder"):
             raise
         what = f"{e.what}; commas separate several encoders"
         raise errors.DataError(what, where=e.where, fix=e.fix) from e
+
+
+def _folder(source: str) -> pathlib.Path:
+    """Where the pretrained checkpoint lies that `source` is, or that a run of ours began with."""
+    began = origin(source)
+    if began == source:
+        return hf.locate(source)
+    with hf.fetched_only():  # the run's config.json names it, not the user
+        return hf.locate(began)
 
 
 def _sources(source) -> tuple[str, ...]:

@@ -27,6 +27,10 @@ _FIELDS = {
     "layer_norm_epsilon": "epsilon",
 }
 MODEL_TYPES = ("t5", "mt5", "umt5")
+_MT5 = {  # where the config lacks them
+    **{"vocab_size": 250112, "num_layers": 8, "num_heads": 6, "d_ff": 1024},
+    "feed_forward_proj": "gated-gelu",
+}
 PROJECTIONS = {
     "relu": (False, "relu"),
     "gated-gelu": (True, "gelu_new"),
@@ -36,7 +40,7 @@ PROJECTIONS = {
 
 def names(config) -> hf.Names:
     block = "encoder.block.{}.layer."
-    gated, _ = PROJECTIONS[config.get("feed_forward_proj", "relu")]
+    gated, _ = PROJECTIONS[_complete(config).get("feed_forward_proj", "relu")]
     bias = "SelfAttention.relative_attention_bias"
     return hf.Names(
         tensors={
@@ -153,6 +157,7 @@ def from_config(config: dict, *, dtype: str = "float32") -> T5:
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
+    config = _complete(config)
     projection = config.get("feed_forward_proj", "relu")
     if projection not in PROJECTIONS:
         raise errors.ConfigError(
@@ -163,7 +168,17 @@ def from_config(config: dict, *, dtype: str = "float32") -> T5:
     gated, activation = PROJECTIONS[projection]
     own_bias = config["model_type"] == "umt5"
     sizes = hf.fields(config, T5, _FIELDS)
+    if sizes["buckets"] < 4 or sizes["max_distance"] <= sizes["buckets"] // 4:
+        raise errors.ConfigError(
+            f"{sizes['buckets']} buckets for distances up to {sizes['max_distance']}",
+            where=hf.CONFIG,
+            fix="it should be like 32 and 128",
+        )
     return T5(**sizes, gated=gated, activation=activation, own_bias=own_bias, dtype=dtype)
+
+
+def _complete(config):
+    return config if config["model_type"] == "t5" else _MT5 | config
 
 
 def _bucket(offset_LL, buckets: int, max_distance: int):

@@ -1,5 +1,6 @@
 """Captions -> token numbers.   B batch · L text length"""
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -9,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from t2i_jax import errors, hf
+from t2i_jax.text import fast
 
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
 MARKS = 4  # combining marks kept on one character
@@ -112,21 +114,21 @@ def open(name: str, length: int) -> Tokenizer:
             fingerprint=hashlib.sha256(b"bytes").hexdigest(),
         )
     folder = hf.locate(name)
-    whole = _open(folder)
-    # A file may ask for cutting and padding: we do both. Nothing changes the object from here on,
-    # so threads can share it.
-    fast = whole.backend_tokenizer
-    fast.no_truncation()
-    fast.no_padding()
-    ids, bare = fast.encode("a").ids, fast.encode("a", add_special_tokens=False).ids
-    at = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
+    with _of_library(folder):
+        opened, pad = fast.open(folder) or _by_transformers(folder)
+        # A file may ask for cutting and padding: we do both. Nothing changes the object from here
+        # on, so threads can share it.
+        opened.no_truncation()
+        opened.no_padding()
+        ids, bare = opened.encode("a").ids, opened.encode("a", add_special_tokens=False).ids
+        at = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
     return Tokenizer(
-        functools.partial(_encode_subwords, fast),
+        functools.partial(_encode_subwords, opened, folder),
         before=ids[:at],
         after=ids[at + len(bare) :],
-        pad=whole.pad_token_id or 0,
+        pad=pad,
         length=length,
-        vocab_size=len(whole),
+        vocab_size=opened.get_vocab_size(),
         fingerprint=_fingerprint(folder),
     )
 
@@ -187,21 +189,36 @@ def _limit_marks(text: str) -> str:
     return "".join(kept)
 
 
-def _open(folder):
+def _by_transformers(folder):
+    """The library's tokenizer that transformers makes of any of its files, and the padding."""
     # without torch, transformers says so at every import: we need none
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
 
-    files = [name for name in FILES if (folder / name).is_file()]
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        raise ValueError("no vocabulary")  # transformers would make up an empty one
+    whole = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    return whole.backend_tokenizer, whole.pad_token_id or 0
+
+
+@contextlib.contextmanager
+def _of_library(folder):
+    """What the libraries of tokenizers raise becomes an error of the folder.
+
+    It is of many kinds. A panic of Rust code is no Exception, but tells as little.
+    """
     try:
-        if not set(files) & set(VOCABULARIES):  # transformers would make up an empty one
-            raise ValueError("no vocabulary")
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as e:  # of many kinds; its Rust half raises bare Exception
+        yield
+    except errors.Error:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        files = [name for name in FILES if (folder / name).is_file()]
         raise errors.DataError(
-            f"no tokenizer opens: {str(e).partition(chr(10))[0][:300]}; looked for "
+            f"no tokenizer works: {str(e).partition(chr(10))[0][:300]}; looked for "
             f"{', '.join(FILES)}; found {', '.join(files) or 'none'}",
             where=str(folder),
             fix="put tokenizer.json and tokenizer_config.json beside the weights",
@@ -217,8 +234,10 @@ def _fingerprint(folder) -> str:
     return digest.hexdigest()
 
 
-def _encode_subwords(fast, texts):
-    for encoding in fast.encode_batch(texts, add_special_tokens=False):
+def _encode_subwords(opened, folder, texts):
+    with _of_library(folder):
+        encodings = opened.encode_batch(texts, add_special_tokens=False)
+    for encoding in encodings:
         yield encoding.ids, lambda i, offsets=encoding: offsets.offsets[i][0]
 
 

@@ -155,7 +155,9 @@ def from_config(config: dict, *, dtype: str = "float32", res: int | None = None)
     crop = crop.get("height") if isinstance(crop, dict) else crop
     sizes["res"] = crop if res is None else res
     whole = sizes["res"] == sizes["learned"] or (
-        type(sizes["res"]) is int and sizes["res"] > 0 and not sizes["res"] % sizes["patch"]
+        type(sizes["res"]) is int
+        and 0 < sizes["res"] <= hf.LARGEST["res"]
+        and not sizes["res"] % sizes["patch"]
     )
     if not whole:
         raise errors.ConfigError(

@@ -59,6 +59,26 @@ TESTS = {
         "tests/test_text.py::test_a_damaged_or_foreign_file_is_named",
         "tests/test_text.py::test_an_index_reads_no_other_folder",
     ),
+    "X14": (
+        "a config of a huge network is refused before anything is built",
+        "tests/test_opening.py::test_a_config_of_a_huge_network_is_refused_at_once",
+        "tests/test_opening.py::test_a_text_encoder_of_no_sensible_size_is_refused_at_once",
+        "tests/test_opening.py::test_an_image_network_of_no_sensible_size_is_refused_at_once",
+    ),
+    "X15": (
+        "a tokenizer.json that could take memory or time without end is a clear error",
+        "tests/test_fast.py::test_only_regular_expressions_that_end_soon_are_read",
+        "tests/test_fast.py::test_a_hostile_file_is_a_clear_error",
+        "tests/test_fast.py::test_a_panic_of_the_library_is_a_clear_error",
+    ),
+    "X16": (
+        "tensors of whole numbers are no weights",
+        "tests/test_opening.py::test_weights_of_whole_numbers_are_none",
+    ),
+    "X17": (
+        "a model's config makes nobody ask the hub: only the user's own command does",
+        "tests/test_opening.py::test_the_hub_is_asked_for_what_the_user_names_alone",
+    ),
 }
 
 
