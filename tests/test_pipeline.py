@@ -244,9 +244,11 @@ def test_guidance_may_be_none_at_all(pipe):
     assert pipe(CAPTIONS, guidance=0, steps=1).shape == (2, 16, 16, 3)
 
 
-def test_pictures_that_are_not_finite_are_an_error(pipe):
+def test_pictures_that_are_not_finite_are_an_error(pipe, monkeypatch):
+    broken = lambda *args, **options: np.full((2, 16, 16, 3), np.nan, np.float32)
+    monkeypatch.setattr(pipe.predictor, "run", broken)
     with pytest.raises(errors.DataError, match="not finite"):
-        pipe(CAPTIONS, shift=0.0, steps=2)
+        pipe(CAPTIONS, steps=2)
 
 
 def test_evaluate_writes_a_protocols_captions(tmp_path):
