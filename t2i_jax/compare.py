@@ -21,6 +21,7 @@ from absl import flags
 from PIL import Image
 
 from t2i_jax import cli, errors, images, metrics
+from t2i_jax.quality import protocol
 
 OUTPUT = flags.DEFINE_string("output", "report", "The folder to write; it is made.")
 METRIC = flags.DEFINE_string("metric", None, 'What to rank by; "-x" says that less x is better.')
@@ -86,8 +87,8 @@ class Run(NamedTuple):
     def values(self) -> dict[str, float]:
         """Metric -> its newest value, by protocol or by evaluator."""
         found = {k: v for row in self.events for k, v in row.items() if k != "step"}
-        for protocol, row in self.results.items():
-            found |= {f"{protocol}/{k}": v for k, v in row.items() if k not in NO_METRICS}
+        for name, row in self.results.items():
+            found |= {f"{name}/{k}": v for k, v in row.items() if k not in NO_METRICS}
         return {k: v for k, v in found.items() if type(v) in (int, float)}
 
 
@@ -104,7 +105,7 @@ def read(workdirs) -> list[Run]:
         )
     runs = [_read(folder, _name(folder, folders)) for folder in folders]
     definitions = {key for run in runs for key in run.results}
-    count = collections.Counter(protocol for protocol, _ in definitions)
+    count = collections.Counter(name for name, _ in definitions)
     label = {key: "@".join(key) if count[key[0]] > 1 else key[0] for key in definitions}
     return [r._replace(results={label[k]: row for k, row in r.results.items()}) for r in runs]
 
@@ -126,7 +127,7 @@ def _read(folder: pathlib.Path, name: str) -> Run:
             raise ValueError(f"no {lacking} in it" if folder.is_dir() else "no such folder")
         config = json.loads(files[0].read_text())
         config["batch_size"], config["objective"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         fix = "give the --workdir of a training, not an exported model"
         raise errors.ConfigError(f"no run: {e}", where=str(folder), fix=fix) from e
     try:
@@ -140,7 +141,7 @@ def _read(folder: pathlib.Path, name: str) -> Run:
         [(row["step"], row["seconds"]) for row in _rows(folder / "times.jsonl")],
         _rows(folder / "events.jsonl"),
         {
-            (row["protocol"], row.get("definition_sha256", "?")[:6]): row
+            (row["protocol"], _definition(row)[:6]): row
             for row in _rows(folder / "results.jsonl")
             if "protocol" in row
         },
@@ -149,25 +150,38 @@ def _read(folder: pathlib.Path, name: str) -> Run:
     )
 
 
+def _definition(row: dict) -> str:
+    """The hash of what a row of results was measured by."""
+    if isinstance(row.get("definition"), dict):
+        return protocol.digest(row["definition"])
+    return str(row.get("definition_sha256", "?"))
+
+
 def about(runs: list[Run], metric: str, less: bool) -> str:
     """What ranks the runs, and how many pictures each protocol judged."""
     judged = collections.defaultdict(set)
     for run in runs:
-        for protocol, row in run.results.items():
-            judged[protocol].add(int(row.get("num_images") or row["definition"]["num_images"]))
+        for name, row in run.results.items():
+            judged[name].add(int(row.get("num_images") or row["definition"]["num_images"]))
     counts = [f"{' or '.join(map(str, sorted(n)))} by {k}" for k, n in sorted(judged.items())]
     ranked = f"Ranked by {metric}, {'less' if less else 'more'} is better."
     text = ranked if metric else "Not ranked: the runs have no metric in common."
+    columns = collections.defaultdict(list)
+    for name in _columns(runs, metric):
+        source, _, short = name.partition("/")
+        columns[source].append(short)
+    shown = [f"{', '.join(shorts)} by {source}" for source, shorts in columns.items()]
+    text += f" Columns: {'; '.join(shown)}." if shown else ""
     return f"{text} Pictures judged: {', '.join(counts)}." if counts else text
 
 
 def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     """Rows of text, the first the head; sorted by the metric, if any, the best first."""
-    common = {name for run in runs for name in run.values()}
-    names = sorted(n for n in common if any(_short(n).startswith(s) for s in SHOWN))
-    names = ([metric] if metric else []) + [name for name in names if name != metric]
+    names = _columns(runs, metric)
     sign = 1 if less else -1
-    head = ["run", "family", "steps", "images seen", "core-hours", "images / core-s", *names]
+    shorts = [_short(name) for name in names]
+    heads = [s if shorts.count(s) == 1 else n for n, s in zip(names, shorts, strict=True)]
+    head = ["run", "family", "steps", "images seen", "core-hours", "images / core-s", *heads]
     rows = [head]
     for run in sorted(runs, key=lambda r: sign * r.values().get(metric, sign * float("inf"))):
         hours, seen = run.hours_at(run.steps), run.images_at(run.steps)
@@ -178,6 +192,13 @@ def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
             [run.name, run.config["objective"], f"{run.steps:,}", f"{seen:,}", *cost, *values]
         )
     return rows
+
+
+def _columns(runs: list[Run], metric: str) -> list[str]:
+    """The metrics that a table shows, the ranked one first."""
+    known = {name for run in runs for name in run.values()}
+    names = sorted(n for n in known if any(_short(n).startswith(s) for s in SHOWN))
+    return ([metric] if metric else []) + [name for name in names if name != metric]
 
 
 def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
@@ -255,10 +276,13 @@ def _three(value: float) -> str:
 
 def _rows(path: pathlib.Path) -> list[dict]:
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()]
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as e:
+        if not path.is_file():
+            return []
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("a row is no object")
+        return rows
+    except (OSError, ValueError, RecursionError) as e:
         raise errors.DataError(
             f"not readable: {e}", where=str(path), fix="restore it from a copy of the run"
         ) from e

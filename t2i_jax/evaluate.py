@@ -3,10 +3,10 @@
 python -m t2i_jax.evaluate --checkpoint=builtin:shapes --protocol=shapes
 python -m t2i_jax.evaluate --images=out/theirs --protocol=coco-fid-30k --data=coco/val2014
 
-prints one row, a JSON object with all that is needed to repeat it, and appends it to results.jsonl
-in the --workdir, or wherever --output says. --evaluators runs files of t2i_jax/evaluators, such as
-`shapes` or `held_out_loss`, with the options of the run's config. --captions=FILE writes the
-protocol's captions, for other systems to draw.
+prints one row, a JSON object with all that is needed to repeat it, and the metrics as a table to
+standard error. The row is appended to results.jsonl in the --workdir, or wherever --output says.
+--evaluators runs files of t2i_jax/evaluators, such as `shapes` or `held_out_loss`, with the options
+of the run's config. --captions=FILE writes the protocol's captions, for other systems to draw.
 """
 
 import datetime
@@ -14,6 +14,7 @@ import json
 import math
 import pathlib
 import subprocess
+import sys
 import time
 
 from absl import flags, logging
@@ -36,6 +37,7 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Pictures to draw.", lower
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", None, "Of prompts and noise.", lower_bound=0)
 OPTIONS = cli.sampling_flags()
+NO_METRICS = ("step", "seconds")
 
 
 def main():
@@ -69,6 +71,7 @@ def main():
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
     text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
     print(text)
+    print(_table(row), file=sys.stderr)
     if output:
         try:
             with pathlib.Path(output).open("a") as f:
@@ -77,6 +80,13 @@ def main():
             raise errors.StorageError(
                 f"cannot be written: {e.strerror}", where=output, fix="choose --output"
             ) from e
+
+
+def _table(row: dict) -> str:
+    """A row's metrics for people, one a line."""
+    told = {k: v for k, v in row.items() if type(v) in (int, float) and k not in NO_METRICS}
+    width = max(map(len, told), default=0)
+    return "\n".join(f"{name:{width}}  {value:.4g}" for name, value in told.items())
 
 
 def _protocol():

@@ -13,6 +13,7 @@ from t2i_jax import errors, loop, sharding, weights
 
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
+UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")  # what hides traffic
 
@@ -110,9 +111,29 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
     memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
     found = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
     for name, value in found.items():
-        text = str(value) if isinstance(value, bool | None) else format(value, ",")
-        print(f"{name:28} {text:>20}")
+        print(f"{name.removesuffix('_bytes'):28} {_readable(name, value):>20}")
     return found
+
+
+def check_fits(found: dict) -> None:
+    """Raises ConfigError where what `show` returned does not fit the memory that is known."""
+    if found.get("fits") is False:
+        raise errors.ConfigError(
+            "a step needs more memory than one device has",
+            where="--memory_gb or --topology",
+            fix="take a smaller config.batch_size, a larger config.accumulate, "
+            "--config.strategy=fsdp, or more devices",
+        )
+
+
+def _readable(name: str, value) -> str:
+    """A number of `show` with its unit."""
+    if isinstance(value, bool | None):
+        return str(value)
+    if not name.endswith("bytes"):
+        return f"{value:,}"
+    unit, size = next((u, s) for u, s in UNITS if value >= s or s == 1)
+    return f"{value / size:,.2f} {unit}" if size > 1 else f"{value} {unit}"
 
 
 def training(run, memory: int | None = None) -> dict:

@@ -32,7 +32,7 @@ def main():
     distributed.start(**cli.given(PROCESSES))
     asked = cli.given(PLAN)
     if DRY_RUN.value or asked:
-        plan.show(CONFIG.value, WORKDIR.value, **asked)
+        plan.check_fits(plan.show(CONFIG.value, WORKDIR.value, **asked))
     else:
         loop.train(CONFIG.value, WORKDIR.value, restart=RESTART.value)
 

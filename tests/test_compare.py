@@ -11,6 +11,7 @@ from absl.testing import flagsaver
 from PIL import Image
 
 from t2i_jax import compare, errors, images
+from t2i_jax.quality import protocol
 from tests.test_pipeline import start
 
 
@@ -83,17 +84,25 @@ def test_a_metrics_name_says_what_is_better(runs, tmp_path, monkeypatch, metric,
 
 
 def test_definitions_of_one_protocol_have_columns_of_their_own(runs, tmp_path):
+    one, other = ({"num_images": 24, "seed": seed} for seed in (0, 1))
+    named = {**other, "name": "tiny"}  # as rows were hashed once
     judge(
         tmp_path / "slow",
-        *({"definition_sha256": "aaaaaaaa", "fd-x": value} for value in (9.0, 1.0)),
-        {"definition_sha256": "bbbbbbbb", "fd-x": 2.0, "num_images": 32},
+        *({"definition": one, "fd-x": value} for value in (9.0, 1.0)),
+        {"definition": named, "definition_sha256": "bbbbbbbb", "fd-x": 2.0, "num_images": 32},
     )
-    judge(tmp_path / "fast", {"definition_sha256": "bbbbbbbb", "fd-x": 3.0, "num_images": 31})
+    judge(tmp_path / "fast", {"definition": other, "fd-x": 3.0, "num_images": 31})
     slow, fast = runs = compare.read([tmp_path / "slow", tmp_path / "fast"])
-    assert slow.values().items() >= {"tiny@aaaaaa/fd-x": 1.0, "tiny@bbbbbb/fd-x": 2.0}.items()
-    assert {"tiny/fd-x", "tiny@aaaaaa/fd-x"}.isdisjoint(fast.values())
-    assert "24 by tiny@aaaaaa, 31 or 32 by tiny@bbbbbb." in compare.about(runs, "", False)
+    first, second = (f"tiny@{protocol.digest(d)[:6]}" for d in (one, other))
+    assert slow.values().items() >= {f"{first}/fd-x": 1.0, f"{second}/fd-x": 2.0}.items()
+    assert {"tiny/fd-x", f"{first}/fd-x"}.isdisjoint(fast.values())
+    told = compare.about(runs, "", False)
+    assert all(text in told for text in (f"24 by {first}", f"31 or 32 by {second}"))
+    head = compare.table(runs, "", False)[0]  # the same name twice: each with its protocol
+    assert {f"{first}/fd-x", f"{second}/fd-x"} < set(head)
     (fast,) = compare.read([tmp_path / "fast"])
+    assert "fd-x" in compare.table([fast], "", False)[0]
+    assert "Columns: full_match by shapes; fd-x by tiny." in compare.about([fast], "", False)
     assert fast.values()["tiny/fd-x"] == 3.0  # with nothing to tell it from
 
 

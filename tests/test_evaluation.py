@@ -127,6 +127,9 @@ def test_changes_show_in_the_name_and_the_hash(tmp_path):
     plain, changed = (protocol.read(write(tmp_path), **c) for c in ({}, {"seed": 3}))
     assert (plain.name, changed.name) == ("own", "own seed=3")
     assert plain.sha256 != changed.sha256
+    assert plain.sha256 == plain._replace(name="other").sha256  # a name measures nothing
+    stored = json.loads(json.dumps(plain._asdict()))
+    assert protocol.digest(stored) == plain.sha256
 
 
 # --- measuring ------------------------------------------------------------------------------------

@@ -225,7 +225,13 @@ def test_a_dry_run_reports_and_writes_nothing(tmp_path, capsys):
     assert not found["fits"]
     assert found["state_bytes"] >= 3 * 4 * found["parameters/model"]  # params, moment, average
     assert not (tmp_path / "run").exists()
-    assert "parameters/model" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "parameters/model" in told
+    assert f"{found['peak_bytes'] / 2**20:,.2f} MiB" in told
+    with pytest.raises(errors.ConfigError, match="more memory than one device has"):
+        plan.check_fits(found)
+    plan.check_fits(found | {"fits": True})
+    plan.check_fits({"peak_bytes": 3})  # of a memory that is not known
 
 
 def test_a_key_that_nobody_reads_does_not_exist():

@@ -50,7 +50,8 @@ class Protocol(NamedTuple):
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(json.dumps(self._asdict(), sort_keys=True).encode()).hexdigest()
+        """See `digest`."""
+        return digest(self._asdict())
 
     def sources(self, name: str, res: int):
         """The data sources of the field `name`, "data" or "train"."""
@@ -86,6 +87,16 @@ class Protocol(NamedTuple):
         whole, rest = divmod(count, size)
         chosen = np.sort(np.random.default_rng(self.seed).permutation(size)[:rest])
         return np.concatenate([*[np.arange(size)] * whole, chosen])
+
+
+def digest(definition: Mapping[str, Any]) -> str:
+    """A hash of all fields but the name: what measures the same has the same hash.
+
+    Rows of results hold their whole definition, so that it can be computed of older ones, whose own
+    hash has the name in it.
+    """
+    measured = {field: value for field, value in definition.items() if field != "name"}
+    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
 
 
 def read(name: str, *, path: str | None = None, **changes) -> Protocol:
