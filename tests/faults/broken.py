@@ -44,7 +44,7 @@ BREAKS = (
     # G4: damage is found, and nothing starts over by itself.
     Break("C6", "checkpoint.py", "if prints[name] != arrays[name]]", "if False]"),
     Break("C5", "checkpoint.py", "reason = _difference(folder, step, manifest)", 'reason = ""'),
-    Break("C13", "fingerprint.py", "else _mixed)", "else _weighted)"),
+    Break("C13", "fingerprint.py", "else _mixed\n", "else _weighted\n"),
     Break("C15", "checkpoint.py", "found, format=manifest", "found, format=FORMAT or manifest"),
     Break("C8", "checkpoint.py", "        if reasons:\n", "        if False:\n"),
     Break("C9", "checkpoint.py", ">= ATTEMPTS:", ">= 99:"),
