@@ -14,7 +14,8 @@ def base() -> ml_collections.ConfigDict:
     config.objective = ""  # t2i_jax/objectives/<name>.py
     config.seed = 0
     config.res = 32  # pictures are res × res pixels
-    config.steps = 1000  # optimiser steps in all
+    config.steps = 1000  # optimiser steps in all; 0: what fits into `minutes` here, see loop.py
+    config.minutes = 0.0  # of training, without compiling; the steps are fixed before the first
     config.batch_size = 64  # global, over all devices and processes
     config.accumulate = 1  # micro-batches per loss and step
 
@@ -43,6 +44,7 @@ def base() -> ml_collections.ConfigDict:
     config.rollbacks = 0  # how often a run that diverged may go back to a checkpoint before it
     config.log_every = 50
     config.save_every = 500
+    config.save_minutes = 5.0  # save also when so many have passed since the last save; 0: never
     config.sample_every = 500
     config.eval_every = 0
     config.keep = 2  # checkpoints kept

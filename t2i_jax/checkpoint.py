@@ -30,6 +30,7 @@ MANIFEST, BEST, ATTEMPTS_FILE = "manifest.json", "best.json", "attempts.json"
 SMALL = 2**20  # bytes; the manifest holds smaller files' hashes, too
 FAILURES = 3  # saves in a row that may fail
 ATTEMPTS = 3  # starts from one checkpoint that may die in their first step
+SET_ASIDE = ("corrupt", "diverged")  # a run that has only these does not begin again by itself
 ITEMS = ("params", "ema", "opt")
 
 
@@ -120,11 +121,13 @@ class Checkpoints:
         items = _items(state)
         prints, bad = fingerprint.of(items, format=FORMAT)
         if bad:
-            raise errors.NonFiniteError(
+            e = errors.NonFiniteError(
                 f"the state holds values that are not finite: {bad[:10]}",
                 where=f"step {step}",
-                fix="the last checkpoint is sound: start again, with a lower learning rate",
+                fix=errors.NonFiniteError.ADVICE,
             )
+            e.step = step
+            raise e
         items = self._staged(items)
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}  # Orbax wants no {}
         args["meta"] = ocp.args.JsonSave({**meta, "step": step})
@@ -205,7 +208,8 @@ class Checkpoints:
                     raise
                 reasons.append(f"{step}: {e.what}")
                 self._set_aside(step, e)
-        reasons += [f"{p.name}: set aside" for p in sorted(self._folder.glob("*.corrupt"))]
+        aside = [p for kind in SET_ASIDE for p in self._folder.glob(f"*.{kind}")]
+        reasons += [f"{p.name}: set aside" for p in sorted(aside)]
         if reasons:
             raise errors.DataError(
                 "no checkpoint can be used: " + "; ".join(reasons),
@@ -231,8 +235,9 @@ class Checkpoints:
     def set_all_aside(self) -> None:
         """Renames every checkpoint, so that the run begins again."""
         self.set_aside_from(0, "old")
-        for path in self._folder.glob("*.corrupt"):
-            path.rename(path.with_suffix(".old"))
+        if jax.process_index() == 0:
+            for path in [p for kind in SET_ASIDE for p in self._folder.glob(f"*.{kind}")]:
+                path.rename(_free_name(path.with_suffix(""), "old"))
         self._write_attempts({})
 
     def set_aside_from(self, step: int, suffix: str) -> int | None:

@@ -1,7 +1,6 @@
 """Command lines: flags parsed, errors as one line with an exit code, tracebacks on --debug."""
 
 import importlib.util
-import logging as std_logging
 import pathlib
 import re
 import sys
@@ -9,7 +8,7 @@ import threading
 
 from absl import flags, logging
 
-from t2i_jax import distributed, errors
+from t2i_jax import distributed, errors, logs
 
 PATHS = (  # flags that name a file or folder
     *("workdir", "checkpoint", "load", "images", "data", "reference", "protocol", "extractor"),
@@ -140,7 +139,7 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
         logging.set_stderrthreshold(logging.INFO)
-        logging.get_absl_handler().addFilter(_of_interest)
+        logging.get_absl_handler().addFilter(logs.of_interest)
         if not debug:
             threading.excepthook = _in_background
         rest = _parse(argv, required, arguments)
@@ -159,16 +158,6 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
             _fail(lost, 70)
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
         _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
-
-
-def _of_interest(record) -> bool:
-    """Our own messages, and everybody's warnings."""
-    chatty = ("/orbax/", "/jax/_src/")
-    if "/asyncio/" in record.pathname:  # of Orbax's tasks; whoever waits for them learns it, too
-        return False
-    if any(p in record.pathname for p in chatty):
-        record.exc_info = record.exc_text = None
-    return record.levelno > std_logging.INFO or not any(p in record.pathname for p in chatty)
 
 
 def _in_background(args) -> None:

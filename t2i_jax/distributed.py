@@ -1,15 +1,21 @@
 """Several processes as one program: start-up, barriers, ends that the others notice."""
 
+import atexit
+import contextlib
+import itertools
 import os
 import re
 import socket
 import sys
 import threading
+import time
 
 from absl import logging
 
 from t2i_jax import errors
 
+ALIVE = "t2i_jax/alive"  # where processes leave signs of life
+LEAVING, SAVING = 5.0, 600.0  # seconds in which a process ends
 FIX = (
     "start all processes with the same --coordinator and --num_processes, and each --process_id "
     "once; see that the port is free and can be reached"
@@ -32,7 +38,8 @@ def start(
       coordinator, num_processes, process_id: host:port of process 0, how many there are, and
         which of them this is, where JAX cannot find out.
       join_timeout: seconds to wait for all.
-      heartbeat_timeout: seconds of silence after which a process counts as dead.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead, and
+        the others end with exit code 70.
     Raises:
       ConfigError: arguments that contradict each other, or a port that is taken. A process that
         waits in vain for the others ends with the same exit code.
@@ -70,7 +77,8 @@ def start(
         jax.distributed.initialize(
             *explicit,
             initialization_timeout=join_timeout + 60,
-            heartbeat_timeout_seconds=heartbeat_timeout,
+            # Later than ours: JAX would abort with a dump of its stack.
+            heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
         )
     except Exception as e:
         reason = (str(e).splitlines() or ["?"])[0][:300]
@@ -78,6 +86,7 @@ def start(
             f"no program of several processes: {reason}", where=here, fix=FIX
         ) from e
     timer.cancel()
+    _watch_others(heartbeat_timeout)
     logging.info(
         "process %d of %d, %d of %d devices",
         *(jax.process_index(), jax.process_count(), jax.local_device_count(), jax.device_count()),
@@ -104,6 +113,61 @@ def as_first(value: bool | int) -> bool | int:
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def here() -> str:
+    """Which process this is; asks for no device, as that may be what hangs."""
+    if "jax" in sys.modules:
+        from jax._src.distributed import global_state as shared
+
+        if shared.client is not None:
+            return f"process {shared.process_id} of {shared.num_processes}"
+    return "process 0 of 1"
+
+
+def end(text: str, code: int = errors.Error.exit_code) -> None:
+    """Ends this process at once, whatever its other threads wait for."""
+    with contextlib.suppress(Exception):
+        print(f"t2i_jax: {text}", file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def _watch_others(limit: float) -> None:
+    """Gives signs of life to the other processes, and ends this one when theirs stay away.
+
+    Two threads, as the one that asks process 0 for signs waits for ever when that one is stopped.
+    """
+    from jax._src.distributed import global_state as shared  # the only store of key and value
+
+    client, me, n = shared.client, shared.process_id, shared.num_processes
+    seen, since, over = {}, dict.fromkeys(range(n), time.monotonic()), threading.Event()
+
+    def ask():
+        for count in itertools.count():
+            # The store may be gone when all processes end, and is when its own process is dead.
+            with contextlib.suppress(Exception):
+                client.key_value_set(f"{ALIVE}/{me}", str(count), allow_overwrite=True)
+                signs = dict(client.key_value_dir_get(ALIVE))
+                now = since[0] = time.monotonic()
+                for key, sign in signs.items():
+                    if seen.get(key) != sign:
+                        seen[key], since[int(key.rpartition("/")[2])] = sign, now
+            time.sleep(min(1.0, limit / 10))
+
+    def watch():
+        while not over.wait(0.2):
+            silent = [i for i in since if i != me and time.monotonic() - since[i] > limit]
+            # When process 0 is silent, nobody can be heard.
+            for i in silent[:1]:
+                end(
+                    f"process {i} gave no sign of life for {limit:.0f} s (at {here()}). Fix: see "
+                    "its log and its machine, then start all again: they go on from the last "
+                    "checkpoint; --heartbeat_timeout sets the seconds"
+                )
+
+    atexit.register(over.set)
+    for target in (ask, watch):
+        threading.Thread(target=target, daemon=True, name=f"processes-{target.__name__}").start()
+
+
 def lost_peer(e: Exception) -> str | None:
     """What to say where an exchange with another process failed; None if that is not it."""
     if "jax" not in sys.modules:
@@ -123,14 +187,28 @@ def lost_peer(e: Exception) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends a process whose others go on: without waiting for them, so that they notice."""
+    """Ends a process whose others go on: without waiting for them, so that they notice.
+
+    Threads that hang, or compile, are waited for as long as a save may take, or only shortly where
+    all is saved.
+    """
     if "jax" in sys.modules:
         import jax
 
         if jax.distributed.is_initialized() and code not in (0, errors.Preempted.exit_code):
             sys.stderr.flush()
             os._exit(code)
+    saved = code == errors.Preempted.exit_code
+    limit = threading.Timer(LEAVING if saved else SAVING, _end_over, (code,))
+    limit.daemon = True
+    limit.start()
     sys.exit(code)
+
+
+def _end_over(code: int) -> None:
+    """Ends a process whose main thread has ended."""
+    if not threading.main_thread().is_alive():
+        os._exit(code)
 
 
 def _check_port(address: str) -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 
 _hits: dict[str, int] = {}
@@ -37,6 +38,7 @@ def hit(name: str, number: int | None = None) -> bool:
 
 
 def _act(name: str, action: str) -> None:
+    print(f"failpoint {name}", file=sys.stderr, flush=True)
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "term":

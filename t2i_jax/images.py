@@ -49,6 +49,12 @@ def rows(pictures, gap: int = 2):
     return out
 
 
+def enlarged(image_HWC, side: int = 512):
+    """The uint8 picture with every pixel as a square of them, its longer side at least `side`."""
+    factor = -(-side // max(image_HWC.shape[:2]))
+    return image_HWC.repeat(factor, 0).repeat(factor, 1)
+
+
 def save(path, image_HWC, metadata: dict | None = None, parameters: str | None = None) -> None:
     """Writes a uint8 picture, whole or not at all, in the format of its extension.
 

@@ -6,15 +6,12 @@ import contextlib
 import functools
 import json
 import pathlib
-import signal
-import threading
 import time
 
 import jax
 import ml_collections
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 import t2i_jax
 from t2i_jax import (
@@ -25,6 +22,8 @@ from t2i_jax import (
     failpoints,
     fingerprint,
     images,
+    interrupt,
+    logs,
     metrics,
     optim,
     owner,
@@ -39,15 +38,12 @@ from t2i_jax import (
 from t2i_jax import workdir as folder
 from t2i_jax.data import cache, loader
 
+TIMED, WARM = 50, 5  # steps that are timed for config.minutes, and those before them
 AHEAD = 2  # steps given to the devices before their results are waited for: a signal waits, too
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
 SEEDS_APART = 1_000_003  # what a rollback adds to the seed
 BEYOND_IN_A_ROW = 10  # steps beyond a limit of config.watch with which a run has diverged
-
-
-class Stop(Exception):
-    """A signal came while something between two steps was running."""
 
 
 def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) -> dict:
@@ -65,29 +61,48 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """
     errors.check_local(workdir, "--workdir")
-    run = Run(config, pathlib.Path(workdir), restart=restart)
-    with Interrupt() as interrupt:
-        run.predictor.poll = interrupt.poll
+    workdir = pathlib.Path(workdir)
+    with (
+        interrupt.Interrupt(workdir) as signals,
+        logs.told(),
+        watchdog.phase("start"),
+        errors.of_storage(workdir),
+    ):
+        try:
+            return _train(config, workdir, signals, restart)
+        except interrupt.Stop:
+            signals.leave()
+            raise interrupt.preempted(
+                signals.requested, workdir, "before the first step of this start"
+            ) from None
+
+
+def _train(config, workdir, signals, restart: bool) -> dict:
+    """As `train`, again from an earlier checkpoint where the run may go back."""
+    with signals.at_once():
+        run = Run(config, workdir, restart=restart)
         main = jax.process_index() == 0
         if main:
-            folder.make(run.workdir)
-        holder = owner.Owner(run.workdir)
+            folder.make(workdir)
+        holder = owner.Owner(workdir)
         if main:
             holder.acquire()
-        try:
-            while True:
-                try:
-                    return run.train(interrupt, holder.check if main else lambda: None, restart)
-                except errors.NonFiniteError as e:
-                    if not run.goes_back(e):
-                        raise
-                run, restart = Run(config, run.workdir), False
-                run.predictor.poll = interrupt.poll
-        except Stop:
-            raise interrupt.preempted(run.workdir, "before the first step of this start") from None
-        finally:
-            if main:
-                holder.release()
+    try:
+        signals.abandoned.append(holder.release)
+        if run.unmeasured:
+            run = run.measured(signals)
+        while True:
+            run.predictor.poll = signals.poll
+            try:
+                return run.train(signals, holder.check if main else lambda: None, restart)
+            except errors.NonFiniteError as e:
+                if not run.goes_back(e):
+                    raise
+            signals.begun = False
+            run, restart = Run(config, workdir), False
+    finally:
+        if main:
+            holder.release()
 
 
 class Run:
@@ -98,9 +113,12 @@ class Run:
     """
 
     def __init__(self, config, workdir: pathlib.Path, devices=None, restart: bool = False):
+        steps = config.steps or (0 if restart else _measured_before(config, workdir))
+        self.unmeasured = bool(config.minutes) and not steps
+        config = _with_steps(config, steps or (1000 if self.unmeasured else 0))
         check(config)
         compile_cache.enable()
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self._restart, self._prepared = config, workdir, restart, False
         self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
         self.layout.check_batch(config.batch_size, config.accumulate)
         self.predictor = pipeline.Predictor(config, layout=self.layout)
@@ -157,14 +175,10 @@ class Run:
         if config.watch:
             _check_watched(config.watch, self.trace().out_info[1])
 
-    def train(self, interrupt, guard, restart: bool) -> dict:
+    def train(self, signals, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
         config, workdir = self.config, self.workdir
-        self.load_frozen()
-        if config.cache:
-            with watchdog.phase("captions"):
-                states = self.caption_states()
-                self.batches.extra = cache.extra(workdir / cache.FOLDER, *states)
+        self._prepare(signals)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
@@ -175,7 +189,7 @@ class Run:
         if restart:
             checkpoints.set_all_aside()
             folder.forget_rollbacks(workdir)
-        with watchdog.phase("restore"):
+        with watchdog.phase("restore"), signals.at_once():
             state, start, hooked = self._first_state(checkpoints)
             hooked = hooked or distributed.as_first(metrics.evaluated(workdir, start))
         writer = metrics.Writer(
@@ -192,69 +206,135 @@ class Run:
             "t2i_jax": t2i_jax.__version__,
             "jax": jax.__version__,
         }
-        self._opened = (checkpoints, writer)
+        self._opened = (checkpoints, writer, start)
         watches = Skips(writer.before(1000)), Watch(config.watch)
-        compiled, row, saved, flying = None, {}, start, collections.deque()
-        with contextlib.closing(self.batches.iterate(start, config.steps)) as stream:
-            for n in range(start, config.steps + 1):
+        compiled, row, flying = None, {}, collections.deque()
+        n = saved = start
+        since = time.monotonic()  # the last save
+        with (
+            contextlib.closing(self.batches.iterate(start, config.steps)) as stream,
+            watchdog.phase("training"),
+            writer.bar,
+        ):
+            while True:
                 if not hooked:
                     try:
                         with watchdog.phase("hooks"):
                             failpoints.hit("hooks.before", n)
                             self.hooks.run(n, state, self.frozen, writer)
                         hooked = True
-                    except Stop:
+                    except interrupt.Stop:
                         pass
                 self.hooks.collect(writer, checkpoints)
-                last = interrupt.requested_at(n) or n == config.steps
-                if n > saved and (last or n % config.save_every == 0 or self.hooks.rates(n)):
+                last = signals.requested_at(n) or n == config.steps
+                due = n % config.save_every == 0 or self.hooks.rates(n) or self._late(n, since)
+                if n > saved and (last or due):
                     row = self._flush(writer, *watches) or row
                     with watchdog.phase("save"):
                         failpoints.hit("save.before", n)
                         done = self.hooks.collect(writer, checkpoints, before=n)
                         checkpoints.save(state, {**meta, "hooked": hooked and done})
                         failpoints.hit("save.started", n)
-                    saved = n
+                    saved, since = n, time.monotonic()
                 if last:
                     break
-                batch = next(stream)
-                failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
-                for slot, record, reason in batch.bad:
-                    first = self.batches.quarantine[record][:2] == (n, slot)
-                    _quarantine(workdir, n + 1, slot, record, reason, warn=first)
-                if failpoints.hit("batch.nan", n + 1):
-                    batch.arrays["image"] = np.full(batch.arrays["image"].shape, np.nan, "float32")
-                arrays = self.layout.place(batch.arrays)
-                if compiled is None:
-                    with watchdog.phase("compile"):
-                        compiled = _compile(self.update, state, self.frozen, arrays)
-                    writer.pause()
-                    checkpoints.begins(start)
+                try:
+                    with watchdog.phase("reading data"), signals.at_once():
+                        failpoints.hit("data.before", n + 1)
+                        batch = next(stream)
+                    failpoints.trace(workdir, jax.process_index(), _read(n + 1, batch))
+                    for slot, record, reason in batch.bad:
+                        if self.batches.quarantine[record][:2] == (n, slot):
+                            _tell_broken(n + 1, record, reason)  # once a start
+                        writer.broken(n + 1, int(slot), int(record), reason)
+                    if failpoints.hit("batch.nan", n + 1):
+                        batch.arrays["weight"][0] = np.nan  # images are bytes
+                    arrays = self.layout.place(batch.arrays)
+                    if compiled is None:
+                        with watchdog.phase("compile"):
+                            compiled = _compile(self.update, state, self.frozen, arrays, signals)
+                        writer.pause()
+                        checkpoints.begins(start)
+                except interrupt.Stop:
+                    continue  # asked to stop by now: first the state is saved
                 failpoints.hit("step.before", n + 1)
+                signals.begun = True
                 with watchdog.phase("step"), jax.transfer_guard("disallow"):
                     state, values = compiled(state, self.frozen, arrays)
                     flying.append(values)
                     if len(flying) > AHEAD or n == start:
                         jax.block_until_ready(flying.popleft())
-                hooked = False
-                writer.step(n + 1, values)
-                if n == start:
+                n, hooked = n + 1, False
+                writer.step(n, values)
+                if n == start + 1:
                     checkpoints.progressed()
                 checkpoints.poll()
-                if (n + 1) % config.log_every == 0:
+                if n % config.log_every == 0:
                     row = self._flush(writer, *watches) or row
         row = self._flush(writer, *watches) or row
         checkpoints.progressed()  # a signal before the first step is no death
         with watchdog.phase("save"):
             checkpoints.close()
-        if not interrupt.requested or n == config.steps:
+        if not signals.requested or n == config.steps:
             with watchdog.phase("hooks"):
                 self.hooks.collect(writer, checkpoints, before=n + 1)
         writer.close()
-        if interrupt.requested and n < config.steps:
-            raise interrupt.preempted(workdir, f"after step {n}")
+        if signals.requested and n < config.steps:
+            raise interrupt.preempted(signals.requested, workdir, f"after step {n}")
         logging.info("done: %d steps in %s", n, workdir)
         return row
+
+    def measured(self, signals):
+        """This start of the run with as many steps as fit into config.minutes.
+
+        Steps on the run's own data are timed, and their state is thrown away.
+        """
+        self.predictor.poll = signals.poll
+        self._prepare(signals)
+        with watchdog.phase("restore"), signals.at_once():
+            state, values = self._fresh_state(), None
+        with (
+            contextlib.closing(self.batches.iterate(0, WARM + TIMED)) as stream,
+            watchdog.phase("training"),
+            signals.at_once(),
+        ):
+            for n, batch in enumerate(stream):
+                arrays = self.layout.place(batch.arrays)
+                if n == 0:
+                    with watchdog.phase("compile"):
+                        compiled = _compile(self.update, state, self.frozen, arrays, signals)
+                if n == WARM:
+                    jax.block_until_ready(state)
+                    started = time.perf_counter()
+                before, (state, values) = values, compiled(state, self.frozen, arrays)
+                jax.block_until_ready(before)  # one step ahead of the devices
+            jax.block_until_ready(state)
+            seconds = time.perf_counter() - started
+        whole = self.config.log_every
+        steps = round(60 * self.config.minutes * TIMED / seconds / whole) * whole
+        steps = distributed.as_first(max(whole, steps))
+        logging.info(
+            "%d steps took %.1f s: training for %g minutes is %d steps",
+            *(TIMED, seconds, self.config.minutes, steps),
+        )
+        del state, compiled
+        run = Run(_with_steps(self.config, steps), self.workdir, restart=self._restart)
+        run.frozen, run._frozen_digest, run._prepared = self.frozen, self._frozen_digest, True
+        run.batches.extra = self.batches.extra
+        return run
+
+    def _prepare(self, signals) -> None:
+        """Fills the frozen nets and encodes the captions, once."""
+        if self._prepared:
+            return
+        with watchdog.phase("reading frozen nets"), signals.at_once():
+            failpoints.hit("frozen.before")
+            self.load_frozen()
+        if self.config.cache:
+            with watchdog.phase("captions"), signals.at_once():
+                states = self.caption_states()
+                self.batches.extra = cache.extra(self.workdir / cache.FOLDER, *states)
+        self._prepared = True
 
     def caption_states(self):
         """What `cache.extra` and `cache.write` ask for after the folder."""
@@ -298,7 +378,7 @@ class Run:
 
         The newest sound checkpoint's, else fresh nets, perhaps from config.init_from.
         """
-        config, key = self.config, jax.random.key(self.config.seed)
+        config = self.config
         failpoints.hit("restore.before")
         target = sharding.on(self.shapes, self._placed)
         if found := checkpoints.restore_newest(target):
@@ -307,28 +387,42 @@ class Run:
             meta = checkpoints.meta(start)
             weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digest)
             return state, start, meta["hooked"]
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
         if config.init_from:
             logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
+        else:
+            logging.info("no checkpoint in %s: starting from scratch", self.workdir)
+        return self._fresh_state(), 0, True
+
+    def _fresh_state(self):
+        """The state before the first step."""
+        config, key = self.config, jax.random.key(self.config.seed)
+        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
+        if config.init_from:
             source = weights.locate(config.init_from)
             nets, _ = weights.load_trained(source, self.shapes.nets, step=None)
         else:
-            logging.info("no checkpoint in %s: starting from scratch", self.workdir)
             family = self.predictor.objective
             nets = weights.pretrained(family, config, self.layout.nets)
             if not nets:
-                return jax.jit(self._init, out_shardings=self._placed)(key, zeros), 0, True
+                return jax.jit(self._init, out_shardings=self._placed)(key, zeros)
             logging.info("but for pretrained %s", sorted(nets))
             lacking = [name for name in family.trained if name not in nets]
             placed = self.layout.nets({name: self.shapes.nets[name] for name in lacking})
             fresh = lambda *args: {name: family.init(*args)[name] for name in lacking}
             nets |= jax.jit(fresh, out_shardings=placed)(key, zeros)
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
-        return jax.jit(begin, out_shardings=self._placed)(nets), 0, True
+        return jax.jit(begin, out_shardings=self._placed)(nets)
+
+    def _late(self, n: int, since: float) -> bool:
+        """Whether config.save_minutes have passed since the last save; alike on every process."""
+        if not self.config.save_minutes or (jax.process_count() > 1 and n % self.config.log_every):
+            return False  # asking the first process takes time
+        return distributed.as_first(time.monotonic() - since > 60 * self.config.save_minutes)
 
     def _flush(self, writer, skips, watch) -> dict:
         """Writes the rows of metrics; returns the newest."""
-        rows = writer.flush()
+        with watchdog.phase("step"):  # waits for the devices
+            rows = writer.flush()
         for row in rows:
             if skips.over(row):
                 self._give_up(row, skips)
@@ -337,16 +431,21 @@ class Run:
 
     def goes_back(self, e: errors.NonFiniteError) -> bool:
         """Whether a run that diverged may begin again at a checkpoint from before; sets later ones
-        aside.
+        aside. It never begins from scratch: where none is older, all stay.
         """
         if self._rollbacks >= self.config.rollbacks:
             return False
-        checkpoints, writer = self._opened
-        writer.close()
-        checkpoints.close()
-        step = checkpoints.set_aside_from(e.step, "diverged")
-        if step is None:
+        checkpoints, writer, start = self._opened
+        with watchdog.phase("save"):
+            writer.close()
+            checkpoints.close()
+        # Without one sound step since this start, the checkpoint it came from is at fault, too.
+        first = e.step if e.step > start + 1 else start
+        older = sum(step < first for step in checkpoints.steps())
+        if not distributed.as_first(older):
+            logging.warning("no checkpoint is older than step %d: none is set aside", first)
             return False
+        step = checkpoints.set_aside_from(first, "diverged")
         if jax.process_index() == 0:
             folder.note_rollback(self.workdir, {"step": step, "why": str(e)})
         distributed.barrier("rollback")
@@ -363,17 +462,43 @@ class Run:
                 arrays.append(f"{name}/params/{fingerprint.path_of(path)}")
         found = {"step": n, "records": records, "arrays": arrays, "skipped": skips.steps[-10:]}
         if jax.process_index() == 0:
-            images.write_whole(self.workdir / "nonfinite.json", json.dumps(found).encode())
+            try:
+                images.write_whole(self.workdir / "nonfinite.json", json.dumps(found).encode())
+            except OSError as e:
+                logging.warning("cannot write %s: %s", e.filename, e.strerror)
         e = errors.NonFiniteError(
             f"{len(skips.steps)} of the last thousand steps were not finite, the last in the "
-            f"gradient of {arrays or 'none, but in the loss'} with records "
+            f"gradient or update of {arrays or 'none, but in the loss'} with records "
             f"{records[:8]}{' …' if len(records) > 8 else ''}",
             where=f"step {n}",
-            fix="see nonfinite.json; lower the learning rate or clip the gradient "
-            "(config.optim.<net>.clip)",
+            fix=f"see nonfinite.json; {errors.NonFiniteError.ADVICE}",
         )
         e.step = min(s for s in skips.steps if s > n - SKIPS_IN_A_ROW)
         raise e
+
+
+def _with_steps(config, steps: int):
+    """The config with that many steps."""
+    if config.steps == steps:
+        return config
+    config = config.copy_and_resolve_references()
+    config.steps = steps
+    return config
+
+
+def _measured_before(config, workdir) -> int:
+    """The steps that an earlier start made of config.minutes; 0 if there was none."""
+    if not config.minutes or not (workdir / "config.json").exists():
+        return 0
+    before = weights.read_config(workdir)
+    if before.get("minutes") != config.minutes:
+        raise errors.ConfigError(
+            f"the run there is of {before.steps} steps, fixed for another time than "
+            f"{config.minutes:g} minutes",
+            where="config.minutes",
+            fix="say how many steps it is to have: --config.steps=…",
+        )
+    return before.steps
 
 
 class Skips:
@@ -448,6 +573,16 @@ def check(config) -> None:
         )
     for prompt in config.prompts:
         requests.check_prompt(prompt, "config.prompts")
+    if not 0 <= config.minutes < float("inf"):
+        raise errors.ConfigError(
+            f"minutes is {config.minutes}", where="config.minutes", fix="give a time of training"
+        )
+    if not 0 <= config.save_minutes < float("inf"):
+        raise errors.ConfigError(
+            f"save_minutes is {config.save_minutes}",
+            where="config.save_minutes",
+            fix="give minutes, or 0 for saves by steps alone",
+        )
     for name, decay in config.ema.items():
         if not 0 <= decay < 1:
             raise errors.ConfigError(
@@ -568,70 +703,24 @@ def averaged(state: step.State):
     }
 
 
-class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a request that is polled; a second Ctrl-C raises.
-
-    With several processes JAX hears SIGTERM, on whichever host it comes, and all stop after the
-    same step.
-    """
-
-    def __init__(self):
-        self.requested = ""
-        main = threading.current_thread() is threading.main_thread()
-        self._signals = (signal.SIGTERM, signal.SIGINT) if main else ()
-        self._alone = jax.process_count() == 1
-
-    def __enter__(self):
-        if self._alone:
-            self._old = {s: signal.signal(s, self._catch) for s in self._signals}
-        return self
-
-    def _catch(self, number, frame):
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self.requested:
-            logging.warning("%s: saving after this step", signal.Signals(number).name)
-        self.requested = signal.Signals(number).name
-
-    def __exit__(self, *_):
-        for number, handler in self._old.items() if self._alone else ():
-            signal.signal(number, handler)
-
-    def requested_at(self, n: int) -> bool:
-        """Whether to stop after step n; the same on every process."""
-        if not self._alone and multihost_utils.reached_preemption_sync_point(n):
-            self.requested = "SIGTERM"
-        return bool(self.requested)
-
-    def poll(self) -> None:
-        """Raises Stop if this lone process is to stop."""
-        if self.requested and self._alone:
-            raise Stop
-
-    def preempted(self, workdir, when: str):
-        return errors.Preempted(
-            f"stopped by {self.requested} {when}",
-            where=str(workdir),
-            fix="start the same command again to go on",
-        )
-
-
 def _read(n: int, batch) -> dict:
     records = [int(record) for record in batch.records]
     return {"step": n, "first_slot": int(batch.arrays["index"][0]), "records": records}
 
 
-def _compile(update, state, frozen, arrays):
+def _compile(update, state, frozen, arrays, signals):
     logging.info("compiling the first step …")
     started = time.perf_counter()
-    compiled = update.lower(state, frozen, arrays).compile()
+    lowered = update.lower(state, frozen, arrays)
+
+    def compiled():
+        failpoints.hit("compile")
+        return lowered.compile()
+
+    compiled = signals.awaited(compiled)
     logging.info("compiled in %.1f s", time.perf_counter() - started)
     return compiled
 
 
-def _quarantine(workdir, n, slot, record, reason, *, warn: bool) -> None:
-    if warn:  # the file has every time, the log the first of this start
-        logging.warning("step %d: example %d is broken and counts nothing: %s", n, record, reason)
-    with metrics.quarantine(workdir).open("a") as f:
-        row = {"step": n, "slot": int(slot), "record": int(record), "reason": reason}
-        f.write(json.dumps(row) + "\n")
+def _tell_broken(n: int, record: int, reason: str) -> None:
+    logging.warning("step %d: example %d is broken and counts nothing: %s", n, record, reason)

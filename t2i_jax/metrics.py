@@ -5,13 +5,18 @@ import json
 import math
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 
 import jax
-import tensorboardX
 import tqdm
 from absl import logging
+from tensorboardX import record_writer, summary
+from tensorboardX.proto import event_pb2
+
+from t2i_jax import errors, images, logs
 
 FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distance")
 
@@ -24,6 +29,73 @@ def falls(name: str) -> bool:
     return short.startswith(FALLING) or short.endswith("loss") or source.endswith("loss")
 
 
+class Growing:
+    """A file that grows by whole records; what a full disk refuses is kept and written later."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self._unwritten, self._told = path, [], False
+
+    def append(self, records) -> None:
+        """Adds bytes; told once where they cannot be written, and tried again at the next call."""
+        self._unwritten += records
+        if not self._unwritten:
+            return
+        size = None
+        try:
+            with self.path.open("ab") as f:
+                size = f.tell()
+                f.write(b"".join(self._unwritten))
+        except OSError as e:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            if not self._told:
+                logging.warning("cannot write %s, tried again later: %s", self.path, e.strerror)
+            self._told = True
+            return
+        self._unwritten.clear()
+        self._told = False
+
+    def close(self) -> None:
+        """Raises StorageError if records are left that could not be written."""
+        self.append([])
+        if self._unwritten:
+            raise errors.StorageError(
+                f"{len(self._unwritten)} records could not be written",
+                where=str(self.path),
+                fix="make room there; the same command then goes on from the last checkpoint",
+            )
+
+
+class Board(Growing):
+    """Events for TensorBoard; nothing of them waits in a queue or for a thread.
+
+    tensorboardX's own writer has a queue of ten and a thread: when a full disk ends the thread, the
+    eleventh event waits for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        """start: TensorBoard forgets what earlier starts wrote of this step and later ones."""
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        super().__init__(folder / name)
+        self._events = [_event(file_version="brain.Event:2")]
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.append(_event(step=start, session_log=begin))
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        self._events.append(_event(step=step, summary=summary.scalar(name, value)))
+
+    def picture(self, step: int, name: str, image_HWC) -> None:
+        """A uint8 picture."""
+        shown = summary.image(name, image_HWC, dataformats="HWC")
+        self._events.append(_event(step=step, summary=shown))
+
+    def flush(self) -> None:
+        """Writes what came since the last call."""
+        events, self._events = self._events, []
+        self.append(events)
+
+
 class Writer:
     """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
 
@@ -31,8 +103,11 @@ class Writer:
     beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
     step has exactly one row; so are evaluations, in events.jsonl, of steps after `events`. A row of
     times.jsonl is {"step": n, "seconds": …}, all that its steps took since the row before, without
-    compiling and evaluating. What a full disk refuses is kept and written later. Only process 0
-    writes.
+    compiling and evaluating. Rows of quarantine.jsonl are each process's own broken examples. What
+    a full disk refuses is kept and written later. Only process 0 writes the others.
+
+    Raises:
+      StorageError: a file cannot be written at the start, or has records left at `close`.
     """
 
     def __init__(
@@ -40,25 +115,34 @@ class Writer:
     ):
         self._workdir, self._start = workdir, start
         self._first = jax.process_index() == 0
-        if self._first:
-            for name in ("metrics", "times"):
-                _cut(workdir / f"{name}.jsonl", start)
-            _cut(workdir / "events.jsonl", events)
-            self._board = tensorboardX.SummaryWriter(str(workdir / "tb"), purge_step=start + 1)
-        _cut(quarantine(workdir), start)
-        self._unwritten: dict[str, list[str]] = {"metrics": [], "events": [], "times": []}
+        self._files, self._board = {"quarantine": Growing(quarantine(workdir))}, None
+        with errors.of_storage(workdir):
+            _cut(quarantine(workdir), start)
+            if self._first:
+                for name, last in {"metrics": start, "times": start, "events": events}.items():
+                    self._files[name] = Growing(workdir / f"{name}.jsonl")
+                    _cut(workdir / f"{name}.jsonl", last)
+                (workdir / "tb").mkdir(exist_ok=True)
+                self._board = Board(workdir / "tb", start + 1)
         self._pending: list[tuple[int, dict]] = []
         self._batch_size, self._stop = batch_size, stop
-        self._terminal = self._first and bool(sys.stderr) and sys.stderr.isatty()
-        self._bar = tqdm.tqdm(
-            total=stop, initial=start, unit="step", disable=not self._terminal, smoothing=0.05
+        notebook = _in_notebook()
+        terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self._shows_bar = self._first and (notebook or terminal)
+        self.bar = tqdm.tqdm(
+            total=stop,
+            initial=start,
+            unit="step",
+            disable=not self._shows_bar,
+            smoothing=0.05,
+            mininterval=1.0 if notebook else 0.1,  # a notebook keeps every line it was sent
         )
         self._since, self._done = time.perf_counter(), start
 
     def step(self, step: int, values) -> None:
         """Keeps one step's values, still on the device."""
         self._pending.append((step, values))
-        self._bar.update()
+        self.bar.update()
 
     def flush(self) -> list[dict]:
         """Writes and returns all kept rows; the last also goes to TensorBoard and the screen."""
@@ -78,41 +162,39 @@ class Writer:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._scalar(name, value, step)
+        self._flush_board()
 
     def picture(self, step: int, name: str, image_HWC) -> None:
         """A uint8 picture for TensorBoard."""
-        if self._first:
-            self._board.add_image(name, image_HWC, step, dataformats="HWC")
+        if self._board:
+            self._board.picture(step, name, image_HWC)
+            self._flush_board()
+
+    def broken(self, step: int, slot: int, record: int, reason: str) -> None:
+        """An example of this process that counts nothing: a row of quarantine.jsonl."""
+        row = {"step": step, "slot": slot, "record": record, "reason": reason}
+        self._append("quarantine", [row])
 
     def before(self, count: int) -> list[dict]:
         """The newest rows that earlier starts left, at most `count`."""
         return [row for row, _ in _whole(self._workdir / "metrics.jsonl", self._start)][-count:]
 
     def _append(self, name: str, rows) -> None:
-        """Appends whole lines, or none and keeps them for the next time."""
-        lines = self._unwritten[name]
-        lines += [json.dumps(row) + "\n" for row in rows]
-        if not lines or not self._first:
-            lines.clear()
-            return
-        path = self._workdir / f"{name}.jsonl"
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a") as f:
-                f.write("".join(lines))
-            lines.clear()
-        except OSError as e:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            logging.warning("%s cannot be written, kept for later: %s", path, e)
+        if name in self._files:
+            self._files[name].append(json.dumps(row).encode() + b"\n" for row in rows)
 
     def _scalar(self, name: str, value, step: int) -> None:
-        if self._first:
-            self._board.add_scalar(name, value, step)
+        if self._board:
+            self._board.scalar(step, name, value)
+
+    def _flush_board(self) -> None:
+        if self._board:
+            self._board.flush()
 
     def pause(self) -> None:
         """Leaves out of the speed what happened since the last flush, such as a compilation."""
         self._since, self._done = time.perf_counter(), self._done_or_pending()
+        self.bar.unpause()
 
     def _done_or_pending(self):
         return self._pending[-1][0] if self._pending else self._done
@@ -133,17 +215,22 @@ class Writer:
             self._scalar("images_per_second", rate * self._batch_size, row["step"])
             eta = (self._stop - row["step"]) / rate
             text += f" · {rate * self._batch_size:.0f} images/s"
-            if not self._terminal:
-                text += f" · {int(eta // 60)}:{int(eta % 60):02d} to go"
-        if self._terminal:
-            self._bar.set_postfix_str(text)
+            if self._shows_bar:
+                self.bar.set_postfix_str(text)  # it shows itself what is left to go
+            text += f" · {int(eta // 60)}:{int(eta % 60):02d} to go"
+        text = f"step {row['step']}/{self._stop} · {text}"
+        if self._shows_bar:
+            logs.note(text)
         else:
-            logging.info("step %d/%d · %s", row["step"], self._stop, text)
+            logging.info("%s", text)
+        self._flush_board()
 
     def close(self) -> None:
-        self._bar.close()
-        if self._first:
-            self._board.close()
+        """Raises StorageError if rows are left that could not be written."""
+        self.bar.close()
+        self._flush_board()
+        for file in (*self._files.values(), *([self._board] if self._board else ())):
+            file.close()
 
 
 def evaluated(workdir: pathlib.Path, step: int) -> bool:
@@ -158,20 +245,34 @@ def quarantine(workdir: pathlib.Path) -> pathlib.Path:
 
 
 def _whole(path: pathlib.Path, start: int):
-    """(row, its line) of a file's rows up to step `start`, without a half-written one."""
-    for line in path.read_text().splitlines() if path.exists() else ():
+    """(row, its line) of a file's rows up to step `start`, without broken ones, such as half of a
+    last line.
+    """
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+            kept = row["step"] <= start
+        except (ValueError, TypeError, KeyError):  # bytes that are no UTF-8, too
             continue
-        if row["step"] <= start:
-            yield row, line + "\n"
+        if kept:
+            yield row, line + b"\n"
 
 
 def _cut(path: pathlib.Path, start: int) -> None:
-    """Drops rows after step `start` and a half-written last line."""
-    if not path.exists():
-        return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line for _, line in _whole(path, start)))
-    temporary.replace(path)
+    """Drops rows after step `start` and broken ones."""
+    kept = b"".join(line for _, line in _whole(path, start))
+    if path.exists() and path.read_bytes() != kept:
+        images.write_whole(path, kept)
+
+
+def _in_notebook() -> bool:
+    """Whether this is a kernel of Jupyter, Colab or the like, whose screen is a page."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython and ipython.get_ipython(), "kernel")
+
+
+def _event(**parts) -> bytes:
+    """An event of TensorBoard as a TFRecord: its length, its bytes, and a checksum of each."""
+    event = event_pb2.Event(wall_time=time.time(), **parts).SerializeToString()
+    size, sums = struct.pack("<Q", len(event)), record_writer.masked_crc32c
+    return b"".join((size, struct.pack("<I", sums(size)), event, struct.pack("<I", sums(event))))

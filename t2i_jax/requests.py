@@ -475,7 +475,7 @@ def save(
             path = images.claim(folder, f"grid.{extension}")
             settings = _together([info for _, info in drawn]) if metadata else None
             text = _parameters_of(settings, drawn[0][0].shape[0]) if metadata else None
-            images.save(path, in_rows(drawn), settings, text)
+            images.save(path, images.enlarged(in_rows(drawn)), settings, text)
             paths.append(path)
     return paths
 

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from t2i_jax import errors, optim, sharding
 from t2i_jax.objective import Aux, Objective
 
-FAULTY = "nonfinite_array"  # a net's metric: the number of the gradient's first faulty array
+FAULTY = "nonfinite_array"  # a net's metric: the number of its first faulty array
 
 
 class State(NamedTuple):
@@ -52,9 +52,10 @@ def make_update(
     """`update(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
-    fold_in(fold_in(seed, step), loss number). A step in which any loss or gradient is not finite
-    changes nothing but the step number and `skipped`; metrics say so, and "<net>/nonfinite_array"
-    says which array of a net's gradient was the first, in the order of its leaves (−1: none).
+    fold_in(fold_in(seed, step), loss number). A step in which any loss, gradient, updated
+    parameter or collection is not finite changes nothing but the step number and `skipped`; metrics
+    say so, and "<net>/nonfinite_array" says which array of a net was the first, in the order of its
+    leaves (−1: none): of its gradient, or of its updated parameters where the gradient is finite.
 
     `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
     the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples
@@ -78,16 +79,23 @@ def make_update(
             )
             for name, changed in aux.mutated.items():
                 nets[name] = {**nets[name], **changed}
+                for leaf in jax.tree.leaves(changed):
+                    finite &= jnp.isfinite(leaf).all()
             for name in loss.nets:
                 squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[name])]
                 norm = jnp.sqrt(sum(squares))
                 finite &= jnp.isfinite(norm) & jnp.isfinite(value)
-                metrics[f"{name}/{FAULTY}"] = _first(~jnp.isfinite(jnp.stack(squares)))
                 params = nets[name]["params"]
                 updates, opt[name] = optimisers[name].update(
                     layout.scatter(name, grads[name]), opt[name], params, state.step
                 )
-                nets[name] = {**nets[name], "params": optax.apply_updates(params, updates)}
+                params = optax.apply_updates(params, updates)
+                nets[name] = {**nets[name], "params": params}
+                # An optimiser can make infinite updates of finite gradients.
+                sound_N = _finite(params)
+                finite &= sound_N.all()
+                first = _first(~jnp.isfinite(jnp.stack(squares)))
+                metrics[f"{name}/{FAULTY}"] = jnp.where(first >= 0, first, _first(~sound_N))
                 metrics[f"{name}/grad_norm"] = norm
                 metrics[f"{name}/learning_rate"] = optimisers[name].learning_rate(state.step)
             metrics |= {f"{loss.nets[0]}/{k}": v for k, v in {"loss": value, **aux.metrics}.items()}
@@ -167,6 +175,11 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
         (value, aux), grads = value_and_grad(nets, batch, layout.gather)
         return value, aux, grads
     return value, Aux(metrics, mutated), grads
+
+
+def _finite(tree):
+    """For each array whether all its values are finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
 
 
 def _first(found_N):

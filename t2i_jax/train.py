@@ -1,5 +1,10 @@
 """Trains a model.   python train.py --config=configs/shapes_flow.py --workdir=runs/flow"""
 
+from t2i_jax import interrupt
+
+if __name__ == "__main__":
+    interrupt.listen()  # the other imports take seconds in which a signal can come
+
 from absl import flags
 from ml_collections import config_flags
 

@@ -120,6 +120,7 @@ def check_regular(path: pathlib.Path) -> None:
 def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
+    younger |= {"minutes": 0.0, "save_minutes": 0.0}
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
     return ml_collections.ConfigDict(values)

@@ -2,22 +2,20 @@
 
 import contextlib
 import json
-import logging as std_logging
 import os
 import pathlib
 import platform
 
 import jax
-from absl import logging
 
 import t2i_jax
-from t2i_jax import checkpoint, errors, images, weights
+from t2i_jax import checkpoint, errors, images, logs, weights
 from t2i_jax.text import words
 
 FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
-    *("watch", "rollbacks"),
+    *("watch", "rollbacks", "save_minutes", "minutes"),
 )
 ROLLBACKS = "rollbacks.jsonl"
 WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
@@ -44,23 +42,12 @@ def describe(path: pathlib.Path, config, source) -> None:
         "devices": [str(d) for d in jax.devices()],
         "cores": cores(),
     }
-    try:
+    with errors.of_storage(path):
         images.write_whole(path / "config.json", weights.to_json(config).encode())
         images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
         if not (path / words.FILE).exists() and (known := known_words(config, source)):
             words.write(path, known)
-        handler = std_logging.FileHandler(path / "log.txt")
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write there: {e.strerror}", where=str(path), fix="make room there"
-        ) from e
-    handler.setFormatter(std_logging.Formatter("%(asctime)s %(message)s"))
-    handler.addFilter(lambda record: "orbax" not in record.pathname)
-    logger = logging.get_absl_logger()
-    for old in [h for h in logger.handlers if isinstance(h, std_logging.FileHandler)]:
-        logger.removeHandler(old)
-        old.close()
-    logger.addHandler(handler)
+        logs.open(path / "log.txt")
 
 
 def known_words(config, source) -> set[str] | None:

@@ -190,3 +190,12 @@ def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(errors.ConfigError, match="UTF-8"):
         requests.read_file(tmp_path / "p.txt", DEFAULT)
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((134, 134), 4), ((66, 512), 1), ((700, 9), 1)])
+def test_small_pictures_are_enlarged_by_whole_pixels(shape, factor):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    found = images.enlarged(image)
+    assert found.shape == (shape[0] * factor, shape[1] * factor, 3)
+    np.testing.assert_array_equal(found[::factor, ::factor], image)
+    np.testing.assert_array_equal(found[factor - 1 :: factor, factor - 1 :: factor], image)

@@ -243,6 +243,28 @@ def test_a_key_that_nobody_reads_does_not_exist():
         assert f"config.{key}" in text or f'"{key}"' in text, key
 
 
+def test_minutes_become_steps_before_the_first_and_stay_what_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "TIMED", 3)
+    small = shapes_transformer.get_config("debug").model
+    plain = dict(prompts=(), model=small, save_every=5, log_every=2)
+    loop.train(config(steps=0, minutes=1e-9, **plain), tmp_path / "timed")
+    assert json.loads((tmp_path / "timed" / "config.json").read_text())["steps"] == 2
+    loop.train(config(steps=2, **plain), tmp_path / "told")
+    assert rows(tmp_path / "timed") == rows(tmp_path / "told")  # the timed steps left no trace
+    assert loop.train(config(steps=0, minutes=1e-9, **plain), tmp_path / "timed") == {}
+    with pytest.raises(errors.ConfigError, match="is of 2 steps, fixed for another time"):
+        loop.train(config(steps=0, minutes=1.0, **plain), tmp_path / "timed")
+    loop.train(config(steps=3, minutes=1.0, **plain), tmp_path / "timed")
+    assert len(rows(tmp_path / "timed")) == 3
+
+
+@pytest.mark.parametrize("changes", [{"minutes": -1.0}, {"save_minutes": float("nan")}])
+def test_times_are_finite(tmp_path, changes):
+    with pytest.raises(errors.ConfigError, match="minutes is"):
+        loop.train(config(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 # --- runs that diverge ----------------------------------------------------------------------------
 
 
@@ -256,6 +278,11 @@ def test_a_run_that_goes_beyond_a_limit_stops_with_the_reason(tmp_path):
         loop.train(watched, tmp_path)
     assert caught.value.step == 1
     assert caught.value.where == f"step {loop.BEYOND_IN_A_ROW}"
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").glob("[0-9]*"))
+    assert saved
+    with pytest.raises(errors.DivergedError):  # nothing is older: it does not begin again
+        loop.train(diverging(watch={"model/grad_norm": 1e-6}, rollbacks=3), tmp_path)
+    assert set(saved) <= {p.name for p in (tmp_path / "checkpoints").iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,29 @@ def test_a_step_that_is_not_finite_changes_nothing_but_its_number():
     )
 
 
+def test_infinite_updates_of_finite_gradients_change_nothing():
+    state, frozen, update = setup(toys.regression(grow=100.0), rate=3e38, ema={"model": 0.9})
+    after, metrics = update(state, frozen, toys.batch())
+    assert np.isfinite(metrics["model/grad_norm"])
+    assert metrics["model/nonfinite_array"] == 0
+    assert (after.step, after.skipped) == (1, 1)
+    equal(after._replace(step=0, skipped=0), state._replace(step=0, skipped=0), rtol=0)
+
+
+def test_a_collection_that_is_not_finite_changes_nothing():
+    plain = toys.codebook()
+
+    def poisoned(*args):
+        value, aux = plain.losses[0].fn(*args)
+        return value, aux._replace(mutated={"encoder": {"state": {"mean": jnp.full(3, jnp.inf)}}})
+
+    objective = plain._replace(losses=(Loss(("encoder", "decoder"), poisoned),))
+    state, frozen, update = setup(objective)
+    after, metrics = update(state, frozen, toys.batch())
+    assert metrics["skipped"] == 1
+    equal(after.nets, state.nets, rtol=0)
+
+
 def test_the_average_of_a_constant_is_the_constant_and_warms_up():
     state, frozen, update = setup(toys.regression(grow=0.0), ema={"model": 0.999})
     after, _ = update(state, frozen, toys.batch())

@@ -54,12 +54,26 @@ BREAKS = (
     # G5: what is not finite reaches neither weights nor disk.
     Break("N1", "step.py", "jnp.where(finite, a, b)", "a"),
     Break("N2", "loop.py", "if skips.over(row):", "if False:"),
+    Break("N6", "loop.py", "if not distributed.as_first(older):", "if False:"),
+    Break("N7", "errors.py", "the checkpoints hold finite values", "the last checkpoint is sound"),
     Break("N3", "checkpoint.py", "        if bad:\n", "        if False:\n"),
     # G6: a signal is heard in every phase.
-    Break("P4", "loop.py", "return bool(self.requested)", "return False"),
-    Break("P5", "loop.py", "multihost_utils.reached_preemption_sync_point(n)", "False"),
+    Break("P4", "interrupt.py", "return bool(self.requested)", "return False"),
+    Break("P5", "interrupt.py", "multihost_utils.reached_preemption_sync_point(n)", "False"),
+    Break("P13", "interrupt.py", "training is None or training.idle", "False"),
+    Break(
+        "P14",
+        "interrupt.py",
+        "self._at_once = self._at_once, self._alone",
+        "self._at_once = False, False",
+    ),
     # G7: nothing waits for ever.
     Break("P9", "watchdog.py", "if time.monotonic() > deadline:", "if False:"),
+    Break("P9", "distributed.py", "    _watch_others(heartbeat_timeout)\n", ""),
+    Break("P15", "loop.py", 'with watchdog.phase("reading data"), ', "with "),
+    Break("P16", "loop.py", " or self._late(n, since)", ""),
+    Break("B5", "metrics.py", "            self._told = True\n", ""),
+    Break("B6", "errors.py", "if e.errno not in OF_DISKS:", "if True:"),
     # G8: one writer, who looks before each commit whether it still is.
     Break("C11", "owner.py", "if found is None or self._dead(found) or", "if True or"),
     Break(

@@ -500,6 +500,56 @@ def c2(lab):
         lab.finish(disk / "run")
 
 
+@row("B5", "the disk fills between two saves: told once, training goes on; SIGTERM is heard")
+def b5(lab):
+    with small_disk(lab, 12) as disk:
+        if disk is None:
+            return "skipped: mounting is not allowed here"
+        folder = disk / "run"
+        rare = ("--config.save_every=1000", "--config.steps=90")
+        slow = "step.before:5=sleep2,step.before:80=sleep4"
+        for room in (True, False):
+            process = lab.start(folder, *rare, failpoint=slow)
+            lab.wait_for(process, "step 4/")
+            fill(disk, leave=0)
+            lab.wait_for(process, "step 79/")
+            told = [line for line in lab.log(process).splitlines() if "cannot write" in line]
+            assert any("metrics.jsonl" in line for line in told), told
+            assert any("tfevents" in line for line in told), told
+            paths = [line.partition("cannot write ")[2].partition(",")[0] for line in told]
+            assert len(paths) == len(set(paths)), told  # each once
+            if room:
+                (disk / "filler").unlink()
+            process.send_signal(signal.SIGTERM)
+            ended = lab.end(process)
+            if room:
+                assert_error(ended, 75)
+                kept = steps(folder)[-1]
+                assert [r["step"] for r in rows(folder)] == list(range(1, kept + 1))
+                shutil.rmtree(folder)
+        assert_error(ended, 74, "cannot be written", str(disk), noise=True)
+
+
+@row("B6", "a full disk at a start, for samples or for the best: exit 74 with the path", long=True)
+def b6(lab):
+    with small_disk(lab, 12) as disk:
+        if disk is None:
+            return "skipped: mounting is not allowed here"
+        folder = disk / "run"
+        assert lab.run(folder, "--config.steps=8").code == 0
+        fill(disk, leave=0)
+        ended = lab.run(folder)
+        assert_error(ended, 74, str(folder), "No space left")
+        assert_error(lab.run(disk / "other"), 74, str(disk / "other"))
+        (disk / "filler").unlink()
+        drawn = ("--config.sample_every=9", "--config.prompts=('a red circle',)")
+        process = lab.start(folder, *drawn, failpoint="hooks.before:9=sleep2")
+        lab.wait_for(process, "step 9/")
+        fill(disk, leave=0)
+        assert_error(lab.end(process), 74, str(folder / "samples"), noise=True)
+    assert_error(lab.run(lab.folder() / ("n" * 300)), 74, "File name too long", "nnn")
+
+
 @row("C3", "a workdir that cannot be written: exit 74 before anything is compiled")
 def c3(lab):
     with small_disk(lab, 1) as disk:

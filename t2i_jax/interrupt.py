@@ -1,0 +1,163 @@
+"""SIGTERM and Ctrl-C, heard from a program's first line to its last.   No heavy import here."""
+
+import contextlib
+import os
+import signal
+import threading
+
+from t2i_jax import errors
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LEAVING = 5.0  # seconds for leaving the workdir in order, such as without a lock
+
+_training = None  # the Interrupt that is entered
+
+
+class Stop(BaseException):
+    """A signal came while something that may be abandoned was running."""
+
+
+def listen() -> None:
+    """From now on a signal ends this process at once, with exit code 75, while nothing is lost.
+
+    That is before a training's first step and outside of one. A thread hears the signal, because
+    the main one may be compiling or importing for minutes. An end at such a moment is as a kill,
+    from which every start goes on. For the main thread of a program of our own.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=_deaf)  # a child's signals are not ours
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and "&" want it
+            signal.signal(number, lambda *_: None)
+    threading.Thread(target=_hear, args=(reader,), daemon=True, name="signals").start()
+
+
+def _deaf() -> None:
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        with contextlib.suppress(ValueError):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _hear(reader: int) -> None:
+    while True:
+        for number in os.read(reader, 64):
+            training = _training
+            if number in SIGNALS and (training is None or training.idle):
+                where = training.workdir if training else "the start"
+                e = preempted(signal.Signals(number).name, where, "before the first step")
+                limit = threading.Timer(LEAVING, os._exit, (e.exit_code,))
+                limit.daemon = True
+                limit.start()
+                _tell(f"t2i_jax: {e}")
+                if training:
+                    training.leave()
+                os._exit(e.exit_code)
+
+
+def _tell(text: str) -> None:
+    """To the screen, also where a signal has struck within a print."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def preempted(name: str, where, when: str) -> errors.Preempted:
+    return errors.Preempted(
+        f"stopped by {name} {when}", where=str(where), fix="start the same command again to go on"
+    )
+
+
+class Interrupt:
+    """Turns SIGTERM and Ctrl-C into a request that is polled; a second Ctrl-C raises.
+
+    With several processes JAX hears SIGTERM, on whichever host it comes, and all stop after the
+    same step; Ctrl-C is a SIGTERM there. Outside of the main thread no signal is heard.
+
+    Attributes:
+      requested: the signal's name, or "".
+      begun: whether something was trained that a sudden end would lose.
+      abandoned: what `leave` calls before an end at which nothing is saved.
+    """
+
+    def __init__(self, workdir):
+        import jax
+
+        self.requested, self.workdir, self.begun, self.abandoned = "", workdir, False, []
+        self._alone = not jax.distributed.is_initialized()
+        self._at_once, self._old = False, {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether a sudden end of this process loses nothing."""
+        return self._alone and not self.begun
+
+    def __enter__(self):
+        global _training
+        if threading.current_thread() is threading.main_thread():
+            numbers = SIGNALS if self._alone else (signal.SIGINT,)
+            numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
+            self._old = {n: signal.signal(n, self._catch) for n in numbers}
+            _training = self
+        return self
+
+    def __exit__(self, *_):
+        global _training
+        _training = None
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number, frame):
+        before, self.requested = self.requested, signal.Signals(number).name
+        if before and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._alone:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self._at_once:
+            raise Stop
+        if not before:
+            _tell(f"{self.requested}: saving after this step")
+
+    def leave(self) -> None:
+        """Leaves the workdir in order, as far as that is possible."""
+        for fn in self.abandoned:
+            with contextlib.suppress(Exception):  # a kill would leave more behind
+                fn()
+
+    def requested_at(self, n: int) -> bool:
+        """Whether to stop after step n; the same on every process."""
+        from jax.experimental import multihost_utils
+
+        if self._alone:
+            return bool(self.requested)
+        if multihost_utils.reached_preemption_sync_point(n):
+            self.requested = "SIGTERM"
+            return True
+        return False
+
+    def poll(self) -> None:
+        """Raises Stop if this lone process is to stop."""
+        if self.requested and self._alone:
+            raise Stop
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """A signal within the body raises Stop there: for a wait that changes nothing."""
+        self.poll()
+        before, self._at_once = self._at_once, self._alone
+        try:
+            yield
+        finally:
+            self._at_once = before
+
+    def awaited(self, fn):
+        """`fn()` of a thread; a signal raises Stop here, and the thread goes on to its end."""
+        import concurrent.futures
+
+        thread = concurrent.futures.ThreadPoolExecutor(1, "abandoned")
+        future = thread.submit(fn)
+        thread.shutdown(wait=False)
+        with self.at_once():
+            return future.result()
