@@ -34,7 +34,7 @@ BREAKS = (
         'opt, skipped = jax.tree.map(jnp.zeros_like, found["opt"]["opt"]),',
     ),
     Break("P4", "checkpoint.py", "jnp.int32(step), target", "jnp.int32(step - 1), target"),
-    Break("B1", "metrics.py", 'if row["step"] <= start:', "if True:"),
+    Break("B1", "metrics.py", 'kept = row["step"] <= start', "kept = True"),
     # G2, G3: examples and noise belong to a slot of the global batch.
     Break("T2", "data/loader.py", "int(step) * self._batch_size + slot", "int(step) * 4 + slot"),
     Break(
