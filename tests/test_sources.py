@@ -113,7 +113,7 @@ def test_a_line_says_what_there_is_and_what_is_used(pictures, caplog):
         (pictures / name).write_text("…")
     os.symlink("nothing.png", pictures / "gone.png")
     os.symlink("loop.png", pictures / "loop.png")
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         folder.make(pictures)
     assert (
         "4 pictures, 3 of them used, with 3 captions; 1 without caption; "
@@ -158,7 +158,7 @@ def test_names_of_any_letters_are_met(tmp_path, caplog):
         with open(os.fsencode(tmp_path / "x")[:-1] + broken + suffix, "wb") as f:
             f.write(data)
     write_jsonl(tmp_path / "Metadata.JSONL", row(unicodedata.normalize("NFC", "café.png"), "red"))
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="absl"):
         source = folder.make(tmp_path)
     assert sorted(source.captions()) == ["all blue", "red"]
     assert r"bad\xff.txt" in caplog.text

@@ -102,4 +102,4 @@ def test_a_run_keeps_its_words_and_its_pipeline_tells_others_once(run, caplog, m
     assert "'dragon'" not in told[1]
     pipe.words = None
     pipe("a wizard")
-    assert len(caplog.records) == len(told)
+    assert "wizard" not in caplog.text
