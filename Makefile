@@ -61,8 +61,11 @@ bench: parity
 
 # Writes the newest versions into requirements/; lint, tests and bench-check say whether they hold.
 pins:
+	rm -rf .venv-newest
 	$(MAKE) parity VENV=.venv-newest PINS=/dev/null
-	.venv-newest/bin/python -m pip freeze --requirement $(PINS) | sed '/^## /,$$d; s/+cpu$$//' > $(PINS)-new
+	.venv-newest/bin/python -m pip freeze --requirement $(PINS) > $(PINS)-all
+	sed '/^## /,$$d; s/+cpu$$//' $(PINS)-all > $(PINS)-new
+	rm $(PINS)-all
 	mv $(PINS)-new $(PINS)
 
 clean:

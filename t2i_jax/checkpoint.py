@@ -278,7 +278,8 @@ class Checkpoints:
             raise errors.DataError(
                 f"{len(names)} arrays of the checkpoint are not the run's: " + "; ".join(lines),
                 where=str(self._folder / str(step)),
-                fix="use the config it was saved with, or a new --workdir",
+                fix="use the config and the version of t2i_jax (env.txt) it was saved with, or a "
+                "new --workdir with --config.init_from=<this run>",
             )
         args = {
             name: ocp.args.PyTreeRestore(

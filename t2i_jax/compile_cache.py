@@ -55,7 +55,7 @@ def enable() -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
-    # Of an entry that another build of the same version left: it is compiled again.
+    # JAX warns of an entry that another build of the same version left, and compiles it again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
 
 
@@ -67,8 +67,14 @@ def own_folder(name: str) -> pathlib.Path:
     """
     path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
-    path = path / "t2i_jax" / name
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for folder in (path / "t2i_jax", path / "t2i_jax" / name):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_own(folder)
+    return folder
+
+
+def _check_own(path: pathlib.Path) -> None:
+    """Raises OSError unless the folder is this user's, and no one else may write there."""
     seen = path.lstat()
     if not stat.S_ISDIR(seen.st_mode):
         raise OSError(f"{path} is a link or no folder")
@@ -76,7 +82,6 @@ def own_folder(name: str) -> pathlib.Path:
         raise OSError(f"{path} belongs to another user")
     if os.name == "posix" and seen.st_mode & 0o022:
         raise OSError(f"others may write to {path} (chmod 700 mends it)")
-    return path
 
 
 class Folder:

@@ -153,7 +153,12 @@ def _watch_others(limit: float) -> None:
             time.sleep(min(1.0, limit / 10))
 
     def watch():
+        last = time.monotonic()
         while not over.wait(0.2):
+            now = time.monotonic()
+            if now - last > limit / 2:  # this process itself stood still: nobody could be heard
+                since.update(dict.fromkeys(since, now))
+            last = now
             silent = [i for i in since if i != me and time.monotonic() - since[i] > limit]
             # When process 0 is silent, nobody can be heard.
             for i in silent[:1]:

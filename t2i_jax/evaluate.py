@@ -10,6 +10,7 @@ of the run's config. --captions=FILE writes the protocol's captions, for other s
 """
 
 import datetime
+import inspect
 import json
 import math
 import pathlib
@@ -187,13 +188,21 @@ def _by_evaluators() -> dict:
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
         asked = {"batch_size": BATCH_SIZE.value, **own, **given}
-        if DATA.value:
+        if DATA.value and _takes_data(name):
             asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
         asked = pipe.predictor.evaluator_options(name, asked)
         found = pipe.evaluate(name, **asked)
         result |= {f"{name}/{k}": v for k, v in found.items()}
         result[f"{name}/options"] = asked
     return {**result, **_circumstances(started)}
+
+
+def _takes_data(name: str) -> bool:
+    """Whether an evaluator judges on data; if none of those asked for does, each is told."""
+    from t2i_jax import plugins
+
+    takes = lambda one: "data" in inspect.signature(plugins.load("evaluators", one).make).parameters
+    return takes(name) or not any(takes(one) for one in EVALUATORS.value)
 
 
 def _pipeline(**options):

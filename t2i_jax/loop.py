@@ -102,6 +102,7 @@ def _train(config, workdir, signals, restart: bool) -> dict:
             run, restart = Run(config, workdir), False
     finally:
         if main:
+            run.settle()  # its save ends under our lock
             holder.release()
 
 
@@ -119,6 +120,7 @@ class Run:
         check(config)
         compile_cache.enable()
         self.config, self.workdir, self._restart, self._prepared = config, workdir, restart, False
+        self._opened = None  # once it trains: checkpoints, writer, first step
         self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
         self.layout.check_batch(config.batch_size, config.accumulate)
         self.predictor = pipeline.Predictor(config, layout=self.layout)
@@ -419,6 +421,15 @@ class Run:
             return False  # asking the first process takes time
         return distributed.as_first(time.monotonic() - since > 60 * self.config.save_minutes)
 
+    def settle(self) -> None:
+        """Waits for a save that an error has overtaken; what fails there has been told.
+
+        With several processes it does not wait, as the others may be dead.
+        """
+        if self._opened and jax.process_count() == 1:
+            with contextlib.suppress(Exception), watchdog.phase("save"):
+                self._opened[0].wait()
+
     def _flush(self, writer, skips, watch) -> dict:
         """Writes the rows of metrics; returns the newest."""
         with watchdog.phase("step"):  # waits for the devices
@@ -440,7 +451,7 @@ class Run:
             writer.close()
             checkpoints.close()
         # Without one sound step since this start, the checkpoint it came from is at fault, too.
-        first = e.step if e.step > start + 1 else start
+        first = e.step if e.step > start + 1 else min(e.step, start)
         older = sum(step < first for step in checkpoints.steps())
         if not distributed.as_first(older):
             logging.warning("no checkpoint is older than step %d: none is set aside", first)
@@ -488,9 +499,9 @@ def _with_steps(config, steps: int):
 
 def _measured_before(config, workdir) -> int:
     """The steps that an earlier start made of config.minutes; 0 if there was none."""
-    if not config.minutes or not (workdir / "config.json").exists():
+    before = folder.config_before(workdir) if config.minutes else None
+    if not before:
         return 0
-    before = weights.read_config(workdir)
     if before.get("minutes") != config.minutes:
         raise errors.ConfigError(
             f"the run there is of {before.steps} steps, fixed for another time than "
@@ -665,9 +676,9 @@ class Hooks:
             found = job.result()
             shown = (f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
             logging.info("step %d · %s", n, " ".join(shown))
-            writer.event(n, found)
-            if self._config.best:
+            if self._config.best:  # first, for what has its event is not evaluated again
                 self._rate(n, found, checkpoints)
+            writer.event(n, found)
         return not self._jobs
 
     def _due(self, n: int, every: int) -> bool:

@@ -115,6 +115,12 @@ class Predictor:
             started = time.perf_counter()
             _say(f"compiling for {count} {'picture' if count == 1 else 'pictures'} at once …")
         pictures = jax.device_get(self.run(name, nets, batch, seed=seed, **options))
+        if not np.isfinite(pictures).all():
+            raise errors.DataError(
+                "the pictures hold values that are not finite",
+                where=f"{name} with {self.check(name, **options)}",
+                fix="choose options nearer to the defaults, or a model that was trained well",
+            )
         if started is not None:
             _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
         return pictures
@@ -171,7 +177,8 @@ class Predictor:
         seed_B = np.broadcast_to(np.asarray(seed), n)
         for one in seed_B.tolist():
             requests.check_seed(one, "--seed")
-        negatives = [negative_prompt or ""] * n if _is_one(negative_prompt) else negative_prompt
+        negatives = [negative_prompt] * n if _is_one(negative_prompt) else negative_prompt
+        negatives = [text or "" for text in negatives]
         if any(negatives):
             self.check_negative(settings)
         size = min(batch_size or self.config.batch_size, _padded(n))
@@ -191,12 +198,6 @@ class Predictor:
                 batch["negative_text"] = negative_BL[rows]
                 batch["negative_mask"] = negative_mask_BL[rows]
             pictures = self._draw("sample", nets, batch, seed=seed_B[rows], **options)
-            if not np.isfinite(pictures).all():
-                raise errors.DataError(
-                    "the pictures hold values that are not finite",
-                    where=f"sample with {settings}",
-                    fix="choose options nearer to the defaults, or a model that was trained well",
-                )
             out.append(images.to_uint8(pictures)[: n - start])
         return np.concatenate(out)
 

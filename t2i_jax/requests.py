@@ -18,6 +18,7 @@ PROMPT_LIMIT = 10_000  # characters
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 COUNT_LIMIT = 100_000
 SEED_LIMIT = 2**32
+INDEX_LIMIT = 2**31  # pictures under one seed
 ALIASES = {  # what diffusers calls it -> what it is called here
     "num_images_per_prompt": "num_images",
     "num_inference_steps": "steps",
@@ -266,6 +267,16 @@ def from_picture(path) -> Recorded:
             fix="give a picture that sample.py wrote with --metadata",
         )
     requests = [check(_request(row), str(path)) for row in rows]
+    last = max(r.first + r.count for r in requests)
+    if (
+        min(r.first for r in requests) < 0
+        or max(last, sum(r.count for r in requests)) > INDEX_LIMIT
+    ):
+        raise errors.DataError(
+            "the picture's number, or how many there are, is out of bounds",
+            where=str(path),
+            fix="give a picture that sample.py wrote",
+        )
     step = step if isinstance(step, int) else None
     return Recorded(requests, found["model"], step, "pictures" in found and not frames, frames)
 

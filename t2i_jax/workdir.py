@@ -147,6 +147,15 @@ def _config_before(path: pathlib.Path, saved: dict):
     return weights.config_of(saved["config"])
 
 
+def config_before(path: pathlib.Path):
+    """The config of the run there, or None if no run is there."""
+    if (path / "checkpoints").is_dir():
+        saved = _newest_meta(checkpoint.Checkpoints(path, create=False))
+        if saved or (path / "config.json").exists():
+            return _config_before(path, saved)
+    return weights.read_config(path) if (path / "config.json").exists() else None
+
+
 def _newest_meta(checkpoints) -> dict:
     """What the newest sound checkpoint was saved with; {} if there is none."""
     for step in reversed(checkpoints.steps()):

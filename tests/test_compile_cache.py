@@ -134,6 +134,11 @@ def _writable(path):
     path.chmod(0o770)
 
 
+def _writable_above(path):
+    path.mkdir(parents=True, mode=0o700)
+    path.parent.chmod(0o770)
+
+
 def _link(path):
     path.parent.mkdir(parents=True)
     (path.parent / "elsewhere").mkdir(mode=0o700)
@@ -153,7 +158,7 @@ def _foreign(path):
         pytest.skip("only root can give a folder away")
 
 
-@pytest.mark.parametrize("spoil", [_writable, _link, _file, _foreign])
+@pytest.mark.parametrize("spoil", [_writable, _writable_above, _link, _file, _foreign])
 def test_a_folder_that_others_could_write_to_is_told_and_not_used(
     no_cache, monkeypatch, tmp_path, spoil
 ):

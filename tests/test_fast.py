@@ -141,6 +141,7 @@ def test_rows_are_cut_and_padded_as_transformers_does(pair):
         dict(unk_token="[MASK]"),
         dict(additional_special_tokens=["<new>"]),
         dict(split_special_tokens=True),
+        dict(add_bos_token=True),
         dict(tokenizer_class="XLNetTokenizer"),
     ],
 )
@@ -173,6 +174,10 @@ def grown(steps):
 
 HOSTILE = {
     "a growing normalizer": (grown(12), "times longer"),
+    "a text of bytes of bytes": (
+        dict(normalizer=dict(type="Sequence", normalizers=[dict(type="ByteLevel")] * 12)),
+        "times longer",
+    ),
     "a regular expression": (
         dict(pre_tokenizer=dict(type="Split", pattern={"Regex": "(a+)+$"}, behavior="Isolated")),
         "may take for ever",

@@ -112,6 +112,13 @@ def test_a_picture_without_our_settings_says_so(tmp_path, settings):
         requests.from_picture(tmp_path / "a.png")
 
 
+@pytest.mark.parametrize("index", [-1, 2**31, 2**40, 2**70])
+def test_a_picture_of_a_number_that_cannot_be_says_so(tmp_path, index):
+    images.save(tmp_path / "a.png", picture(), metadata(index=index))
+    with pytest.raises(errors.DataError, match="out of bounds"):
+        requests.from_picture(tmp_path / "a.png")
+
+
 def test_what_is_no_picture_says_so(tmp_path):
     (tmp_path / "a.png").write_text("<html>")
     with pytest.raises(errors.DataError, match="cannot read it"):

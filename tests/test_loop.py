@@ -328,3 +328,12 @@ def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
     with pytest.raises(errors.NonFiniteError):  # again, for it forgets that it went back
         loop.train(diverging(steps=22), tmp_path, restart=True)
     assert not folder.rollbacks(tmp_path)
+
+
+def test_an_error_waits_for_the_save_that_it_overtakes(tmp_path, monkeypatch):
+    """A checkpoint is whole only once its manifest is written, under the run's own lock."""
+    monkeypatch.setenv("T2I_ENABLE_FAILPOINTS", "1")
+    monkeypatch.setenv("T2I_FAILPOINT", "manifest.before=sleep2,data.before:3=raise")
+    with pytest.raises(RuntimeError, match=r"data\.before"):
+        loop.train(config(save_every=2, sample_every=0), tmp_path)
+    assert (tmp_path / "checkpoints/2/manifest.json").exists()

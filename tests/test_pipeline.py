@@ -146,6 +146,7 @@ def test_a_list_of_seeds_draws_each_picture_as_if_alone(pipe):
 
 def test_few_programs_draw_any_number_of_pictures_all_the_same(pipe):
     whole = pipe([CAPTIONS[0]] * 8, seed=5, steps=2).astype(int)
+    pipe([CAPTIONS[0]] * 2, seed=5, steps=2)
     programs = len(pipe.predictor._announced)
     for n in (5, 6, 7):
         assert np.abs(pipe(CAPTIONS[0], num_images=n, seed=5, steps=2) - whole[:n]).max() <= 1
@@ -191,6 +192,10 @@ def test_negative_prompts_are_one_for_all_or_one_for_each(pipe, batches):
     np.testing.assert_array_equal(all_alike["negative_text"], tokens.text_BL[[0, 0]])
     np.testing.assert_array_equal(each["negative_text"], tokens.text_BL)
     assert all("negative_text" not in batch for batch in without)
+    pipe(CAPTIONS, negative_prompt=["blue", None])
+    some, _ = batches[-1]
+    np.testing.assert_array_equal(some["negative_text"][0], tokens.text_BL[0])
+    assert not some["negative_mask"][1].any()
 
 
 def test_it_says_when_it_compiles(pipe, batches, capsys):
@@ -249,6 +254,11 @@ def test_pictures_that_are_not_finite_are_an_error(pipe, monkeypatch):
     monkeypatch.setattr(pipe.predictor, "run", broken)
     with pytest.raises(errors.DataError, match="not finite"):
         pipe(CAPTIONS, steps=2)
+
+
+def test_a_shift_of_zero_draws_nothing(pipe):
+    with pytest.raises(errors.DataError, match="not finite"):
+        pipe(CAPTIONS, shift=0.0, steps=2)
 
 
 def test_evaluate_writes_a_protocols_captions(tmp_path):

@@ -103,3 +103,10 @@ def test_a_run_keeps_its_words_and_its_pipeline_tells_others_once(run, caplog, m
     pipe.words = None
     pipe("a wizard")
     assert "wizard" not in caplog.text
+
+
+def test_of_very_many_unknown_words_a_few_are_named():
+    text = words.message([f"word{i}" for i in range(2000)], ["red"])
+    assert "'word7'" in text
+    assert "'word8'" not in text
+    assert "and 1992 more" in text

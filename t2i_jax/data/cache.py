@@ -2,10 +2,9 @@
 
 python -m t2i_jax.data.cache --config=configs/shapes_flow.py --workdir=runs/flow
 
-writes them to <workdir>/captions, where training finds them; without that command training computes
-them before its first step and keeps them in memory, and in the user's cache folder for the next
-start with the same captions and encoder. After a kill the command goes on with the next
-file.
+writes them to <workdir>/captions, where training finds them. After a kill it goes on with the next
+file. Without that command training computes the states before its first step. It keeps them in
+memory, and in the user's cache folder for the next start.
 
 N captions · B batch · L text length · V valid tokens of a caption · D width · P pooled width
 """
@@ -179,7 +178,7 @@ def _encoded(encode, source, tokenize, batch_size: int, kept) -> dict:
     logging.info("encoded them in %.0f s (%.0f MB)", seconds, flat.nbytes / 1e6)
     states = {"flat": flat, "pooled": pooled, "offsets": offsets}
     states["row_of_record"] = captions.row_of_record
-    if kept:
+    if kept and sum(x.nbytes for x in states.values()) <= KEPT_LIMIT:
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         try:
             safetensors.numpy.save_file(states, temporary, {"sha256": _sum(states)})
@@ -214,12 +213,23 @@ def _kept(known: dict) -> pathlib.Path | None:
     """
     if jax.process_count() > 1:
         return None
+    # Other code may compute other states of the same weights.
+    known = {**known, "code": _code(), "jax": jax.__version__}
     digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
     try:
         return compile_cache.own_folder("captions") / f"{digest}.safetensors"
     except (OSError, RuntimeError) as e:
         logging.warning("the captions' states are not kept: %s", e)
         return None
+
+
+def _code() -> str:
+    """A hash of what computes the states: this file, the encoders and what they read."""
+    package, whole = pathlib.Path(__file__).parent.parent, hashlib.sha256()
+    files = [pathlib.Path(__file__), package / "hf.py", package / "weights.py"]
+    for path in sorted([*files, *package.glob("text/*.py"), *package.glob("models/*.py")]):
+        whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def _sum(states: dict) -> str:

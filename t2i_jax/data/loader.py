@@ -108,9 +108,8 @@ class Loader:
         self._seen = np.zeros(len(source), bool)
         self._told_cut = False
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "examples")
-        self._in_order = (
-            threading.Lock()
-        )  # the threads make the batch first that is asked for first
+        # With it the threads make that batch first which is asked for first.
+        self._in_order = threading.Lock()
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same whenever it is asked for."""

@@ -37,11 +37,13 @@ def heun(velocity, x_BHWC, ts_S):
 def times(steps: int, shift=1.0):
     """steps + 1 times 1 … 0: s·t / (1 + (s − 1)·t) of an even grid (arXiv:2403.03206, eq. 23).
 
-    The ends are 1 and 0 exactly; the times between them are right to a few roundings.
+    A shift that is not above 0 gives no numbers, as there is no such grid. The ends are 1 and 0
+    exactly; the times between them are right to a few roundings.
     """
     # s·t + (1 − t) is the denominator without its cancellation: 1 + (0.2 − 1) is below 0.2.
     part_S = np.arange(steps - 1, 0, -1) / steps
     t_S, rest_S = part_S.astype(np.float32), (1 - part_S).astype(np.float32)
+    shift = jnp.where(shift > 0, shift, jnp.nan)
     between_S = shift * t_S / (shift * t_S + rest_S)
     return jnp.concatenate([jnp.ones(1), between_S, jnp.zeros(1)])
 

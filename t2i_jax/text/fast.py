@@ -15,6 +15,7 @@ FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_toke
 FILE_BYTES = 2**27
 GROWTH = 1000  # times that a caption may grow before it is cut into tokens
 _GROWTHS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 4}
+_GROWTHS["ByteLevel"] = 4  # every byte becomes a character, of two bytes for the next such part
 _AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that change nothing in the file
 _REGISTERED = {  # model_type -> class, where the files name none
     **dict.fromkeys(("bert", "distilbert"), "BertTokenizer"),
@@ -42,6 +43,8 @@ def open(folder):
     name = _class(own, hf.read_json(folder / hf.CONFIG))
     if name not in (*_AS_IT_IS, *_CLASSES) or own.get("split_special_tokens"):
         return None
+    if any(own.get(key) is not None for key in ("add_bos_token", "add_eos_token")):
+        return None  # transformers then writes another post-processor
     parts, special = _CLASSES.get(name, (None, {}))
     named = {key: own[key] for key in own if key.endswith("_token") and _is_token(own[key])}
     special = {key: _text(token) for key, token in (special | named).items() if token is not None}
@@ -76,9 +79,10 @@ def check(path) -> dict:
         regex = part.get("Regex")
         if isinstance(regex, str) and not _linear(regex):
             raise _unbounded(path, f"its regular expression {regex[:100]!r} may take for ever")
+    for part in _walk([data.get("normalizer"), data.get("pre_tokenizer")]):
         growth *= _growth(part)
         if growth > GROWTH:
-            raise _unbounded(path, f"its normalizers make a caption over {GROWTH} times longer")
+            raise _unbounded(path, f"its parts make a caption over {GROWTH} times longer")
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         if len(str(model.get(name))) > 100:
             raise _unbounded(path, f"{name} has {len(str(model[name]))} characters")

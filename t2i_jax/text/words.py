@@ -12,6 +12,7 @@ from t2i_jax import images
 FILE = "words.txt"
 LIMIT = 100_000  # words; beyond, a list is large, and hardly a word is missing
 LARGEST = 2**24  # bytes of a list
+SHOWN = 8  # words that one message names
 FEW = 60  # words that a message can name
 SCANNED = 50_000  # captions at most that are read from a disk for their words
 
@@ -64,8 +65,9 @@ def unknown(text: str, words) -> list[str]:
 def message(missing, words) -> str:
     """What to tell of words that the training never saw."""
     parts = []
-    for word in missing:
+    for word in missing[:SHOWN]:
         near = difflib.get_close_matches(word, words, n=2, cutoff=0.7)
         parts.append(f"{word!r}" + f" (near to it: {', '.join(near)})" * bool(near))
-    text = f"the model's training never saw {', '.join(parts)}"
+    more = f" and {len(missing) - SHOWN} more words" * (len(missing) > SHOWN)
+    text = f"the model's training never saw {', '.join(parts)}{more}"
     return text + f"; it knows: {' '.join(sorted(words))}" * (len(words) <= FEW)
