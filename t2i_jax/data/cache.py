@@ -196,7 +196,7 @@ def _opened(kept) -> dict | None:
         return None
     try:
         with safetensors.safe_open(kept, "numpy") as f:
-            states = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            states = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (it is no dict)
             if (f.metadata() or {}).get("sha256") != _sum(states):
                 return None
         os.utime(kept)  # used now
