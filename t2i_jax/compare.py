@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from t2i_jax import cli, errors, images, metrics
+from t2i_jax import cli, errors, files, images, metrics
 from t2i_jax.quality import protocol
 
 OUTPUT = flags.DEFINE_string("output", "report", "The folder to write; it is made.")
@@ -43,6 +43,7 @@ SHOWN = (
 )
 NO_METRICS = ("step", "seconds", "num_images", "broken")  # numbers of a row that judge nothing
 DIGITS = 4
+ENVIRONMENT = 2**20  # bytes of an env.txt, which names every device
 PROGRESS = 6  # grids side by side
 TITLE = "Runs compared"
 STYLE = """body{font-family:sans-serif} td,th{padding:.2em .6em;text-align:right}
@@ -120,24 +121,20 @@ def _name(folder: pathlib.Path, folders) -> str:
 
 def _read(folder: pathlib.Path, name: str) -> Run:
     """A run whose results are by protocol and its definition's first digits."""
-    files = [folder / "config.json", folder / "metrics.jsonl"]
-    lacking = next((file.name for file in files if not file.is_file()), None)
+    needed = [folder / "config.json", folder / "metrics.jsonl"]
+    lacking = next((file.name for file in needed if not file.is_file()), None)
     try:
         if lacking:
             raise ValueError(f"no {lacking} in it" if folder.is_dir() else "no such folder")
-        config = json.loads(files[0].read_text())
+        config = json.loads(files.read_text(needed[0]))
         config["batch_size"], config["objective"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
         fix = "give the --workdir of a training, not an exported model"
         raise errors.ConfigError(f"no run: {e}", where=str(folder), fix=fix) from e
-    try:
-        environment = json.loads((folder / "env.txt").read_text())
-    except (OSError, ValueError):
-        environment = {}
     return Run(
         name,
         config,
-        environment.get("cores", 1),
+        _cores(folder / "env.txt"),
         [(row["step"], row["seconds"]) for row in _rows(folder / "times.jsonl")],
         _rows(folder / "events.jsonl"),
         {
@@ -145,9 +142,25 @@ def _read(folder: pathlib.Path, name: str) -> Run:
             for row in _rows(folder / "results.jsonl")
             if "protocol" in row
         },
-        _rows(files[1]),
+        _rows(needed[1]),
         sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"), key=_step),
     )
+
+
+def _cores(path: pathlib.Path) -> int:
+    """What an hour of the run counts; 1 where it is not noted."""
+    try:
+        if not path.exists():
+            return 1
+        if not path.is_file():
+            raise ValueError("it is no file")
+        environment = json.loads(files.read_text(path, limit=ENVIRONMENT))
+        cores = environment.get("cores", 1) if isinstance(environment, dict) else None
+        if type(cores) is not int or cores < 1:
+            raise ValueError(f"cores is {cores!r:.50}")
+        return cores
+    except (OSError, ValueError, RecursionError) as e:
+        raise _unreadable(path, e) from e
 
 
 def _definition(row: dict) -> str:
@@ -276,16 +289,24 @@ def _three(value: float) -> str:
 
 def _rows(path: pathlib.Path) -> list[dict]:
     try:
-        if not path.is_file():
+        if not path.exists():
             return []
+        if not path.is_file():
+            raise ValueError("it is no file")
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no object")
         return rows
     except (OSError, ValueError, RecursionError) as e:
-        raise errors.DataError(
-            f"not readable: {e}", where=str(path), fix="restore it from a copy of the run"
-        ) from e
+        raise _unreadable(path, e) from e
+
+
+def _unreadable(path: pathlib.Path, e: Exception) -> errors.DataError:
+    return errors.DataError(
+        f"not readable: {errors.reason(e)}",
+        where=str(path),
+        fix="restore it from a copy of the run",
+    )
 
 
 def markdown(note, tables, pictures=()) -> str:
@@ -408,10 +429,10 @@ def _main_metric(runs) -> str:
 def _marked(path: str) -> tuple[str, str]:
     """The text before and after the marks."""
     try:
-        text = pathlib.Path(path).read_text()
-    except OSError as e:
+        text = files.read_text(path)
+    except (OSError, ValueError) as e:
         raise errors.ConfigError(
-            f"not readable: {e.strerror}", where=path, fix="name a Markdown file"
+            f"not readable: {errors.reason(e)}", where=path, fix="name a Markdown file"
         ) from e
     before, _, rest = text.partition(MARKS[0])
     _, found, after = rest.partition(MARKS[1])

@@ -46,11 +46,11 @@ def main():
 
 
 def _read_card(path: str) -> str:
-    from t2i_jax import errors
+    from t2i_jax import errors, files
 
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+        return files.read_text(path)
+    except (OSError, ValueError) as e:
         raise errors.ConfigError(
             f"cannot read it: {errors.reason(e)}", where=f"--card={path}", fix="name a text file"
         ) from e

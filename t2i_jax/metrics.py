@@ -99,19 +99,34 @@ class Board(Growing):
 class Writer:
     """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
 
-    A row of metrics.jsonl is {"step": n, name: value, …}; step n is the n-th update, from 1. Rows
-    beyond `start`, left by a run that was killed after its last checkpoint, are cut, so that every
-    step has exactly one row; so are evaluations, in events.jsonl, of steps after `events`. A row of
-    times.jsonl is {"step": n, "seconds": …}, all that its steps took since the row before, without
-    compiling and evaluating. Rows of quarantine.jsonl are each process's own broken examples. What
-    a full disk refuses is kept and written later. Only process 0 writes the others.
+    A row of each file is one JSON object with the number of its step; step n is the n-th update,
+    from 1:
 
+    - metrics.jsonl: all values of the step.
+    - times.jsonl: "seconds" since the row before, without compiling and evaluating.
+    - events.jsonl: what evaluations of the step gave.
+    - quarantine.jsonl: a broken example. Every process has its own such file; process 0 alone
+      writes the others.
+
+    A run that was killed leaves rows of steps after its last checkpoint. They are cut at the start,
+    so that every step has exactly one row. What a full disk refuses is kept and written later.
+
+    Args:
+      start, stop: the steps done so far, and in all. Rows after `start` are cut.
+      batch_size: examples of a step, for the speed that is shown.
+      last_evaluated: the last step whose evaluations are kept.
     Raises:
       StorageError: a file cannot be written at the start, or has records left at `close`.
     """
 
     def __init__(
-        self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int, events: int
+        self,
+        workdir: pathlib.Path,
+        *,
+        start: int,
+        stop: int,
+        batch_size: int,
+        last_evaluated: int,
     ):
         self._workdir, self._start = workdir, start
         self._first = jax.process_index() == 0
@@ -119,7 +134,8 @@ class Writer:
         with errors.of_storage(workdir):
             _cut(quarantine(workdir), start)
             if self._first:
-                for name, last in {"metrics": start, "times": start, "events": events}.items():
+                kept = {"metrics": start, "times": start, "events": last_evaluated}
+                for name, last in kept.items():
                     self._files[name] = Growing(workdir / f"{name}.jsonl")
                     _cut(workdir / f"{name}.jsonl", last)
                 (workdir / "tb").mkdir(exist_ok=True)

@@ -45,6 +45,12 @@ class Constant(NamedTuple):
     value: float | tuple[float, ...]
 
 
+class Above(NamedTuple):
+    """Annotates a prediction's option: only a number above this one makes sense."""
+
+    value: float
+
+
 class Objective(NamedTuple):
     """A family.
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import math
 import sys
 import time
 
@@ -16,6 +15,8 @@ from t2i_jax.text import encoder, words
 
 SEED_LIMIT = requests.SEED_LIMIT
 COUNT_LIMIT = 10_000  # of sampling steps and the like
+# Options are computed in float32: a smaller number counts as 0, a larger one is infinite.
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LACKS = {  # prediction -> what a family without it does not do, and the fix
     "sample": ("draws no pictures", "choose a model that draws, such as builtin:shapes"),
     "between": (
@@ -57,8 +58,8 @@ class Predictor:
             raise errors.ConfigError(
                 f"objective {self.config.objective!r} {what}", where=where, fix=fix
             )
-        parameters = inspect.signature(self.objective.predict[name]).parameters.values()
-        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        parameters = inspect.signature(self.objective.predict[name]).parameters
+        options = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
         for values, prefix in ((self.config.get(name, {}), f"config.{name}."), (given, "--")):
             for option, value in values.items():
                 if option not in options:
@@ -67,7 +68,7 @@ class Predictor:
                         where=f"{prefix}{option}",
                         fix=errors.nearest(option, options),
                     )
-                options[option] = _as(options[option], option, value, f"{prefix}{option}")
+                options[option] = _as(parameters[option], value, f"{prefix}{option}")
         return options
 
     def trace(self, name: str, nets=None, batch=None, **options):
@@ -276,16 +277,21 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _as(default, option: str, value, where: str):
-    """An option's value as the type of its default; integers are counts, numbers not negative."""
+def _as(parameter: inspect.Parameter, value, where: str):
+    """A value as the type of an option's default; integers are counts, numbers not negative."""
+    option, default = parameter.name, parameter.default
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
+    finite = lambda v: number(v) and 0 <= v <= MOST
     if isinstance(default, tuple):
         ok = isinstance(value, tuple | list) and len(value) == len(default)
-        ok = ok and all(number(v) and math.isfinite(v) and v >= 0 for v in value)
+        ok = ok and all(map(finite, value))
         wanted = f"{len(default)} finite numbers that are not negative"
     elif isinstance(default, float):
-        ok = number(value) and math.isfinite(value) and value >= 0
-        wanted = "a finite number that is not negative"
+        ok, wanted = finite(value), "a finite number that is not negative"
+        for rule in getattr(parameter.annotation, "__metadata__", ()):
+            if isinstance(rule, objective.Above):
+                ok = ok and value - rule.value >= LEAST
+                wanted = f"a finite number above {rule.value:g}"
     elif isinstance(default, int) and not isinstance(default, bool):
         ok = number(value) and 1 <= value <= COUNT_LIMIT and value == int(value)
         wanted = f"a whole number from 1 to {COUNT_LIMIT}"
@@ -324,7 +330,7 @@ class Pipeline:
         config = weights.read_config(folder)
         weights.override(config, load or {})
         try:
-            with hf.fetched_only(*weights.named(load)):
+            with hf.offline_except(*weights.named(load)):
                 return cls._load(source, folder, config, step, averaged)
         except errors.DataError as e:
             described = folder / "config.json"

@@ -12,9 +12,10 @@ from absl import logging
 from PIL import Image
 
 import t2i_jax
-from t2i_jax import errors, images
+from t2i_jax import errors, files, images
 
 PROMPT_LIMIT = 10_000  # characters
+FILE_LIMIT = 2**24  # bytes of prompts in one file
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 COUNT_LIMIT = 100_000
 SEED_LIMIT = 2**32
@@ -170,14 +171,13 @@ def read_file(path, default: Request) -> list[Request]:
     A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling
     options. Empty lines and lines that start with # are passed over.
     """
-    path = pathlib.Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
+        lines = files.read_text(path, limit=FILE_LIMIT).splitlines()
+    except (OSError, ValueError) as e:
         raise errors.ConfigError(
             f"cannot read the prompts: {errors.reason(e)}",
             where=str(path),
-            fix="give a UTF-8 text file",
+            fix=f"give a UTF-8 text file of at most {FILE_LIMIT:,} bytes",
         ) from e
     found = []
     for number, line in enumerate(lines, 1):

@@ -52,15 +52,20 @@ def make_update(
     """`update(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
     Losses run in order, each seeing the nets as the previous ones left them. Randomness is
-    fold_in(fold_in(seed, step), loss number). A step in which any loss, gradient, updated
-    parameter or collection is not finite changes nothing but the step number and `skipped`; metrics
-    say so, and "<net>/nonfinite_array" says which array of a net was the first, in the order of its
-    leaves (−1: none): of its gradient, or of its updated parameters where the gradient is finite.
+    fold_in(fold_in(seed, step), loss number).
 
-    `layout` (a `sharding.Layout`, default: one device) decides what the program splits. A loss sees
-    the global batch; with micro-batches or the strategy "pmap" it sees each device's own examples
-    of a micro-batch, and their gradients are summed once, by the examples' weights.
+    A step is dropped where a loss, gradient, updated parameter or collection is not finite. It then
+    changes nothing but the step number and `skipped`. "<net>/nonfinite_array" says which array of
+    the net is at fault: the first of its gradient, else of its updated parameters. Arrays count in
+    the order of the net's leaves; −1 is none.
 
+    A loss sees the global batch. With micro-batches or the strategy "pmap" it sees each device's
+    own examples of a micro-batch. Their gradients are summed once, by the examples' weights.
+
+    Args:
+      ema: net -> decay of its parameters' moving average.
+      accumulate: micro-batches of a step.
+      layout: the `sharding.Layout` that says what the program splits; default: one device.
     Raises:
       ConfigError: a loss that compares examples would see only parts of the batch.
     """

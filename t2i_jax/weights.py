@@ -12,7 +12,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import checkpoint, errors, fingerprint, hf, images, objective, sharding
+from t2i_jax import checkpoint, errors, files, fingerprint, hf, images, objective, sharding
 from t2i_jax.text import encoder, words
 from t2i_jax.vision import encoder as vision
 
@@ -61,7 +61,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     path = folder / "config.json"
     check_regular(path)
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(files.read_text(path))
     except (ValueError, RecursionError) as e:
         raise errors.DataError(
             f"not JSON: {e}", where=str(path), fix="restore the file from a copy of the run"
@@ -369,7 +369,7 @@ def is_ours(source) -> bool:
         return True
     path = pathlib.Path(source) / "config.json"
     try:
-        return path.is_file() and "objective" in json.loads(path.read_text())
+        return path.is_file() and "objective" in json.loads(files.read_text(path))
     except (OSError, ValueError, TypeError, RecursionError):
         return False
 

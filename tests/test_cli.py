@@ -79,6 +79,11 @@ CASES = {
     ),
     "foreign folder": (["sample.py", "--prompt=a circle", "--workdir=docs"], 78, "config.json"),
     "zero sampling steps": ([*BUILTIN, "--steps=0"], 78, "steps is 0"),
+    "a shift of no grid": (
+        [*BUILTIN, "--shift=0"],
+        78,
+        "shift is 0.0 (at --shift). Fix: give a finite number above 0",
+    ),
     "guidance that is no number": ([*BUILTIN, "--guidance=nan"], 78, "guidance is nan"),
     "an option of another family": (
         [*BUILTIN, "--truncation=0.5"],

@@ -115,6 +115,33 @@ def test_runs_have_the_shortest_names_that_differ(runs, tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe{}", "codec"),
+        (b'{"cores": 2}' + b" " * compare.ENVIRONMENT, "bytes, more than"),
+        (None, "it is no file"),
+        (b'{"cores": "two"}', "cores is 'two'"),
+        (b"[2]", "cores is None"),
+        (b"[" * 10**5, "recursion"),
+    ],
+)
+def test_a_runs_cores_are_read_or_the_file_is_named(runs, tmp_path, content, message):
+    path = tmp_path / "slow" / "env.txt"
+    path.unlink()
+    assert compare.read([tmp_path / "slow"])[0].cores == 1  # as before they were noted
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(errors.DataError, match=rf"not readable: .*{message}.*env\.txt"):
+        compare.read([tmp_path / "slow"])
+
+
+def test_rows_in_a_folder_are_no_rows(runs, tmp_path):
+    (tmp_path / "fast" / "events.jsonl").unlink()
+    (tmp_path / "fast" / "events.jsonl").mkdir()
+    with pytest.raises(errors.DataError, match=r"not readable: it is no file .*events\.jsonl"):
+        compare.read([tmp_path / "fast"])
+
+
 def test_economy_is_the_cost_of_shares_of_the_best(runs):
     head, slow, fast = compare.economy(runs, "shapes/full_match", False)
     assert head[1:] == [f"shapes/full_match ≥ {v}" for v in ("0.4", "0.64", "0.72", "0.8")]
@@ -201,6 +228,8 @@ def test_a_runs_pictures_over_the_training_stand_from_left_to_right(runs, tmp_pa
         (["slow"], {"curves": ["model/los"]}, "--curves.*did you mean 'model/loss'"),
         (["slow"], {"metric": "shapes/ful_match"}, "did you mean 'shapes/full_match'"),
         (["slow"], {"into": "slow/config.json"}, "no place for the tables"),
+        (["slow"], {"into": "slow"}, "not readable: Is a directory"),
+        (["slow"], {"into": "slow/samples/step_00000006.png"}, "not readable: .*codec"),
     ],
 )
 def test_what_cannot_be_compared_is_said(runs, tmp_path, monkeypatch, workdirs, flags, message):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from t2i_jax import errors, hf
+from t2i_jax import errors, files, hf
 from t2i_jax.text import fast, tokenize
 
 transformers = pytest.importorskip("transformers")
@@ -215,6 +215,16 @@ def test_a_hostile_file_is_a_clear_error(tmp_path, case):
     path = tmp_path / fast.FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(errors.DataError, match=match):
+        tokenize.open(str(tmp_path), 9)
+
+
+@pytest.mark.parametrize("name", tokenize.FILES)
+def test_no_file_of_a_tokenizer_is_read_that_is_too_large(tmp_path, name):
+    (tmp_path / hf.CONFIG).write_text('{"model_type": "bert"}')
+    (tmp_path / hf.WEIGHTS).write_bytes(b"")
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(files.LIMIT + 1)  # takes no room on the disk
+    with pytest.raises(errors.DataError, match=rf"bytes, more than .*{name}"):
         tokenize.open(str(tmp_path), 9)
 
 

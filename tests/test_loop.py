@@ -189,6 +189,7 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"sample": {"guidanse": 2.0}}, "no option 'guidanse'"),
         ({"sample": {"sampler": "huen"}}, "did you mean 'heun'"),
         ({"sample": {"steps": 0}}, "steps is 0"),
+        ({"sample": {"shift": 0.0}}, "shift is 0.0 .at config.sample.shift"),
         ({"evaluators": {"shapes": {"num_imagse": 3}}}, "did you mean 'num_images'"),
         ({"evaluators": {"shapes": {"sample": {"steps": 0}}}}, "steps is 0"),
         ({"res": 18}, "use 16 or 20"),

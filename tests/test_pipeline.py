@@ -130,6 +130,34 @@ def test_a_bad_line_of_a_prompts_file_is_named(pipe, tmp_path, line, message):
         requests.draw(pipe, requests.read_file(path, requests.Request("", seed=0)), batch_size=4)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a caf\xe9", "codec"),
+        (b"a red circle\n" * 2, "it has 26 bytes, more than 25"),
+        ("folder", "Is a directory"),
+        ("nothing", "No such file"),
+        (b"\n# a comment\n", "no prompt in the file"),
+    ],
+)
+def test_a_file_of_no_prompts_is_a_clear_error(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(requests, "FILE_LIMIT", 25)
+    path = tmp_path / "prompts.txt"
+    if content == "folder":
+        path.mkdir()
+    elif content != "nothing":
+        path.write_bytes(content)
+    with pytest.raises(errors.ConfigError, match=rf"{message}.*prompts\.txt"):
+        requests.read_file(path, requests.Request("", seed=0))
+
+
+def test_a_prompts_file_may_begin_with_a_byte_order_mark(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes('\ufeff{"prompt": "a circle"}\r\na star'.encode())
+    found = requests.read_file(path, requests.Request("", seed=0))
+    assert [request.prompt for request in found] == ["a circle", "a star"]
+
+
 def test_a_string_is_one_prompt(pipe):
     one = pipe("a red circle", steps=2)
     assert one.shape == (1, 16, 16, 3)
@@ -256,9 +284,17 @@ def test_pictures_that_are_not_finite_are_an_error(pipe, monkeypatch):
         pipe(CAPTIONS, steps=2)
 
 
-def test_a_shift_of_zero_draws_nothing(pipe):
-    with pytest.raises(errors.DataError, match="not finite"):
-        pipe(CAPTIONS, shift=0.0, steps=2)
+@pytest.mark.parametrize("shift", [0.0, 0, 1e-40, -1.0, 1e39, 10**400, float("nan")])
+def test_a_shift_without_a_grid_is_refused_before_anything_is_compiled(pipe, monkeypatch, shift):
+    monkeypatch.setattr(pipe.predictor, "_compiled", None)
+    with pytest.raises(errors.ConfigError, match=r"shift is .* .at --shift.*number above 0"):
+        pipe(CAPTIONS, shift=shift)
+
+
+@pytest.mark.parametrize("options", [dict(guidance=1e39), dict(interval=(0.0, 1e39))])
+def test_a_number_that_float32_does_not_hold_is_refused(pipe, options):
+    with pytest.raises(errors.ConfigError, match="not negative"):
+        pipe.predictor.check("sample", **options)
 
 
 def test_evaluate_writes_a_protocols_captions(tmp_path):

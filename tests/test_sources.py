@@ -425,6 +425,22 @@ def test_tfds_takes_keys_and_splits(prepared):
     assert make().fingerprint == make().fingerprint
 
 
+def test_tfds_holds_a_share_out_by_one_option(prepared):
+    config = tfds_flow.get_config("name=tiny,holdout=0.3")
+    config.data.data_dir = prepared
+    config.data.caption_key = "image/filename"
+    assert "held_out_loss" in config.evaluators
+    trained, kept = (loop.make_source(config, split=split) for split in ("train", "test"))
+    assert (len(trained), len(kept)) == (5, 2)  # of 7
+    every = {f"{i}.png" for i in range(7)}
+    assert set(trained.captions()) | set(kept.captions()) == every
+    assert trained.fingerprint != kept.fingerprint
+    for options in (dict(split="train[:3]"), dict(split="test", holdout=1.5)):
+        with pytest.raises(errors.ConfigError, match="with a holdout, splits are train, test"):
+            loop.make_source(config, **options)
+    assert "holdout" not in tfds_flow.get_config("name=tiny").data  # runs from before go on
+
+
 def test_no_tensorflow_is_imported_to_read(prepared):
     code = f"""
 import sys

@@ -93,6 +93,7 @@ def make(
     *,
     split: str = "train",
     res: int = 32,
+    holdout: float = 0.0,
     data_dir: str = "",
     image_key: str = "",
     caption_key: str = "",
@@ -105,6 +106,7 @@ def make(
       name: "name", "name/config" or "name/config:1.0.0".
       split: in TFDS's notation: "train", "train[:90%]", "train+test".
       res: side of the squares wanted in the end; large photographs are decoded near it.
+      holdout: share of the split "train", its first pictures, that "test" then is, and "train" not.
       data_dir: where TFDS keeps its data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
       image_key: the image feature, "a" or "a/b"; by default the only one, or the one called image.
       caption_key: the text or list of texts; by default the one with a name of CAPTION_NAMES.
@@ -113,6 +115,16 @@ def make(
     Raises:
       DataError: not prepared, another format, no such split or feature, or damaged shards.
     """
+    if holdout:
+        percent = f"{100 * holdout:.6f}%"
+        parts = {"train": f"train[{percent}:]", "test": f"train[:{percent}]"}
+        if split not in parts or not 0 < holdout < 1:
+            raise errors.ConfigError(
+                f"split {split!r}, holdout {holdout}",
+                where="config.data",
+                fix=f"with a holdout, splits are {', '.join(parts)}; give one in (0, 1)",
+            )
+        split = parts[split]
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
     except ValueError as e:  # no such name, or no name

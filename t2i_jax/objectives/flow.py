@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from t2i_jax import losses, plugins, randomness
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Constant, Loss, Objective
+from t2i_jax.objective import Above, Aux, Constant, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, side
@@ -24,6 +24,7 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 Guidance = Annotated[float, Constant(guide.NONE)]
 Interval = Annotated[tuple[float, float], Constant(guide.ALWAYS)]
+Shift = Annotated[float, Above(0.0)]
 
 
 class Options(NamedTuple):
@@ -105,7 +106,7 @@ def make(config) -> Objective:
         guidance: Guidance = 3.0,
         steps=12,
         sampler="heun",
-        shift=1.0,
+        shift: Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
         """Pictures for captions.   -> image_BHWC in [-1, 1]
@@ -114,7 +115,7 @@ def make(config) -> Objective:
           guidance: scale of classifier-free guidance, 1 is none.
           steps: solver steps; heun calls the network twice in each.
           sampler: "euler" or "heun".
-          shift: above 1, more of the steps go to noisy times, where the layout is decided.
+          shift: above 0; above 1, more of the steps go to noisy times, where the layout is decided.
           interval: times between which guidance acts, 1 is noise and 0 the picture.
         """
         keys_B = randomness.per_example(key, batch["index"])
@@ -131,7 +132,7 @@ def make(config) -> Objective:
         guidance: Guidance = 3.0,
         steps=12,
         sampler="heun",
-        shift=1.0,
+        shift: Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
         """What becomes of the batch's pictures where noise of time `strength` is put on them and
@@ -141,7 +142,7 @@ def make(config) -> Objective:
         Args:
           strength: 0 … 1; 0 leaves the pictures, 1 draws others.
           guidance, steps, sampler, interval: as of `sample`.
-          shift: above 1, more of the steps go to the noisy times among those up to `strength`.
+          shift: as of `sample`, of the times up to `strength`.
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise_BHWC = randomness.normal_each(keys_B, shape_HWC)

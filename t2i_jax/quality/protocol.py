@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, files, plugins
 
 FOLDER = pathlib.Path(__file__).parent.parent / "evaluators" / "protocols"
 
@@ -110,7 +110,7 @@ def read(name: str, *, path: str | None = None, **changes) -> Protocol:
     """
     file = pathlib.Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = json.loads(files.read_text(file))
     except FileNotFoundError as e:
         known = [p.stem for p in FOLDER.glob("*.json")]
         raise errors.ConfigError(
@@ -118,7 +118,7 @@ def read(name: str, *, path: str | None = None, **changes) -> Protocol:
             where=str(file),
             fix=f"{errors.nearest(name, known)}, or give the path of a .json file",
         ) from e
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise errors.ConfigError(
             f"not readable as JSON: {e}", where=str(file), fix="see evaluators/protocols"
         ) from e

@@ -183,7 +183,7 @@ def _folder(source: str) -> pathlib.Path:
     began = origin(source)
     if began == source:
         return hf.locate(source)
-    with hf.fetched_only():  # the run's config.json names it, not the user
+    with hf.offline_except():  # the run's config.json names it, not the user
         return hf.locate(began)
 
 

@@ -12,7 +12,6 @@ import re
 from t2i_jax import errors, hf
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-FILE_BYTES = 2**27
 GROWTH = 1000  # times that a caption may grow before it is cut into tokens
 _GROWTHS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 4}
 _GROWTHS["ByteLevel"] = 4  # every byte becomes a character, of two bytes for the next such part
@@ -68,8 +67,6 @@ def check(path) -> dict:
     Raises:
       DataError: it is no such file, or its parts are not bounded.
     """
-    if path.stat().st_size > FILE_BYTES:
-        raise _unbounded(path, f"it has {path.stat().st_size:,} bytes")
     data = hf.read_json(path)
     model = data.get("model")
     if not isinstance(model, dict) or not isinstance(data.get("added_tokens", []), list):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors, hf
+from t2i_jax import errors, files, hf
 from t2i_jax.text import fast
 
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
@@ -114,6 +114,7 @@ def open(name: str, length: int) -> Tokenizer:
             fingerprint=hashlib.sha256(b"bytes").hexdigest(),
         )
     folder = hf.locate(name)
+    _check_sizes(folder)
     with _of_library(folder):
         opened, pad = fast.open(folder) or _by_transformers(folder)
         # A file may ask for cutting and padding: we do both. Nothing changes the object from here
@@ -131,6 +132,17 @@ def open(name: str, length: int) -> Tokenizer:
         vocab_size=opened.get_vocab_size(),
         fingerprint=_fingerprint(folder),
     )
+
+
+def _check_sizes(folder) -> None:
+    """Raises DataError for a file that is too large to be a tokenizer's, before it is read."""
+    for path in (folder / name for name in FILES):
+        if path.is_file() and (size := path.stat().st_size) > files.LIMIT:
+            raise errors.DataError(
+                f"it has {size:,} bytes, more than {files.LIMIT:,}",
+                where=str(path),
+                fix="use the file that came with the published weights",
+            )
 
 
 def normalise(caption: str) -> str:
@@ -216,10 +228,10 @@ def _of_library(folder):
     except BaseException as e:
         if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
             raise
-        files = [name for name in FILES if (folder / name).is_file()]
+        there = [name for name in FILES if (folder / name).is_file()]
         raise errors.DataError(
             f"no tokenizer works: {str(e).partition(chr(10))[0][:300]}; looked for "
-            f"{', '.join(FILES)}; found {', '.join(files) or 'none'}",
+            f"{', '.join(FILES)}; found {', '.join(there) or 'none'}",
             where=str(folder),
             fix="put tokenizer.json and tokenizer_config.json beside the weights",
         ) from e

@@ -95,7 +95,7 @@ BREAKS = (
     Break(
         "X16", "weights.py", " for name in names if kinds[name] in hf.FLOATS", " for name in names"
     ),
-    Break("X17", "hf.py", "local = _own.get() is not None and", "local = False and"),
+    Break("X17", "hf.py", "local = _allowed.get() is not None and", "local = False and"),
     # G11: errors name the fix.
     Break("C3", "errors.py", "Fix: {fix}", "{fix}"),
 )
