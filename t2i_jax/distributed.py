@@ -15,6 +15,7 @@ from absl import logging
 from t2i_jax import errors
 
 ALIVE = "t2i_jax/alive"  # where processes leave signs of life
+DONE = "t2i_jax/done"  # where process 0 says that it has nothing left to do
 LEAVING, SAVING = 5.0, 600.0  # seconds in which a process ends
 FIX = (
     "start all processes with the same --coordinator and --num_processes, and each --process_id "
@@ -113,6 +114,29 @@ def as_first(value: bool | int) -> bool | int:
     return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
+def wait_for_first() -> None:
+    """At the end of a program: all others wait until process 0 comes here, however long that takes.
+
+    Process 0 alone may still evaluate. The others would go on to JAX's barrier at the exit, which
+    fails after five minutes. Should process 0 die in the meantime, they end, too.
+    """
+    import jax
+    from jax._src.distributed import global_state as shared
+
+    if shared.client is None:
+        return
+    if shared.process_id == 0:
+        shared.client.key_value_set(DONE, "1", allow_overwrite=True)
+        return
+    while True:
+        try:
+            shared.client.blocking_key_value_get(DONE, 10_000)  # ms
+            return
+        except jax.errors.JaxRuntimeError as e:
+            if "DEADLINE_EXCEEDED" not in str(e):
+                raise
+
+
 def here() -> str:
     """Which process this is; asks for no device, as that may be what hangs."""
     if "jax" in sys.modules:
@@ -179,7 +203,8 @@ def lost_peer(e: Exception) -> str | None:
         return None
     import jax
 
-    failed = re.search(r"Gloo|NCCL|coordination service|Connection (reset|closed)", str(e))
+    lost = r"Gloo|NCCL|coordination service|UNAVAILABLE|Connection (reset|closed)"
+    failed = re.search(lost, str(e))
     if jax.process_count() == 1 or not isinstance(e, jax.errors.JaxRuntimeError) or not failed:
         return None
     me, n = jax.process_index(), jax.process_count()

@@ -22,7 +22,7 @@ def main():
     if output.exists() and any(output.iterdir()):
         raise errors.ConfigError("the folder is not empty", where=str(output), fix="name a new one")
     card = _read_card(CARD.value) if CARD.value else ""
-    from t2i_jax import fingerprint, lora, pipeline, weights
+    from t2i_jax import lora, pipeline, weights
 
     pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value, load=cli.loads(LOAD))
     nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
@@ -39,8 +39,7 @@ def main():
     }
     needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
     card = card or _card(needed)
-    digest = fingerprint.digest(frozen) if frozen else None
-    options = dict(card=card, dtype=DTYPE.value, frozen=digest, known=pipe.words)
+    options = dict(card=card, dtype=DTYPE.value, frozen=weights.digests(frozen), known=pipe.words)
     weights.export(output, held, config, **options)
     print(output)
 

@@ -203,7 +203,7 @@ class Run:
         )
         meta = {
             "data": self.source.fingerprint,
-            "frozen": self._frozen_digest,
+            "frozen": self._frozen_digests,
             "config": json.loads(weights.to_json(config)),  # should config.json be lost
             "t2i_jax": t2i_jax.__version__,
             "jax": jax.__version__,
@@ -321,7 +321,7 @@ class Run:
         )
         del state, compiled
         run = Run(_with_steps(self.config, steps), self.workdir, restart=self._restart)
-        run.frozen, run._frozen_digest, run._prepared = self.frozen, self._frozen_digest, True
+        run.frozen, run._frozen_digests, run._prepared = self.frozen, self._frozen_digests, True
         run.batches.extra = self.batches.extra
         return run
 
@@ -355,7 +355,7 @@ class Run:
     def load_frozen(self) -> None:
         """Fills the frozen nets, of which there are only shapes so far."""
         self.frozen = weights.frozen(self.predictor.objective, self.config, self.layout.nets)
-        self._frozen_digest = fingerprint.digest(self.frozen)
+        self._frozen_digests = weights.digests(self.frozen)
 
     def check_frozen(self) -> None:
         """Raises ConfigError where this workdir's run was trained with other frozen nets."""
@@ -363,7 +363,7 @@ class Run:
             checkpoints = checkpoint.Checkpoints(self.workdir, create=False)
             if steps := checkpoints.steps():
                 known = checkpoints.meta(steps[-1]).get("frozen")
-                weights.check_frozen(self.frozen, known, self._frozen_digest)
+                weights.check_frozen(self.frozen, known, self._frozen_digests)
 
     def trace(self):
         """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
@@ -387,7 +387,7 @@ class Run:
             state, start = found
             logging.info("resuming %s after %d steps", self.workdir, start)
             meta = checkpoints.meta(start)
-            weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digest)
+            weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digests)
             return state, start, meta["hooked"]
         if config.init_from:
             logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)

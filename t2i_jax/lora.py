@@ -70,7 +70,8 @@ def wrap(family, spec):
     frozen = tuple(adapter(name) for name in options if name not in family.trained)
     losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
     predict = {name: _with(fn, merged) for name, fn in family.predict.items()}
-    return family._replace(init=init, losses=tuple(losses), predict=predict)
+    unread = tuple(name for name in family.training_only if name not in options)
+    return family._replace(init=init, losses=tuple(losses), predict=predict, training_only=unread)
 
 
 def merge_nets(nets, options):

@@ -58,6 +58,7 @@ class Objective(NamedTuple):
     losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
     predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in
       [-1, 1].
+    training_only: frozen nets that no prediction reads. A trained model is opened without them.
 
     `batch` holds "image" f32 BHWC in [-1, 1], "text" int32 BL, "mask" bool BL, "weight" f32 B and
     "index" int32 B: the slot in the global batch, or the picture's number when sampling, from which
@@ -68,6 +69,7 @@ class Objective(NamedTuple):
     init: Callable
     losses: tuple[Loss, ...]
     predict: Mapping[str, Callable]
+    training_only: tuple[str, ...] = ()
 
     @property
     def trained(self) -> tuple[str, ...]:

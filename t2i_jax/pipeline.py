@@ -353,10 +353,13 @@ class Pipeline:
         held = weights.held(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
-        frozen = weights.frozen(family, config, besides=held, shapes=shapes)
+        known = weights.frozen_digests(folder, step)
+        # A digest of all nets, as older runs have, can be compared with all of them alone.
+        unread = () if isinstance(known, str) else family.training_only
+        frozen = weights.frozen(family, config, besides=(*held, *unread), shapes=shapes)
         sources = weights.sources(config)
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
-        weights.check_frozen(loaded, weights.frozen_digest(folder, step))
+        weights.check_frozen(loaded, known)
         nets |= frozen
         return cls(predictor, nets, source, step, words.read(folder))
 

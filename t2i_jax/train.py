@@ -40,6 +40,7 @@ def main():
         plan.check_fits(plan.show(CONFIG.value, WORKDIR.value, **asked))
     else:
         loop.train(CONFIG.value, WORKDIR.value, restart=RESTART.value)
+    distributed.wait_for_first()
 
 
 if __name__ == "__main__":

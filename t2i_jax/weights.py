@@ -276,12 +276,23 @@ def override(config, given) -> None:
             config.load[name] = source
 
 
-def frozen_digest(folder: pathlib.Path, step: int | None) -> str | None:
-    """Of the frozen nets that a run's checkpoint or an exported model was trained with."""
-    if (folder / EXPORTED).exists():
-        with _opened(folder / EXPORTED) as tensors:
-            return (tensors.metadata() or {}).get("frozen")
-    return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
+def frozen_digests(folder: pathlib.Path, step: int | None) -> dict[str, str] | str | None:
+    """Of the frozen nets that a run's checkpoint or an exported model was trained with.
+
+    net -> digest; of older ones a single digest of all nets, or None.
+    """
+    if not (folder / EXPORTED).exists():
+        return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
+    with _opened(folder / EXPORTED) as tensors:
+        note = (tensors.metadata() or {}).get("frozen")
+    try:
+        return json.loads(note) if note and note.startswith("{") else note
+    except (ValueError, RecursionError) as e:
+        raise errors.DataError(
+            f"its note of the frozen nets is not JSON: {e}",
+            where=str(folder / EXPORTED),
+            fix="copy or export the model again",
+        ) from e
 
 
 def load_net(source, name: str, target):
@@ -322,11 +333,26 @@ def _check_there(name: str, source) -> None:
         )
 
 
-def check_frozen(nets, known: str | None, found: str | None = None) -> None:
-    """Raises ConfigError unless the frozen nets are those of which a digest is known, if one is."""
-    if known and known != found and not fingerprint.matches(nets, known):
+def digests(nets) -> dict[str, str]:
+    """net -> the digest of its variables."""
+    return {name: fingerprint.digest({name: net}) for name, net in nets.items()}
+
+
+def check_frozen(nets, known: dict[str, str] | str | None, found=None) -> None:
+    """Raises ConfigError unless the frozen nets are those of which digests are known, if any are.
+
+    known: what `frozen_digests` gave.   found: what `digests` gave of `nets`, where it was asked.
+    """
+    if not known:
+        return
+    if isinstance(known, str):
+        changed = [] if fingerprint.matches(nets, known) else sorted(nets)
+    else:
+        found = found or digests(nets)
+        changed = [name for name in sorted(nets) if known.get(name) != found[name]]
+    if changed:
         raise errors.ConfigError(
-            f"the frozen nets {sorted(nets)} are not those the run was trained with",
+            f"the frozen nets {changed} are not those the run was trained with",
             where="config.load",
             fix="bring their files back, or use a new --workdir with --config.init_from",
         )
@@ -414,15 +440,15 @@ def export(
     *,
     card: str,
     dtype="float16",
-    frozen: str | None = None,
+    frozen: dict[str, str] | None = None,
     known=None,
 ) -> None:
     """Writes model.safetensors, config.json and README.md: what sampling needs beside the frozen
-    nets, of which it notes the digest; and words.txt of the `known` words.
+    nets, of which it notes the digests `frozen`; and words.txt of the `known` words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
-    note = {"frozen": frozen} if frozen else None
+    note = {"frozen": json.dumps(frozen)} if frozen else None
     tensors = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors, note))
     images.write_whole(folder / "config.json", to_json(config).encode())

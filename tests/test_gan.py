@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from configs import digits_mlp_gan, shapes_gan, shapes_gan_from_flow
@@ -591,6 +592,65 @@ def from_flow():
     config.model = dict(gen=dict(net, prediction="v"), disc=dict(width=16))
     config.loss.update(clip=0.0, distil=0.0)
     return config
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """A config with a teacher and a dual encoder to guide, and its nets."""
+    config = from_flow()
+    config.model.update(teacher=config.model.gen.to_dict(), clip=towers())
+    config.loss.update(distil=1.0, clip=1.0)
+    family = objective.make(config)
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config, 1))
+    return config, jax.jit(family.init)(jax.random.key(0), zeros)
+
+
+@pytest.mark.parametrize("adapted", [{}, {"teacher": {"rank": 2}}])
+def test_no_prediction_reads_a_net_that_is_for_training_only(taught, adapted):
+    config = taught[0].copy_and_resolve_references()
+    config.lora = adapted
+    family, batch = objective.make(config), weights.abstract_batch(config)
+    shapes, key = weights.abstract_nets(family, config), jax.eval_shape(lambda: jax.random.key(0))
+    unread = family.training_only
+    assert set(unread) == {"clip_image", "clip_caption", "teacher"} - set(adapted)
+    assert set(unread) < set(shapes)
+    read = {name: net for name, net in shapes.items() if name not in unread}
+    for name, fn in family.predict.items():
+        assert jax.eval_shape(fn, read, batch, key) is not None, name
+
+
+def test_a_model_is_opened_without_the_nets_that_only_its_training_needed(taught, tmp_path):
+    """Unless only a digest of all nets is known, as older versions wrote it."""
+    config, nets = taught
+    config = config.copy_and_resolve_references()
+    config.load.teacher = f"{tmp_path / 'gone'}#model"
+    held = {name: nets[name] for name in objective.make(config).trained}
+    frozen = weights.digests({"teacher": nets["teacher"]})
+    weights.export(tmp_path, held, config, card="", dtype="float32", frozen=frozen)
+    assert weights.frozen_digests(tmp_path, None) == frozen
+    pipe = pipeline.Pipeline.load(str(tmp_path))
+    assert set(pipe.nets) == {*held, "text"}
+    pipe.predictor.trace("sample", pipe.nets)
+    safetensors.numpy.save_file(
+        safetensors.numpy.load_file(tmp_path / weights.EXPORTED),
+        tmp_path / weights.EXPORTED,
+        {"frozen": fingerprint.digest({"teacher": nets["teacher"]})},
+    )
+    with pytest.raises(errors.ConfigError, match="no such folder"):
+        pipeline.Pipeline.load(str(tmp_path))
+
+
+def test_a_frozen_net_that_changed_is_named():
+    nets = {name: {"params": {"w": np.full(3, i)}} for i, name in enumerate(("text", "eye"))}
+    changed = nets | {"eye": {"params": {"w": np.zeros(3, int)}}}
+    known, old = weights.digests(nets), fingerprint.digest(nets)
+    for digests in (known, old, fingerprint.digest(nets, format=2), {}, None):
+        weights.check_frozen(nets, digests)
+    weights.check_frozen({"text": nets["text"]}, known)  # of those that are opened
+    for digests, names in ((known, r"\['eye'\]"), (old, r"\['eye', 'text'\]")):
+        for found in (None, weights.digests(changed)):
+            with pytest.raises(errors.ConfigError, match=f"frozen nets {names} are not those"):
+                weights.check_frozen(changed, digests, found)
 
 
 def test_a_generator_begins_as_the_flow_network_in_noise():

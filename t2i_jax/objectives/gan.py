@@ -328,7 +328,9 @@ def make(config) -> Objective:
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
     contrasts = bool(options.sentence or options.word)
     disc = Loss(("disc",), disc_loss, compares=contrasts or bool(options.mismatch))
-    return Objective(init, (disc, Loss(("gen",), gen_loss, compares=contrasts)), predict)
+    gen = Loss(("gen",), gen_loss, compares=contrasts)
+    unread = ("clip_image", "clip_caption", "teacher")
+    return Objective(init, (disc, gen), predict, training_only=unread)
 
 
 def _networks(config):

@@ -1,4 +1,4 @@
-"""Faults of configs, data and hostile files; rows that the unit tests try already name them."""
+"""Faults of configs, data and hostile files, and rows that name the unit tests that try them."""
 
 import subprocess
 import sys
@@ -6,6 +6,11 @@ import sys
 from tests.faults.lab import ROOT, assert_error, row, steps
 
 TESTS = {
+    "P17": (
+        "what the first process does alone at the end may take long: the others wait for it",
+        "tests/test_distributed.py::test_all_wait_at_the_end_for_what_the_first_does_alone",
+        "tests/test_distributed.py::test_who_waits_for_the_first_hears_that_it_died",
+    ),
     "T3": (
         "a batch that does not divide is refused before anything is compiled, with what would fit",
         "tests/test_sharding.py::test_a_batch_that_does_not_divide_is_refused_with_those_that_would",
@@ -70,6 +75,7 @@ TESTS = {
         "tests/test_fast.py::test_only_regular_expressions_that_end_soon_are_read",
         "tests/test_fast.py::test_a_hostile_file_is_a_clear_error",
         "tests/test_fast.py::test_a_panic_of_the_library_is_a_clear_error",
+        "tests/test_fast.py::test_no_file_of_a_tokenizer_is_read_that_is_too_large",
     ),
     "X16": (
         "tensors of whole numbers are no weights",

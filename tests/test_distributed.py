@@ -1,0 +1,57 @@
+"""Several processes as one program, each for real."""
+
+import signal
+import subprocess
+import sys
+
+from tests.faults.lab import ROOT
+from tests.faults.process import port
+
+PROGRAM = """
+import functools, os, sys, time
+import jax
+from t2i_jax import cli, distributed
+
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, shutdown_timeout_seconds=1
+)
+number, first = int(sys.argv[1]), sys.argv[3]
+
+
+def main():
+    distributed.start(
+        coordinator=sys.argv[2], num_processes=2, process_id=number, heartbeat_timeout=3
+    )
+    if number == 0:
+        time.sleep(4)
+    if number == 0 and first == "dies":
+        os._exit(9)
+    distributed.wait_for_first()
+
+
+cli.run(main, argv=["program"])
+"""
+
+
+def ended(first: str):
+    """Exit codes and last lines of two processes, of which the first works for longer or dies."""
+    command = [sys.executable, "-c", PROGRAM]
+    rest = [f"127.0.0.1:{port()}", first]
+    processes = [
+        subprocess.Popen([*command, str(i), *rest], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    logs = [process.communicate(timeout=120)[1] for process in processes]
+    return [(p.returncode, log[-500:]) for p, log in zip(processes, logs, strict=True)]
+
+
+def test_all_wait_at_the_end_for_what_the_first_does_alone():
+    """For longer than JAX's own barrier at the exit would."""
+    assert [code for code, _ in ended("works")] == [0, 0]
+
+
+def test_who_waits_for_the_first_hears_that_it_died():
+    (first, _), (second, log) = ended("dies")
+    assert first == 9
+    assert second in (70, -signal.SIGABRT)  # JAX may be faster to abort than we to say it
+    assert second != 70 or "process 0 died or cannot be reached" in log
