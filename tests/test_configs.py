@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs import common, folder_flow
+from configs import coco_gan, common, folder_flow
 from t2i_jax import errors, images, loop, objective, pipeline, weights
 from tests import runs
 
@@ -80,6 +80,21 @@ def test_own_pictures_are_drawn_and_held_out_by_one_option(tmp_path, pictures):
     other = {"data": {"source": "shapes"}}
     assert pipe.predictor.evaluator_options("retrieval", other) == other
     assert pipe.predictor.evaluator_options("shapes", {}) == {}
+
+
+def test_a_gan_holds_own_pictures_out_by_one_option(pictures):
+    config = coco_gan.get_config(f"path={pictures},holdout=0.3")
+    trained, kept = (
+        set(loop.make_source(config, split=split).captions()) for split in ("train", "test")
+    )
+    assert (len(trained | kept), len(trained & kept)) == (12, 0)
+    assert kept
+    assert config.eval_every
+    judges = config.evaluators.to_dict()
+    config = common.shrink(config)
+    for name, options in judges.items():
+        pipeline.Predictor(config).evaluator(name, **options)  # raises where one does not fit
+    assert not coco_gan.get_config(f"path={pictures}").evaluators
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -817,6 +817,18 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     assert aux.metrics["mismatch_gap"] == pytest.approx(gap, rel=1e-3)
 
 
+def test_the_gap_is_how_far_pictures_score_above_drawn_ones(config, family, made, batch):
+    predict = {name: jax.jit(family.predict[name]) for name in ("score", "encode", "gap")}
+    generator, key = gan._networks(config)[0], jax.random.key(3)
+    noise = randomness.normal_each(randomness.per_example(key, batch["index"]), generator.z_shape)
+    cond = predict["encode"](made, batch)
+    drawn = batch | {"image": jax.jit(generator.apply)(made["gen"], noise, cond)}
+    ahead_B = predict["score"](made, batch, key) - predict["score"](made, drawn, key)
+    weighted = batch | {"weight": np.arange(len(ahead_B), dtype=np.float32)}
+    wanted = np.average(ahead_B, weights=weighted["weight"])
+    np.testing.assert_allclose(predict["gap"](made, weighted, key), [wanted], rtol=1e-4)
+
+
 def test_guidance_adds_the_angle_between_picture_and_caption(batch):
     config = shapes_gan.get_config("debug")
     plain = objective.make(config)

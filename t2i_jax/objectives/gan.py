@@ -108,7 +108,7 @@ class Options(NamedTuple):
 
 def make(config) -> Objective:
     """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, between, encode,
-    score.
+    score, gap.
 
     `config.model` holds sizes of the generator and the discriminator, and in `gen` and `disc` those
     of one of them; `network` there is "convolutional" or "mlp". With `backbone` in `gen` (and
@@ -325,7 +325,21 @@ def make(config) -> Objective:
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
         return see(nets, batch["image"], (text.encode(nets, batch),))[0].logit_B
 
+    def gap(nets, batch, key):
+        """How far the discriminator puts a batch's pictures above drawn ones, as in `disc_loss`.
+
+        Of pictures that it never saw: a gap that stays behind the training's "disc/gap" says that
+        it knows its own by heart (arXiv:2006.06676, section 3).   -> (1,) logits
+        """
+        cond = text.encode(nets, batch)
+        fake_BHWC = draw(nets, cond, randomness.per_example(key, batch["index"]))
+        real_B, fake_B = (
+            see(nets, image_BHWC, (cond,))[0].logit_B for image_BHWC in (batch["image"], fake_BHWC)
+        )
+        return losses.weighted_mean(real_B - fake_B, batch["weight"])[None]
+
     predict = {"sample": sample, "between": between, "encode": text.encode, "score": score}
+    predict["gap"] = gap
     contrasts = bool(options.sentence or options.word)
     disc = Loss(("disc",), disc_loss, compares=contrasts or bool(options.mismatch))
     gen = Loss(("gen",), gen_loss, compares=contrasts)
