@@ -13,10 +13,12 @@ import time
 import jax
 import tqdm
 from absl import logging
-from tensorboardX import record_writer, summary
-from tensorboardX.proto import event_pb2
 
-from t2i_jax import errors, images, logs
+from t2i_jax import errors, images, logs, plugins
+
+with plugins.hidden("torch"):  # where it is installed it costs a second and 250 MB, for nothing
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
 
 FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distance")
 

@@ -1,8 +1,10 @@
 """Families, data sources, encoders and evaluators, found by file name; options are checked."""
 
+import contextlib
 import importlib
 import inspect
 import pkgutil
+import sys
 
 from t2i_jax import errors
 
@@ -65,3 +67,16 @@ def check_options(fn, options, *, where: str, given: int = 0) -> None:
             raise errors.ConfigError(
                 f"unknown option {name!r}", where=where, fix=errors.nearest(name, known)
             )
+
+
+@contextlib.contextmanager
+def hidden(module: str):
+    """Libraries that the body imports do not find this module, unless it is there already."""
+    hide = module not in sys.modules
+    if hide:
+        sys.modules[module] = None  # Python's sign that it cannot be imported
+    try:
+        yield
+    finally:
+        if hide:
+            del sys.modules[module]

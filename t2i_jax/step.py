@@ -97,10 +97,10 @@ def make_update(
                 params = optax.apply_updates(params, updates)
                 nets[name] = {**nets[name], "params": params}
                 # An optimiser can make infinite updates of finite gradients.
-                sound_N = _finite(params)
-                finite &= sound_N.all()
-                first = _first(~jnp.isfinite(jnp.stack(squares)))
-                metrics[f"{name}/{FAULTY}"] = jnp.where(first >= 0, first, _first(~sound_N))
+                faulty = _first_faulty(squares)
+                faulty = jnp.where(faulty >= 0, faulty, _first_faulty(params))
+                finite &= faulty < 0
+                metrics[f"{name}/{FAULTY}"] = faulty
                 metrics[f"{name}/grad_norm"] = norm
                 metrics[f"{name}/learning_rate"] = optimisers[name].learning_rate(state.step)
             metrics |= {f"{loss.nets[0]}/{k}": v for k, v in {"loss": value, **aux.metrics}.items()}
@@ -182,14 +182,12 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
     return value, Aux(metrics, mutated), grads
 
 
-def _finite(tree):
-    """For each array whether all its values are finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)])
-
-
-def _first(found_N):
-    """The place of the first True, or −1."""
-    return jnp.where(found_N.any(), jnp.argmax(found_N), -1).astype(jnp.int32)
+def _first_faulty(arrays):
+    """The place of the first array that holds a value that is not finite, or −1."""
+    sound = [jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]
+    # XLA would unroll all() into a chain of ands, and copy that into every array's update.
+    first = jnp.argmin(jnp.stack([*sound, jnp.bool_(False)]))
+    return jnp.where(first < len(sound), first, -1).astype(jnp.int32)
 
 
 def _mean(x, axes):

@@ -1,6 +1,8 @@
 """Shared fixtures; the tests run on the CPU, without network."""
 
+import fcntl
 import os
+import shutil
 import tempfile
 import threading
 import time
@@ -40,9 +42,14 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """The workdir of a whole :debug run of six steps; not to be changed."""
-    workdir = tmp_path_factory.mktemp("run")
-    loop.train(runs.config(sample_every=6), workdir)
-    return workdir
+    parts = "PYTEST_XDIST_WORKER" in os.environ  # then the first process trains, each has a copy
+    base = tmp_path_factory.getbasetemp()
+    trained = (base.parent if parts else base) / "trained"
+    with (trained.with_suffix(".lock")).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not trained.exists():
+            loop.train(runs.config(sample_every=6), trained)
+    return shutil.copytree(trained, base / "run") if parts else trained
 
 
 @pytest.fixture(scope="session")

@@ -142,10 +142,10 @@ def main():
             "types": types,
         }
     if long:
-        found |= _remat("fsdp ", strategy="fsdp") | _scan() | _draw() | _lora()
+        found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
+        found |= _scan() | _draw() | _lora() | _encoders("roberta", "t5 1.1", "clip, projected")
     else:
-        found |= _remat(mesh={"data": 1}, run=False) | _encoders() | _features() | _contrast()
-        found |= _gan() | _guided()
+        found |= _encoders("umt5", "gpt-2") | _features() | _contrast() | _gan() | _guided()
     print(json.dumps(found))
 
 
@@ -184,12 +184,12 @@ def _lora() -> dict:
     return {"lora": found}
 
 
-def _encoders() -> dict:
+def _encoders(*cases) -> dict:
     """Pretrained encoders, loaded in parts and computed on all devices and on one."""
     found, layout = {}, sharding.Layout({"data": -1}, "fsdp")
     rows = lambda x: np.resize(x, (8, *x.shape[1:]))
     text_BL, mask_BL = map(rows, test_text_families.batch())
-    for case in ("roberta", "t5 1.1", "umt5", "clip, projected", "gpt-2"):
+    for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             test_text_families.by_golden(case, pathlib.Path(folder))
             net = encoder.make(folder)
@@ -247,6 +247,7 @@ def _gan() -> dict:
     config = digits_mlp_gan.get_config("debug")
     config.batch_size = 16
     config.loss.update(game="relativistic", spectral_norm=True, penalty="exact", mismatch=0.5)
+    config.loss.sentence = 0.0
     family, states = objective.make(config), []
     spec = dict(name="sgd", learning_rate=1e-2)
     optimisers = {name: optim.make(spec, steps=10, where="") for name in family.trained}

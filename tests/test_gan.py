@@ -4,6 +4,7 @@ import functools
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -129,6 +130,7 @@ def test_a_step_moves_all_of_both_nets(moved):
         assert min(whole[name].values()) > 0, min(whole[name], key=whole[name].get)
 
 
+@pytest.mark.slow
 def test_each_loss_moves_its_own_net_alone(family, made, batch, started):
     assert [loss.nets for loss in family.losses] == [("disc",), ("gen",)]
     for loss, still in zip(family.losses, ("gen", "disc"), strict=True):
@@ -242,6 +244,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
 
 def test_the_loss_has_estimates_of_every_second_example(made, batch, config):
     config = config.copy_and_resolve_references()
+    config.loss.update(mismatch=0.0, sentence=0.0, word=0.0)
     config.loss.update(penalty="estimate", sigma=0.1, gamma=(2.0, 2.0))
     family, key = objective.make(config), jax.random.key(1)
     value, aux = jax.jit(family.losses[0].fn)(made, batch, key, 0)
@@ -288,16 +291,15 @@ def test_micro_batches_penalise_the_same_examples_as_the_whole():
     batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
     batch["image"] = rng.uniform(-1, 1, batch["image"].shape).astype(np.float32)
     batch |= {"index": np.arange(8, dtype=np.int32), "weight": np.float32([1, 1, 1, 0, 1, 1, 1, 1])}
-    made = noisy(jax.jit(family.init)(jax.random.key(0), batch))
+    made = runs.filled(family.init, jax.random.key(0), batch)
     state = step.start(optimisers(family), {}, {name: made[name] for name in family.trained})
-    found = []
-    for accumulate in (1, 2, 4):
+    family, found = family._replace(losses=family.losses[:1]), []
+    for accumulate in (1, 4):
         fn = step.make_update(family, optimisers(family), ema={}, accumulate=accumulate)
         _, metrics = jax.jit(fn)(state, {"text": made["text"]}, batch)
         found.append({name: float(metrics[f"disc/{name}"]) for name in ("r1", "r2", "loss")})
     assert found[0]["r1"] > 1e-3
     assert found[1] == pytest.approx(found[0], rel=1e-4)
-    assert found[2] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_only_losses_of_pairs_compare_examples(config):
@@ -353,7 +355,7 @@ def test_word_scores_are_of_regions_that_answer():
     assert nets.word_scores(regions, words, mask & False)[0] == 0
 
 
-@pytest.mark.parametrize("size", [3, 16, 35])
+@pytest.mark.parametrize("size", [3, 35])
 def test_word_scores_of_pairs_are_those_of_each_pair(size):
     """In blocks, with what the last one leaves; so are their gradients."""
     rng = np.random.default_rng(size)
@@ -407,7 +409,7 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     shapes = weights.abstract_batch(config)
     predictor = pipeline.Predictor(config)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
-    found = jax.jit(predictor.objective.init)(jax.random.key(0), zeros)
+    found = runs.filled(predictor.objective.init, jax.random.key(0), zeros)
     pipe = pipeline.Pipeline(predictor, found, "here", None)
     one = requests.Request("a red circle", seed=3)
     asked = [one, one._replace(prompt="a star", count=2)]
@@ -549,6 +551,7 @@ def test_spectral_norm_bounds_every_kernel_by_one():
 def test_spectral_norm_and_augmentation_train(config, batch):
     """The vectors go on with every step, the generator's loss leaves them alone."""
     config = config.copy_and_resolve_references()
+    config.loss.update(mismatch=0.0, sentence=0.0, word=0.0)
     config.loss.update(spectral_norm=True, augment=tuple(augment.KINDS), augment_share=(0.0, 1.0))
     config.loss.gamma = (0.5, 0.5)
     family = objective.make(config)
@@ -702,7 +705,7 @@ def test_discriminators_read_a_condition_as_if_it_were_alone():
         (nets.Projected(width=16), (image, image[:, ::2, ::2])),
         (mlp.Discriminator(res=16, width=16), image),
     ):
-        variables = noisy(jax.jit(net.init)(keys[4], x, conds[0]))
+        variables = runs.filled(net.init, keys[4], x, conds[0])
         apply = jax.jit(net.apply)
         together = apply(variables, x, *conds)
         for seen, cond in zip(together, conds, strict=True):
@@ -716,7 +719,7 @@ def towers():
     return dict(image=small, caption=dict(width=16, depth=1, heads=2))
 
 
-@pytest.mark.parametrize("through", ["eye", "guide"])
+@pytest.mark.parametrize("through", [pytest.param("eye", marks=pytest.mark.slow), "guide"])
 def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
     config = from_flow()
     config.model.gen.prediction = "x"
@@ -728,12 +731,8 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         config.model.eye = towers()["image"]
     config.loss.teacher = dict(sampler="euler", guidance=1.5, steps=2)
     family, key = objective.make(config), jax.random.key(1)
-    nets = jax.jit(family.init)(jax.random.key(0), batch)
-    moved = lambda x: x + 0.05 * jax.random.normal(jax.random.key(2), x.shape)
-    nets["gen"], nets["teacher"] = (
-        jax.tree.map(moved, nets["gen"]),
-        jax.tree.map(moved, nets["gen"]),
-    )
+    nets = runs.filled(family.init, jax.random.key(0), batch)
+    nets["teacher"] = nets["gen"]
     options = gan.Options(**config.loss)
     (generator, _, eye), (guide, _) = gan._networks(config), gan._guide(config, options)
     cond = family.predict["encode"](nets, batch)
@@ -786,7 +785,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5)
 
 
-@pytest.mark.parametrize("eye", ["tower", "pretrained"])
+@pytest.mark.parametrize("eye", ["tower", pytest.param("pretrained", marks=pytest.mark.slow)])
 def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     config = from_flow()
     config.model.eye, config.model.gen = towers()["image"], dict(width=16)
@@ -795,7 +794,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
         config.model.eye, config.load.eye = {}, str(tmp_path)
     family = objective.make(config)
     assert family.trained == ("disc", "gen")
-    nets = noisy(jax.jit(family.init)(jax.random.key(0), batch))
+    nets = runs.filled(family.init, jax.random.key(0), batch)
 
     def moves(loss, name):
         fn = lambda net: loss.fn(nets | {name: net}, batch, jax.random.key(0), jnp.int32(0))
@@ -835,7 +834,7 @@ def test_guidance_adds_the_angle_between_picture_and_caption(batch):
     config.model.clip = towers()
     config.loss.update(clip=3.0, adversarial=0.5)
     guided = objective.make(config)
-    nets = jax.jit(guided.init)(jax.random.key(0), batch)
+    nets = runs.filled(guided.init, jax.random.key(0), batch)
     assert set(nets) - set(plain.trained) == {"clip_image", "clip_caption", "text"}
     loss = lambda family: jax.jit(family.losses[1].fn)(nets, batch, jax.random.key(1), jnp.int32(0))
     value, aux = loss(guided)
@@ -865,9 +864,9 @@ def test_a_run_trains_resumes_and_draws(tmp_path):
     config = digits_mlp_gan.get_config("debug")
     config.loss.update(spectral_norm=True, augment=("translation",))
     config.evaluators, config.eval_every = dict(digits=dict(num_images=20)), 4
-    config.steps, config.save_every = 3, 2
+    config.steps, config.save_every = 4, 2
     loop.train(config, tmp_path)
-    config.steps = 4
+    shutil.rmtree(tmp_path / "checkpoints/4")  # as if killed before it
     loop.train(config, tmp_path)
     assert [row["step"] for row in runs.rows(tmp_path)] == [1, 2, 3, 4]
     pipe = pipeline.Pipeline.load(str(tmp_path))

@@ -9,11 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from configs import shapes_transformer
 from t2i_jax import errors, loop, pipeline, plan
 from t2i_jax import workdir as folder
 from t2i_jax.data import cache, shapes
-from tests.runs import config, rows
+from tests.runs import config, rows, small
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -45,9 +44,8 @@ def test_a_finished_run_is_left_alone(run):
 
 
 def test_a_run_without_averages_saves_resumes_and_draws(tmp_path):
-    small = shapes_transformer.get_config("debug").model  # compiles faster
-    loop.train(config(ema={}, steps=3, model=small), tmp_path)
-    loop.train(config(ema={}, steps=4, model=small), tmp_path)  # goes on
+    loop.train(small(ema={}, steps=3), tmp_path)
+    loop.train(small(ema={}, steps=4), tmp_path)  # goes on
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4]
     assert pipeline.Pipeline.load(str(tmp_path))(["a red circle"], steps=1).shape[0] == 1
 
@@ -73,7 +71,7 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
 
 
 def test_a_run_with_cached_captions_trains(tmp_path):
-    cached = config(cache="encode", steps=1, prompts=(), save_every=5)
+    cached = small(cache="encode", steps=1, prompts=(), save_every=5)
     cached.data.size = 64
     loop.train(cached, tmp_path)
     assert np.isfinite(rows(tmp_path)[0]["model/loss"])
@@ -246,16 +244,15 @@ def test_a_key_that_nobody_reads_does_not_exist():
 
 def test_minutes_become_steps_before_the_first_and_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "TIMED", 3)
-    small = shapes_transformer.get_config("debug").model
-    plain = dict(prompts=(), model=small, save_every=5, log_every=2)
-    loop.train(config(steps=0, minutes=1e-9, **plain), tmp_path / "timed")
+    plain = dict(prompts=(), save_every=5, log_every=2)
+    loop.train(small(steps=0, minutes=1e-9, **plain), tmp_path / "timed")
     assert json.loads((tmp_path / "timed" / "config.json").read_text())["steps"] == 2
-    loop.train(config(steps=2, **plain), tmp_path / "told")
+    loop.train(small(steps=2, **plain), tmp_path / "told")
     assert rows(tmp_path / "timed") == rows(tmp_path / "told")  # the timed steps left no trace
-    assert loop.train(config(steps=0, minutes=1e-9, **plain), tmp_path / "timed") == {}
+    assert loop.train(small(steps=0, minutes=1e-9, **plain), tmp_path / "timed") == {}
     with pytest.raises(errors.ConfigError, match="is of 2 steps, fixed for another time"):
-        loop.train(config(steps=0, minutes=1.0, **plain), tmp_path / "timed")
-    loop.train(config(steps=3, minutes=1.0, **plain), tmp_path / "timed")
+        loop.train(small(steps=0, minutes=1.0, **plain), tmp_path / "timed")
+    loop.train(small(steps=3, minutes=1.0, **plain), tmp_path / "timed")
     assert len(rows(tmp_path / "timed")) == 3
 
 
@@ -270,7 +267,7 @@ def test_times_are_finite(tmp_path, changes):
 
 
 def diverging(**changes):
-    return config(**dict(steps=30, save_every=4, keep=9, prompts=(), log_every=2) | changes)
+    return small(**dict(steps=30, save_every=4, keep=9, prompts=(), log_every=2) | changes)
 
 
 def test_a_run_that_goes_beyond_a_limit_stops_with_the_reason(tmp_path):
@@ -336,5 +333,5 @@ def test_an_error_waits_for_the_save_that_it_overtakes(tmp_path, monkeypatch):
     monkeypatch.setenv("T2I_ENABLE_FAILPOINTS", "1")
     monkeypatch.setenv("T2I_FAILPOINT", "manifest.before=sleep2,data.before:3=raise")
     with pytest.raises(RuntimeError, match=r"data\.before"):
-        loop.train(config(save_every=2, sample_every=0), tmp_path)
+        loop.train(small(save_every=2, sample_every=0), tmp_path)
     assert (tmp_path / "checkpoints/2/manifest.json").exists()

@@ -20,11 +20,11 @@ from tests import test_vits as pictures
 ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_a_builtin_model_draws_without_torch_and_transformers():
+def test_training_and_drawing_import_neither_torch_nor_transformers():
     """Both take seconds to import, whether or not they are of use."""
     code = """
 import sys
-from t2i_jax import pipeline
+from t2i_jax import loop, pipeline
 pipeline.Pipeline.load("builtin:shapes")(["a red circle"], steps=1)
 print(sorted({"torch", "transformers"} & set(sys.modules)))
 """

@@ -164,13 +164,15 @@ def test_both_axes_together_split_the_state(found):
     assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
 
 
-def test_pretrained_encoders_are_read_in_parts_and_compute_the_same(found):
+@pytest.mark.parametrize("tier", ["quick", pytest.param("long", marks=SLOW)])
+def test_pretrained_encoders_are_read_in_parts_and_compute_the_same(found, tier):
     for case, seen in found["encoders"].items():
         assert seen["equal"], case
         assert seen["held"] <= 0.3, case
         assert seen["difference"] <= 1e-6, case
 
 
+@SLOW
 def test_remat_saves_memory(found):
     assert found["remat"]["temporaries"] <= 0.3 * found["no remat"]["temporaries"]
 

@@ -238,6 +238,24 @@ def test_update_traces_once():
     assert len(traced) == 1
 
 
+def test_a_step_of_many_arrays_is_as_many_times_the_program_of_a_few():
+    """Whether all are finite is found once, and not again for each of them."""
+
+    def instructions(arrays):
+        def loss(nets, batch, key, step):
+            params = nets["model"]["params"]
+            error_B = batch["image"].sum(-1) - sum(x.sum() for x in params.values())
+            return toys.weighted(error_B**2, batch), Aux()
+
+        init = lambda key, batch: {
+            "model": {"params": {str(i): jnp.ones(3) for i in range(arrays)}}
+        }
+        state, frozen, update = setup(Objective(init, (Loss(("model",), loss),), {}))
+        return update.lower(state, frozen, toys.batch()).compile().as_text().count(" = ")
+
+    assert instructions(64) <= 5 * instructions(16)
+
+
 def test_training_learns():
     state, frozen, update = setup(toys.regression())
     first = None

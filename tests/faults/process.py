@@ -15,7 +15,7 @@ INTERVAL = 4  # steps between two saves
 
 @row("P1", "SIGKILL at random moments: every loss and the last state equal an uninterrupted run's")
 def p1(lab):
-    rng, folder, kills, most = random.Random(1), lab.folder(), 20 if lab.long else 3, 0
+    rng, folder, kills, most = random.Random(1), lab.folder(), 20 if lab.long else 2, 0
     for _ in range(kills):
         process = lab.start(folder)
         if rng.random() < 0.25:

@@ -510,7 +510,7 @@ def b5(lab):
         folder = disk / "run"
         rare = ("--config.save_every=1000", "--config.steps=90")
         slow = "step.before:5=sleep2,step.before:80=sleep4"
-        for room in (True, False):
+        for room in (False, True) if lab.long else (True,):
             process = lab.start(folder, *rare, failpoint=slow)
             lab.wait_for(process, "step 4/")
             fill(disk, leave=0)
@@ -528,8 +528,10 @@ def b5(lab):
                 assert_error(ended, 75)
                 kept = steps(folder)[-1]
                 assert [r["step"] for r in rows(folder)] == list(range(1, kept + 1))
+            else:
+                assert_error(ended, 74, "cannot be written", str(disk), noise=True)
+                (disk / "filler").unlink()
                 shutil.rmtree(folder)
-        assert_error(ended, 74, "cannot be written", str(disk), noise=True)
 
 
 @row("B6", "a full disk at a start, for samples or for the best: exit 74 with the path", long=True)
