@@ -111,3 +111,21 @@ def test_the_sums_are_those_of_stored_checkpoints():
     changed = {**tree, "x": x + 1}
     assert not fingerprint.matches(changed, old)
     assert not fingerprint.matches(changed, fingerprint.digest(tree))
+
+
+@pytest.mark.parametrize("format", [fingerprint.FORMAT, fingerprint.WEIGHTED])
+@pytest.mark.parametrize(
+    "dtype", ["float32", "float16", "bfloat16", "int32", "uint8", "int8", "bool"]
+)
+def test_the_host_sums_small_arrays_as_devices_do(dtype, format, monkeypatch):
+    rng = np.random.default_rng(0)
+    kind = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.dtype(dtype)
+    some = lambda *shape: rng.integers(0, 2**7, shape).astype(kind)
+    tree = {"a": some(3, 4, 5), "b": some(7), "c": some(), "d": some(0, 2), "e": some(2, 3, 2, 2)}
+    if jnp.issubdtype(kind, jnp.inexact):
+        tree["bad"] = np.array([1, np.inf, 0, np.nan], kind)
+    tree = jax.device_put(tree)
+    here = fingerprint.of(tree, format=format)
+    monkeypatch.setattr(fingerprint, "SMALL", -1)
+    assert here == fingerprint.of(tree, format=format)
+    assert here[1] == (["bad"] if "bad" in tree else [])
