@@ -14,8 +14,8 @@ from configs import shapes_clip
 from t2i_jax import errors, loop, losses, objective, pipeline, weights
 from t2i_jax.data import shapes
 from t2i_jax.evaluators import retrieval
+from tests import runs, test_vits
 from tests import test_text_families as families
-from tests import test_vits
 
 HELD_OUT = dict(source="shapes", split="test", size=48, res=16)
 
@@ -99,7 +99,7 @@ def test_a_step_learns_both_towers_and_the_temperature_is_bounded(kind):
     family = objective.make(config(loss=dict(kind=kind)))
     assert family.trained == ("image", "caption")
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config()))
-    nets = jax.jit(family.init)(jax.random.key(0), zeros)
+    nets = runs.filled(family.init, jax.random.key(0), zeros)
     batch = zeros | {
         "image": np.random.default_rng(0).normal(size=zeros["image"].shape).astype(np.float32),
         "text": np.arange(zeros["text"].size, dtype=np.int32).reshape(zeros["text"].shape) % 200,

@@ -16,7 +16,7 @@ from tests import runs
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
 CONFIGS = [name for name in CONFIGS if name not in ("__init__", "common")]
-TRAINED = ("folder_flow", "shapes_transformer")  # one of each kind; test_loop has shapes_flow
+TRAINED = (pytest.param("folder_flow", marks=pytest.mark.slow), "shapes_transformer")
 OBJECTIVES = sorted(p.stem for p in (ROOT / "t2i_jax" / "objectives").glob("[!_]*.py"))
 
 

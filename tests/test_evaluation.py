@@ -378,7 +378,7 @@ def rated(run, tmp_path_factory):
 
 def best_config(**changes):
     evaluators = {"held_out_loss": {**LOSS, "batch_size": 4, "num_images": 8}}
-    return config(
+    return runs.small(
         **{
             **dict(evaluators=evaluators, eval_every=2, best="held_out_loss/mean", keep=1),
             **dict(prompts=(), save_every=100),
