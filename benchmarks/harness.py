@@ -22,6 +22,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -42,6 +43,8 @@ COPIED = 2**28  # bytes
 DIFFERENT = 1.2  # the factor between two `gemm` from which on a ratio is corrected
 # A check runs for seconds what takes a minute to make fast.
 QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 
 
 class Case(NamedTuple):
