@@ -22,7 +22,6 @@ import functools
 import importlib.metadata
 import importlib.util
 import itertools
-import importlib.metadata
 import json
 import os
 import pathlib
