@@ -24,7 +24,7 @@ $(VENV)/.installed: setup.py $(PINS)
 demo: venv
 	$(PY) train.py --config=configs/shapes_demo.py --workdir=runs/demo
 	$(PY) sample.py --workdir=runs/demo --prompts_file=docs/prompts.txt --grid --output_dir=out/demo
-	$(PY) -m t2i_jax.evaluate --workdir=runs/demo --protocol=shapes --num_images=512
+	$(PY) -m t2i_jax evaluate --workdir=runs/demo --protocol=shapes --num_images=512
 
 # A process that has no tests left takes half of the other's, so that both end together.
 test: venv

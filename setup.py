@@ -50,7 +50,7 @@ setup(
         "bench": ["psutil", "torch"],
         # what the tests' oracles need beside transformers
         "parity": ["scikit-image", "torch", "torchmetrics"],
-        "report": ["matplotlib"],  # the curves of t2i_jax.compare
+        "report": ["matplotlib"],  # the curves of t2i_jax compare
         "dev": [
             "hypothesis",
             "matplotlib",

@@ -37,7 +37,7 @@ def inputs(batch: int) -> dict[str, np.ndarray]:
 
 
 def cond(data):
-    from t2i_jax.text.condition import Cond
+    from t2i_jax.models.types import Cond
 
     return Cond(data["seq"], data["mask"], data["pooled"])
 

@@ -49,7 +49,7 @@ def size() -> int:
 def ours(case: str, folder: pathlib.Path):
     import jax
 
-    from t2i_jax import checkpoint, fingerprint
+    from t2i_jax.run import checkpoint, fingerprint
 
     current = jax.jit(fresh())(jax.random.key(0))
     leaves = [(x.shape, str(x.dtype)) for x in jax.tree.leaves(current)]

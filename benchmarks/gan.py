@@ -52,7 +52,7 @@ def passes(batch: int) -> int:
 def draw_ours(net: str, size: str, folder: pathlib.Path) -> None:
     import jax
 
-    from t2i_jax import plan
+    from t2i_jax.commands import plan
 
     batch, (module, noise) = int(size), generator(net)
     data = cases.inputs(batch)
@@ -136,7 +136,8 @@ def batch() -> dict[str, np.ndarray]:
 def train_ours(folder: pathlib.Path) -> None:
     import jax
 
-    from t2i_jax import objective, optim, plan, randomness, step
+    from t2i_jax import objective, optim, randomness, step
+    from t2i_jax.commands import plan
 
     config, data = train_config(), jax.device_put(batch())
     family = objective.make(config)
@@ -271,7 +272,8 @@ def sample(source: str, text: str, _: pathlib.Path) -> None:
     """Draws pictures for captions by the model's own options."""
     import jax
 
-    from t2i_jax import pipeline, plan
+    from t2i_jax import pipeline
+    from t2i_jax.commands import plan
     from t2i_jax.data import shapes
 
     pipe = pipeline.Pipeline.load(source)

@@ -24,8 +24,8 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import harness
+from t2i_jax.pretrained import image_network
 from t2i_jax.quality import protocol
-from t2i_jax.vision import encoder
 
 STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
 CONFIG = flags.DEFINE_string("config", "configs/shapes_gan.py", "What is trained.")
@@ -84,7 +84,7 @@ def judged(folder: pathlib.Path, name: str, arguments, *training) -> dict:
     kept = folder / f"{name}.json"
     if not kept.exists():
         trained(folder, *training)
-        printed = run("-m", "t2i_jax.evaluate", f"--workdir={folder}", *arguments)
+        printed = run("-m", "t2i_jax", "evaluate", f"--workdir={folder}", *arguments)
         kept.write_text(printed[printed.index("{") : printed.rindex("}") + 1])
     return json.loads(kept.read_text())
 
@@ -94,7 +94,8 @@ def main(argv) -> None:
         with tempfile.TemporaryDirectory() as name:
             alone(pathlib.Path(name), steps=PROBE)
     else:
-        encoder.locate(protocol.read(PROTOCOL).extractor)  # its weights must be there in the end
+        # Its weights must be there in the end.
+        image_network.locate(protocol.read(PROTOCOL).extractor)
         folder, CHANGES[:] = pathlib.Path(argv[1]), argv[2:]
         folder.mkdir(parents=True, exist_ok=True)
         asked, kept = [STEPS.value, CONFIG.value, *CHANGES], folder / "asked.json"

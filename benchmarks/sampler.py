@@ -30,7 +30,7 @@ def ours(case: str, batch: str, folder: pathlib.Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from t2i_jax import plan
+    from t2i_jax.commands import plan
     from t2i_jax.sampling import guidance, ode
 
     module, variables = cases.backbone(case), jax.device_put(cases.variables(case, folder))

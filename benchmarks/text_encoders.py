@@ -81,13 +81,13 @@ def prepared(name: str, length: int):
     """An encoder's jitted function of tokens, its weights loaded, and that of its operations."""
     import jax
 
-    from t2i_jax import plan
-    from t2i_jax.text import encoder
+    from t2i_jax.commands import plan
+    from t2i_jax.pretrained import text_encoder
 
-    net = encoder.make(name)
+    net = text_encoder.make(name)
     abstract = [jax.ShapeDtypeStruct((1, length), dtype) for dtype in ("int32", "bool")]
     shapes = jax.eval_shape(net.init, jax.random.key(0), *abstract)
-    variables = jax.device_put(encoder.load(name, shapes))
+    variables = jax.device_put(text_encoder.load(name, shapes))
     apply = jax.jit(net.apply)
     count = lambda *tokens: plan.flops(jax.make_jaxpr(apply)(variables, *tokens))
     return functools.partial(apply, variables), count
@@ -105,7 +105,7 @@ def peer(case: str, folder: pathlib.Path) -> None:
     import torch
     import transformers
 
-    from t2i_jax import hf
+    from t2i_jax.pretrained import hf
 
     torch.set_num_threads(harness.THREADS)
     name = CASES[case][0] or "AutoModel"
@@ -183,7 +183,7 @@ def in_buckets():
 
 def store(folder: pathlib.Path) -> None:
     """Writes the caption states that `step_arm` reads."""
-    command = [sys.executable, "-m", "t2i_jax.data.cache", "--config=configs/shapes_flow.py"]
+    command = [sys.executable, "-m", "t2i_jax", "captions", "--config=configs/shapes_flow.py"]
     command += [f"--config.data.size={RECORDS}", f"--workdir={folder}/run"]
     subprocess.run(command, check=True)
 
@@ -193,7 +193,8 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     import jax
 
     from configs import shapes_flow
-    from t2i_jax import loop, plan
+    from t2i_jax import loop
+    from t2i_jax.commands import plan
     from t2i_jax.data import cache
 
     config = shapes_flow.get_config()
@@ -237,9 +238,9 @@ def load(folder: pathlib.Path) -> None:
     """Prints by how much loading raises a process's memory at most, bytes."""
     import jax
 
-    from t2i_jax.text import encoder
+    from t2i_jax.pretrained import text_encoder
 
-    net = encoder.make(str(folder))
+    net = text_encoder.make(str(folder))
     tokens = [jax.ShapeDtypeStruct((1, 8), dtype) for dtype in ("int32", "bool")]
     shapes = jax.eval_shape(net.init, jax.random.key(0), *tokens)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -248,7 +249,7 @@ def load(folder: pathlib.Path) -> None:
     status = pathlib.Path("/proc/self/status")
     kilobytes = lambda key: int(status.read_text().split(key)[1].split()[0])
     before = kilobytes("VmRSS:")
-    jax.block_until_ready(encoder.load(str(folder), shapes))
+    jax.block_until_ready(text_encoder.load(str(folder), shapes))
     print((kilobytes("VmHWM:") - before) * 1024)
 
 

@@ -39,7 +39,7 @@ def chips_of(slice_name):
     """The devices to compile for."""
     import jax
 
-    from t2i_jax import plan
+    from t2i_jax.commands import plan
 
     if harness.lacks("libtpu", f"tpu/{slice_name}"):
         return jax.devices()
@@ -64,7 +64,7 @@ def largest(make_traced, memory):
     has been compiled, and so has the next larger one if it seemed to fit. Returns (pictures, needs,
     seconds), pictures 0 where not even one fits.
     """
-    from t2i_jax import plan
+    from t2i_jax.commands import plan
 
     seen = {}
 
@@ -100,7 +100,7 @@ def largest(make_traced, memory):
 
 
 def row(slice_name, size, strategy, remat) -> dict:
-    from t2i_jax import plan
+    from t2i_jax.commands import plan
 
     memory = plan.HBM[slice_name.split(":")[0]]
     chips = len(chips_of(slice_name))

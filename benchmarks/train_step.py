@@ -21,7 +21,8 @@ RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
 def ours(case: str, folder: pathlib.Path) -> None:
     import jax
 
-    from t2i_jax import losses, optim, plan, step
+    from t2i_jax import losses, optim, step
+    from t2i_jax.commands import plan
     from t2i_jax.objective import Aux, Loss, Objective
 
     module, data = cases.backbone(case), cases.inputs(BATCH)

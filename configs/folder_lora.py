@@ -4,7 +4,7 @@ python train.py --config=configs/folder_lora.py:path=DIR --workdir=runs/lora   (
 
 DIR and `holdout` as for configs/folder_flow.py.
 
-python -m t2i_jax.export --workdir=runs/lora --output=models/lora
+python -m t2i_jax export --workdir=runs/lora --output=models/lora
 
 writes the adapters alone, with --merge a model like any other; sample.py draws with either.
 """

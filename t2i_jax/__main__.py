@@ -6,13 +6,13 @@ import sys
 from t2i_jax import errors
 
 COMMANDS = {
-    "train": ("t2i_jax.train", "trains a model"),
-    "sample": ("t2i_jax.sample", "draws pictures"),
-    "evaluate": ("t2i_jax.evaluate", "judges a model, or a folder of pictures"),
-    "compare": ("t2i_jax.compare", "compares runs"),
-    "export": ("t2i_jax.export", "writes a run's weights as a model"),
-    "cache": ("t2i_jax.data.cache", "encodes a run's captions once"),
-    "convert": ("t2i_jax.vision.convert", "makes image networks from files of torch"),
+    "train": ("t2i_jax.commands.train", "trains a model"),
+    "sample": ("t2i_jax.commands.sample", "draws pictures"),
+    "evaluate": ("t2i_jax.commands.evaluate", "judges a model, or a folder of pictures"),
+    "compare": ("t2i_jax.commands.compare", "compares runs"),
+    "export": ("t2i_jax.commands.export", "writes a run's weights as a model"),
+    "captions": ("t2i_jax.commands.captions", "encodes a run's captions once"),
+    "convert": ("t2i_jax.commands.convert", "makes image networks from files of torch"),
 }
 
 

@@ -14,32 +14,25 @@ import numpy as np
 from absl import logging
 
 import t2i_jax
-from t2i_jax import (
+from t2i_jax import errors, images, optim, pipeline, plugins, sharding, step, weights
+from t2i_jax.commands import prompts
+from t2i_jax.data import cache, loader
+from t2i_jax.run import (
     checkpoint,
     compile_cache,
     distributed,
-    errors,
     failpoints,
     fingerprint,
-    images,
     interrupt,
     logs,
     metrics,
-    optim,
     owner,
-    pipeline,
-    plugins,
-    requests,
-    sharding,
-    step,
+    rundir,
     watchdog,
-    weights,
 )
-from t2i_jax import workdir as folder
-from t2i_jax.data import cache, loader
 
 TIMED, WARM = 50, 5  # steps that are timed for config.minutes, and those before them
-AHEAD = 2  # steps given to the devices before their results are waited for: a signal waits, too
+MAX_IN_FLIGHT = 2  # steps whose results are not waited for yet: a signal waits that long, too
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
 SEEDS_APART = 1_000_003  # what a rollback adds to the seed
@@ -83,7 +76,7 @@ def _train(config, workdir, signals, restart: bool) -> dict:
         run = Run(config, workdir, restart=restart)
         main = jax.process_index() == 0
         if main:
-            folder.make(workdir)
+            rundir.make(workdir)
         holder = owner.Owner(workdir)
         if main:
             holder.acquire()
@@ -137,10 +130,10 @@ class Run:
             name: optim.make(spec, steps=config.steps, where=f"config.optim.{name}")
             for name, spec in config.optim.items()
         }
-        self._rollbacks = 0 if restart else distributed.as_first(folder.rollbacks(workdir))
+        self._rollbacks = 0 if restart else distributed.as_first(rundir.rollbacks(workdir))
         seed = config.seed + SEEDS_APART * self._rollbacks  # other noise, other order of data
         self.source = make_source(config)
-        self._changed = folder.check_same_run(workdir, config, self.source.fingerprint)
+        self._changed = rundir.check_same_run(workdir, config, self.source.fingerprint)
         prompts = list(config.prompts)
         if not prompts and config.sample_every and "sample" in family.predict:
             prompts = loader.some_captions(self.source)
@@ -158,7 +151,7 @@ class Run:
         )
         begun = not restart and (workdir / "checkpoints").is_dir()
         held = family.trained if begun else ()
-        self.frozen = weights.frozen_shapes(family, config, besides=held)  # see load_frozen
+        self.frozen = weights.frozen_shapes(family, config, except_nets=held)  # see load_frozen
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(config)
@@ -184,22 +177,22 @@ class Run:
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
-            folder.describe(workdir, config, self.source)
+            rundir.describe(workdir, config, self.source)
         if self._changed:
             logging.info("the config changed: %s", "; ".join(self._changed))
         self.layout.report(self.shapes)
         if restart:
             checkpoints.set_all_aside()
-            folder.forget_rollbacks(workdir)
+            rundir.forget_rollbacks(workdir)
         with watchdog.phase("restore"), signals.at_once():
-            state, start, hooked = self._first_state(checkpoints)
-            hooked = hooked or distributed.as_first(metrics.evaluated(workdir, start))
+            state, start, evaluated = self._first_state(checkpoints)
+            evaluated = evaluated or distributed.as_first(metrics.evaluated(workdir, start))
         writer = metrics.Writer(
             workdir,
             start=start,
             stop=config.steps,
             batch_size=config.batch_size,
-            last_evaluated=start if hooked else start - 1,
+            last_evaluated=start if evaluated else start - 1,
         )
         meta = {
             "data": self.source.fingerprint,
@@ -210,7 +203,7 @@ class Run:
         }
         self._opened = (checkpoints, writer, start)
         watches = Skips(writer.before(1000)), Watch(config.watch)
-        compiled, row, flying = None, {}, collections.deque()
+        compiled, row, in_flight = None, {}, collections.deque()
         n = saved = start
         since = time.monotonic()  # the last save
         with (
@@ -219,12 +212,12 @@ class Run:
             writer.bar,
         ):
             while True:
-                if not hooked:
+                if not evaluated:
                     try:
                         with watchdog.phase("hooks"):
                             failpoints.hit("hooks.before", n)
                             self.hooks.run(n, state, self.frozen, writer)
-                        hooked = True
+                        evaluated = True
                     except interrupt.Stop:
                         pass
                 self.hooks.collect(writer, checkpoints)
@@ -235,7 +228,7 @@ class Run:
                     with watchdog.phase("save"):
                         failpoints.hit("save.before", n)
                         done = self.hooks.collect(writer, checkpoints, before=n)
-                        checkpoints.save(state, {**meta, "hooked": hooked and done})
+                        checkpoints.save(state, {**meta, "evaluated": evaluated and done})
                         failpoints.hit("save.started", n)
                     saved, since = n, time.monotonic()
                 if last:
@@ -263,10 +256,10 @@ class Run:
                 signals.begun = True
                 with watchdog.phase("step"), jax.transfer_guard("disallow"):
                     state, values = compiled(state, self.frozen, arrays)
-                    flying.append(values)
-                    if len(flying) > AHEAD or n == start:
-                        jax.block_until_ready(flying.popleft())
-                n, hooked = n + 1, False
+                    in_flight.append(values)
+                    if len(in_flight) > MAX_IN_FLIGHT or n == start:
+                        jax.block_until_ready(in_flight.popleft())
+                n, evaluated = n + 1, False
                 writer.step(n, values)
                 if n == start + 1:
                     checkpoints.progressed()
@@ -388,7 +381,7 @@ class Run:
             logging.info("resuming %s after %d steps", self.workdir, start)
             meta = checkpoints.meta(start)
             weights.check_frozen(self.frozen, meta.get("frozen"), self._frozen_digests)
-            return state, start, meta["hooked"]
+            return state, start, meta.get("evaluated", meta.get("hooked"))  # its older name
         if config.init_from:
             logging.info("no checkpoint in %s: starting from %s", self.workdir, config.init_from)
         else:
@@ -458,7 +451,7 @@ class Run:
             return False
         step = checkpoints.set_aside_from(first, "diverged")
         if jax.process_index() == 0:
-            folder.note_rollback(self.workdir, {"step": step, "why": str(e)})
+            rundir.note_rollback(self.workdir, {"step": step, "why": str(e)})
         distributed.barrier("rollback")
         logging.warning("%s; going back to step %d", e, step)
         return True
@@ -499,7 +492,7 @@ def _with_steps(config, steps: int):
 
 def _measured_before(config, workdir) -> int:
     """The steps that an earlier start made of config.minutes; 0 if there was none."""
-    before = folder.config_before(workdir) if config.minutes else None
+    before = rundir.config_before(workdir) if config.minutes else None
     if not before:
         return 0
     if before.get("minutes") != config.minutes:
@@ -583,7 +576,7 @@ def check(config) -> None:
             f"seed is {config.seed}", where="config.seed", fix="give a number from 0 to 2³² − 1"
         )
     for prompt in config.prompts:
-        requests.check_prompt(prompt, "config.prompts")
+        prompts.check_prompt(prompt, "config.prompts")
     if not 0 <= config.minutes < float("inf"):
         raise errors.ConfigError(
             f"minutes is {config.minutes}", where="config.minutes", fix="give a time of training"

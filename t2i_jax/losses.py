@@ -34,7 +34,7 @@ def spherical(a_BP, b_BP):
 # --- pairs of pictures and captions, of the global batch ------------------------------------------
 
 
-def apart(text_BL, mask_BL):
+def different_captions(text_BL, mask_BL):
     """Which captions are not the same, as numbers.   -> bool BB
 
     By hashes of 64 bits, for the tokens of all pairs would be B²·L numbers. Two captions that
@@ -59,25 +59,25 @@ def _mixed(x):
     return x ^ (x >> 16)
 
 
-def info_nce(logits_BB, apart_BB, weight_B):
+def info_nce(logits_BB, different_BB, weight_B):
     """Symmetric cross-entropy of each picture's own caption among those that differ from it, and
     the reverse (arXiv:1807.03748, eq. 4; arXiv:2103.00020); examples of weight 0 are none.
     """
     own = jnp.eye(len(logits_BB), dtype=bool)
-    logits_BB = jnp.where(_counted(apart_BB, weight_B) | own, logits_BB, -1e9)
+    logits_BB = jnp.where(_counted(different_BB, weight_B) | own, logits_BB, -1e9)
     value_B = sum(jax.nn.logsumexp(logits_BB, axis) for axis in (0, 1)) / 2
     return weighted_mean(value_B - jnp.diagonal(logits_BB), weight_B)
 
 
-def pairwise(logits_BB, apart_BB, weight_B):
+def pairwise(logits_BB, different_BB, weight_B):
     """Whether a picture and a caption belong together, decided for each pair (SigLIP,
     arXiv:2303.15343, eq. 1); pairs of equal captions and examples of weight 0 are none.
     """
     own = jnp.eye(len(logits_BB), dtype=bool)
     value_BB = jax.nn.softplus(jnp.where(own, -logits_BB, logits_BB))
-    value_B = jnp.where(_counted(apart_BB, weight_B) | own, value_BB, 0).sum(1)
+    value_B = jnp.where(_counted(different_BB, weight_B) | own, value_BB, 0).sum(1)
     return weighted_mean(value_B, weight_B)
 
 
-def _counted(apart_BB, weight_B):
-    return apart_BB & (weight_B > 0)[None] & (weight_B > 0)[:, None]
+def _counted(different_BB, weight_B):
+    return different_BB & (weight_B > 0)[None] & (weight_B > 0)[:, None]

@@ -11,7 +11,7 @@ import optax
 from absl import logging
 
 from t2i_jax import errors, plugins
-from t2i_jax.fingerprint import path_of
+from t2i_jax.run.fingerprint import path_of
 
 # Paths of the layers that put out a picture, a logit or an embedding. Muon is meant for what lies
 # between the first and the last layer: these learn by Adam (Jordan 2024, "Muon").

@@ -9,9 +9,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import compile_cache, errors, hf, images, objective, plugins, requests, weights
+from t2i_jax import errors, images, objective, plugins, weights
+from t2i_jax.commands import prompts as requests
 from t2i_jax.data import transforms
-from t2i_jax.text import encoder, words
+from t2i_jax.pretrained import hf, text_encoder
+from t2i_jax.run import compile_cache
+from t2i_jax.text import words
 
 SEED_LIMIT = requests.SEED_LIMIT
 COUNT_LIMIT = 10_000  # of sampling steps and the like
@@ -39,7 +42,7 @@ class Predictor:
         self.config, self._layout = config, layout
         self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
-        self.tokenize = encoder.tokenizer(config.load.get("text"), config.text_length)
+        self.tokenize = text_encoder.tokenizer(config.load.get("text"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
 
@@ -350,13 +353,13 @@ class Pipeline:
             predictor = Predictor(config)
             family = predictor.objective
             shapes = weights.abstract_nets(family, config)
-        held = weights.held(folder) or family.trained
+        held = weights.nets_in(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
         known = weights.frozen_digests(folder, step)
         # A digest of all nets, as older runs have, can be compared with all of them alone.
         unread = () if isinstance(known, str) else family.training_only
-        frozen = weights.frozen(family, config, besides=(*held, *unread), shapes=shapes)
+        frozen = weights.frozen(family, config, except_nets=(*held, *unread), shapes=shapes)
         sources = weights.sources(config)
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
         weights.check_frozen(loaded, known)

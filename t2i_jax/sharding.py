@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t2i_jax import errors
-from t2i_jax.fingerprint import path_of
+from t2i_jax.run.fingerprint import path_of
 
 STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
@@ -144,7 +144,7 @@ class Layout:
         """
         if self.strategy != "fsdp":
             return nets
-        box = lambda x, there, back: Split(x, there, back)
+        box = lambda x, there, back: GatherAtUse(x, there, back)
         boxes = jax.tree.map(box, nets, self._tree(nets, split=False), self.nets(nets))
         return boxes if at_use else meta.unbox(boxes)
 
@@ -223,7 +223,7 @@ def on(shapes, shardings):
 
 
 @struct.dataclass
-class Split(meta.AxisMetadata):
+class GatherAtUse(meta.AxisMetadata):
     """A split parameter in its place in a net's variables; Linen unboxes it when a module reads it.
 
     there: how it lies while it is read.   back: how it and its gradient lie otherwise.
@@ -252,9 +252,9 @@ class Split(meta.AxisMetadata):
 
 def add(x, change):
     """A parameter, split or whole, and a change of as many elements; it lies as it did."""
-    value = x.value if isinstance(x, Split) else x
+    value = x.value if isinstance(x, GatherAtUse) else x
     change = change.reshape(value.shape).astype(value.dtype)
-    if not isinstance(x, Split):
+    if not isinstance(x, GatherAtUse):
         return x + change
     return x.replace_boxed(value + jax.lax.with_sharding_constraint(change, x.back))
 

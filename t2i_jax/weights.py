@@ -12,9 +12,10 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import checkpoint, errors, files, fingerprint, hf, images, objective, sharding
-from t2i_jax.text import encoder, words
-from t2i_jax.vision import encoder as vision
+from t2i_jax import errors, files, images, objective, sharding
+from t2i_jax.pretrained import hf, image_network, text_encoder
+from t2i_jax.run import checkpoint, fingerprint
+from t2i_jax.text import words
 
 BUILTIN = pathlib.Path(__file__).parent / "builtin"
 KINDS = {  # of what every config.json holds and nets are built from
@@ -51,7 +52,7 @@ def locate(source: str) -> pathlib.Path:
         raise errors.ConfigError(
             "no config.json there",
             where=str(folder),
-            fix="give the folder that train.py wrote (its --workdir) or t2i_jax.export made",
+            fix="give the folder that train.py wrote (its --workdir) or t2i_jax export made",
         )
     return folder
 
@@ -148,7 +149,7 @@ def _check_size(values, path) -> None:
 def abstract_batch(config, batch_size: int | None = None):
     """Shapes and types of a batch, without data."""
     b = batch_size or config.batch_size
-    length = sum(encoder.lengths(config.load.get("text"), config.text_length))
+    length = sum(text_encoder.lengths(config.load.get("text"), config.text_length))
     shapes = {
         "image": ((b, config.res, config.res, 3), "float32"),
         "text": ((b, length), "int32"),
@@ -165,9 +166,9 @@ def abstract_nets(family: objective.Objective, config):
     return jax.eval_shape(family.init, key, abstract_batch(config))
 
 
-def frozen_shapes(family: objective.Objective, config, *, besides=(), shapes=None):
-    """The shapes of the nets no loss trains, after a look whether `config.load` fills its nets,
-    `besides` those of these names.
+def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes=None):
+    """The shapes of the frozen nets. Checks that every net that `config.load` names has a readable
+    source; nets in `except_nets` are not checked.
 
     Args:
       shapes: what `abstract_nets` gave, where it is known: it takes a second.
@@ -185,7 +186,7 @@ def frozen_shapes(family: objective.Objective, config, *, besides=(), shapes=Non
                 where="config.load",
                 fix=errors.nearest(name, shapes),
             )
-        if name in besides:
+        if name in except_nets:
             continue
         if is_ours(source):
             folder, _ = _trained(source, name)
@@ -209,17 +210,17 @@ def frozen_shapes(family: objective.Objective, config, *, besides=(), shapes=Non
     return found
 
 
-def frozen(family: objective.Objective, config, place=None, *, besides=(), shapes=None):
+def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(), shapes=None):
     """The nets no loss trains, filled from `config.load`, or random where the config allows it.
 
     Args:
-      place: shapes -> shardings, such as `Layout.nets`; default: this process's first device.
-      besides: names of nets that came from elsewhere.
+      shardings: of a tree of shapes, such as `Layout.nets`; default: this process's first device.
+      except_nets: names of nets that come from elsewhere.
       shapes: as of `frozen_shapes`.
     """
-    shapes = frozen_shapes(family, config, besides=besides, shapes=shapes)
+    shapes = frozen_shapes(family, config, except_nets=except_nets, shapes=shapes)
     given = sources(config)
-    targets = _placed({name: s for name, s in shapes.items() if name not in besides}, place)
+    targets = _placed({name: s for name, s in shapes.items() if name not in except_nets}, shardings)
     nets = {}
     for name, target in targets.items():
         if name in given:
@@ -232,25 +233,25 @@ def frozen(family: objective.Objective, config, place=None, *, besides=(), shape
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
 
 
-def pretrained(family: objective.Objective, config, place=None):
-    """The trained nets that `config.load` names, as they are there; `place` as in `frozen`."""
+def pretrained(family: objective.Objective, config, shardings=None):
+    """The trained nets that `config.load` names, as they are there; `shardings` as in `frozen`."""
     shapes = abstract_nets(family, config)
     given = sources(config)
     named = {name: shapes[name] for name in family.trained if name in given}
-    targets = _placed(named, place)
+    targets = _placed(named, shardings)
     nets = {name: load_net(given[name], name, targets[name]) for name in named}
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
 
 
 def sources(config) -> dict:
     """net -> where its weights come from, of `config.load`, without empty entries."""
-    found = {name: encoder.given(source) for name, source in config.load.items()}
+    found = {name: text_encoder.given(source) for name, source in config.load.items()}
     return {name: source for name, source in found.items() if source}
 
 
 def named(load) -> list[str]:
     """All sources of `net -> source or sources`."""
-    each = [encoder.given(source) for source in (load or {}).values()]
+    each = [text_encoder.given(source) for source in (load or {}).values()]
     return [
         one
         for source in each
@@ -315,7 +316,7 @@ def load_net(source, name: str, target):
 
 def _reader(name: str):
     """What reads pretrained checkpoints: texts for the net "text", pictures for all others."""
-    return encoder if name == "text" else vision
+    return text_encoder if name == "text" else image_network
 
 
 def _check_there(name: str, source) -> None:
@@ -367,7 +368,7 @@ def _trained(source: str, name: str) -> tuple[pathlib.Path, str]:
     source, _, theirs = source.partition("#")
     folder, theirs = locate(source), theirs or name
     config = read_config(folder)
-    if theirs not in (known := {*config.optim, *held(folder)}):
+    if theirs not in (known := {*config.optim, *nets_in(folder)}):
         if origin := sources(config).get(theirs):
             message, fix = "did not train its", f"give what it was loaded from: {origin!r}"
         else:
@@ -378,8 +379,8 @@ def _trained(source: str, name: str) -> tuple[pathlib.Path, str]:
     return folder, theirs
 
 
-def _placed(shapes, place):
-    where = place(shapes) if place else jax.tree.map(lambda _: _here(), shapes)
+def _placed(shapes, shardings):
+    where = shardings(shapes) if shardings else jax.tree.map(lambda _: _here(), shapes)
     return sharding.on(shapes, where)
 
 
@@ -424,7 +425,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
     return nets, step
 
 
-def held(folder: pathlib.Path) -> list[str]:
+def nets_in(folder: pathlib.Path) -> list[str]:
     """The nets that an exported model's file holds; none if the folder is a run's."""
     if not (folder / EXPORTED).exists():
         return []

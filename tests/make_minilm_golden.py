@@ -34,7 +34,7 @@ def oracle(folder, captions=CAPTIONS, length=LENGTH):
 
 
 if __name__ == "__main__":
-    from t2i_jax import hf
+    from t2i_jax.pretrained import hf
 
     text_BL, mask_BL, states_SBLD = oracle(hf.locate("minilm"))
     PATH.parent.mkdir(exist_ok=True)

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 
 from configs import digits_mlp_gan, shapes_transformer
-from t2i_jax import fingerprint, losses, objective, optim, pipeline, plan, sharding, step, weights
-from t2i_jax.text import encoder
-from t2i_jax.vision import encoder as vision_encoder
-from t2i_jax.vision import extractor
+from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
+from t2i_jax.commands import plan
+from t2i_jax.pretrained import image_network, text_encoder
+from t2i_jax.quality import extractor
+from t2i_jax.run import fingerprint
 from tests import test_text_families, test_vits
 
 QUICK = {
@@ -194,11 +195,11 @@ def _encoders(*cases) -> dict:
     for case in cases:
         with tempfile.TemporaryDirectory() as folder:
             test_text_families.by_golden(case, pathlib.Path(folder))
-            net = encoder.make(folder)
+            net = text_encoder.make(folder)
             shapes = {"text": jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)}
             split = sharding.on(shapes, layout.nets(shapes))
-            nets = {"text": encoder.load(folder, split["text"])}
-            whole = {"text": encoder.load(folder, shapes["text"])}
+            nets = {"text": text_encoder.load(folder, split["text"])}
+            whole = {"text": text_encoder.load(folder, shapes["text"])}
         apply = lambda nets, *batch, net=net: net.apply(nets["text"], *batch)
         spread = lambda nets, *batch, run=apply: run(layout.gather(nets), *layout.spread(batch))
         one, all_ = (
@@ -221,10 +222,10 @@ def _features() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         test_vits.by_golden("clip", pathlib.Path(folder))
         all_ = extractor.Extractor(folder)(pictures, ["pooled"])["pooled"]
-        net = vision_encoder.make(folder)
+        net = image_network.make(folder)
         image_BHWC = np.stack(pictures) / np.float32(127.5) - 1
         shapes = jax.eval_shape(net.init, jax.random.key(0), image_BHWC)
-        one = jax.jit(net.apply)(vision_encoder.load(folder, shapes), image_BHWC).pooled_BD
+        one = jax.jit(net.apply)(image_network.load(folder, shapes), image_BHWC).pooled_BD
     return {"features": {"difference": _difference(all_, np.asarray(one))}}
 
 

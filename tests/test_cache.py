@@ -12,13 +12,15 @@ import sys
 import numpy as np
 import pytest
 
-from t2i_jax import errors, fingerprint, loop, pipeline, weights
+from t2i_jax import errors, loop, pipeline, weights
 from t2i_jax.data import cache
-from t2i_jax.text import condition, encoder
+from t2i_jax.models.types import Cond
+from t2i_jax.pretrained import text_encoder
+from t2i_jax.run import fingerprint
 from tests import runs, test_conditioning
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMAND = [sys.executable, "-m", "t2i_jax.data.cache", "--config=configs/shapes_flow.py:debug"]
+COMMAND = [sys.executable, "-m", "t2i_jax", "captions", "--config=configs/shapes_flow.py:debug"]
 COMMAND += ["--config.cache=encode", "--config.loss.prediction=v", "--config.data.size=12000"]
 
 
@@ -150,12 +152,12 @@ class Few:
 def test_a_second_start_encodes_no_caption_again(tmp_path, monkeypatch, caplog):
     """But others, those of another encoder, and what was damaged meanwhile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenize, encoded = encoder.tokenizer("", 16), []
+    tokenize, encoded = text_encoder.tokenizer("", 16), []
 
     def encode(batch):
         encoded.append(len(batch["text"]))
         seq_BLD = np.float32(batch["text"])[..., None] * np.linspace(0, 0.01, 5)
-        return condition.Cond(seq_BLD, batch["mask"], seq_BLD.mean(1))
+        return Cond(seq_BLD, batch["mask"], seq_BLD.mean(1))
 
     def start(**changed):
         encoded.clear()

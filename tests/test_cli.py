@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from t2i_jax import __main__ as commands
-from t2i_jax import cli, errors, loop
+from t2i_jax import errors, loop
+from t2i_jax.commands import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/shapes_flow.py:debug"
@@ -24,8 +25,8 @@ def start(*command):
 
 
 BUILTIN = ["sample.py", "--checkpoint=builtin:shapes", "--prompt=a circle"]
-EVALUATE = ["-m", "t2i_jax.evaluate", "--checkpoint=builtin:shapes", "--protocol=shapes"]
-EXPORT = ["-m", "t2i_jax.export", "--workdir=builtin:shapes"]
+EVALUATE = ["-m", "t2i_jax", "evaluate", "--checkpoint=builtin:shapes", "--protocol=shapes"]
+EXPORT = ["-m", "t2i_jax", "export", "--workdir=builtin:shapes"]
 CASES = {
     "no config": (["train.py", "--workdir={new}"], 78, "--config is missing"),
     "no workdir": (["train.py", CONFIG], 78, "--workdir is missing"),
@@ -58,7 +59,8 @@ CASES = {
     "two models to judge": (
         [
             "-m",
-            "t2i_jax.evaluate",
+            "t2i_jax",
+            "evaluate",
             "--protocol=shapes",
             "--checkpoint=builtin:shapes",
             "--workdir=x",
@@ -119,7 +121,7 @@ CASES = {
         "cannot read it: No such file or directory (at --card=no.md)",
     ),
     "a report into a file": (
-        ["-m", "t2i_jax.compare", "runs/flow", "--output=setup.py"],
+        ["-m", "t2i_jax", "compare", "runs/flow", "--output=setup.py"],
         74,
         "setup.py is a file",
     ),

@@ -59,11 +59,11 @@ def test_contrastive_losses_are_their_formulas(scores):
 def test_captions_are_apart_by_tokens_and_mask():
     text = np.array([[1, 2], [1, 2], [1, 3]])
     mask = np.array([[True, True], [True, True], [True, True]])
-    apart = losses.apart(text, mask)
+    apart = losses.different_captions(text, mask)
     assert not apart[0, 1]
     assert apart[0, 2]
     mask[1, 1] = False
-    assert losses.apart(text, mask)[0, 1]
+    assert losses.different_captions(text, mask)[0, 1]
 
 
 def test_captions_are_told_apart_as_if_token_by_token():
@@ -77,8 +77,8 @@ def test_captions_are_told_apart_as_if_token_by_token():
     rows = np.concatenate([text, mask], 1)
     _, number = np.unique(rows, axis=0, return_inverse=True)
     wanted_BB = number[:, None] != number
-    np.testing.assert_array_equal(losses.apart(text, mask), wanted_BB)
-    alone = losses.apart(np.array([[3, 4]]), np.ones((1, 2), bool))
+    np.testing.assert_array_equal(losses.different_captions(text, mask), wanted_BB)
+    alone = losses.different_captions(np.array([[3, 4]]), np.ones((1, 2), bool))
     assert alone.tolist() == [[False]]
 
 
@@ -155,7 +155,7 @@ def test_hugging_faces_clip_gives_its_logits(tmp_path):
     image = test_vits.picture(14, 14)[[0, 1, 0]]
     batch = {"image": image, "text": text_BL, "mask": mask_BL}
     found = family.predict["logits"](nets, batch, None)
-    mean, std = np.array(test_vits.clip.MEAN), np.array(test_vits.clip.STD)
+    mean, std = np.array(test_vits.clip_vision.MEAN), np.array(test_vits.clip_vision.STD)
     pixels = (((image + 1) / 2 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.inference_mode():
         wanted = model(

@@ -10,7 +10,8 @@ import pytest
 from absl.testing import flagsaver
 from PIL import Image
 
-from t2i_jax import compare, errors, images
+from t2i_jax import errors, images
+from t2i_jax.commands import compare
 from t2i_jax.quality import protocol
 from tests.test_pipeline import start
 
@@ -169,7 +170,7 @@ def test_a_report_holds_tables_curves_and_pictures(runs, tmp_path):
     results.write_text(f"before\n{compare.MARKS[0]}\nold\n{compare.MARKS[1]}\nafter\n")
     folders = [str(tmp_path / name) for name in ("slow", "fast")]
     start(
-        *("-m", "t2i_jax.compare", *folders),
+        *("-m", "t2i_jax", "compare", *folders),
         *(f"--output={tmp_path / 'report'}", f"--into={results}"),
     )
     text = (tmp_path / "report" / "report.md").read_text()

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from t2i_jax import compile_cache
+from t2i_jax.run import compile_cache
 
 ROOT = pathlib.Path(__file__).parent.parent
 KEPT = pathlib.Path("t2i_jax", "compiled")
@@ -18,7 +18,8 @@ import collections, json, os, sys
 import jax, jax.numpy as jnp
 if "late" in sys.argv:  # a notebook has used JAX before
     jax.jit(jnp.sin)(1.0).block_until_ready()
-from t2i_jax import compile_cache, fingerprint, optim, step
+from t2i_jax.run import compile_cache, fingerprint
+from t2i_jax import optim, step
 from tests import toys
 
 compile_cache.enable()

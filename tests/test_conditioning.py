@@ -11,7 +11,9 @@ import tokenizers
 
 from configs import shapes_finetune, shapes_transformer
 from t2i_jax import errors, loop, objective, pipeline, weights
-from t2i_jax.text import condition, encoder
+from t2i_jax.models.types import Cond
+from t2i_jax.pretrained import text_encoder
+from t2i_jax.text import condition
 from tests import runs, test_text_families
 from tests.test_pipeline import start
 
@@ -51,10 +53,10 @@ def pair(tmp_path_factory):
 
 
 def encoded(source, captions, length=16, **options):
-    net = encoder.make(source, length=length, **options)
-    text_BL, mask_BL, cut = encoder.tokenizer(source, length)(captions)
+    net = text_encoder.make(source, length=length, **options)
+    text_BL, mask_BL, cut = text_encoder.tokenizer(source, length)(captions)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    return net, jax.jit(net.apply)(encoder.load(source, shapes), text_BL, mask_BL), cut
+    return net, jax.jit(net.apply)(text_encoder.load(source, shapes), text_BL, mask_BL), cut
 
 
 def test_several_encoders_are_each_of_them_side_by_side(pair):
@@ -78,19 +80,21 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
 
 
 def test_a_string_names_several_by_commas_unless_it_is_a_folder(tmp_path):
-    assert encoder.given("a/clip, b/t5") == ("a/clip", "b/t5")
-    assert encoder.given("") is encoder.given(None) is None
-    assert encoder.given(["a", "b"]) == ("a", "b")
+    assert text_encoder.given("a/clip, b/t5") == ("a/clip", "b/t5")
+    assert text_encoder.given("") is text_encoder.given(None) is None
+    assert text_encoder.given(["a", "b"]) == ("a", "b")
     (tmp_path / "clip, projected").mkdir()
-    assert encoder.given(str(tmp_path / "clip, projected")) == str(tmp_path / "clip, projected")
+    assert text_encoder.given(str(tmp_path / "clip, projected")) == str(
+        tmp_path / "clip, projected"
+    )
 
 
 def test_a_comma_in_a_path_that_is_not_there_is_told(tmp_path):
     for source in (f"{tmp_path}/nowhere,{tmp_path}/b", [f"{tmp_path}/my", "pictures"]):
         with pytest.raises(errors.DataError, match="commas separate several encoders"):
-            encoder.make(source)
+            text_encoder.make(source)
     with pytest.raises(errors.DataError, match=r"looked for config.*in it .at"):
-        encoder.make(f"{tmp_path}/nowhere")
+        text_encoder.make(f"{tmp_path}/nowhere")
 
 
 def test_a_run_that_is_not_there_is_no_image_network():
@@ -107,12 +111,12 @@ def test_a_field_not_implemented_names_its_folder(pair, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"hidden_act": "odd"}))
     with pytest.raises(errors.ConfigError, match=f"{folder}/config.json"):
-        encoder.make(str(folder))
+        text_encoder.make(str(folder))
 
 
 def test_a_roberta_beside_others_reads_no_more_than_its_positions(pair, tmp_path):
     test_text_families.by_golden("roberta", tmp_path)  # eleven places, of which captions have nine
-    assert encoder.lengths((str(tmp_path), pair[1]), 32) == (9, 32)
+    assert text_encoder.lengths((str(tmp_path), pair[1]), 32) == (9, 32)
 
 
 def test_narrower_states_are_filled_up_with_zeros(tmp_path):
@@ -122,8 +126,8 @@ def test_narrower_states_are_filled_up_with_zeros(tmp_path):
         folder = tmp_path / case
         folder.mkdir()
         test_text_families.by_golden(case, folder)
-        sources.append(encoder.make(str(folder)))
-    wide = encoder.Joined((sources[0].clone(width=32), sources[1]), (9, 9))
+        sources.append(text_encoder.make(str(folder)))
+    wide = text_encoder.Joined((sources[0].clone(width=32), sources[1]), (9, 9))
     tokens = [np.concatenate([x, x], 1) for x in (text_BL, mask_BL)]
     cond, _ = wide.init_with_output(jax.random.key(0), *tokens)
     assert cond.seq_BLD.shape == (3, 18, 32)
@@ -135,9 +139,9 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
     captions = ["a red circle on the left"]
     net, last, _ = encoded(pair[0], captions, length=9)
     _, cond, _ = encoded(pair[0], captions, length=9, clip=dict(skip=1))
-    text_BL, mask_BL, _ = encoder.tokenizer(pair[0], 9)(captions)
+    text_BL, mask_BL, _ = text_encoder.tokenizer(pair[0], 9)(captions)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    variables = encoder.load(pair[0], shapes)
+    variables = text_encoder.load(pair[0], shapes)
     states = net.apply(variables, text_BL, mask_BL, method="states")
     np.testing.assert_allclose(cond.seq_BLD[mask_BL], states[-3][mask_BL], atol=1e-6)
     np.testing.assert_allclose(cond.pooled_BD, last.pooled_BD, atol=1e-6)
@@ -151,18 +155,18 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
         (dict(clip=dict(skip=0.5)), "skip is 0.5"),
     ):
         with pytest.raises(errors.ConfigError, match=message):
-            encoder.make(pair[0], **options)
+            text_encoder.make(pair[0], **options)
 
 
 def test_a_run_that_began_with_no_checkpoint_is_no_source_of_an_encoder(tmp_path):
     (tmp_path / "config.json").write_text('{"objective": "flow", "load": {}}')
     with pytest.raises(errors.ConfigError, match="began with None"):
-        encoder.make(str(tmp_path))
+        text_encoder.make(str(tmp_path))
 
 
 def test_each_encoder_is_dropped_on_its_own():
     rng = np.random.default_rng(0)
-    cond = condition.Cond(rng.normal(size=(4, 5, 3)), np.ones((4, 5), bool), np.ones((4, 7)))
+    cond = Cond(rng.normal(size=(4, 5, 3)), np.ones((4, 5), bool), np.ones((4, 7)))
     drop_BE = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], bool)
     got = condition.drop(cond, drop_BE, ((2, 3), (3, 4)))
     np.testing.assert_array_equal(got.mask_BL, ~np.repeat(drop_BE, [2, 3], 1))
@@ -203,7 +207,7 @@ def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp
     loop.train(config, tmp_path)
     pipe = pipeline.Pipeline.load(str(tmp_path))
     shapes = weights.abstract_nets(pipe.predictor.objective, config)
-    before = encoder.load(pair[1], shapes["text"])
+    before = text_encoder.load(pair[1], shapes["text"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, pipe.nets["text"])
     assert 0 < max(jax.tree.leaves(moved)) < 0.01  # from there, and not far
     row = runs.rows(tmp_path)[-1]
@@ -233,7 +237,7 @@ def test_a_debug_config_takes_an_encoder_by_a_flag_and_its_run_knows_its_files(p
     )
     before = draw(tmp_path / "run")
     exported = tmp_path / "model"
-    start("-m", "t2i_jax.export", f"--workdir={tmp_path / 'run'}", f"--output={exported}")
+    start("-m", "t2i_jax", "export", f"--workdir={tmp_path / 'run'}", f"--output={exported}")
     assert str(own) in (exported / "README.md").read_text()
     own.rename(tmp_path / "moved")
     for source in (tmp_path / "run", exported):

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors, hf
-from t2i_jax.vision import convert, convolution, efficientnet, encoder, inception, lpips
+from t2i_jax import errors
+from t2i_jax.commands import convert
+from t2i_jax.pretrained import convolution, efficientnet, hf, image_network, inception, lpips
 from tests import make_vision_goldens as golden
 
 TYPES = {
@@ -60,8 +61,8 @@ def loaded(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             safetensors.numpy.save_file(state(kind), folder / hf.WEIGHTS)
             (folder / hf.CONFIG).write_text(json.dumps({"model_type": TYPES[kind]}))
-            net = encoder.make(str(folder)).clone(res=golden.SIDES[kind])
-            made[kind] = net, encoder.load(str(folder), abstract(net))
+            net = image_network.make(str(folder)).clone(res=golden.SIDES[kind])
+            made[kind] = net, image_network.load(str(folder), abstract(net))
         return made[kind]
 
     return load
@@ -176,9 +177,9 @@ def test_pictures_of_another_shape_are_an_error(kind, shape):
 
 
 def test_weights_not_converted_yet_say_how(tmp_path, monkeypatch):
-    monkeypatch.setenv(encoder.FOLDER, str(tmp_path))
+    monkeypatch.setenv(image_network.FOLDER, str(tmp_path))
     with pytest.raises(errors.DataError, match=r"vision\.convert inception"):
-        encoder.make("inception")
+        image_network.make("inception")
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -194,7 +195,7 @@ def save(path, tensors, **options) -> pathlib.Path:
 
 @pytest.fixture
 def weights_home(tmp_path, monkeypatch):
-    monkeypatch.setenv(encoder.FOLDER, str(tmp_path / "weights"))
+    monkeypatch.setenv(image_network.FOLDER, str(tmp_path / "weights"))
     return tmp_path / "weights"
 
 
@@ -219,7 +220,7 @@ def test_converted_files_give_the_same_parameters(
     assert folder == weights_home / kind
     assert sorted(path.name for path in folder.iterdir()) == [hf.CONFIG, hf.WEIGHTS]
     assert "classifier.0.weight" not in safetensors.numpy.load_file(folder / hf.WEIGHTS)
-    got = encoder.load(kind, abstract(encoder.make(kind)))
+    got = image_network.load(kind, abstract(image_network.make(kind)))
     jax.tree.map(np.testing.assert_array_equal, got, loaded(name)[1])
 
 
@@ -289,7 +290,7 @@ def test_the_command_line_says_what_is_wrong(tmp_path, monkeypatch):
 
 
 def test_the_kind_is_the_first_word_of_the_command():
-    command = [sys.executable, "-m", "t2i_jax.vision.convert", "lpips", "--input=a.pth"]
+    command = [sys.executable, "-m", "t2i_jax", "convert", "lpips", "--input=a.pth"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert done.returncode == errors.ConfigError.exit_code
     assert done.stderr.startswith("t2i_jax: 1 file of lpips")
@@ -305,7 +306,7 @@ def test_the_published_efficientnet_knows_a_plain_picture(weights_home):
     assert config["made_of"]["efficientnet-lite0-57934424.pth"].startswith("57934424")
     data = pytest.importorskip("skimage.data")
     x_HWC = np.asarray(data.chelsea())[20:244, 120:344] / np.float32(127.5) - 1  # a cat
-    net = encoder.make("efficientnet_lite0")
-    variables = encoder.load("efficientnet_lite0", abstract(net))
+    net = image_network.make("efficientnet_lite0")
+    variables = image_network.load("efficientnet_lite0", abstract(net))
     logits_K = jax.jit(net.apply)(variables, x_HWC[None]).logits_BK[0]
     assert 281 <= logits_K.argmax() <= 285  # ImageNet's cats

@@ -10,7 +10,8 @@ from tests.faults.process import port
 PROGRAM = """
 import functools, os, sys, time
 import jax
-from t2i_jax import cli, distributed
+from t2i_jax.commands import cli
+from t2i_jax.run import distributed
 
 jax.distributed.initialize = functools.partial(
     jax.distributed.initialize, shutdown_timeout_seconds=1

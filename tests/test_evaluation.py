@@ -14,12 +14,12 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 
-from t2i_jax import errors, images, loop, metrics, pipeline, plugins
+from t2i_jax import errors, images, loop, pipeline, plugins
 from t2i_jax.data import pictures
 from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
-from t2i_jax.quality import protocol, statistics
-from t2i_jax.vision import extractor
+from t2i_jax.quality import extractor, protocol, statistics
+from t2i_jax.run import metrics
 from tests import runs, test_conditioning, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
@@ -92,7 +92,7 @@ def test_our_protocols_read(path):
         ({"data": [{"source": "folder", "path": None}]}, "give its folder"),
         ({"data": [{"source": "shape"}]}, "did you mean 'shapes"),
         ({"per_caption": 5}, "multiple of per_caption"),
-        ({"metrics": {"fid": {}}, "extractor": "inception"}, "vision.convert inception"),
+        ({"metrics": {"fid": {}}, "extractor": "inception"}, "t2i_jax convert inception"),
     ],
 )
 def test_what_is_wrong_with_a_protocol_is_said_before_anything_is_drawn(

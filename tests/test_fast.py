@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
-from t2i_jax import errors, files, hf
+from t2i_jax import errors, files
+from t2i_jax.pretrained import hf
 from t2i_jax.text import fast, tokenize
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from t2i_jax import fingerprint
+from t2i_jax.run import fingerprint
 
 N = 2**13  # words of an array: 2³⁵ pairs of its bits
 OLD = {

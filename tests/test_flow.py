@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, pipeline, plan, plugins, randomness, weights
+from t2i_jax import errors, objective, pipeline, plugins, randomness, weights
+from t2i_jax.commands import plan
 from t2i_jax.data import cache
 from t2i_jax.objectives import flow
 from t2i_jax.sampling import prediction
@@ -175,13 +176,13 @@ def test_refining_by_nothing_keeps_pictures_and_wholly_draws_others(made, config
     options = dict(guidance=2.0, steps=2, sampler="euler")
     predict = {
         name: jax.jit(functools.partial(family.predict[name], **options))
-        for name in ("sample", "refine")
+        for name in ("sample", "img2img")
     }
-    refine = lambda strength: predict["refine"](nets, one, jax.random.key(0), strength=strength)
-    np.testing.assert_allclose(refine(0.0), one["image"], atol=1e-6)
+    img2img = lambda strength: predict["img2img"](nets, one, jax.random.key(0), strength=strength)
+    np.testing.assert_allclose(img2img(0.0), one["image"], atol=1e-6)
     drawn = predict["sample"](nets, one, jax.random.key(0))
-    np.testing.assert_allclose(refine(1.0), drawn, atol=1e-5)
-    far = lambda strength: np.abs(refine(strength) - one["image"]).mean()
+    np.testing.assert_allclose(img2img(1.0), drawn, atol=1e-5)
+    far = lambda strength: np.abs(img2img(strength) - one["image"]).mean()
     assert 0 < far(0.1) < far(0.5)
 
 

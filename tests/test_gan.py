@@ -14,25 +14,15 @@ import safetensors.numpy
 from PIL import Image
 
 from configs import digits_mlp_gan, shapes_gan, shapes_gan_from_flow
-from t2i_jax import (
-    errors,
-    fingerprint,
-    images,
-    loop,
-    losses,
-    objective,
-    pipeline,
-    randomness,
-    requests,
-    step,
-    weights,
-)
+from t2i_jax import errors, images, loop, losses, objective, pipeline, randomness, step, weights
+from t2i_jax.commands import prompts
 from t2i_jax.data import shapes
 from t2i_jax.evaluators import shapes as judge
 from t2i_jax.models import augment, mlp, spectral
 from t2i_jax.models import gan as nets
+from t2i_jax.models.types import Cond
 from t2i_jax.objectives import gan
-from t2i_jax.text import condition
+from t2i_jax.run import fingerprint
 from tests import runs, test_vits
 
 
@@ -411,22 +401,22 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     found = runs.filled(predictor.objective.init, jax.random.key(0), zeros)
     pipe = pipeline.Pipeline(predictor, found, "here", None)
-    one = requests.Request("a red circle", seed=3)
+    one = prompts.Request("a red circle", seed=3)
     asked = [one, one._replace(prompt="a star", count=2)]
-    drawn, settings = requests.draw_between(pipe, asked, 4)
-    strip, animation = requests.save_between(drawn, settings, tmp_path, metadata=True)
+    drawn, settings = prompts.draw_between(pipe, asked, 4)
+    strip, animation = prompts.save_between(drawn, settings, tmp_path, metadata=True)
     (bare := tmp_path / "bare").mkdir()
-    plain, _ = requests.save_between(drawn, settings, bare, metadata=False)
+    plain, _ = prompts.save_between(drawn, settings, bare, metadata=False)
     assert images.read_metadata(plain) is None
     np.testing.assert_array_equal(*(np.asarray(Image.open(path)) for path in (plain, strip)))
     for path in (strip, animation):
-        recorded = requests.from_picture(path)
+        recorded = prompts.from_picture(path)
         assert [(r.prompt, r.seed, r.count) for r in recorded.requests] == [
             ("a red circle", 3, 1),
             ("a star", 3, 2),
         ]
         assert (recorded.frames, recorded.grid, recorded.model) == (4, False, "here")
-        again, _ = requests.draw_between(pipe, recorded.requests, recorded.frames)
+        again, _ = prompts.draw_between(pipe, recorded.requests, recorded.frames)
         np.testing.assert_array_equal(again, drawn)
     with Image.open(strip) as picture:
         assert picture.size == (5 * 16 + 4 * 2, 2 * 16 + 2)
@@ -436,9 +426,9 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
         assert film.n_frames == len(drawn) == 9
     for wrong in ([one], [one, one._replace(seed=4)], [one._replace(negative_prompt="x")] * 2):
         with pytest.raises(errors.ConfigError, match=r"one picture|other seeds"):
-            requests.draw_between(pipe, wrong, 4)
+            prompts.draw_between(pipe, wrong, 4)
     with pytest.raises(errors.ConfigError, match="takes no negative prompt"):
-        requests.draw(pipe, [one._replace(negative_prompt="blue")], batch_size=4)
+        prompts.draw(pipe, [one._replace(negative_prompt="blue")], batch_size=4)
 
 
 WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
@@ -695,7 +685,7 @@ def test_only_a_run_that_begins_asks_for_the_run_it_begins_with(tmp_path):
 
 def test_discriminators_read_a_condition_as_if_it_were_alone():
     keys = jax.random.split(jax.random.key(0), 5)
-    cond = lambda a, b: condition.Cond(
+    cond = lambda a, b: Cond(
         jax.random.normal(a, (2, 3, 8)), jnp.ones((2, 3), bool), jax.random.normal(b, (2, 8))
     )
     conds = cond(*keys[:2]), cond(*keys[2:4])
@@ -749,7 +739,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         drawn = some(generator.apply(params, noise, cond))
         if target is None:
             known = {"model": nets["teacher"], "text": nets["text"]}
-            target = teacher.predict["refine"](
+            target = teacher.predict["img2img"](
                 known,
                 some(batch) | {"image": drawn},
                 key_noise,
@@ -757,7 +747,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
                 **config.loss.teacher,
             )
         if through == "eye":
-            maps = [eye.look(nets["eye"], x) for x in (drawn, target)]
+            maps = [eye.features_of(nets["eye"], x) for x in (drawn, target)]
         else:
             maps = [guide.apply(nets["clip_image"], x).maps for x in (drawn, target)]
         unit = lambda x: x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)

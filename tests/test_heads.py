@@ -12,10 +12,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors, hf
-from t2i_jax.text import encoder, gpt2
-from t2i_jax.vision import clip, dino
-from t2i_jax.vision import encoder as vision
+from t2i_jax import errors
+from t2i_jax.pretrained import clip_vision, dino, gpt2, hf, image_network, text_encoder
 from tests import test_text_families as texts
 from tests import test_vits as pictures
 
@@ -77,7 +75,7 @@ def check_text(folder):
     tokens = torch.tensor(text_BL).long(), torch.tensor(mask_BL).long()
     with torch.inference_mode():
         want = model(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state.numpy()
-    got = ours(encoder, folder, text_BL, mask_BL)
+    got = ours(text_encoder, folder, text_BL, mask_BL)
     np.testing.assert_allclose(got[mask_BL], want[mask_BL], atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
@@ -87,7 +85,7 @@ def check_picture(folder, kind, side, mean, std, **options):
     with torch.inference_mode():
         model = kind.from_pretrained(folder).eval()
         want = model(pixels, **options).last_hidden_state.numpy()
-    got = ours(vision, folder, image_BHWC)
+    got = ours(image_network, folder, image_BHWC)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
@@ -111,9 +109,9 @@ def test_clips_image_tower_is_read_from_under_a_classifier(tmp_path):
     kinds = dict(text_config=texts.CLIP, vision_config=pictures.CLIP, projection_dim=10)
     saved("CLIPForImageClassification", kinds, tmp_path)
     side = pictures.CLIP["image_size"]
-    check_picture(tmp_path, transformers.CLIPVisionModel, side, clip.MEAN, clip.STD)
+    check_picture(tmp_path, transformers.CLIPVisionModel, side, clip_vision.MEAN, clip_vision.STD)
     with pytest.raises(errors.DataError, match="tensors do not fit"):  # no text tower is there
-        ours(encoder, tmp_path, *texts.batch())
+        ours(text_encoder, tmp_path, *texts.batch())
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
@@ -136,7 +134,7 @@ def test_t5_reads_the_embeddings_that_its_encoder_reads(tmp_path, family, name, 
 def test_dino_with_and_without_the_crop_of_its_preprocessor(tmp_path):
     """Pictures of the side it learned at, which is no multiple of a patch, and of one that is."""
     saved("Dinov2Model", ODD, tmp_path)
-    assert vision.make(str(tmp_path)).res == 14
+    assert image_network.make(str(tmp_path)).res == 14
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": 16}))
     check_picture(tmp_path, transformers.Dinov2Model, 16, dino.MEAN, dino.STD)
 
@@ -159,7 +157,7 @@ def test_a_padding_token_within_a_caption_takes_no_position(tmp_path, name):
     tokens = np.where(mask_BL, text_BL, 1)
     with torch.inference_mode():
         out = model(torch.tensor(tokens).long(), torch.tensor(mask_BL).long())
-    got = ours(encoder, tmp_path, tokens, mask_BL)
+    got = ours(text_encoder, tmp_path, tokens, mask_BL)
     want = out.last_hidden_state.numpy()
     np.testing.assert_allclose(got[mask_BL], want[mask_BL], atol=1e-5, rtol=0)
 
@@ -175,9 +173,9 @@ def say(net, variables, text_BL, mask_BL, new):
 
 def opened(folder):
     """A text encoder and its variables."""
-    net = encoder.make(str(folder))
+    net = text_encoder.make(str(folder))
     shapes = jax.eval_shape(net.init, jax.random.key(0), *texts.batch())
-    return net, encoder.load(str(folder), shapes)
+    return net, text_encoder.load(str(folder), shapes)
 
 
 @pytest.mark.parametrize(

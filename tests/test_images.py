@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax import errors, images, requests
+from t2i_jax import errors, images
+from t2i_jax.commands import prompts
 from t2i_jax.text import tokenize
 
-DEFAULT = requests.Request(prompt="", seed=0)
+DEFAULT = prompts.Request(prompt="", seed=0)
 
 
 def picture(n=8):
@@ -40,7 +41,7 @@ def test_a_picture_and_its_settings_come_back(tmp_path, extension):
     if extension == "png":
         np.testing.assert_array_equal(np.asarray(Image.open(path)), picture())
     assert images.read_metadata(path) == settings
-    recorded = requests.from_picture(path)
+    recorded = prompts.from_picture(path)
     (request,) = recorded.requests
     assert (request.prompt, request.seed, request.first) == (settings["prompt"], 7, 2)
     assert (recorded.model, recorded.grid, recorded.frames) == ("builtin:shapes", False, 0)
@@ -60,7 +61,7 @@ def test_other_viewers_find_the_text_where_they_look(tmp_path):
 
 
 def drawn(*asked):
-    """Pictures of (prompt, seed, index), as `requests.draw` gives them."""
+    """Pictures of (prompt, seed, index), as `prompts.draw` gives them."""
     value = lambda i: np.full((4, 4, 3), 10 * i % 256, np.uint8)
     make = lambda prompt, seed, index: metadata(prompt=prompt, seed=seed, index=index, step=None)
     return [(value(i), make(*one) | {"t2i_jax": "0"}) for i, one in enumerate(asked)]
@@ -68,12 +69,12 @@ def drawn(*asked):
 
 def test_a_grid_is_a_row_for_each_prompt_and_holds_all_settings(tmp_path):
     asked = [("ring", 1, 0), ("ring", 1, 1), ("ring", 1, 2), ("star", 1, 0), ("ring", 5, 0)]
-    *_, path = requests.save(drawn(*asked), tmp_path, grid=True, metadata=True)
+    *_, path = prompts.save(drawn(*asked), tmp_path, grid=True, metadata=True)
     grid = np.asarray(Image.open(path))[::24, ::24]  # 24 pixels a side for each of them
     assert grid.shape == (4 + 2 + 4, 4 * 4 + 3 * 2, 3)
     assert grid[0, ::6, 0].tolist() == [0, 10, 20, 40]  # of ring, whatever their seed
     assert grid[-1, ::6, 0].tolist() == [30, 255, 255, 255]
-    recorded = requests.from_picture(path)
+    recorded = prompts.from_picture(path)
     jobs = [(r.prompt, r.seed, r.first + k) for r in recorded.requests for k in range(r.count)]
     assert jobs == asked
     assert recorded.grid
@@ -83,7 +84,7 @@ def test_a_grid_is_a_row_for_each_prompt_and_holds_all_settings(tmp_path):
 
 def test_a_grid_of_single_pictures_is_about_square(tmp_path):
     asked = [(f"prompt {i}", 0, 0) for i in range(5)]
-    *_, path = requests.save(drawn(*asked), tmp_path, grid=True, metadata=False)
+    *_, path = prompts.save(drawn(*asked), tmp_path, grid=True, metadata=False)
     assert np.asarray(Image.open(path))[::32, ::32].shape == (2 * 4 + 2, 3 * 4 + 2 * 2, 3)
     assert images.read_metadata(path) is None
 
@@ -92,10 +93,10 @@ def test_settings_of_very_many_pictures_are_left_out_of_a_grid(tmp_path):
     asked = [(f"{i} " + "x" * 400, 0, 0) for i in range(100)]
     for extension in ("png", "jpg", "webp"):
         found = drawn(*asked)
-        *_, path = requests.save(found, tmp_path, grid=True, metadata=True, extension=extension)
+        *_, path = prompts.save(found, tmp_path, grid=True, metadata=True, extension=extension)
         assert images.read_metadata(path)["model"] == "builtin:shapes"
         with pytest.raises(errors.DataError, match="no settings of ours"):
-            requests.from_picture(path)
+            prompts.from_picture(path)
 
 
 def test_a_grid_holds_every_picture():
@@ -109,39 +110,39 @@ def test_a_grid_holds_every_picture():
 def test_a_picture_without_our_settings_says_so(tmp_path, settings):
     images.save(tmp_path / "a.png", picture(), settings)
     with pytest.raises(errors.DataError, match="no settings of ours"):
-        requests.from_picture(tmp_path / "a.png")
+        prompts.from_picture(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("index", [-1, 2**31, 2**40, 2**70])
 def test_a_picture_of_a_number_that_cannot_be_says_so(tmp_path, index):
     images.save(tmp_path / "a.png", picture(), metadata(index=index))
     with pytest.raises(errors.DataError, match="out of bounds"):
-        requests.from_picture(tmp_path / "a.png")
+        prompts.from_picture(tmp_path / "a.png")
 
 
 def test_what_is_no_picture_says_so(tmp_path):
     (tmp_path / "a.png").write_text("<html>")
     with pytest.raises(errors.DataError, match="cannot read it"):
-        requests.from_picture(tmp_path / "a.png")
+        prompts.from_picture(tmp_path / "a.png")
 
 
 def test_metadata_stays_small_and_files_are_never_overwritten(tmp_path):
     long = metadata(prompt="x" * 9000)
     for _ in range(2):
-        requests.save([(picture(), long | {"options": {}})], tmp_path, grid=True, metadata=True)
+        prompts.save([(picture(), long | {"options": {}})], tmp_path, grid=True, metadata=True)
     names = sorted(p.name for p in tmp_path.iterdir())
     assert names == ["00000_s7.png", "00001_grid.png", "00002_s7.png", "00003_grid.png"]
     for name in names[:2]:
-        (request,) = requests.from_picture(tmp_path / name).requests
+        (request,) = prompts.from_picture(tmp_path / name).requests
         assert request.prompt == "x" * 9000
-    assert requests.PROMPT_KEPT == tokenize.CHARACTERS
+    assert prompts.PROMPT_KEPT == tokenize.CHARACTERS
 
 
 def test_an_unwritable_folder_is_one_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "x"):
         with pytest.raises(errors.StorageError, match="choose another --output_dir"):
-            requests.save([(picture(), metadata())], folder, grid=False, metadata=True)
+            prompts.save([(picture(), metadata())], folder, grid=False, metadata=True)
         with pytest.raises(errors.StorageError, match=r"is a file.*choose another --output_dir"):
             images.check_folder(folder, "--output_dir")
     images.check_folder(tmp_path / "new" / "folder", "--output_dir")
@@ -163,14 +164,14 @@ def test_an_unwritable_folder_is_one_clear_error(tmp_path):
 )
 def test_bad_requests_are_refused(change, message):
     with pytest.raises(errors.ConfigError, match=message):
-        requests.check(DEFAULT._replace(prompt="a circle")._replace(**change), "--prompt")
+        prompts.check(DEFAULT._replace(prompt="a circle")._replace(**change), "--prompt")
 
 
 def test_prompt_files(tmp_path):
     path = tmp_path / "prompts.txt"
     line = json.dumps({"prompt": "a star", "num_images": 2, "guidance": 1.5})
     path.write_text(f"# heading\n\na circle\na ring --n blue --d 5 --l 2.5 --s 9\n{line}\n")
-    circle, ring, star = requests.read_file(path, DEFAULT._replace(options=(("steps", 4),)))
+    circle, ring, star = prompts.read_file(path, DEFAULT._replace(options=(("steps", 4),)))
     assert circle == DEFAULT._replace(prompt="a circle", options=(("steps", 4),))
     assert (ring.prompt, ring.negative_prompt, ring.seed) == ("a ring", "blue", 5)
     assert dict(ring.options) == {"guidance": 2.5, "steps": 9}
@@ -190,13 +191,13 @@ def test_prompt_files(tmp_path):
 def test_bad_prompt_files_name_the_line(tmp_path, text, message):
     (tmp_path / "p.txt").write_text(text)
     with pytest.raises(errors.ConfigError, match=message):
-        requests.read_file(tmp_path / "p.txt", DEFAULT)
+        prompts.read_file(tmp_path / "p.txt", DEFAULT)
 
 
 def test_a_prompt_file_that_is_no_text_is_refused(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(errors.ConfigError, match="UTF-8"):
-        requests.read_file(tmp_path / "p.txt", DEFAULT)
+        prompts.read_file(tmp_path / "p.txt", DEFAULT)
 
 
 @pytest.mark.parametrize(("shape", "factor"), [((134, 134), 4), ((66, 512), 1), ((700, 9), 1)])

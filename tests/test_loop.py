@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from t2i_jax import errors, loop, pipeline, plan
-from t2i_jax import workdir as folder
+from t2i_jax import errors, loop, pipeline
+from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
+from t2i_jax.run import rundir
 from tests.runs import config, rows, small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -102,7 +103,7 @@ def test_another_config_is_refused_though_config_json_is_gone(run, tmp_path):
             loop.Run(other, tmp_path / "run")
     loop.Run(config(), tmp_path / "run")
     with pytest.raises(errors.ConfigError, match="checkpoints lie there without"):
-        folder._config_before(tmp_path / "run", {"data": "of an older version"})
+        rundir._config_before(tmp_path / "run", {"data": "of an older version"})
 
 
 def test_a_death_counts_against_a_checkpoint_only_in_the_first_step(run, tmp_path, monkeypatch):
@@ -126,13 +127,13 @@ def test_a_death_counts_against_a_checkpoint_only_in_the_first_step(run, tmp_pat
 
 
 def test_damaged_rows_of_rollbacks_still_count(tmp_path):
-    assert folder.rollbacks(tmp_path) == 0
-    folder.note_rollback(tmp_path, {"step": 8, "why": "not finite"})
-    path = tmp_path / folder.ROLLBACKS
+    assert rundir.rollbacks(tmp_path) == 0
+    rundir.note_rollback(tmp_path, {"step": 8, "why": "not finite"})
+    path = tmp_path / rundir.ROLLBACKS
     path.write_bytes(path.read_bytes() + b'{"step": 4, "wh\xff')
-    assert folder.rollbacks(tmp_path) == 2
-    folder.note_rollback(tmp_path, {"step": 2, "why": "again"})
-    assert folder.rollbacks(tmp_path) == 3
+    assert rundir.rollbacks(tmp_path) == 2
+    rundir.note_rollback(tmp_path, {"step": 2, "why": "again"})
+    assert rundir.rollbacks(tmp_path) == 3
     first, damaged, last = path.read_bytes().splitlines()
     assert [json.loads(line)["step"] for line in (first, last)] == [8, 2]
     assert damaged.startswith(b'{"step": 4')
@@ -303,14 +304,14 @@ def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
     monkeypatch.setattr(
         loop.failpoints,
         "hit",
-        lambda name, n=None: name == "batch.nan" and n >= 11 and not folder.rollbacks(tmp_path),
+        lambda name, n=None: name == "batch.nan" and n >= 11 and not rundir.rollbacks(tmp_path),
     )
     with pytest.raises(errors.NonFiniteError) as caught:
         loop.train(diverging(steps=22), tmp_path)
     assert not readers(wait=5), caught
-    assert not folder.rollbacks(tmp_path)
+    assert not rundir.rollbacks(tmp_path)
     loop.train(diverging(steps=22, rollbacks=1), tmp_path)
-    row = json.loads((tmp_path / folder.ROLLBACKS).read_text())
+    row = json.loads((tmp_path / rundir.ROLLBACKS).read_text())
     assert row["step"] == 8
     assert "not finite" in row["why"]
     kept = rows(tmp_path)
@@ -325,7 +326,7 @@ def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
     assert losses(kept[8:10]) != losses(rows(plain))[8:]
     with pytest.raises(errors.NonFiniteError):  # again, for it forgets that it went back
         loop.train(diverging(steps=22), tmp_path, restart=True)
-    assert not folder.rollbacks(tmp_path)
+    assert not rundir.rollbacks(tmp_path)
 
 
 def test_an_error_waits_for_the_save_that_it_overtakes(tmp_path, monkeypatch):

@@ -107,13 +107,13 @@ def test_a_merged_kernel_is_the_sum_of_both(shape):
 
 @pytest.mark.slow
 def test_the_exported_adapter_is_small_and_draws_what_the_merged_model_draws(base, tuned, tmp_path):
-    export = [sys.executable, "-m", "t2i_jax.export", f"--workdir={tuned}", "--dtype=float32"]
+    export = [sys.executable, "-m", "t2i_jax", "export", f"--workdir={tuned}", "--dtype=float32"]
     for name, more in (("alone", []), ("merged", ["--merge"])):
         done = subprocess.run([*export, f"--output={tmp_path / name}", *more], cwd=ROOT)
         assert done.returncode == 0
     size = lambda name: (tmp_path / name / "model.safetensors").stat().st_size
-    assert weights.held(tmp_path / "alone") == ["model_lora"]
-    assert weights.held(tmp_path / "merged") == ["model"]
+    assert weights.nets_in(tmp_path / "alone") == ["model_lora"]
+    assert weights.nets_in(tmp_path / "merged") == ["model"]
     assert size("alone") < 0.7 * size("merged")
     draw = lambda path: pipeline.Pipeline.load(str(path))(["a red circle"], steps=2).astype(int)
     alone, merged, before = map(draw, (tmp_path / "alone", tmp_path / "merged", base))

@@ -12,7 +12,8 @@ import tensorboardX
 from absl import logging
 from tensorboardX.proto import event_pb2
 
-from t2i_jax import errors, logs, metrics, workdir
+from t2i_jax import errors
+from t2i_jax.run import logs, metrics, rundir
 
 
 def refused(path):
@@ -141,7 +142,7 @@ def say(path: str, level: int, text: str) -> None:
 def test_only_our_lines_are_in_the_log_and_no_remarks_of_libraries_on_the_screen(tmp_path, caplog):
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.WARNING)  # as in a notebook
-    theirs, ours = "/site-packages/orbax/checkpoint/a.py", workdir.__file__
+    theirs, ours = "/site-packages/orbax/checkpoint/a.py", rundir.__file__
     try:
         with logs.told():
             logs.open(tmp_path / "log.txt")
@@ -161,7 +162,7 @@ def test_a_log_that_cannot_grow_is_told_once(tmp_path, caplog):
     with logs.told():
         logs.open(refused(tmp_path / "log.txt"))
         for number in range(5):
-            say(workdir.__file__, std_logging.INFO, f"line {number}")
+            say(rundir.__file__, std_logging.INFO, f"line {number}")
     told = [r.getMessage() for r in caplog.records if r.levelno == std_logging.WARNING]
     assert len(told) == 1
     assert "log.txt" in told[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from t2i_jax.models import attention, convolution, layers, transformer, unet
-from t2i_jax.text.condition import Cond
+from t2i_jax.models.types import Cond
 
 TINY = {
     "transformer": transformer.Backbone(width=16, depth=2, heads=2),

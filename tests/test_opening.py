@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors, hf, pipeline, weights
-from t2i_jax.text import encoder
-from t2i_jax.vision import encoder as vision
+from t2i_jax import errors, pipeline, weights
+from t2i_jax.pretrained import hf, image_network, text_encoder
 from tests import test_text_families as texts
 from tests import test_vits as pictures
 
@@ -89,9 +88,9 @@ def test_the_hub_is_asked_for_what_the_user_names_alone(tmp_path, monkeypatch):
         pipeline.Pipeline.load(str(folder), load=load)
     assert asked == [("evil/tracker", True), ("my/encoder", False)]
     with pytest.raises(errors.DataError, match="not fetched before"):  # as text encoder of a run
-        encoder.make(str(folder))
+        text_encoder.make(str(folder))
     with pytest.raises(errors.DataError, match="cannot be fetched"):  # by the user's own config
-        encoder.make("hf:evil/tracker")
+        text_encoder.make("hf:evil/tracker")
 
 
 HOSTILE = [
@@ -113,7 +112,7 @@ def test_a_text_encoder_of_no_sensible_size_is_refused_at_once(tmp_path, case, c
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     start = time.perf_counter()
     with pytest.raises(errors.ConfigError, match="it should be"):
-        encoder.make(str(tmp_path))
+        text_encoder.make(str(tmp_path))
     assert time.perf_counter() - start < 5
 
 
@@ -133,7 +132,7 @@ def test_an_image_network_of_no_sensible_size_is_refused_at_once(tmp_path, case,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     start = time.perf_counter()
     with pytest.raises(errors.ConfigError, match="it should be"):
-        vision.make(str(tmp_path))
+        image_network.make(str(tmp_path))
     assert time.perf_counter() - start < 5
 
 
@@ -141,12 +140,12 @@ def test_a_preprocessors_huge_crop_is_refused(tmp_path):
     pictures.by_golden("dino", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": 4 * 10**6}))
     with pytest.raises(errors.ConfigError, match="res is 4000000"):
-        vision.make(str(tmp_path))
+        image_network.make(str(tmp_path))
 
 
 def modules():
     """Every model_type that we read, and what makes its module."""
-    for kinds, shown in ((encoder.FAMILIES, "text"), (vision.FAMILIES, "vision")):
+    for kinds, shown in ((text_encoder.FAMILIES, "text"), (image_network.FAMILIES, "vision")):
         for model_type, family in kinds.items():
             if family.__name__.rpartition(".")[2] not in ("inception", "efficientnet", "lpips"):
                 yield pytest.param(model_type, family, id=f"{shown} {model_type}")

@@ -17,9 +17,9 @@ from configs import (
     shapes_gan_from_flow,
 )
 from t2i_jax import errors, objective, optim, weights
-from t2i_jax.fingerprint import path_of
 from t2i_jax.models import transformer
-from t2i_jax.text.condition import Cond
+from t2i_jax.models.types import Cond
+from t2i_jax.run.fingerprint import path_of
 
 DEPTH = 2
 MUON = dict(name="muon", learning_rate=1.0, consistent_rms=1.0)

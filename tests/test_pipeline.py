@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from configs import shapes_clip
-from t2i_jax import errors, images, loop, pipeline, requests, weights
+from t2i_jax import errors, images, loop, pipeline, weights
+from t2i_jax.commands import prompts
 from t2i_jax.quality import protocol
 from tests.runs import config
 
@@ -56,7 +57,7 @@ def test_evaluate_prints_one_json_object_and_keeps_it(run, tmp_path):
     options = (f"--workdir={run}", "--num_images=4", "--steps=1")
     kept = tmp_path / "rows.jsonl"
     for way in ("--protocol=shapes", "--evaluators=shapes"):
-        *_, line = start("-m", "t2i_jax.evaluate", way, f"--output={kept}", *options)
+        *_, line = start("-m", "t2i_jax", "evaluate", way, f"--output={kept}", *options)
         row = json.loads(line)
         assert json.loads(kept.read_text().splitlines()[-1]) == row
         assert row["step"] == 6
@@ -105,8 +106,8 @@ def test_a_prompts_file_sets_options_a_flag_has_not(pipe, tmp_path):
         json.dumps({"prompt": "a red circle", "interval": [0.2, 0.8], "steps": 1, "seed": 5})
         + "\n# a comment\na blue square --d 5 --s 1\n"
     )
-    default = requests.Request(prompt="", seed=0)
-    drawn = requests.draw(pipe, requests.read_file(path, default), batch_size=4)
+    default = prompts.Request(prompt="", seed=0)
+    drawn = prompts.draw(pipe, prompts.read_file(path, default), batch_size=4)
     assert [info["seed"] for _, info in drawn] == [5, 5]
     assert [info["options"]["interval"] for _, info in drawn] == [(0.2, 0.8), (0.0, 1.0)]
 
@@ -127,7 +128,7 @@ def test_a_bad_line_of_a_prompts_file_is_named(pipe, tmp_path, line, message):
     path = tmp_path / "prompts.txt"
     path.write_text(line)
     with pytest.raises(errors.ConfigError, match=message):
-        requests.draw(pipe, requests.read_file(path, requests.Request("", seed=0)), batch_size=4)
+        prompts.draw(pipe, prompts.read_file(path, prompts.Request("", seed=0)), batch_size=4)
 
 
 @pytest.mark.parametrize(
@@ -141,20 +142,20 @@ def test_a_bad_line_of_a_prompts_file_is_named(pipe, tmp_path, line, message):
     ],
 )
 def test_a_file_of_no_prompts_is_a_clear_error(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(requests, "FILE_LIMIT", 25)
+    monkeypatch.setattr(prompts, "FILE_LIMIT", 25)
     path = tmp_path / "prompts.txt"
     if content == "folder":
         path.mkdir()
     elif content != "nothing":
         path.write_bytes(content)
     with pytest.raises(errors.ConfigError, match=rf"{message}.*prompts\.txt"):
-        requests.read_file(path, requests.Request("", seed=0))
+        prompts.read_file(path, prompts.Request("", seed=0))
 
 
 def test_a_prompts_file_may_begin_with_a_byte_order_mark(tmp_path):
     path = tmp_path / "prompts.txt"
     path.write_bytes('\ufeff{"prompt": "a circle"}\r\na star'.encode())
-    found = requests.read_file(path, requests.Request("", seed=0))
+    found = prompts.read_file(path, prompts.Request("", seed=0))
     assert [request.prompt for request in found] == ["a circle", "a star"]
 
 
@@ -263,9 +264,9 @@ def test_a_wrong_argument_gets_one_clear_error(pipe, arguments, message):
 
 
 def test_what_a_family_does_not_draw_is_said(pipe):
-    one = requests.Request("a red circle", seed=0, count=2)
+    one = prompts.Request("a red circle", seed=0, count=2)
     with pytest.raises(errors.ConfigError, match=r"draws no way .* .at --interpolate"):
-        requests.draw_between(pipe, [one], 4)
+        prompts.draw_between(pipe, [one], 4)
     judge = pipeline.Predictor(shapes_clip.get_config("debug"))
     with pytest.raises(errors.ConfigError, match="'clip' draws no pictures"):
         judge.check("sample")
@@ -299,5 +300,5 @@ def test_a_number_that_float32_does_not_hold_is_refused(pipe, options):
 
 def test_evaluate_writes_a_protocols_captions(tmp_path):
     path = tmp_path / "captions.txt"
-    start("-m", "t2i_jax.evaluate", "--protocol=shapes", "--num_images=5", f"--captions={path}")
+    start("-m", "t2i_jax", "evaluate", "--protocol=shapes", "--num_images=5", f"--captions={path}")
     assert path.read_text().splitlines() == protocol.read("shapes", num_images=5).captions()

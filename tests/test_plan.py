@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from t2i_jax import errors, plan
+from t2i_jax import errors
+from t2i_jax.commands import plan
 
 X = jax.ShapeDtypeStruct((32, 64), jnp.float32)
 W = jax.ShapeDtypeStruct((64, 64), jnp.float32)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from t2i_jax import cli, errors, images, pipeline, requests, weights
+from t2i_jax import errors, images, pipeline, weights
+from t2i_jax.commands import cli, prompts
 from t2i_jax.data import pictures
 
 BUILTIN = weights.BUILTIN / "shapes"
@@ -91,19 +92,19 @@ def test_hostile_pictures_are_counted_and_the_others_judged(tmp_path):
 @pytest.mark.parametrize("name", ["bomb.png", "half.png", "odd.png", "empty.png", "pipe.png"])
 def test_a_hostile_picture_to_draw_again_is_named(tmp_path, name):
     hostile(tmp_path)
-    e = within(60, lambda: requests.from_picture(tmp_path / name))
+    e = within(60, lambda: prompts.from_picture(tmp_path / name))
     assert isinstance(e, errors.DataError)
     assert name in e.where
 
 
 def test_deep_json_in_prompts_and_metadata_is_named(tmp_path):
-    default = requests.Request(prompt="", seed=0)
+    default = prompts.Request(prompt="", seed=0)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n{"a":' + DEEP + "\n")
     with pytest.raises(errors.ConfigError, match=r"prompts.jsonl:2"):
-        requests.read_file(tmp_path / "prompts.jsonl", default)
+        prompts.read_file(tmp_path / "prompts.jsonl", default)
     picture(tmp_path / "deep.png", DEEP[:30_000])
     with pytest.raises(errors.DataError, match=r"no settings of ours.*deep.png"):
-        requests.from_picture(tmp_path / "deep.png")
+        prompts.from_picture(tmp_path / "deep.png")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: repr(s)[:40])

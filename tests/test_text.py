@@ -16,8 +16,9 @@ import pytest
 import safetensors.numpy
 from hypothesis import strategies
 
-from t2i_jax import errors, hf
-from t2i_jax.text import bert, encoder, tokenize
+from t2i_jax import errors
+from t2i_jax.pretrained import bert, hf, text_encoder
+from t2i_jax.text import tokenize
 from tests import make_minilm_golden as golden
 
 CONFIG = dict(
@@ -76,11 +77,11 @@ def write(folder, tensors, **config):
 
 def load(source, length=6, **options):
     """The variables of an encoder, and a jitted function: variables, tokens -> states, Cond."""
-    net = encoder.make(str(source), **options)
+    net = text_encoder.make(str(source), **options)
     tokens = [jax.ShapeDtypeStruct((1, length), dtype) for dtype in ("int32", "bool")]
     abstract = jax.eval_shape(net.init, jax.random.key(0), *tokens)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return encoder.load(str(source), abstract), jax.jit(both)
+    return text_encoder.load(str(source), abstract), jax.jit(both)
 
 
 # --- the encoder ---
@@ -150,12 +151,12 @@ def test_captions_beyond_the_positions_are_refused(folder):
 def test_a_config_we_cannot_compute_names_the_field(folder, field, value):
     write(folder, {}, **{field: value})
     with pytest.raises(errors.ConfigError, match=r"\(at .*Fix: ") as e:
-        encoder.make(str(folder))
+        text_encoder.make(str(folder))
     assert field in str(e.value) or repr(value) in str(e.value)
 
 
 def test_debug_encoder_reads_bytes():
-    net, tokenizer = encoder.make(None), tokenize.open("bytes", 9)
+    net, tokenizer = text_encoder.make(None), tokenize.open("bytes", 9)
     assert net.vocab == tokenizer.vocab_size
     text_BL, mask_BL, _ = tokenizer(["a cat", ""])
     cond, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), text_BL, mask_BL)
@@ -265,7 +266,7 @@ def test_an_index_reads_no_other_folder(folder, file):
 def test_a_broken_config_is_named(folder, text):
     (folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(errors.DataError, match=r"config\.json"):
-        encoder.make(str(folder))
+        text_encoder.make(str(folder))
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "flax_model.msgpack"])
@@ -479,7 +480,7 @@ def test_a_folder_without_tokenizer_is_explained(folder):
 
 
 def test_parts_of_a_parameter_are_those_of_the_whole(folder):
-    net = encoder.make(str(folder))
+    net = text_encoder.make(str(folder))
     tokens = [jax.ShapeDtypeStruct((1, 6), dtype) for dtype in ("int32", "bool")]
     params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
     config = hf.read_json(folder / "config.json")
@@ -496,7 +497,7 @@ def test_parts_of_a_parameter_are_those_of_the_whole(folder):
 
 def test_a_file_cut_short_after_it_was_looked_at_is_noticed(folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
-    net = encoder.make(str(copy))
+    net = text_encoder.make(str(copy))
     tokens = [jax.ShapeDtypeStruct((1, 6), dtype) for dtype in ("int32", "bool")]
     params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
     sources = hf.match(copy, params, bert.names(hf.read_json(copy / "config.json")))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax.text import encoder, gpt2
+from t2i_jax.pretrained import gpt2, text_encoder
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens"
 SPEAKER = "gpt-2, speaking"
@@ -174,10 +174,10 @@ def computed(request, tmp_path_factory, update_golden):
 def program(source, dtype):
     """Variables of an encoder, and its jitted function: variables, tokens -> states, Cond."""
     text_BL, mask_BL = batch()
-    net = encoder.make(source, dtype=dtype)
+    net = text_encoder.make(source, dtype=dtype)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return encoder.load(source, shapes), jax.jit(both)
+    return text_encoder.load(source, shapes), jax.jit(both)
 
 
 def compute(source, text_BL, mask_BL, dtype="float32"):
@@ -201,12 +201,12 @@ def check_states(source, want):
 def check_said(source, want):
     """Rows of unequal length at once."""
     text_BL, mask_BL = batch()
-    net = encoder.make(source)
+    net = text_encoder.make(source)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     says = lambda v, t, m: gpt2.generate(
         net, v, t, m, jax.random.key(0), new=64, end=VOCAB, temperature=0
     )
-    got_BN, alive_BN = jax.jit(says)(encoder.load(source, shapes), text_BL, mask_BL)
+    got_BN, alive_BN = jax.jit(says)(text_encoder.load(source, shapes), text_BL, mask_BL)
     assert alive_BN.all()
     np.testing.assert_array_equal(got_BN, want)
     assert len(np.unique(got_BN)) > 3  # not one word for ever
@@ -247,9 +247,9 @@ def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(tmp_path):
     by_golden(SPEAKER, tmp_path)
     text_BL, _ = batch()
     mask_BL = np.ones(text_BL.shape, bool)
-    net = encoder.make(str(tmp_path))
+    net = text_encoder.make(str(tmp_path))
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    variables, options = encoder.load(str(tmp_path), shapes), dict(new=20, end=3)
+    variables, options = text_encoder.load(str(tmp_path), shapes), dict(new=20, end=3)
     draw = lambda seed, **more: jax.device_get(
         gpt2.generate(net, variables, text_BL, mask_BL, jax.random.key(seed), **options, **more)
     )

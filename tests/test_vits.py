@@ -16,9 +16,8 @@ import safetensors.numpy
 from PIL import Image
 
 from t2i_jax import errors
-from t2i_jax.quality import captions, retrieval
-from t2i_jax.text import encoder as text_encoder
-from t2i_jax.vision import clip, dino, encoder, resize, vit
+from t2i_jax.pretrained import clip_vision, dino, image_network, text_encoder, vit
+from t2i_jax.quality import captions, resize, retrieval
 from tests import test_text_families as families
 
 GOLDEN = families.GOLDEN / "vits.json"
@@ -65,7 +64,7 @@ def by_torch(case, folder):
     shapes = {name: x.shape for name, x in saved.items()}
     families.write(folder, config, shapes)
     model = type(model).from_pretrained(folder).eval()
-    family, want = clip if "clip" in case else dino, {}
+    family, want = clip_vision if "clip" in case else dino, {}
     inner = getattr(model, "vision_model", getattr(model, "dinov2", model))
     project = getattr(model, "visual_projection", lambda x: x)
     more = {} if family is dino else {"interpolate_pos_encoding": False}
@@ -116,9 +115,9 @@ def computed(request, tmp_path_factory, update_golden):
 
 @functools.cache
 def network(source, **changes):
-    net = encoder.make(source).clone(**changes)
+    net = image_network.make(source).clone(**changes)
     image = jax.ShapeDtypeStruct((1, net.res, net.res, 3), "float32")
-    return net, encoder.load(source, jax.eval_shape(net.init, jax.random.key(0), image))
+    return net, image_network.load(source, jax.eval_shape(net.init, jax.random.key(0), image))
 
 
 def compute(source, image_BHWC, **changes):
@@ -169,7 +168,7 @@ def test_both_towers_of_one_checkpoint_give_torchs_logits(tmp_path):
     model = type(torch_model("clip, both towers")).from_pretrained(tmp_path).eval()
     text_BL, mask_BL = families.batch()
     image_BHWC = picture(14, 14)
-    pixels = ((image_BHWC + 1) / 2 - clip.MEAN) / clip.STD
+    pixels = ((image_BHWC + 1) / 2 - clip_vision.MEAN) / clip_vision.STD
     with torch.inference_mode():
         want = model(
             input_ids=torch.tensor(np.where(mask_BL, text_BL, 0)).long(),
@@ -180,17 +179,17 @@ def test_both_towers_of_one_checkpoint_give_torchs_logits(tmp_path):
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     text = net.apply(text_encoder.load(str(tmp_path), shapes), text_BL, mask_BL)
     _, image = compute(tmp_path, image_BHWC)
-    got = clip.logit_scale(str(tmp_path)) * captions.cosines(image.pooled_BD, text.pooled_BD)
+    got = clip_vision.logit_scale(str(tmp_path)) * captions.cosines(image.pooled_BD, text.pooled_BD)
     np.testing.assert_allclose(got, want, atol=CLOSE, rtol=0)
 
 
 def test_a_checkpoint_of_one_tower_has_no_logit_scale(tmp_path):
     by_golden("clip", tmp_path)
     with pytest.raises(errors.DataError, match="logit_scale: want one number, found none"):
-        clip.logit_scale(str(tmp_path))
+        clip_vision.logit_scale(str(tmp_path))
 
 
-@pytest.mark.parametrize(("case", "family"), [("clip", clip), ("dino", dino)])
+@pytest.mark.parametrize(("case", "family"), [("clip", clip_vision), ("dino", dino)])
 def test_the_preprocessors_mean_and_std_are_used(tmp_path, case, family):
     by_golden(case, tmp_path)
     size = CASES[case][1]["image_size"]
@@ -208,24 +207,24 @@ def test_the_preprocessors_mean_and_std_are_used(tmp_path, case, family):
 
 def test_dino_is_made_for_the_preprocessors_crop(tmp_path):
     by_golden("dino", tmp_path)
-    assert encoder.make(str(tmp_path)).res == 12
+    assert image_network.make(str(tmp_path)).res == 12
     for crop in ({"height": 8, "width": 8}, 8):
         (tmp_path / vit.PREPROCESSOR).write_text(json.dumps({"crop_size": crop}))
-        assert encoder.make(str(tmp_path)).res == 8
+        assert image_network.make(str(tmp_path)).res == 8
 
 
 @pytest.mark.parametrize(
     ("family", "change", "match"),
     [
-        (clip, dict(num_channels=4), "num_channels 4 is not implemented"),
-        (clip, dict(hidden_size="24"), "hidden_size is '24'"),
-        (clip, dict(image_size=[14, 14]), "image_size is"),
-        (clip, dict(hidden_act="swish"), "activation 'swish' is not implemented"),
-        (clip, dict(num_attention_heads=5), "no multiple of its 5 heads"),
-        (clip, dict(patch_size=16), "shorter than a patch"),
-        (clip, dict(vision_config=3), "vision_config is 3"),
-        (clip, dict(preprocessor=dict(image_mean=[0.5])), r"image_mean is \[0.5\]"),
-        (clip, dict(preprocessor=dict(image_std=[1, 0, 1])), "image_std is"),
+        (clip_vision, dict(num_channels=4), "num_channels 4 is not implemented"),
+        (clip_vision, dict(hidden_size="24"), "hidden_size is '24'"),
+        (clip_vision, dict(image_size=[14, 14]), "image_size is"),
+        (clip_vision, dict(hidden_act="swish"), "activation 'swish' is not implemented"),
+        (clip_vision, dict(num_attention_heads=5), "no multiple of its 5 heads"),
+        (clip_vision, dict(patch_size=16), "shorter than a patch"),
+        (clip_vision, dict(vision_config=3), "vision_config is 3"),
+        (clip_vision, dict(preprocessor=dict(image_mean=[0.5])), r"image_mean is \[0.5\]"),
+        (clip_vision, dict(preprocessor=dict(image_std=[1, 0, 1])), "image_std is"),
         (dino, dict(qkv_bias=False), "qkv_bias False is not implemented"),
         (dino, dict(mlp_ratio=0), "mlp_ratio is 0"),
         (dino, dict(use_swiglu_ffn="no"), "use_swiglu_ffn is 'no'"),
@@ -234,7 +233,7 @@ def test_dino_is_made_for_the_preprocessors_crop(tmp_path):
     ],
 )
 def test_configs_that_ask_for_something_else_are_errors(family, change, match):
-    kind = CLIP if family is clip else DINO
+    kind = CLIP if family is clip_vision else DINO
     config = dict(model_type=family.MODEL_TYPES[0]) | kind | change
     with pytest.raises(errors.ConfigError, match=match):
         family.from_config(config)

@@ -5,8 +5,9 @@ import types
 import pytest
 from absl import logging
 
-from t2i_jax import loop, pipeline, weights, workdir
+from t2i_jax import loop, pipeline, weights
 from t2i_jax.data import shapes
+from t2i_jax.run import rundir
 from t2i_jax.text import words
 from tests import runs
 
@@ -77,13 +78,13 @@ def test_built_in_models_know_the_words_of_shapes(name):
 def test_a_run_knows_its_own_words_and_those_of_the_models_it_uses(tmp_path):
     config = runs.config()
     source = types.SimpleNamespace(words=lambda: {"dragon"})
-    assert workdir.known_words(config, source) == {"dragon"}
+    assert rundir.known_words(config, source) == {"dragon"}
     config.load.text = ""
     config.load.update(model="builtin:shapes#model")
-    assert {"dragon", "circle"} < workdir.known_words(config, source)
+    assert {"dragon", "circle"} < rundir.known_words(config, source)
     (tmp_path / "config.json").write_text(weights.to_json(config))  # older, without a list
     config.init_from = str(tmp_path)
-    assert workdir.known_words(config, source) is None
+    assert rundir.known_words(config, source) is None
 
 
 def test_a_run_keeps_its_words_and_its_pipeline_tells_others_once(run, caplog, monkeypatch):

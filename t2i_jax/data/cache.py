@@ -1,6 +1,6 @@
 """Caption states of a frozen encoder, computed once for every distinct caption.
 
-python -m t2i_jax.data.cache --config=configs/shapes_flow.py --workdir=runs/flow
+python -m t2i_jax captions --config=configs/shapes_flow.py --workdir=runs/flow
 
 writes them to <workdir>/captions, where training finds them. After a kill it goes on with the next
 file. Without that command training computes the states before its first step. It keeps them in
@@ -20,23 +20,13 @@ import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from absl import flags, logging
+from absl import logging
 from array_record.python import array_record_data_source, array_record_module
-from ml_collections import config_flags
 
-from t2i_jax import (
-    cli,
-    compile_cache,
-    distributed,
-    errors,
-    failpoints,
-    fingerprint,
-    images,
-    owner,
-    workdir,
-)
+from t2i_jax import errors, images
 from t2i_jax.data import transforms
-from t2i_jax.text import encoder
+from t2i_jax.pretrained import text_encoder
+from t2i_jax.run import compile_cache, distributed, failpoints, fingerprint
 
 FORMAT = 1
 BUCKET = 8  # captions are encoded at lengths that are multiples of this
@@ -46,7 +36,7 @@ KEPT_LIMIT = 4 * 2**30  # bytes of states in the user's cache folder
 SHARD = 64 * BATCH  # captions in a file
 FOLDER, MANIFEST, BUILDING, PLACES = "captions", "manifest.json", "building.json", "places.npy"
 AGAIN = (
-    "bring back what it was made of, or make it again: python -m t2i_jax.data.cache with the "
+    "bring back what it was made of, or make it again: python -m t2i_jax captions with the "
     "run's flags"
 )
 DTYPE = np.dtype(np.float16)  # finer than bfloat16 at the same size: states are near 1
@@ -63,7 +53,7 @@ def identity(config, nets, source, tokenize, *, sums: int = fingerprint.FORMAT) 
     nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
     sums: the format of the fingerprint of its weights.
     """
-    module = encoder.make(config.load.get("text"), length=config.text_length, **config.text)
+    module = text_encoder.make(config.load.get("text"), length=config.text_length, **config.text)
     text = f"{config.objective} {module!r} {fingerprint.digest(nets, format=sums)}"
     return {
         "sums": sums,
@@ -226,8 +216,10 @@ def _kept(known: dict) -> pathlib.Path | None:
 def _code() -> str:
     """A hash of what computes the states: this file, the encoders and what they read."""
     package, whole = pathlib.Path(__file__).parent.parent, hashlib.sha256()
-    files = [pathlib.Path(__file__), package / "hf.py", package / "weights.py"]
-    for path in sorted([*files, *package.glob("text/*.py"), *package.glob("models/*.py")]):
+    files = [pathlib.Path(__file__), package / "weights.py"]
+    for part in ("models", "pretrained", "text"):
+        files += package.glob(f"{part}/*.py")
+    for path in sorted(files):
         whole.update(path.read_bytes())
     return whole.hexdigest()
 
@@ -373,33 +365,5 @@ def _check_size(size: int) -> None:
         raise errors.ConfigError(
             f"the caption states would take {size / 2**30:.0f} GiB, {LIMIT / 2**30:.0f} at most",
             where="config.cache",
-            fix="write them to files first: python -m t2i_jax.data.cache with the same flags",
+            fix="write them to files first: python -m t2i_jax captions with the same flags",
         )
-
-
-def main():
-    from t2i_jax import loop
-
-    run = loop.Run(CONFIG.value, pathlib.Path(WORKDIR.value))
-    run.load_frozen()
-    run.check_frozen()
-    started = time.perf_counter()
-    folder = run.workdir / FOLDER
-    holder = owner.Owner(run.workdir)
-    workdir.make(run.workdir)
-    holder.acquire()
-    try:
-        manifest = write(folder, *run.caption_states())
-    finally:
-        holder.release()
-    size = sum(manifest["files"].values())
-    print(
-        f"{manifest['captions']} captions, {size / 1e6:.1f} MB, "
-        f"{time.perf_counter() - started:.0f} s: {folder}"
-    )
-
-
-if __name__ == "__main__":  # the loop imports this file, and train.py has flags of these names
-    CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, configs/<name>.py.")
-    WORKDIR = flags.DEFINE_string("workdir", None, "The run that will train with them.")
-    cli.run(main, required=("config", "workdir"))

@@ -15,14 +15,23 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import distributed, errors, plugins
+from t2i_jax import errors, plugins
 from t2i_jax.data import shapes as world
 from t2i_jax.data import transforms
 from t2i_jax.evaluators import shapes
-from t2i_jax.quality import captions, classes, kernel, manifold, pixels, retrieval, statistics
+from t2i_jax.quality import (
+    captions,
+    classes,
+    extractor,
+    kernel,
+    manifold,
+    pixels,
+    retrieval,
+    statistics,
+)
 from t2i_jax.quality import protocol as protocols
 from t2i_jax.quality.protocol import Protocol
-from t2i_jax.vision import extractor
+from t2i_jax.run import distributed
 
 CACHE = "T2I_JAX_CACHE"  # environment variable: where features of real pictures are kept
 BATCH = 64  # pictures drawn, or read, together

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax.models import blocks, layers, pyramid, unet
-from t2i_jax.text.condition import Cond
-from t2i_jax.vision.features import Features
+from t2i_jax.models.types import Cond, Features
 
 SCALE = math.log(1 / 0.07)  # where CLIP's logit scale begins
 SCALE_LIMIT = math.log(100)  # and where it ends

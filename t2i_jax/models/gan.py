@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from t2i_jax import losses
 from t2i_jax.models import attention, layers, pyramid, unet
+from t2i_jax.models.types import Cond
 from t2i_jax.sampling import prediction
-from t2i_jax.text.condition import Cond
 
 MEAN_OF = 64  # noises
 READ = 2  # sizes at which the generator reads words, the smallest
@@ -157,7 +157,7 @@ class OneStep(nn.Module):
         return (self.res, self.res, 3)
 
 
-class Seen(NamedTuple):
+class Judgement(NamedTuple):
     """What the discriminator makes of pictures and captions.
 
     logit_B: how real the picture is, and how well the caption fits.
@@ -171,14 +171,14 @@ class Seen(NamedTuple):
     words_BLD: jax.Array
 
 
-class Verdict(nn.Module):
+class Head(nn.Module):
     """What comes of a picture's vector h_BD and regions, and the caption's vector and words."""
 
     width: int
     embedding: int
 
     @nn.compact
-    def __call__(self, h_BD, regions_BHWC, text_BE, words_BLE, mask_BL) -> Seen:
+    def __call__(self, h_BD, regions_BHWC, text_BE, words_BLE, mask_BL) -> Judgement:
         h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE)
         regions_BTD = regions_BHWC.reshape(len(h_BD), -1, regions_BHWC.shape[-1])
         embed = lambda x, name: losses.unit(
@@ -190,12 +190,12 @@ class Verdict(nn.Module):
         weight = self.param("word_weight", nn.initializers.ones, ())
         logit_B = nn.Dense(1, name="real")(h_BD)[:, 0] + fits_B
         logit_B += weight * word_scores(regions_BTD, words_BLD, mask_BL)
-        return Seen(logit_B, image_BD, regions_BTD, text_BD, words_BLD)
+        return Judgement(logit_B, image_BD, regions_BTD, text_BD, words_BLD)
 
 
 class Projected(nn.Module):
-    """(maps BHWC of a frozen network, *conds) -> a Seen each: a head on each map, as in projected
-    GANs (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
+    """(maps BHWC of a frozen network, *conds) -> a Judgement each: a head on each map, as in
+    projected GANs (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
 
     Fields as of `Discriminator`.
     """
@@ -204,10 +204,10 @@ class Projected(nn.Module):
     embedding: int = 64
 
     @nn.compact
-    def __call__(self, maps, *conds: Cond) -> tuple[Seen, ...]:
+    def __call__(self, maps, *conds: Cond) -> tuple[Judgement, ...]:
         text, words = layers.Dense(self.width, name="text"), layers.Dense(self.width, name="words")
         text_norm, words_norm = layers.RMSNorm(), layers.RMSNorm()
-        verdict = Verdict(self.width, self.embedding)
+        head = Head(self.width, self.embedding, name="Verdict_0")  # as in saved files
         h_BD = 0.0
         for i, map_BHWC in enumerate(maps):
             x = layers.RMSNorm(scale=False)(map_BHWC)
@@ -222,16 +222,16 @@ class Projected(nn.Module):
 
         def beside(cond):
             text_BE, words_BLE = text(text_norm(cond.pooled_BD)), words(words_norm(cond.seq_BLD))
-            return verdict(h_BD, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
+            return head(h_BD, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
 
         return tuple(beside(cond) for cond in conds)
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, *conds) -> a Seen each: one trunk sees the pictures down to 8 pixels a side,
-    where each condition is read.
+    """(image_BHWC, *conds) -> a Judgement each: one trunk sees the pictures down to 8 pixels a
+    side, where each condition is read.
 
-    Fields as of `Generator`; `embedding`: width of Seen's.
+    Fields as of `Generator`; `embedding`: width of Judgement's.
     """
 
     res: int = 32
@@ -253,9 +253,9 @@ class Discriminator(nn.Module):
         self.keys = layers.KeysValues(self.width, self.heads)
         self.out = layers.Dense(self.width)
         self.mix = pyramid.Flat(self.width)
-        self.verdict = Verdict(self.width, self.embedding)
+        self.head = Head(self.width, self.embedding, name="verdict")  # as in saved files
 
-    def __call__(self, image_BHWC, *conds: Cond) -> tuple[Seen, ...]:
+    def __call__(self, image_BHWC, *conds: Cond) -> tuple[Judgement, ...]:
         x_BHWC, last = self.enter(image_BHWC), len(self.shrink)
         for i in range(last - 1):
             x_BHWC = self.shrink[i](self._level(i, x_BHWC))
@@ -265,7 +265,7 @@ class Discriminator(nn.Module):
             h = self._level(last - 1, x_BHWC + self._read(x_BHWC, tokens_BSD, mask_BS))
             h_BD = self.mix(self._level(last, self.shrink[-1](h)))
             text_BE = self.text(self.text_norm(cond.pooled_BD))
-            return self.verdict(h_BD, x_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
+            return self.head(h_BD, x_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
 
         return tuple(beside(cond) for cond in conds)
 

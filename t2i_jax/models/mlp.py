@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t2i_jax.models import gan, layers, pyramid
-from t2i_jax.text.condition import Cond
+from t2i_jax.models.types import Cond
 
 
 class Generator(nn.Module):
@@ -53,10 +53,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, *conds) -> a Seen each, whose one region is the whole picture.
+    """(image_BHWC, *conds) -> a Judgement each, whose one region is the whole picture.
 
     Fields: `res`; `width` of the last of `depth` layers, each half of the one before; `embedding`:
-    width of Seen's.
+    width of Judgement's.
     """
 
     res: int = 28
@@ -65,16 +65,16 @@ class Discriminator(nn.Module):
     embedding: int = 64
 
     @nn.compact
-    def __call__(self, image_BHWC, *conds: Cond) -> tuple[gan.Seen, ...]:
+    def __call__(self, image_BHWC, *conds: Cond) -> tuple[gan.Judgement, ...]:
         h_BD = image_BHWC.reshape(len(image_BHWC), -1)
-        for i in reversed(range(self.depth)):  # the verdict begins with a leaky ReLU
+        for i in reversed(range(self.depth)):  # the head begins with a leaky ReLU
             h_BD = layers.Dense(self.width * 2**i)(h_BD)
             h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE) if i else h_BD
         text_norm, words_norm = layers.RMSNorm(name="text_norm"), layers.RMSNorm(name="words_norm")
-        verdict = gan.Verdict(self.width, self.embedding)
+        head = gan.Head(self.width, self.embedding, name="Verdict_0")  # as in saved files
 
         def beside(cond):
             text_BE, words_BLE = text_norm(cond.pooled_BD), words_norm(cond.seq_BLD)
-            return verdict(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
+            return head(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
 
         return tuple(beside(cond) for cond in conds)

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t2i_jax.models import attention, convolution, layers
-from t2i_jax.text.condition import Cond
+from t2i_jax.models.types import Cond
 
 
 class Conv(nn.Module):

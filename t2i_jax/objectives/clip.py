@@ -15,12 +15,11 @@ import jax.numpy as jnp
 from t2i_jax import errors, losses, plugins
 from t2i_jax.models import clip, pyramid
 from t2i_jax.objective import Aux, Loss, Objective
-from t2i_jax.text import side
-from t2i_jax.vision import clip as vision_clip
-from t2i_jax.vision import encoder as vision
+from t2i_jax.pretrained import clip_vision, image_network
+from t2i_jax.text import conditioner
 
 LOSSES = ("contrastive", "sigmoid")
-TOWERS = {"convolutional": clip.Convolutional, "vit": vision_clip.ClipImage}
+TOWERS = {"convolutional": clip.Convolutional, "vit": clip_vision.ClipImage}
 
 
 class Options(NamedTuple):
@@ -50,7 +49,7 @@ def make(config) -> Objective:
         )
     sigmoid, source = options.kind == "sigmoid", config.load.get("image")
     image, caption = towers(config.model, res=config.res, source=source, sigmoid=sigmoid)
-    text = side.Side(config, train_text=options.train_text)
+    text = conditioner.Conditioner(config, train_text=options.train_text)
 
     def init(key, batch):
         key_image, key_caption, key_text = jax.random.split(key, 3)
@@ -79,10 +78,11 @@ def make(config) -> Objective:
         return scale * image_emb(nets, batch, key) @ text_emb(nets, batch, key).T + bias
 
     def loss(nets, batch, key, step):
-        scores_BB, apart_BB = logits(nets, batch, key), losses.apart(batch["text"], batch["mask"])
+        scores_BB = logits(nets, batch, key)
+        different_BB = losses.different_captions(batch["text"], batch["mask"])
         fn = losses.info_nce if options.kind == "contrastive" else losses.pairwise
         scale, _ = image.apply(nets["image"], method="temper")
-        return fn(scores_BB, apart_BB, batch["weight"]), Aux({"scale": scale})
+        return fn(scores_BB, different_BB, batch["weight"]), Aux({"scale": scale})
 
     trained = ("image", *(["caption"] if caption else []), *["text"] * options.train_text)
     predict = {"image_emb": image_emb, "text_emb": text_emb, "logits": logits}
@@ -105,7 +105,7 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
         )
     learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
     if source and not sizes["image"]:
-        net = vision.make(source)
+        net = image_network.make(source)
     else:
         net = tower(sizes["image"], res=res, where=f"{where}.image")
     if net.res != res:

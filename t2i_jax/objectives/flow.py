@@ -16,7 +16,7 @@ from t2i_jax.models import backbone
 from t2i_jax.objective import Above, Aux, Constant, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode, prediction
-from t2i_jax.text import condition, side
+from t2i_jax.text import condition, conditioner
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
@@ -35,7 +35,7 @@ class Options(NamedTuple):
       most of it on pixels that are right.
     time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
     text_dropout: share of captions replaced by the null condition, or a share for each encoder,
-      see `text.side`.
+      see `text.conditioner`.
     train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
@@ -47,13 +47,15 @@ class Options(NamedTuple):
 
 
 def make(config) -> Objective:
-    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, refine,
+    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, img2img,
     encode, loss_at_times.
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     prediction.check(options.prediction, "config.loss")
     model = backbone.build(config.model, res=config.res, where="config.model")
-    text = side.Side(config, text_dropout=options.text_dropout, train_text=options.train_text)
+    text = conditioner.Conditioner(
+        config, text_dropout=options.text_dropout, train_text=options.train_text
+    )
     shape_HWC = (config.res, config.res, 3)
 
     def init(key, batch):
@@ -123,7 +125,7 @@ def make(config) -> Objective:
         ts_S = ode.times(steps, shift)
         return solved(nets, batch, noise_BHWC, ts_S, guidance, sampler, interval)
 
-    def refine(
+    def img2img(
         nets,
         batch,
         key,
@@ -166,7 +168,7 @@ def make(config) -> Objective:
         field = guide.cfg(pair, under(cond), guidance, interval)
         return jnp.clip(ode.SOLVERS[sampler](field, start_BHWC, ts_S), -1, 1)
 
-    predict = {"sample": sample, "refine": refine, "encode": text.encode}
+    predict = {"sample": sample, "img2img": img2img, "encode": text.encode}
     predict["loss_at_times"] = loss_at_times
     trained = ("model", "text") if options.train_text else ("model",)
     return Objective(init, (Loss(trained, loss),), predict)

@@ -19,11 +19,12 @@ import numpy as np
 from t2i_jax import errors, losses, optim, plugins, randomness, weights
 from t2i_jax.models import augment, backbone, gan, mlp, pyramid, spectral
 from t2i_jax.models import clip as clip_models
+from t2i_jax.models.types import Cond
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.objectives import clip, flow
+from t2i_jax.pretrained import image_network
 from t2i_jax.sampling import ode, prediction
-from t2i_jax.text import condition, side
-from t2i_jax.vision import encoder as vision
+from t2i_jax.text import conditioner
 
 
 def _relativistic(sign):
@@ -79,7 +80,7 @@ class Options(NamedTuple):
       through or else the one that guides, if there is one.
     distil_stride: every n-th example of a batch is compared.
     distil_times: where the point lies, a time between these for each batch, 1 is noise.
-    teacher: options of the flow model's `refine`.
+    teacher: options of the flow model's `img2img`.
     augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
     augment_share: how many of them each of these changes, at the first step and at the last.
     spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
@@ -114,8 +115,8 @@ def make(config) -> Objective:
     of one of them; `network` there is "convolutional" or "mlp". With `backbone` in `gen` (and
     `prediction`) the generator is that flow network in one step. With a frozen net "eye" the
     discriminator sees pictures through it: an image tower of `objectives.clip`, which `eye` in
-    `config.model` describes, or the image network of `vision` that config.load.eye names. `clip`
-    there, as the model of `objectives.clip`, is the dual encoder that guides: frozen nets
+    `config.model` describes, or the image network of `pretrained` that config.load.eye names.
+    `clip` there, as the model of `objectives.clip`, is the dual encoder that guides: frozen nets
     "clip_image", "clip_caption".
     `teacher` there describes, as `gen`, the flow network of frozen net "teacher" to distil.
     """
@@ -124,7 +125,7 @@ def make(config) -> Objective:
     generator, discriminator, eye = _networks(config)
     guide, guide_caption = _guide(config, options)
     teacher = _teacher(config, options, generator)
-    text = side.Side(config)
+    text = conditioner.Conditioner(config)
     disc_game, gen_game = GAMES[options.game]
 
     def init(key, batch):
@@ -147,7 +148,7 @@ def make(config) -> Objective:
             nets["eye"] = eye.init(key["eye"], image_BHWC)
         if teacher:
             nets["teacher"] = teacher.init(key["teacher"], batch)["model"]
-        nets["disc"] = discriminator.init(key["disc"], look(nets, image_BHWC), cond)
+        nets["disc"] = discriminator.init(key["disc"], features_of(nets, image_BHWC), cond)
         if options.spectral_norm:
             vectors = spectral.start(nets["disc"]["params"], key["spectral"])
             nets["disc"] = {**nets["disc"], spectral.COLLECTION: vectors}
@@ -157,11 +158,11 @@ def make(config) -> Objective:
         z_B = randomness.normal_each(keys_B, generator.z_shape)
         return generator.apply(nets["gen"], z_B, cond)
 
-    def look(nets, image_BHWC):
+    def features_of(nets, image_BHWC):
         """What the discriminator gets to see of pictures."""
-        return eye.look(nets["eye"], image_BHWC) if eye else image_BHWC
+        return eye.features_of(nets["eye"], image_BHWC) if eye else image_BHWC
 
-    def see(nets, image_BHWC, conds, keys_B=None, step=None) -> tuple[gan.Seen, ...]:
+    def discriminate(nets, image_BHWC, conds, keys_B=None, step=None) -> tuple[gan.Judgement, ...]:
         """The discriminator's view of pictures beside each condition; in training, at a step,
         augmented by examples' keys.
         """
@@ -172,9 +173,9 @@ def make(config) -> Objective:
         if options.spectral_norm:
             vectors = variables[spectral.COLLECTION]
             variables = {"params": spectral.bounded(variables["params"], vectors)}
-        return discriminator.apply(variables, look(nets, image_BHWC), *conds)
+        return discriminator.apply(variables, features_of(nets, image_BHWC), *conds)
 
-    def started(nets, batch, key):
+    def generate(nets, batch, key):
         """The condition, drawn pictures, their noise's key and one more; keys of examples: the
         augmentation's and the penalty's.
         """
@@ -186,11 +187,11 @@ def make(config) -> Objective:
         )
         return cond, fake_BHWC, (key_noise, key_more), augment_B, slope_B
 
-    def contrast(seen: gan.Seen, cond, batch):
+    def contrast(seen: gan.Judgement, cond, batch):
         """The contrastive losses' sum."""
-        apart, value = losses.apart(batch["text"], batch["mask"]), 0.0
+        different_BB, value = losses.different_captions(batch["text"], batch["mask"]), 0.0
         nce = lambda scores_NN: losses.info_nce(
-            scores_NN / options.temperature, apart, batch["weight"]
+            scores_NN / options.temperature, different_BB, batch["weight"]
         )
         if options.sentence:
             value += options.sentence * nce(seen.image_BD @ seen.text_BD.T)
@@ -200,15 +201,15 @@ def make(config) -> Objective:
         return value
 
     def disc_loss(nets, batch, key, step):
-        cond, fake_BHWC, _, augment_B, slope_B = started(nets, batch, key)
+        cond, fake_BHWC, _, augment_B, slope_B = generate(nets, batch, key)
         mutated = {}
         if options.spectral_norm:
             params, vectors = nets["disc"]["params"], nets["disc"][spectral.COLLECTION]
             mutated = {"disc": {spectral.COLLECTION: spectral.advanced(params, vectors)}}
             nets = {**nets, "disc": {"params": params, **mutated["disc"]}}
         conds = (cond, shuffled(cond, batch)) if options.mismatch else (cond,)
-        seen, *wrong = see(nets, batch["image"], conds, augment_B, step)
-        (seen_fake,) = see(nets, fake_BHWC, (cond,), augment_B, step)
+        seen, *wrong = discriminate(nets, batch["image"], conds, augment_B, step)
+        (seen_fake,) = discriminate(nets, fake_BHWC, (cond,), augment_B, step)
         weight_B = batch["weight"]
         mean = lambda value_B: losses.weighted_mean(value_B, weight_B)
         value = mean(disc_game(seen.logit_B, seen_fake.logit_B)) + contrast(seen, cond, batch)
@@ -221,7 +222,7 @@ def make(config) -> Objective:
         if options.penalty != "none":
             some, mean_of_some = every(options.penalty_stride, batch, config.batch_size)
             alone = (some(cond),), some(augment_B), step
-            logit = lambda image_BHWC: see(nets, image_BHWC, *alone)[0].logit_B
+            logit = lambda image_BHWC: discriminate(nets, image_BHWC, *alone)[0].logit_B
             slope = _slopes(options, logit, some(slope_B))
             r1, r2 = (mean_of_some(slope(some(x))) for x in (batch["image"], fake_BHWC))
             value += 0.5 * optim.annealed(options.gamma, step, config.steps) * (r1 + r2)
@@ -229,38 +230,38 @@ def make(config) -> Objective:
         return value, Aux(metrics, mutated)
 
     def gen_loss(nets, batch, key, step):
-        cond, fake_BHWC, keys, augment_B, _ = started(nets, batch, key)
-        (seen_fake,), real_B = see(nets, fake_BHWC, (cond,), augment_B, step), 0.0
+        cond, fake_BHWC, keys, augment_B, _ = generate(nets, batch, key)
+        (seen_fake,), real_B = discriminate(nets, fake_BHWC, (cond,), augment_B, step), 0.0
         if options.game == "relativistic":
-            real_B = see(nets, batch["image"], (cond,), augment_B, step)[0].logit_B
+            real_B = discriminate(nets, batch["image"], (cond,), augment_B, step)[0].logit_B
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         value = mean(gen_game(real_B, seen_fake.logit_B)) + contrast(seen_fake, cond, batch)
         value, metrics = options.adversarial * value, {}
         if guide:
-            metrics["clip"] = mean(apart_from_caption(nets, fake_BHWC, cond))
+            metrics["clip"] = mean(clip_distance(nets, fake_BHWC, cond))
             value += options.clip * metrics["clip"]
         if teacher:
             some, mean_of_some = every(options.distil_stride, batch, config.batch_size)
-            wanted_BHWC = taught(nets, some(batch | {"image": fake_BHWC}), *keys)
-            error_B = unlike(nets, some(fake_BHWC), wanted_BHWC)
+            wanted_BHWC = teacher_images(nets, some(batch | {"image": fake_BHWC}), *keys)
+            error_B = perceptual_error(nets, some(fake_BHWC), wanted_BHWC)
             metrics["distil"] = mean_of_some(error_B)
             value += options.distil * metrics["distil"]
         return value, Aux(metrics)
 
-    def taught(nets, batch, key_noise, key_time):
+    def teacher_images(nets, batch, key_noise, key_time):
         """How the flow model goes on from the batch's pictures and the noise they came from."""
         low, high = options.distil_times
         strength = jax.random.uniform(key_time, minval=low, maxval=high)
         known = {"model": nets["teacher"], "text": nets["text"]}
-        refine = teacher.predict["refine"]
-        image_BHWC = refine(known, batch, key_noise, strength=strength, **options.teacher)
+        img2img = teacher.predict["img2img"]
+        image_BHWC = img2img(known, batch, key_noise, strength=strength, **options.teacher)
         return jax.lax.stop_gradient(image_BHWC)
 
-    def unlike(nets, a_BHWC, b_BHWC):
+    def perceptual_error(nets, a_BHWC, b_BHWC):
         """Squared error of pixels, and that of maps through the eye or else the guide."""
         error_B = losses.squared_error(a_BHWC, b_BHWC)
         if eye:
-            maps = lambda x: look(nets, x)
+            maps = lambda x: features_of(nets, x)
         elif guide:
             maps = lambda x: guide.apply(nets["clip_image"], x).maps
         else:
@@ -270,7 +271,7 @@ def make(config) -> Objective:
         errors_MB = [losses.squared_error(scaled(a), scaled(b)) for a, b in pairs]
         return error_B + sum(errors_MB) / len(errors_MB)
 
-    def apart_from_caption(nets, image_BHWC, cond):
+    def clip_distance(nets, image_BHWC, cond):
         image_BP = losses.unit(guide.apply(nets["clip_image"], image_BHWC).pooled_BD)
         text_BP = cond.pooled_BD
         if guide_caption:
@@ -284,7 +285,7 @@ def make(config) -> Objective:
           truncation: how far the style lies from its mean over noise, given the caption: below 1,
             pictures are nearer to what the caption usually gives, and less varied.
         """
-        return finished(nets, *styled(nets, batch, key, truncation))
+        return render(nets, *style_of(nets, batch, key, truncation))
 
     def between(nets, batch, key, *, share=0.0, truncation=1.0):
         """Pictures on the way from each example's to the next one's, the last's to the first's.
@@ -295,18 +296,18 @@ def make(config) -> Objective:
           share: of the way, 0 … 1.
           truncation: as of `sample`.
         """
-        style_B, cond = styled(nets, batch, key, truncation)
+        style_B, cond = style_of(nets, batch, key, truncation)
         follow = lambda tree: jax.tree.map(lambda x: jnp.roll(x, -1, 0), tree)
         mix = lambda a, b: (1 - share) * a + share * b
         style_B = generator.between(style_B, follow(style_B), share)
         other = follow(cond)
         either_BL = (cond.mask_BL & (share < 1)) | (other.mask_BL & (share > 0))
-        cond = condition.Cond(
+        cond = Cond(
             mix(cond.seq_BLD, other.seq_BLD), either_BL, mix(cond.pooled_BD, other.pooled_BD)
         )
-        return finished(nets, style_B, cond)
+        return render(nets, style_B, cond)
 
-    def styled(nets, batch, key, truncation):
+    def style_of(nets, batch, key, truncation):
         """Styles and caption states."""
         cond, keys_B = text.encode(nets, batch), randomness.per_example(key, batch["index"])
         z_B = randomness.normal_each(keys_B, generator.z_shape)
@@ -318,12 +319,12 @@ def make(config) -> Objective:
 
         return jax.lax.cond(truncation == 1, lambda: style_B, truncated), cond
 
-    def finished(nets, style_B, cond):
+    def render(nets, style_B, cond):
         return jnp.clip(generator.apply(nets["gen"], style_B, cond, method="draw"), -1, 1)
 
     def score(nets, batch, key):
         """The discriminator's logits of a batch's pictures beside their captions.   -> B"""
-        return see(nets, batch["image"], (text.encode(nets, batch),))[0].logit_B
+        return discriminate(nets, batch["image"], (text.encode(nets, batch),))[0].logit_B
 
     def gap(nets, batch, key):
         """How far the discriminator puts a batch's pictures above drawn ones, as in `disc_loss`.
@@ -334,7 +335,8 @@ def make(config) -> Objective:
         cond = text.encode(nets, batch)
         fake_BHWC = draw(nets, cond, randomness.per_example(key, batch["index"]))
         real_B, fake_B = (
-            see(nets, image_BHWC, (cond,))[0].logit_B for image_BHWC in (batch["image"], fake_BHWC)
+            discriminate(nets, image_BHWC, (cond,))[0].logit_B
+            for image_BHWC in (batch["image"], fake_BHWC)
         )
         return losses.weighted_mean(real_B - fake_B, batch["weight"])[None]
 
@@ -410,7 +412,7 @@ def _eye(config, sizes):
             where="config.load.eye",
             fix="describe it in config.model.eye, as configs/shapes_gan.py:projected does",
         )
-    net = vision.make(source)
+    net = image_network.make(source)
     return _Eye(net, net.res)
 
 
@@ -423,7 +425,7 @@ class _Eye(NamedTuple):
     def init(self, key, image_BHWC):
         return self.net.init(key, self._resized(image_BHWC))
 
-    def look(self, variables, image_BHWC):
+    def features_of(self, variables, image_BHWC):
         return self.net.apply(variables, self._resized(image_BHWC)).maps
 
     def _resized(self, image_BHWC):
@@ -455,7 +457,7 @@ def _teacher(config, options, generator):
             fix="describe a flow network in config.model.gen, as configs/shapes_gan_from_flow.py",
         )
     family, where = flow.make(own), "config.loss.teacher"
-    plugins.check_options(family.predict["refine"], options.teacher, where=where, given=3)
+    plugins.check_options(family.predict["img2img"], options.teacher, where=where, given=3)
     if "strength" in options.teacher:
         raise errors.ConfigError(
             "strength is drawn for each batch", where=where, fix="set config.loss.distil_times"
@@ -514,8 +516,8 @@ def partner(batch):
     """
     n = len(batch["index"])
     far_BB = (jnp.arange(n)[None] - jnp.arange(n)[:, None]) % n
-    apart_BB = losses.apart(batch["text"], batch["mask"]) & (batch["weight"] > 0)
-    return jnp.argmin(jnp.where(apart_BB, far_BB, n + (far_BB > 0)), 1)
+    different_BB = losses.different_captions(batch["text"], batch["mask"]) & (batch["weight"] > 0)
+    return jnp.argmin(jnp.where(different_BB, far_BB, n + (far_BB > 0)), 1)
 
 
 def is_other(batch):
@@ -524,7 +526,7 @@ def is_other(batch):
     return (partner(batch) != own).astype(jnp.float32)
 
 
-def shuffled(cond: condition.Cond, batch) -> condition.Cond:
+def shuffled(cond: Cond, batch) -> Cond:
     """Every example's partner's condition."""
     return jax.tree.map(lambda x: x[partner(batch)], cond)
 

@@ -1,18 +1,9 @@
-"""What a text encoder hands to a generator.   B batch · L text length · D width"""
+"""Conditions made of token states, and dropped.   B batch · L text length · D width"""
 
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-class Cond(NamedTuple):
-    """Encoded captions: token states seq_BLD, mask_BL (True = a real token), pooled_BD."""
-
-    seq_BLD: jax.Array
-    mask_BL: jax.Array
-    pooled_BD: jax.Array
+from t2i_jax.models.types import Cond
 
 
 def masked_mean(seq_BLD, mask_BL):

@@ -9,7 +9,8 @@ import base64
 import json
 import re
 
-from t2i_jax import errors, hf
+from t2i_jax import errors
+from t2i_jax.pretrained import hf
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 GROWTH = 1000  # times that a caption may grow before it is cut into tokens

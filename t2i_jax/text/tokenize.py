@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors, files, hf
+from t2i_jax import errors, files
+from t2i_jax.pretrained import hf
 from t2i_jax.text import fast
 
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import checkpoint, errors, owner, step
+from t2i_jax import errors, step
+from t2i_jax.run import checkpoint, owner
 from tests.faults.lab import ROOT, assert_error, row, rows, steps
 
-MEANT = {"data": "abc", "hooked": True}
+MEANT = {"data": "abc", "evaluated": True}
 
 
 def state(n: int, *, scale=1.0, size=300):
@@ -362,7 +363,7 @@ def t7(lab):
 WRITER = """
 import sys, pathlib
 from tests.faults import storage
-from t2i_jax import checkpoint
+from t2i_jax.run import checkpoint
 folder, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 checkpoints = checkpoint.Checkpoints(folder)
 found = checkpoints.restore_newest(storage.abstract(storage.state(0)))

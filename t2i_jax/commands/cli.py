@@ -1,0 +1,305 @@
+"""Command lines: flags parsed, errors as one line with an exit code, tracebacks on --debug."""
+
+import importlib.util
+import pathlib
+import re
+import sys
+import threading
+
+from absl import flags, logging
+
+from t2i_jax import errors
+from t2i_jax.run import distributed, logs
+
+PATHS = (  # flags that name a file or folder
+    *("workdir", "checkpoint", "load", "images", "data", "reference", "protocol", "extractor"),
+    *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
+    *("input",),
+)
+_DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
+WANTED = {  # type of a flag -> what to give
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "step": 'a number or "best"',
+    "config dict": "a dictionary, such as '{\"name\": 1}'",
+}
+
+
+def sampling_flags() -> dict:
+    """Flags of sampling options; `given` picks those set, and a family refuses what it lacks."""
+    return {
+        "guidance": flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none."),
+        "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
+        "sampler": flags.DEFINE_string("sampler", None, "Sampler, such as heun or euler."),
+        "shift": flags.DEFINE_float("shift", None, "Above 1, more steps in noise; flow models."),
+        "truncation": flags.DEFINE_float("truncation", None, "GANs."),
+    }
+
+
+def model_flags() -> dict:
+    """Flags that say which model; see `model`."""
+    return {
+        "workdir": flags.DEFINE_string("workdir", None, "A run of train.py."),
+        "checkpoint": flags.DEFINE_string(
+            "checkpoint", None, "builtin:<name> or an exported model's folder."
+        ),
+        "step": step_flag(),
+        "load": load_flag(),
+    }
+
+
+def step_flag():
+    """--step: a number, "best" or None."""
+    text = 'A run\'s checkpoint, a number or "best"; the newest by default.'
+    return flags.DEFINE(_Step(), "step", None, text)
+
+
+def load_flag():
+    """--load; see `loads`."""
+    text = "net=DIR: where a pretrained net lies now, such as text=DIR."
+    return flags.DEFINE_multi_string("load", [], text)
+
+
+def loads(flag) -> dict[str, str]:
+    """net -> source, of --load."""
+    found = {}
+    for text in flag.value:
+        name, equals, source = text.partition("=")
+        if not (name and equals and source):
+            raise errors.ConfigError(
+                f"it is {text!r}", where="--load", fix="give net=DIR, such as text=DIR"
+            )
+        found[name] = source
+    return found
+
+
+class _Step(flags.ArgumentParser):
+    """Parses --step."""
+
+    def parse(self, argument):
+        return argument if argument == "best" else int(argument)
+
+    def flag_type(self):
+        return "step"
+
+
+def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
+    """The one model that the flags name, else the default.
+
+    Raises:
+      ConfigError: two models are named, or none where there is no default either.
+    """
+    named = [options[name].value for name in ("workdir", "checkpoint") if options[name].value]
+    if len(named) > 1:
+        raise errors.ConfigError(
+            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
+        )
+    if not (named or default):
+        raise errors.ConfigError(
+            "no model",
+            where="the command line",
+            fix=f"add --workdir=… or --checkpoint=builtin:shapes{hint}",
+        )
+    return named[0] if named else default
+
+
+def process_flags() -> dict:
+    """Flags of `distributed.start`."""
+    return {
+        "distributed": flags.DEFINE_bool(
+            "distributed", None, "Join the others of a TPU pod slice, SLURM or Open MPI job."
+        ),
+        "coordinator": flags.DEFINE_string("coordinator", None, "host:port of process 0."),
+        "num_processes": flags.DEFINE_integer("num_processes", None, "Processes in all."),
+        "process_id": flags.DEFINE_integer("process_id", None, "This process's number, from 0."),
+        "join_timeout": flags.DEFINE_integer("join_timeout", None, "Seconds to wait for all."),
+        "heartbeat_timeout": flags.DEFINE_integer(
+            "heartbeat_timeout", None, "Seconds of silence after which a process counts as dead."
+        ),
+    }
+
+
+def given(options: dict) -> dict:
+    """The values of the flags that the command line sets."""
+    return {name: flag.value for name, flag in options.items() if flag.value is not None}
+
+
+def run(main, *, required=(), arguments: str = "", argv=None) -> None:
+    """Parses the flags, runs `main()` and exits with the code the error asks for.
+
+    arguments: what to call the arguments that are no flags, one at least: `main` is given them.
+    """
+    argv = sys.argv if argv is None else argv
+    debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
+    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+        ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
+        print(sys.modules["__main__"].__doc__, *ours, sep="\n")
+        sys.exit(0)
+    try:
+        logging.use_absl_handler()
+        logging.set_verbosity(logging.INFO)
+        logging.set_stderrthreshold(logging.INFO)
+        logging.get_absl_handler().addFilter(logs.of_interest)
+        if not debug:
+            threading.excepthook = _in_background
+        rest = _parse(argv, required, arguments)
+        with errors.of_storage("the file that was being written"):
+            main(*[rest] if arguments else [])
+    except errors.Error as e:
+        if debug:
+            raise
+        _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted (at the terminal). Fix: start the same command again to go on", 75)
+    except Exception as e:
+        if debug:
+            raise
+        if lost := distributed.lost_peer(e):
+            _fail(lost, 70)
+        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
+        _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
+
+
+def _in_background(args) -> None:
+    """A thread's exception, which its owner learns of as well, as one line."""
+    text = f"{args.exc_type.__name__}: {(str(args.exc_value).splitlines() or [''])[0][:300]}"
+    logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
+
+
+def _parse(argv, required, arguments) -> list[str]:
+    argv = _with_config_files(argv)
+    try:
+        rest = flags.FLAGS(argv)
+        for name in required:  # a config file that failed to load says so only when it is used
+            getattr(flags.FLAGS[name].value, "lock", None)
+    except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
+        *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
+        if "ConfigError: " in last:
+            raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
+        if bad := _bad_flag(e):
+            raise bad from e
+        words = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " ")) if e.args else []
+        if isinstance(e, KeyError | AttributeError) and words:
+            key, *hint = words
+            last = f"the config has no key {key!r}"
+            last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
+        raise errors.ConfigError(
+            last[:600],
+            where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
+            fix=f"see {pathlib.Path(argv[0]).name} --help; of a config, flags set the keys that it "
+            "names, others a config file of your own",
+        ) from e
+    for name in PATHS:
+        value = flags.FLAGS[name].value if name in flags.FLAGS else None
+        for path in value if isinstance(value, list) else [value or ""]:
+            errors.check_local(path.rpartition("=")[2], f"--{name}")
+    for path in rest[1:]:
+        errors.check_local(path, "the command line")
+    if rest[1:] and not arguments:
+        raise errors.ConfigError(
+            f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"
+        )
+    if arguments and not rest[1:]:
+        raise errors.ConfigError(
+            f"no {arguments}", where="the command line", fix=f"name one {arguments} at least"
+        )
+    for name in required:
+        if not flags.FLAGS[name].value:
+            raise errors.ConfigError(
+                f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
+            )
+    return rest[1:]
+
+
+def _bad_flag(e: Exception) -> errors.ConfigError | None:
+    """What absl says of a flag that is unknown, or of its value, in our words."""
+    if isinstance(e, flags.UnrecognizedFlagError):
+        known = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
+        return errors.ConfigError(
+            f"no flag --{e.flagname}",
+            where="the command line",
+            fix=errors.nearest(e.flagname.split(".")[0], known, else_say="see --help for all"),
+        )
+    text = " ".join(str(e).split())
+    if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):
+        return errors.ConfigError("no value", where=f"--{lacks[1]}", fix=f"write --{lacks[1]}=…")
+    if not (found := re.match(r"flag --([\w.]+)=(.*?): (.*)", text)):
+        return None
+    name, value, reason = found.groups()
+    parser = flags.FLAGS[name].parser if name in flags.FLAGS else None
+    wanted = WANTED.get(parser.flag_type() if parser else "", "")
+    if " as a ConfigDict: " in reason:
+        wanted = WANTED["config dict"]
+    if isinstance(parser, flags.EnumParser):
+        wanted = errors.nearest(value, parser.enum_values)
+    elif wanted and (least := getattr(parser, "lower_bound", None)) is not None:
+        wanted = f"give {wanted}, {least} or more"
+    elif wanted:
+        wanted = f"give {wanted}"
+    what = f"{name.rpartition('.')[2]} is {value[:200]!r}" if wanted else reason[:300]
+    return errors.ConfigError(what, where=f"--{name}", fix=wanted or "see --help")
+
+
+def configs_folder() -> pathlib.Path:
+    """Where the experiments lie: in an installed package, or beside it in a checkout."""
+    package = pathlib.Path(__file__).parent.parent
+    return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+
+
+def _with_config_files(argv) -> list[str]:
+    """The arguments with --config=name as the file of that name; makes `configs` importable.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if "config" not in flags.FLAGS:
+        return argv
+    folder = configs_folder()
+    if "configs" not in sys.modules and (folder / "__init__.py").is_file():
+        spec = importlib.util.spec_from_file_location(
+            "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        sys.modules["configs"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["configs"])
+    out = list(argv)
+    for i, argument in enumerate(argv[1:], 1):
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config") and equals:
+            out[i] = f"{flag}={_config_file(value, folder)}"
+        elif argument in ("--config", "-config") and i + 1 < len(argv):
+            out[i + 1] = _config_file(argv[i + 1], folder)
+    return out
+
+
+def _config_file(text: str, folder: pathlib.Path) -> str:
+    """ "name:options" or "file.py:options" as "file.py:options"."""
+    name, colon, options = text.partition(":")
+    path, ours = pathlib.Path(name), folder / f"{pathlib.Path(name).stem}.py"
+    if not path.is_file() and ours.is_file() and str(path.parent) in (".", "configs"):
+        path = ours
+    if path.is_file():
+        if "get_config" not in path.read_text(errors="replace"):
+            raise errors.ConfigError(
+                "it has no function get_config", where=str(path), fix="name one of configs/"
+            )
+        return f"{path}{colon}{options}"
+    there = [*folder.glob("*.py"), *path.parent.glob("*.py")]
+    known = {p.stem for p in there} - {"__init__", "common", "train", "sample", "setup"}
+    raise errors.ConfigError(
+        f"no config {name!r}", where="--config", fix=errors.nearest(path.stem, known)
+    )
+
+
+def _flag_of(message: str, argv) -> str:
+    """The --config.… argument whose key a message quotes, else "the command line"."""
+    for argument in argv[1:]:
+        key = argument.partition("=")[0].rpartition(".")[2]
+        if argument.startswith("--config.") and re.search(rf"\b{re.escape(key)}\b", message):
+            return argument[:200]
+    return "the command line"
+
+
+def _fail(text: str, code: int) -> None:
+    print(f"t2i_jax: {text}", file=sys.stderr)
+    distributed.leave(code)

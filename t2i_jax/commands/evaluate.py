@@ -1,0 +1,246 @@
+"""Judges a model, or a folder of pictures.
+
+python -m t2i_jax evaluate --checkpoint=builtin:shapes --protocol=shapes
+python -m t2i_jax evaluate --images=out/theirs --protocol=coco-fid-30k --data=coco/val2014
+
+prints one row, a JSON object with all that is needed to repeat it, and the metrics as a table to
+standard error. The row is appended to results.jsonl in the --workdir, or wherever --output says.
+--evaluators runs files of t2i_jax/evaluators, such as `shapes` or `held_out_loss`, with the options
+of the run's config. --captions=FILE writes the protocol's captions, for other systems to draw.
+"""
+
+import datetime
+import inspect
+import json
+import math
+import pathlib
+import subprocess
+import sys
+import time
+
+from absl import flags, logging
+
+from t2i_jax.commands import cli
+
+MODEL = cli.model_flags()
+IMAGES = flags.DEFINE_string("images", None, "Pictures of any system, in place of a model.")
+PROTOCOL = flags.DEFINE_string("protocol", None, "evaluators/protocols/<name>.json, or a file.")
+DATA = flags.DEFINE_string(
+    "data", None, "A folder of captioned pictures: a protocol's, or in place of the held-out ones."
+)
+REFERENCE = flags.DEFINE_string("reference", None, "An .npz with mu and sigma, for fid alone.")
+EXTRACTOR = flags.DEFINE_string("extractor", None, "In place of the protocol's.")
+CLIP = flags.DEFINE_string("clip", None, "In place of the protocol's: folder or hf:org/name.")
+CAPTIONS = flags.DEFINE_string("captions", None, "Write the protocol's captions there, no more.")
+OUTPUT = flags.DEFINE_string("output", None, "A .jsonl file for the row.")
+EVALUATORS = flags.DEFINE_list("evaluators", [], "Files of t2i_jax/evaluators; without --protocol.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Pictures to draw.", lower_bound=1)
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", None, "Of prompts and noise.", lower_bound=0)
+OPTIONS = cli.sampling_flags()
+NO_METRICS = ("step", "seconds")
+
+
+def main():
+    from t2i_jax import errors, images
+
+    if bool(PROTOCOL.value) == bool(EVALUATORS.value):
+        raise errors.ConfigError(
+            "one of --protocol and --evaluators is needed",
+            where="the command line",
+            fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
+        )
+    drawing = (*MODEL.values(), *OPTIONS.values(), EVALUATORS, NUM_IMAGES, SEED, CAPTIONS)
+    given = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]
+    if IMAGES.value and given:
+        raise errors.ConfigError(
+            f"{', '.join(given)} with pictures that are drawn already",
+            where="--images",
+            fix=f"leave out {', '.join(given)}",
+        )
+    if CAPTIONS.value:
+        if not PROTOCOL.value:
+            raise errors.ConfigError(
+                "no protocol", where="--captions", fix="add --protocol=…, whose captions they are"
+            )
+        images.check_file(CAPTIONS.value, "--captions")
+        _write_captions()
+        return
+    output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
+    if OUTPUT.value:
+        images.check_file(output, "--output")
+    row = _by_protocol() if PROTOCOL.value else _by_evaluators()
+    text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
+    print(text)
+    print(_table(row), file=sys.stderr)
+    if output:
+        try:
+            with pathlib.Path(output).open("a") as f:
+                f.write(text + "\n")
+        except OSError as e:
+            raise errors.StorageError(
+                f"cannot be written: {e.strerror}", where=output, fix="choose --output"
+            ) from e
+
+
+def _table(row: dict) -> str:
+    """A row's metrics for people, one a line."""
+    told = {k: v for k, v in row.items() if type(v) in (int, float) and k not in NO_METRICS}
+    width = max(map(len, told), default=0)
+    return "\n".join(f"{name:{width}}  {value:.4g}" for name, value in told.items())
+
+
+def _protocol():
+    from t2i_jax.quality import protocol
+
+    return protocol.read(
+        PROTOCOL.value,
+        path=DATA.value,
+        num_images=NUM_IMAGES.value,
+        seed=SEED.value,
+        sample=cli.given(OPTIONS),
+        extractor=EXTRACTOR.value,
+        clip=CLIP.value,
+    )
+
+
+def _write_captions() -> None:
+    from t2i_jax import images
+
+    lines = "".join(f"{caption}\n" for caption in _protocol().captions())
+    images.write_whole(CAPTIONS.value, lines.encode())
+
+
+def _told(batches, total: int):
+    """The batches, and now and then in the log how far they are."""
+    done, told = 0, time.perf_counter()
+    for pictures, texts in batches:
+        yield pictures, texts
+        done += len(pictures)
+        if time.perf_counter() - told > 10:
+            told = time.perf_counter()
+            logging.info("%d of %d pictures", done, total)
+
+
+def _by_protocol() -> dict:
+    from t2i_jax.data import pictures
+    from t2i_jax.evaluators import protocol as judge
+    from t2i_jax.run import compile_cache
+
+    compile_cache.enable()
+    ours = _protocol()
+    started = time.perf_counter()
+    if IMAGES.value:
+        found = pictures.Pictures(IMAGES.value)
+        ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(found))
+    nets = judge.Networks(ours)
+    uses = ((EXTRACTOR, nets.extract), (CLIP, nets.dual), (REFERENCE, "fid" in ours.metrics))
+    _check_used(ours, uses)
+    if IMAGES.value:
+        judge.check_captions(ours, nets, found.captions)
+        batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
+        measure = judge.Measure(ours, nets, _told(batches, len(found)), REFERENCE.value)
+        model = {
+            "images": IMAGES.value,
+            "images_sha256": found.fingerprint,
+            "num_images": len(found) - len(found.broken),
+            "broken": len(found.broken),
+        }
+    else:
+        pipe = _pipeline(averaged=ours.ema)
+        model = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
+        model |= {"sample": pipe.predictor.check("sample", **ours.sample)}
+        drawn = judge.drawn(
+            *(pipe.predictor.bound, pipe.nets, ours), ours.captions(), BATCH_SIZE.value
+        )
+        measure = judge.Measure(ours, nets, _told(drawn, ours.num_images), REFERENCE.value)
+    return {
+        **{"protocol": ours.name, **model},
+        **{k: int(v) if "num_" in k else v for k, v in measure.metrics().items()},
+        **measure.provenance,
+        "definition": ours._asdict(),
+        "definition_sha256": ours.sha256,
+        **_circumstances(started),
+    }
+
+
+def _check_used(ours, uses) -> None:
+    """Raises ConfigError for a flag that the protocol has no use for."""
+    from t2i_jax import errors
+
+    for flag, use in uses:
+        if flag.value and not use:
+            raise errors.ConfigError(
+                f"no metric of the protocol {ours.name!r} uses it",
+                where=f"--{flag.name}",
+                fix="leave it out, or choose another protocol",
+            )
+
+
+def _by_evaluators() -> dict:
+    pipe, started = _pipeline(), time.perf_counter()
+    options = cli.given(OPTIONS)
+    result = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
+    if "sample" in pipe.predictor.objective.predict:
+        result["sample"] = pipe.predictor.check("sample", **options)
+    given = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
+    given = {name: value for name, value in given.items() if value is not None}
+    for name in EVALUATORS.value:
+        own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
+        asked = {"batch_size": BATCH_SIZE.value, **own, **given}
+        if DATA.value and _takes_data(name):
+            asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
+        asked = pipe.predictor.evaluator_options(name, asked)
+        found = pipe.evaluate(name, **asked)
+        result |= {f"{name}/{k}": v for k, v in found.items()}
+        result[f"{name}/options"] = asked
+    return {**result, **_circumstances(started)}
+
+
+def _takes_data(name: str) -> bool:
+    """Whether an evaluator judges on data; if none of those asked for does, each is told."""
+    from t2i_jax import plugins
+
+    takes = lambda one: "data" in inspect.signature(plugins.load("evaluators", one).make).parameters
+    return takes(name) or not any(takes(one) for one in EVALUATORS.value)
+
+
+def _pipeline(**options):
+    source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
+    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+
+    load = cli.loads(MODEL["load"])
+    return pipeline.Pipeline.load(source, step=MODEL["step"].value, load=load, **options)
+
+
+def _digest(pipe) -> str:
+    from t2i_jax.run import fingerprint
+
+    return fingerprint.digest(pipe.nets)
+
+
+def _circumstances(started: float) -> dict:
+    """When, with what and on what a row was made."""
+    import jax
+
+    import t2i_jax
+
+    here = str(pathlib.Path(t2i_jax.__file__).parent)
+    asked = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None  # an installed package
+    device = jax.devices()[0]
+    return {
+        "seconds": round(time.perf_counter() - started, 1),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "t2i_jax": t2i_jax.__version__,
+        "commit": commit,
+        "jax": jax.__version__,
+        "devices": f"{jax.device_count()} × {device.platform} {device.device_kind}",
+    }
+
+
+if __name__ == "__main__":
+    cli.run(main)

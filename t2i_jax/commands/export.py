@@ -1,0 +1,64 @@
+"""Exports a run.   python -m t2i_jax export --workdir=runs/flow --output=models/flow"""
+
+import pathlib
+
+from absl import flags
+
+from t2i_jax.commands import cli
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A run of train.py.")
+STEP, LOAD = cli.step_flag(), cli.load_flag()
+OUTPUT = flags.DEFINE_string("output", None, "A new folder.")
+CARD = flags.DEFINE_string("card", None, "A Markdown file to go with the weights.")
+DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the stored weights.")
+MERGE = flags.DEFINE_bool("merge", False, "Add LoRA adapters to the nets they adapt.")
+
+
+def main():
+    from t2i_jax import errors, images
+
+    output = pathlib.Path(OUTPUT.value)
+    images.check_folder(output, "--output")
+    if output.exists() and any(output.iterdir()):
+        raise errors.ConfigError("the folder is not empty", where=str(output), fix="name a new one")
+    card = _read_card(CARD.value) if CARD.value else ""
+    from t2i_jax import lora, pipeline, weights
+
+    pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value, load=cli.loads(LOAD))
+    nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
+    if MERGE.value and not config.lora:
+        raise errors.ConfigError("no adapters to merge", where=WORKDIR.value, fix="omit --merge")
+    if MERGE.value:
+        nets, config = lora.merge_run(nets, config)
+        names = [name.removesuffix(lora.SUFFIX) for name in names]
+    held = {name: nets[name] for name in names}
+    frozen = {
+        name: net
+        for name, net in nets.items()
+        if name not in held and name in weights.sources(config)
+    }
+    needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
+    card = card or _card(needed)
+    options = dict(card=card, dtype=DTYPE.value, frozen=weights.digests(frozen), known=pipe.words)
+    weights.export(output, held, config, **options)
+    print(output)
+
+
+def _read_card(path: str) -> str:
+    from t2i_jax import errors, files
+
+    try:
+        return files.read_text(path)
+    except (OSError, ValueError) as e:
+        raise errors.ConfigError(
+            f"cannot read it: {errors.reason(e)}", where=f"--card={path}", fix="name a text file"
+        ) from e
+
+
+def _card(needed) -> str:
+    text = "# A model made with t2i_jax\n"
+    return text + f"\nIt needs {', '.join(needed)} beside it.\n" * bool(needed)
+
+
+if __name__ == "__main__":
+    cli.run(main, required=("workdir", "output"))

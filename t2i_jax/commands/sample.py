@@ -1,0 +1,98 @@
+"""Draws pictures.
+
+python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background"
+"""
+
+from absl import flags
+
+from t2i_jax import errors
+from t2i_jax.commands import cli
+
+MODEL = cli.model_flags()
+PROMPT = flags.DEFINE_multi_string("prompt", [], "What to draw; repeatable.")
+PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "Prompts, one a line, or JSONL.")
+NEGATIVE_PROMPT = flags.DEFINE_string("negative_prompt", None, "What to be guided away from.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 1, "Pictures per prompt.")
+BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Pictures drawn together.", lower_bound=1)
+SEED = flags.DEFINE_integer("seed", 0, "Same seed, same pictures, whatever the batch size.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", "out", "Where pictures go; nothing is overwritten.")
+GRID = flags.DEFINE_bool("grid", False, "Also all pictures as one, a row for each prompt.")
+FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format.")
+METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into the files.")
+STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
+INTERPOLATE = flags.DEFINE_integer(
+    "interpolate",
+    0,
+    "Frames from each picture to the next, as a strip and a WebP; GANs.",
+    lower_bound=0,
+)
+REPRODUCE = flags.DEFINE_string(
+    "reproduce", None, "A picture, grid or strip of ours, to be drawn again."
+)
+OPTIONS = cli.sampling_flags()
+
+
+def main():
+    from t2i_jax import images
+    from t2i_jax.commands import prompts
+
+    _check_together()
+    default = prompts.Request(
+        prompt="",
+        seed=SEED.value,
+        count=NUM_IMAGES.value,
+        negative_prompt=NEGATIVE_PROMPT.value,
+        options=tuple(sorted(cli.given(OPTIONS).items())),
+    )
+    step, default_model, hint = MODEL["step"].value, None, ""
+    grid, frames = GRID.value, INTERPOLATE.value
+    wanted = [prompts.check(default._replace(prompt=p)) for p in PROMPT.value]
+    if PROMPTS_FILE.value:
+        wanted += prompts.read_file(PROMPTS_FILE.value, default)
+    if REPRODUCE.value:
+        recorded = prompts.from_picture(REPRODUCE.value)
+        step = recorded.step if step is None else step
+        default_model = recorded.model if recorded.model.startswith("builtin:") else None
+        hint = f"; the picture was drawn with {recorded.model}"
+        wanted, grid, frames = recorded.requests, grid or recorded.grid, recorded.frames
+    if not wanted:
+        raise errors.ConfigError(
+            "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
+        )
+    images.check_folder(OUTPUT_DIR.value, "--output_dir")
+    source = cli.model(MODEL, default=default_model, hint=hint)
+    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+
+    pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
+    prompts.check_options(pipe, wanted, "between" if frames else "sample")
+    images.make_folder(OUTPUT_DIR.value, "--output_dir")
+    if frames:
+        drawn, settings = prompts.draw_between(pipe, wanted, frames)
+        options = dict(metadata=METADATA.value)
+        paths = prompts.save_between(drawn, settings, OUTPUT_DIR.value, **options)
+    else:
+        drawn = prompts.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
+        options = dict(grid=grid, metadata=METADATA.value, extension=FORMAT.value)
+        paths = prompts.save(drawn, OUTPUT_DIR.value, **options)
+    for path in paths:
+        print(path)
+
+
+def _check_together() -> None:
+    """Options that another one makes void are errors, as nothing is ignored in silence."""
+    asked = (PROMPT, PROMPTS_FILE, NEGATIVE_PROMPT, NUM_IMAGES, SEED, INTERPOLATE)
+    for main_flag, void in (
+        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE)),
+        (REPRODUCE, (*asked, *OPTIONS.values())),
+    ):
+        given = [f"--{flag.name}" for flag in void if flag.present]
+        if main_flag.value and given:
+            raise errors.ConfigError(
+                f"{', '.join(given)} beside --{main_flag.name}",
+                where="the command line",
+                fix=f"leave out {', '.join(given)}",
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)

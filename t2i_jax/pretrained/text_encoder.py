@@ -1,0 +1,224 @@
+"""Text encoders by source: the module that a checkpoint's config.json names, and its parameters.
+
+B batch · L text length · D width
+"""
+
+import pathlib
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from t2i_jax import errors, plugins
+from t2i_jax.models.types import Cond
+from t2i_jax.pretrained import bert, clip_text, gpt2, hf, t5
+from t2i_jax.text import tokenize
+
+FAMILIES = {
+    model_type: family
+    for family in (bert, clip_text, gpt2, t5)
+    for model_type in family.MODEL_TYPES
+}
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+class Joined(nn.Module):
+    """Several encoders of one caption, as in SD3 (arXiv:2403.03206, section 4).
+
+    Their tokens stand one after another in text_BL, `lengths` of each, of the last perhaps fewer;
+    so do their states, narrower ones filled up with zeros. Pooled vectors are joined.
+    """
+
+    encoders: tuple[nn.Module, ...]
+    lengths: tuple[int, ...]
+
+    @property
+    def parts(self) -> tuple[tuple[int, int], ...]:
+        """Tokens and pooled width of each encoder, in their order."""
+        pooled = (getattr(e, "projected", 0) or e.width for e in self.encoders)
+        return tuple(zip(self.lengths, pooled, strict=True))
+
+    def __call__(self, text_BL, mask_BL) -> Cond:
+        ends = [sum(self.lengths[:i]) for i in range(1, len(self.lengths))]
+        texts, masks = (jnp.split(x, ends, axis=1) for x in (text_BL, mask_BL))
+        conds = [fn(*tokens) for fn, *tokens in zip(self.encoders, texts, masks, strict=True)]
+        widest = max(c.seq_BLD.shape[-1] for c in conds)
+        fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])))
+        return Cond(
+            jnp.concatenate([fill(c.seq_BLD) for c in conds], axis=1),
+            mask_BL,
+            jnp.concatenate([c.pooled_BD for c in conds], axis=-1),
+        )
+
+
+def given(source):
+    """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
+    a string that is no folder names with commas between.
+    """
+    if isinstance(source, str) and "," in source and not pathlib.Path(source).is_dir():
+        source = [one.strip() for one in source.split(",")]
+    if source is None or isinstance(source, str):
+        return source or None
+    return tuple(source)
+
+
+def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Module:
+    """A module `(text_BL, mask_BL) -> Cond` for `source`, still without weights.
+
+    Args:
+      source: a checkpoint (see hf.locate), several that read each caption together, or None for the
+        small random encoder of bytes that debug configs use; see `given`.
+      length: config.text_length, which several encoders need to know.
+      dtype: what it computes in.
+      options: family -> more options of its `from_config`, such as clip={"skip": 1}.
+    """
+    source = given(source)
+    _check_options(source, dtype, options)
+    if source is None:
+        return bert.Bert(
+            vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
+        )
+    if isinstance(source, str):
+        return _make(source, dtype, options)
+    encoders = tuple(_make(one, dtype, options) for one in source)
+    return Joined(encoders, lengths(source, length))
+
+
+def lengths(source, length: int) -> tuple[int, ...]:
+    """How many tokens each encoder of a source reads: `length`, or of several none more than its
+    positions.
+    """
+    source = given(source)
+    if source is None or isinstance(source, str):
+        return (length,)
+    return tuple(min(length, getattr(make(one), "positions", length)) for one in source)
+
+
+def tokenizer(source, length: int):
+    """`captions -> Tokens` for `make(source, length=length)`."""
+    source = given(source)
+    names = [str(_folder(one)) for one in _sources(source)] or ["bytes"]
+    each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
+    return each[0] if len(each) == 1 else tokenize.Several(each)
+
+
+def origin(source: str) -> str:
+    """The pretrained checkpoint an encoder comes from: the source, or of a run of ours, in which it
+    learned, what the run began with.
+
+    Raises:
+      ConfigError: a run that began with no checkpoint, or with several.
+    """
+    path = pathlib.Path(source) / hf.CONFIG
+    config = hf.read_json(path) if path.is_file() else {}
+    if "objective" not in config:
+        return source
+    began = given(config.get("load", {}).get("text"))
+    if not isinstance(began, str):
+        raise errors.ConfigError(
+            f"the run's text encoder began with {began!r}; only what began with one pretrained "
+            "checkpoint can be read again",
+            where=str(path),
+            fix="give a pretrained checkpoint as config.load.text",
+        )
+    return origin(began)
+
+
+def check(source, abstract_variables) -> None:
+    """Raises DataError unless `load` will find every tensor, and no other."""
+    for one, variables in _each(given(source), abstract_variables["params"]):
+        _match(one, variables)
+
+
+def load(source, abstract_variables):
+    """Variables {"params": …} of the encoder `make(source)`: shaped, typed and placed as given."""
+    source = given(source)
+    found = [hf.load(_match(*pair)) for pair in _each(source, abstract_variables["params"])]
+    if isinstance(source, str):
+        return {"params": found[0]}
+    return {"params": {f"encoders_{i}": params for i, params in enumerate(found)}}
+
+
+def _make(source: str, dtype: str, options) -> nn.Module:
+    config, family = _read(_folder(source))
+    own = {"dtype": dtype, **options.get(_name(family), {})}
+    where = f"config.text.{_name(family)}"
+    try:
+        return plugins.call(family.from_config, config, where=where, options=own)
+    except errors.ConfigError as e:
+        if e.where != hf.CONFIG:
+            raise
+        raise errors.ConfigError(e.what, where=f"{source}/{hf.CONFIG}", fix=e.fix) from e
+
+
+def _check_options(source, dtype, options) -> None:
+    """Options of families that are not there, or that are none, are errors."""
+    here = {_name(_read(_located(one, source))[1]) for one in _sources(source)}
+    for name, given in options.items():
+        if name not in here:
+            raise errors.ConfigError(
+                f"no encoder of the family {name!r} is loaded",
+                where="config.text",
+                fix=errors.nearest(name, here | {"dtype"}),
+            )
+        if not hasattr(given, "items"):
+            raise errors.ConfigError(
+                f"it is {given!r}", where=f"config.text.{name}", fix="give dict(…) of options"
+            )
+    for value in (dtype, *(given.get("dtype", dtype) for given in options.values())):
+        if value not in DTYPES:
+            raise errors.ConfigError(
+                f"dtype is {value!r}", where="config.text", fix=errors.nearest(value, DTYPES)
+            )
+
+
+def _located(one: str, source):
+    try:
+        return _folder(one)
+    except errors.DataError as e:
+        if isinstance(source, str) or not e.what.startswith("no such folder"):
+            raise
+        what = f"{e.what}; commas separate several encoders"
+        raise errors.DataError(what, where=e.where, fix=e.fix) from e
+
+
+def _folder(source: str) -> pathlib.Path:
+    """Where the pretrained checkpoint lies that `source` is, or that a run of ours began with."""
+    began = origin(source)
+    if began == source:
+        return hf.locate(source)
+    with hf.offline_except():  # the run's config.json names it, not the user
+        return hf.locate(began)
+
+
+def _sources(source) -> tuple[str, ...]:
+    return () if source is None else (source,) if isinstance(source, str) else tuple(source)
+
+
+def _each(source, params):
+    """(source, its parameters) of one or several encoders."""
+    if isinstance(source, str):
+        return [(source, params)]
+    return [(one, params[f"encoders_{i}"]) for i, one in enumerate(source)]
+
+
+def _match(source: str, params):
+    folder = hf.locate(source)
+    config, family = _read(folder)
+    return hf.match(folder, params, family.names(config))
+
+
+def _name(family) -> str:
+    # The module clip_text is config.text.clip.
+    return family.__name__.rpartition(".")[2].removesuffix("_text")
+
+
+def _read(folder):
+    config = hf.read_json(folder / hf.CONFIG)
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise errors.ConfigError(
+            f"model_type {model_type!r} is no text encoder",
+            where=str(folder / hf.CONFIG),
+            fix=f"use a checkpoint of one of {', '.join(sorted(FAMILIES))}",
+        )
+    return config, FAMILIES[model_type]

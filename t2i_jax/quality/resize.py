@@ -1,0 +1,98 @@
+"""Pictures from files to the side that an image network reads, by the rules metrics are named for.
+
+H W pixels · C channels · N the side wanted
+"""
+
+import os
+import pathlib
+
+import numpy as np
+from PIL import Image
+
+from t2i_jax import errors
+from t2i_jax.data import transforms
+
+RULES = ("clean", "legacy_pytorch", "legacy_tensorflow")
+
+
+def load(path: str | os.PathLike) -> np.ndarray:
+    """A PNG, JPEG or WebP file -> uint8 RGB HWC, as `transforms.decode` says: grey and palettes as
+    RGB, alpha over white, 16-bit grey rounded to 8, CMYK by Pillow's formula, upright by EXIF, of
+    animations the first frame. What others make of alpha differs: clean-fid drops it.
+
+    Raises:
+      DataError: no such file, another format, a broken file, or more than 64 million pixels.
+    """
+    try:
+        return transforms.decode(pathlib.Path(path).read_bytes())
+    except (OSError, transforms.BadExample) as e:
+        raise errors.DataError(
+            f"no picture can be read: {e}",
+            where=str(path),
+            fix="remove it, or save it again as PNG, JPEG or WebP",
+        ) from e
+
+
+def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:
+    """A uint8 picture, made square whatever its sides were.   -> float32 NNC in [0, 255]
+
+    Args:
+      rule: "clean", bicubic and antialiased, channel by channel in float32 by Pillow, cut off at 0
+        and 255 but not rounded (Parmar et al. 2022, arXiv:2104.11222). "legacy_pytorch", what
+        pytorch-fid did: bilinear without antialiasing, pixels have their centres at halves.
+        "legacy_tensorflow", what the first FID code did: bilinear without antialiasing, pixels lie
+        at their upper left corners, as in TensorFlow 1.
+    Raises:
+      ConfigError: an unknown rule. DataError: no uint8 picture.
+    """
+    check(rule)
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or not image_HWC.size:
+        raise errors.DataError(
+            f"a picture is {image_HWC.dtype}{list(image_HWC.shape)}",
+            where="quality.resize",
+            fix="give uint8 of height, width and channels",
+        )
+    if rule == "clean":
+        return _clean(image_HWC, side)
+    return _bilinear(image_HWC, side, centred=rule == "legacy_pytorch")
+
+
+def check(rule: str) -> None:
+    """Raises ConfigError unless it is one of RULES."""
+    if rule not in RULES:
+        raise errors.ConfigError(
+            f"no rule {rule!r}", where="quality.resize", fix=errors.nearest(rule, RULES)
+        )
+
+
+def _clean(image_HWC, side):
+    channels = [
+        Image.fromarray(image_HW).resize((side, side), Image.Resampling.BICUBIC)
+        for image_HW in np.moveaxis(image_HWC, -1, 0).astype(np.float32)
+    ]
+    return np.stack(channels, axis=-1).clip(0, 255)
+
+
+def _bilinear(image_HWC, side, *, centred):
+    places = (_places(n, side, centred=centred) for n in image_HWC.shape[:2])
+    (top_N, bottom_N, down_N), (left_N, right_N, across_N) = places
+    down_N11, across_N1 = down_N[:, None, None], across_N[:, None]
+    at = lambda y_N, x_N: image_HWC[np.ix_(y_N, x_N)].astype(np.float32)
+    mix = lambda a, b, t: a + (b - a) * t
+    return mix(
+        mix(at(top_N, left_N), at(top_N, right_N), across_N1),
+        mix(at(bottom_N, left_N), at(bottom_N, right_N), across_N1),
+        down_N11,
+    )
+
+
+def _places(n: int, side: int, *, centred: bool):
+    """Of each of `side` pixels the two of n it lies between, and how far it is from the first.
+
+    In float32, as TensorFlow and torch compute them.
+    """
+    half = np.float32(0.5 if centred else 0)
+    at_N = (np.arange(side, dtype=np.float32) + half) * np.float32(n / side) - half
+    at_N = np.maximum(at_N, 0)
+    first_N = np.minimum(at_N.astype(int), n - 1)
+    return first_N, np.minimum(first_N + 1, n - 1), at_N - first_N.astype(np.float32)

@@ -1,0 +1,297 @@
+"""Where numbers go: metrics.jsonl with one row a step, TensorBoard, a bar or plain lines."""
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+import socket
+import struct
+import sys
+import time
+
+import jax
+import tqdm
+from absl import logging
+
+from t2i_jax import errors, images, plugins
+from t2i_jax.run import logs
+
+with plugins.hidden("torch"):  # where it is installed it costs a second and 250 MB, for nothing
+    from tensorboardX import record_writer, summary
+    from tensorboardX.proto import event_pb2
+
+FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distance")
+
+
+def falls(name: str) -> bool:
+    """Whether less of a metric, "evaluator/metric" or "net/loss", is better."""
+    source, _, short = name.partition("/")
+    if short.startswith("lpips"):
+        return not short.startswith("lpips_diversity")
+    return short.startswith(FALLING) or short.endswith("loss") or source.endswith("loss")
+
+
+class Growing:
+    """A file that grows by whole records; what a full disk refuses is kept and written later."""
+
+    def __init__(self, path: pathlib.Path):
+        self.path, self._unwritten, self._told = path, [], False
+
+    def append(self, records) -> None:
+        """Adds bytes; told once where they cannot be written, and tried again at the next call."""
+        self._unwritten += records
+        if not self._unwritten:
+            return
+        size = None
+        try:
+            with self.path.open("ab") as f:
+                size = f.tell()
+                f.write(b"".join(self._unwritten))
+        except OSError as e:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            if not self._told:
+                logging.warning("cannot write %s, tried again later: %s", self.path, e.strerror)
+            self._told = True
+            return
+        self._unwritten.clear()
+        self._told = False
+
+    def close(self) -> None:
+        """Raises StorageError if records are left that could not be written."""
+        self.append([])
+        if self._unwritten:
+            raise errors.StorageError(
+                f"{len(self._unwritten)} records could not be written",
+                where=str(self.path),
+                fix="make room there; the same command then goes on from the last checkpoint",
+            )
+
+
+class Board(Growing):
+    """Events for TensorBoard; nothing of them waits in a queue or for a thread.
+
+    tensorboardX's own writer has a queue of ten and a thread: when a full disk ends the thread, the
+    eleventh event waits for ever.
+    """
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        """start: TensorBoard forgets what earlier starts wrote of this step and later ones."""
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        super().__init__(folder / name)
+        self._events = [_event(file_version="brain.Event:2")]
+        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.append(_event(step=start, session_log=begin))
+
+    def scalar(self, step: int, name: str, value: float) -> None:
+        self._events.append(_event(step=step, summary=summary.scalar(name, value)))
+
+    def picture(self, step: int, name: str, image_HWC) -> None:
+        """A uint8 picture."""
+        shown = summary.image(name, image_HWC, dataformats="HWC")
+        self._events.append(_event(step=step, summary=shown))
+
+    def flush(self) -> None:
+        """Writes what came since the last call."""
+        events, self._events = self._events, []
+        self.append(events)
+
+
+class Writer:
+    """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
+
+    A row of each file is one JSON object with the number of its step; step n is the n-th update,
+    from 1:
+
+    - metrics.jsonl: all values of the step.
+    - times.jsonl: "seconds" since the row before, without compiling and evaluating.
+    - events.jsonl: what evaluations of the step gave.
+    - quarantine.jsonl: a broken example. Every process has its own such file; process 0 alone
+      writes the others.
+
+    A run that was killed leaves rows of steps after its last checkpoint. They are cut at the start,
+    so that every step has exactly one row. What a full disk refuses is kept and written later.
+
+    Args:
+      start, stop: the steps done so far, and in all. Rows after `start` are cut.
+      batch_size: examples of a step, for the speed that is shown.
+      last_evaluated: the last step whose evaluations are kept.
+    Raises:
+      StorageError: a file cannot be written at the start, or has records left at `close`.
+    """
+
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        start: int,
+        stop: int,
+        batch_size: int,
+        last_evaluated: int,
+    ):
+        self._workdir, self._start = workdir, start
+        self._first = jax.process_index() == 0
+        self._files, self._board = {"quarantine": Growing(quarantine(workdir))}, None
+        with errors.of_storage(workdir):
+            _cut(quarantine(workdir), start)
+            if self._first:
+                kept = {"metrics": start, "times": start, "events": last_evaluated}
+                for name, last in kept.items():
+                    self._files[name] = Growing(workdir / f"{name}.jsonl")
+                    _cut(workdir / f"{name}.jsonl", last)
+                (workdir / "tb").mkdir(exist_ok=True)
+                self._board = Board(workdir / "tb", start + 1)
+        self._pending: list[tuple[int, dict]] = []
+        self._batch_size, self._stop = batch_size, stop
+        notebook = _in_notebook()
+        terminal = bool(sys.stderr) and sys.stderr.isatty()
+        self._shows_bar = self._first and (notebook or terminal)
+        self.bar = tqdm.tqdm(
+            total=stop,
+            initial=start,
+            unit="step",
+            disable=not self._shows_bar,
+            smoothing=0.05,
+            mininterval=1.0 if notebook else 0.1,  # a notebook keeps every line it was sent
+        )
+        self._since, self._done = time.perf_counter(), start
+
+    def step(self, step: int, values) -> None:
+        """Keeps one step's values, still on the device."""
+        self._pending.append((step, values))
+        self.bar.update()
+
+    def flush(self) -> list[dict]:
+        """Writes and returns all kept rows; the last also goes to TensorBoard and the screen."""
+        rows = [
+            {"step": step, **{k: v.item() for k, v in sorted(values.items())}}
+            for step, values in jax.device_get(self._pending)
+        ]
+        self._pending = []
+        self._append("metrics", rows)
+        if rows:
+            self._show(rows[-1])
+        return rows
+
+    def event(self, step: int, values: dict) -> None:
+        """Results that come now and then, such as an evaluation: a row of events.jsonl."""
+        self._append("events", [{"step": step, **values}])
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._scalar(name, value, step)
+        self._flush_board()
+
+    def picture(self, step: int, name: str, image_HWC) -> None:
+        """A uint8 picture for TensorBoard."""
+        if self._board:
+            self._board.picture(step, name, image_HWC)
+            self._flush_board()
+
+    def broken(self, step: int, slot: int, record: int, reason: str) -> None:
+        """An example of this process that counts nothing: a row of quarantine.jsonl."""
+        row = {"step": step, "slot": slot, "record": record, "reason": reason}
+        self._append("quarantine", [row])
+
+    def before(self, count: int) -> list[dict]:
+        """The newest rows that earlier starts left, at most `count`."""
+        return [row for row, _ in _whole(self._workdir / "metrics.jsonl", self._start)][-count:]
+
+    def _append(self, name: str, rows) -> None:
+        if name in self._files:
+            self._files[name].append(json.dumps(row).encode() + b"\n" for row in rows)
+
+    def _scalar(self, name: str, value, step: int) -> None:
+        if self._board:
+            self._board.scalar(step, name, value)
+
+    def _flush_board(self) -> None:
+        if self._board:
+            self._board.flush()
+
+    def pause(self) -> None:
+        """Leaves out of the speed what happened since the last flush, such as a compilation."""
+        self._since, self._done = time.perf_counter(), self._done_or_pending()
+        self.bar.unpause()
+
+    def _done_or_pending(self):
+        return self._pending[-1][0] if self._pending else self._done
+
+    def _show(self, row: dict) -> None:
+        now = time.perf_counter()
+        steps = row["step"] - self._done
+        rate = steps / max(now - self._since, 1e-9)
+        if steps > 0:
+            self._append("times", [{"step": row["step"], "seconds": now - self._since}])
+        self._since, self._done = now, row["step"]
+        for name, value in row.items():
+            if name != "step" and math.isfinite(value):
+                self._scalar(name, value, row["step"])
+        losses = {k: v for k, v in row.items() if k.endswith("/loss")}
+        text = " ".join(f"{k} {v:.4f}" for k, v in losses.items())
+        if steps > 0:
+            self._scalar("images_per_second", rate * self._batch_size, row["step"])
+            eta = (self._stop - row["step"]) / rate
+            text += f" · {rate * self._batch_size:.0f} images/s"
+            if self._shows_bar:
+                self.bar.set_postfix_str(text)  # it shows itself what is left to go
+            text += f" · {int(eta // 60)}:{int(eta % 60):02d} to go"
+        text = f"step {row['step']}/{self._stop} · {text}"
+        if self._shows_bar:
+            logs.note(text)
+        else:
+            logging.info("%s", text)
+        self._flush_board()
+
+    def close(self) -> None:
+        """Raises StorageError if rows are left that could not be written."""
+        self.bar.close()
+        self._flush_board()
+        for file in (*self._files.values(), *([self._board] if self._board else ())):
+            file.close()
+
+
+def evaluated(workdir: pathlib.Path, step: int) -> bool:
+    """Whether events.jsonl tells of a step."""
+    return any(row["step"] == step for row, _ in _whole(workdir / "events.jsonl", step))
+
+
+def quarantine(workdir: pathlib.Path) -> pathlib.Path:
+    """Where this process notes its broken examples."""
+    number = jax.process_index()
+    return workdir / f"quarantine{f'.{number}' if number else ''}.jsonl"
+
+
+def _whole(path: pathlib.Path, start: int):
+    """(row, its line) of a file's rows up to step `start`, without broken ones, such as half of a
+    last line.
+    """
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+            kept = row["step"] <= start
+        except (ValueError, TypeError, KeyError):  # bytes that are no UTF-8, too
+            continue
+        if kept:
+            yield row, line + b"\n"
+
+
+def _cut(path: pathlib.Path, start: int) -> None:
+    """Drops rows after step `start` and broken ones."""
+    kept = b"".join(line for _, line in _whole(path, start))
+    if path.exists() and path.read_bytes() != kept:
+        images.write_whole(path, kept)
+
+
+def _in_notebook() -> bool:
+    """Whether this is a kernel of Jupyter, Colab or the like, whose screen is a page."""
+    ipython = sys.modules.get("IPython")
+    return hasattr(ipython and ipython.get_ipython(), "kernel")
+
+
+def _event(**parts) -> bytes:
+    """An event of TensorBoard as a TFRecord: its length, its bytes, and a checksum of each."""
+    event = event_pb2.Event(wall_time=time.time(), **parts).SerializeToString()
+    size, sums = struct.pack("<Q", len(event)), record_writer.masked_crc32c
+    return b"".join((size, struct.pack("<I", sums(size)), event, struct.pack("<I", sums(event))))

@@ -1,0 +1,187 @@
+"""A run's folder: what is written there, and whether a start may go on in it."""
+
+import contextlib
+import json
+import os
+import pathlib
+import platform
+
+import jax
+
+import t2i_jax
+from t2i_jax import errors, images, weights
+from t2i_jax.run import checkpoint, logs
+from t2i_jax.text import words
+
+FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
+    *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
+    *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
+    *("watch", "rollbacks", "save_minutes", "minutes"),
+)
+ROLLBACKS = "rollbacks.jsonl"
+WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
+FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
+FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
+
+
+def make(path: pathlib.Path) -> None:
+    """Makes the folder and proves that it can be written; raises StorageError if it cannot."""
+    images.make_folder(path, "--workdir")
+
+
+def describe(path: pathlib.Path, config, source) -> None:
+    """Writes config.json, env.txt and words.txt, and sends the log to log.txt, too.
+
+    source: the training data, of whose captions the words are.
+    """
+    environment = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "jax": jax.__version__,
+        "t2i_jax": t2i_jax.__version__,
+        "processes": jax.process_count(),
+        "devices": [str(d) for d in jax.devices()],
+        "cores": cores(),
+    }
+    with errors.of_storage(path):
+        images.write_whole(path / "config.json", weights.to_json(config).encode())
+        images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
+        if not (path / words.FILE).exists() and (known := known_words(config, source)):
+            words.write(path, known)
+        logs.open(path / "log.txt")
+
+
+def known_words(config, source) -> set[str] | None:
+    """The words of the training captions, and those of every model of ours that the run uses.
+
+    None where those of one of them are not known.
+    """
+    origins = [s for s in (config.init_from, *weights.sources(config).values()) if s]
+    folders = [weights.locate(s.partition("#")[0]) for s in origins if weights.is_ours(s)]
+    lists = [words.collect(source), *map(words.read, folders)]
+    return None if None in lists else set().union(*lists)
+
+
+def rollbacks(path: pathlib.Path) -> int:
+    """How often a run diverged and went back: lines, whatever became of what they say."""
+    file = path / ROLLBACKS
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
+
+
+def note_rollback(path: pathlib.Path, row: dict) -> None:
+    file = path / ROLLBACKS
+    before = file.read_bytes().splitlines() if file.exists() else []
+    lines = (*before, json.dumps(row).encode())
+    images.write_whole(file, b"".join(line + b"\n" for line in lines))
+
+
+def forget_rollbacks(path: pathlib.Path) -> None:
+    if jax.process_index() == 0:
+        (path / ROLLBACKS).unlink(missing_ok=True)
+
+
+def cores() -> int:
+    """What an hour of this program counts: CPU cores of all processes, or accelerators."""
+    if jax.default_backend() != "cpu":
+        return jax.device_count()
+    return len(os.sched_getaffinity(0)) * jax.process_count()
+
+
+def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
+    """Refuses a folder that holds an exported model, a run with another config or other data, or
+    one that is longer already.
+
+    Args:
+      data: the data source's fingerprint.
+    Returns:
+      What differs from the run there and may.
+    Raises:
+      ConfigError: a table of what differs; nothing is written.
+    """
+    if (path / weights.EXPORTED).exists():
+        raise errors.ConfigError(
+            "an exported model lies there", where=str(path), fix="use a new --workdir"
+        )
+    if not (path / "checkpoints").is_dir():
+        return []
+    checkpoints = checkpoint.Checkpoints(path, create=False)
+    saved = _newest_meta(checkpoints)
+    if not (path / "config.json").exists() and not saved:
+        return []
+    before, now = flat(_config_before(path, saved)), flat(config)
+    differences, allowed = [], []
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key):
+            text = f"{key}: {before.get(key)!r} → {now.get(key)!r}"
+            (allowed if _free(key) else differences).append(text)
+    if differences:
+        raise errors.ConfigError(
+            "the workdir holds a run with another config: " + "; ".join(differences[:10]),
+            where=str(path),
+            fix="use a new --workdir (with --config.init_from to start from this run)",
+        )
+    if (done := max(checkpoints.steps(), default=0)) > config.steps:
+        raise errors.ConfigError(
+            f"the run has done {done} steps, the config asks for {config.steps}",
+            where="config.steps",
+            fix=f"ask for {done} or more, or use a new --workdir",
+        )
+    if saved and saved["data"] != data:
+        raise errors.ConfigError(
+            f"the run was trained on other data ({saved['data'][:12]}…, now {data[:12]}…)",
+            where=str(path),
+            fix="restore the data, or use a new --workdir with --config.init_from=<this run>",
+        )
+    return allowed
+
+
+def _config_before(path: pathlib.Path, saved: dict):
+    """The config of the run there, of config.json or of a checkpoint's meta."""
+    if (path / "config.json").exists():
+        return weights.read_config(path)
+    if "config" not in saved:
+        raise errors.ConfigError(
+            "checkpoints lie there without the config.json of their run",
+            where=str(path),
+            fix="bring it back from a copy, or use a new --workdir",
+        )
+    return weights.config_of(saved["config"])
+
+
+def config_before(path: pathlib.Path):
+    """The config of the run there, or None if no run is there."""
+    if (path / "checkpoints").is_dir():
+        saved = _newest_meta(checkpoint.Checkpoints(path, create=False))
+        if saved or (path / "config.json").exists():
+            return _config_before(path, saved)
+    return weights.read_config(path) if (path / "config.json").exists() else None
+
+
+def _newest_meta(checkpoints) -> dict:
+    """What the newest sound checkpoint was saved with; {} if there is none."""
+    for step in reversed(checkpoints.steps()):
+        with contextlib.suppress(checkpoint.Damaged):
+            return checkpoints.meta(step)
+    return {}
+
+
+def _free(key: str) -> bool:
+    first, last = key.split(".")[0], key.split(".")[-1]
+    if first in ("optim", "model"):
+        return last in (FREE_OF_OPTIM if first == "optim" else FREE_OF_MODEL)
+    return first in FREE_TO_CHANGE or key in WHERE_DATA_LIES
+
+
+def flat(config) -> dict:
+    """A config as {"loss.prediction": "x", …}, plain values only."""
+    found = {}
+
+    def visit(prefix, value):
+        if isinstance(value, dict):
+            for key, child in value.items():
+                visit(f"{prefix}.{key}" if prefix else key, child)
+        else:
+            found[prefix] = value
+
+    visit("", json.loads(weights.to_json(config)))
+    return found

@@ -1,0 +1,74 @@
+"""What captions are to a family: an encoder, states from the cache, captions that drop out."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from t2i_jax import errors
+from t2i_jax.models.types import Cond
+from t2i_jax.pretrained import text_encoder
+from t2i_jax.text import condition
+
+
+class Conditioner:
+    """The net "text" of a family that a config describes.
+
+    Args:
+      text_dropout: share of captions replaced by the null condition; of several encoders, a share
+        for each makes them miss independently (SD3, arXiv:2403.03206).
+      train_text: whether losses train it.
+    Raises:
+      ConfigError: shares that are none or do not fit the encoders, or cached states of an encoder
+        that learns.
+    """
+
+    def __init__(self, config, *, text_dropout=0.0, train_text: bool = False):
+        source = config.load.get("text")
+        self.module: nn.Module = text_encoder.make(source, length=config.text_length, **config.text)
+        self._parts = getattr(self.module, "parts", None)
+        self._dropout = np.array(text_dropout, np.float32)
+        if self._dropout.size == 1:  # a flag makes a tuple of one
+            self._dropout = self._dropout.reshape(())
+        if self._dropout.ndim and self._dropout.shape != (len(self._parts or ()),):
+            raise errors.ConfigError(
+                f"text_dropout has {self._dropout.size} shares for {len(self._parts or (1,))} "
+                "encoders",
+                where="config.loss.text_dropout",
+                fix="give one number, or one for each of config.load.text",
+            )
+        if not ((self._dropout >= 0) & (self._dropout <= 1)).all():
+            raise errors.ConfigError(
+                f"text_dropout is {text_dropout}",
+                where="config.loss.text_dropout",
+                fix="give shares from 0 to 1",
+            )
+        if config.cache and (train_text or "text" in config.lora):
+            raise errors.ConfigError(
+                "cached caption states cannot change with an encoder that learns",
+                where="config.cache",
+                fix="set --config.cache= (nothing)",
+            )
+
+    def init(self, key, batch):
+        """Variables, and the condition of a batch, by which other nets find their shapes."""
+        variables = self.module.init(key, batch["text"], batch["mask"])
+        return variables, self.module.apply(variables, batch["text"], batch["mask"])
+
+    def encode(self, nets, batch, key=None) -> Cond:
+        """Caption states: from the cache where the batch brings them, else from the encoder."""
+        if "cond_seq" in batch:
+            seq_BLD, pooled_BD = batch["cond_seq"], batch["cond_pooled"]
+            return Cond(seq_BLD.astype(jnp.float32), batch["mask"], pooled_BD.astype(jnp.float32))
+        return self.module.apply(nets["text"], batch["text"], batch["mask"])
+
+    def negative(self, nets, batch) -> Cond | None:
+        """States of the captions to be guided away from, where the batch brings any."""
+        if "negative_text" not in batch:
+            return None
+        return self.module.apply(nets["text"], batch["negative_text"], batch["negative_mask"])
+
+    def drop(self, cond: Cond, keys_B) -> Cond:
+        """The condition in training, each caption dropped or not by its own key."""
+        draw_B = jax.vmap(lambda key: jax.random.uniform(key, self._dropout.shape))(keys_B)
+        return condition.drop(cond, draw_B < self._dropout, self._parts)
