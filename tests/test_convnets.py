@@ -178,7 +178,7 @@ def test_pictures_of_another_shape_are_an_error(kind, shape):
 
 def test_weights_not_converted_yet_say_how(tmp_path, monkeypatch):
     monkeypatch.setenv(image_network.FOLDER, str(tmp_path))
-    with pytest.raises(errors.DataError, match=r"vision\.convert inception"):
+    with pytest.raises(errors.DataError, match=r"t2i_jax convert inception"):
         image_network.make("inception")
 
 
