@@ -1,13 +1,15 @@
-"""A conditional GAN on photographs with captions, 64 or 128 px, for accelerators.
+"""A conditional GAN on photographs with captions, 64 or 128 px.
 
 python train.py --config=configs/coco_gan.py:res=64 --workdir=runs/coco64
 python train.py --config=configs/coco_gan.py:res=128,path=DIR --workdir=runs/coco128
 (:debug for seconds)
 
-COCO as TFDS prepares it, or a folder of pictures with captions, as folder_flow reads it. `holdout`,
-such as 0.05, keeps that share of the pictures out of training. `held_out_loss/mean` is then how far
-the discriminator puts them above drawn ones: where the training's `disc/gap` grows beyond it, the
-discriminator knows its pictures by heart.
+Hardware: accelerators. Expected: not trained yet, so there is no number.
+
+The data are COCO as TFDS prepares it, or a folder of pictures with captions (see folder_flow).
+`holdout`, such as 0.05, keeps that share of the pictures out of training. `held_out_loss/mean` is
+then how far the discriminator puts them above drawn ones. Where the training's `disc/gap` grows
+beyond it, the discriminator knows its pictures by heart.
 As for R3GAN (arXiv:2501.05441), rates, penalties, Adam's second moment and augmentation go from
 their first to their last value on one cosine.
 """

@@ -5,6 +5,9 @@ python train.py --config=configs/digits_mlp_gan.py --workdir=runs/digits_mlp
 python train.py --config=configs/digits_mlp_gan.py:modern --workdir=runs/digits_modern
 (:debug for seconds)
 
+Hardware: one CPU core, 4 minutes; `modern` 34 minutes.
+Expected: 99.8 % of the digits are recognised, diversity .157; `modern` 97.8 % and .173.
+
 `modern` is shapes_gan's networks and game on the same digits. Ten captions let a generator that
 learns fast draw one picture for each (docs/adr/0015-both-nets-of-the-game-learn-by-muon.md).
 """

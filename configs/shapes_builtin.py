@@ -1,6 +1,9 @@
 """The model that ships as builtin:shapes: shapes_flow, trained for longer on more examples.
 
-python train.py --config=configs/shapes_builtin.py --workdir=runs/builtin
+python train.py --config=configs/shapes_builtin.py --workdir=runs/builtin   (:debug for seconds)
+
+Hardware: 2 CPU cores, 65 minutes. Expected: full_match .963 of 512 pictures.
+The shipped weights had another learning rate schedule (docs/results.md).
 """
 
 from configs import common, shapes_flow

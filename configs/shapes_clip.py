@@ -1,6 +1,10 @@
 """A dual encoder of shapes and their captions, 32 px: what belongs together lies together.
 
 python train.py --config=configs/shapes_clip.py --workdir=runs/clip   (:debug for seconds)
+
+Hardware: 2 CPU cores, five minutes of training. Expected: a picture's caption is first of 64 for
+.980 of the pictures, and for .955 of those whose pair of colour and shape training never shows.
+It ships as builtin:shapes-clip.
 """
 
 from configs import common, shapes_flow

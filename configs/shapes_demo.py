@@ -1,5 +1,10 @@
-"""The ten-minute demo: shapes_flow on fewer examples, for two CPU cores.   make demo
+"""The ten-minute demo: shapes_flow on fewer examples.
 
+python train.py --config=configs/shapes_demo.py --workdir=runs/demo   (:debug for seconds)
+
+`make demo` runs this command, draws a grid and judges the model.
+
+Hardware: 2 CPU cores. Expected: full_match .43 after 3,150 steps.
 It trains for eight minutes: the loop times some steps first, and fixes their number.
 """
 

@@ -1,6 +1,8 @@
 """shapes_flow with a text encoder that learns together with the generator, at a rate of its own.
 
 python train.py --config=configs/shapes_finetune.py --workdir=runs/finetune   (:debug for seconds)
+
+Hardware: CPU cores do. Expected: it shows how to train an encoder; there is no number.
 """
 
 from configs import common, shapes_flow

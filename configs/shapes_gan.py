@@ -2,6 +2,9 @@
 
 python train.py --config=configs/shapes_gan.py --workdir=runs/gan   (:debug for seconds)
 
+Hardware: 2 CPU cores, some 80 minutes. Expected: full_match .584 of 512 pictures,
+measured before a change of Muon.
+
 `:guided` adds how far pictures lie from their captions by the dual encoder builtin:shapes-clip.
 With `:projected` the discriminator is heads on the frozen image tower of that encoder.
 """

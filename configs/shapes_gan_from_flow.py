@@ -1,11 +1,13 @@
 """A trained flow model becomes a generator of one step: shapes_gan from builtin:shapes.
 
-The generator begins as the flow network at its noisiest time (adversarial post-training,
-arXiv:2501.08316) and is told, of some pictures, how the flow model goes on from them
-(docs/adr/0014-a-flow-model-teaches.md).
-
 python train.py --config=configs/shapes_gan_from_flow.py --workdir=runs/gan_from_flow
 (:debug for seconds)
+
+Hardware: one CPU core, 64 minutes. Expected: full_match .797 of 512 pictures.
+
+The generator begins as the flow network at its noisiest time (adversarial post-training,
+arXiv:2501.08316). For some pictures it also learns how the flow model goes on from them
+(docs/adr/0014-a-flow-model-teaches.md).
 """
 
 from configs import common, shapes_builtin, shapes_gan

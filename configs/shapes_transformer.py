@@ -2,6 +2,8 @@
 
 python train.py --config=configs/shapes_transformer.py --workdir=runs/transformer
 (:debug for seconds)
+
+Hardware: CPU cores do. Expected: there is no number; docs/results.md has the speed of its steps.
 """
 
 from configs import common, shapes_flow

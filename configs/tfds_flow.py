@@ -3,7 +3,9 @@
 python train.py --config=configs/tfds_flow.py:name=coco_captions,res=64 --workdir=runs/coco
 (:debug for seconds)
 
-`holdout` as for configs/folder_flow.py, of the split "train".
+Hardware: accelerators for photographs. Expected: depends on the data; look at samples/.
+
+`holdout` is that of configs/folder_flow.py, of the split "train".
 """
 
 from configs import common, folder_flow
