@@ -1,7 +1,6 @@
 """The one training loop: evaluate, save, take a batch, step, log. It knows no family."""
 
 import collections
-import concurrent.futures
 import contextlib
 import functools
 import json
@@ -14,8 +13,7 @@ import numpy as np
 from absl import logging
 
 import t2i_jax
-from t2i_jax import errors, images, optim, pipeline, plugins, sharding, step, weights
-from t2i_jax.commands import prompts
+from t2i_jax import checks, errors, images, optim, pipeline, plugins, sharding, step, weights
 from t2i_jax.data import cache, loader
 from t2i_jax.run import (
     checkpoint,
@@ -23,6 +21,8 @@ from t2i_jax.run import (
     distributed,
     failpoints,
     fingerprint,
+    health,
+    hooks,
     interrupt,
     logs,
     metrics,
@@ -33,10 +33,7 @@ from t2i_jax.run import (
 
 TIMED, WARM = 50, 5  # steps that are timed for config.minutes, and those before them
 MAX_IN_FLIGHT = 2  # steps whose results are not waited for yet: a signal waits that long, too
-SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
-SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
 SEEDS_APART = 1_000_003  # what a rollback adds to the seed
-BEYOND_IN_A_ROW = 10  # steps beyond a limit of config.watch with which a run has diverged
 
 
 def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) -> dict:
@@ -110,7 +107,7 @@ class Run:
         steps = config.steps or (0 if restart else _measured_before(config, workdir))
         self.unmeasured = bool(config.minutes) and not steps
         config = _with_steps(config, steps or (1000 if self.unmeasured else 0))
-        check(config)
+        checks.check(config)
         compile_cache.enable()
         self.config, self.workdir, self._restart, self._prepared = config, workdir, restart, False
         self._opened = None  # once it trains: checkpoints, writer, first step
@@ -137,7 +134,7 @@ class Run:
         prompts = list(config.prompts)
         if not prompts and config.sample_every and "sample" in family.predict:
             prompts = loader.some_captions(self.source)
-        self.hooks = Hooks(self.predictor, workdir, prompts)
+        self.hooks = hooks.Hooks(self.predictor, workdir, prompts)
         self.batches = loader.Loader(
             self.source,
             self.predictor.tokenize,
@@ -168,7 +165,7 @@ class Run:
             update, donate_argnums=0, out_shardings=(self._placed, self.layout.whole)
         )
         if config.watch:
-            _check_watched(config.watch, self.trace().out_info[1])
+            health.check_watched(config.watch, self.trace().out_info[1])
 
     def train(self, signals, guard, restart: bool) -> dict:
         """Steps from the newest checkpoint to config.steps. Returns the last row of metrics."""
@@ -202,7 +199,7 @@ class Run:
             "jax": jax.__version__,
         }
         self._opened = (checkpoints, writer, start)
-        watches = Skips(writer.before(1000)), Watch(config.watch)
+        watches = health.Skips(writer.before(1000)), health.Watch(config.watch)
         compiled, row, in_flight = None, {}, collections.deque()
         n = saved = start
         since = time.monotonic()  # the last save
@@ -477,7 +474,7 @@ class Run:
             where=f"step {n}",
             fix=f"see nonfinite.json; {errors.NonFiniteError.ADVICE}",
         )
-        e.step = min(s for s in skips.steps if s > n - SKIPS_IN_A_ROW)
+        e.step = min(s for s in skips.steps if s > n - health.SKIPS_IN_A_ROW)
         raise e
 
 
@@ -505,206 +502,11 @@ def _measured_before(config, workdir) -> int:
     return before.steps
 
 
-class Skips:
-    """Counts steps dropped as non-finite; `rows` are those before this start."""
-
-    def __init__(self, rows):
-        self._window = collections.deque((bool(row["skipped"]) for row in rows), maxlen=1000)
-        self.steps = [row["step"] for row in rows if row["skipped"]]
-
-    def over(self, row) -> bool:
-        """Counts a row; True if that ends the run."""
-        self._window.append(bool(row["skipped"]))
-        if row["skipped"]:
-            self.steps = [*(s for s in self.steps if s > row["step"] - 1000), row["step"]]
-        too_many = sum(self._window) > SKIPS_OF_1000
-        return bool(row["skipped"]) and (row["skipped"] >= SKIPS_IN_A_ROW or too_many)
-
-
-class Watch:
-    """Ends a run whose metrics stay beyond their limits; `limits`: metric -> the largest value."""
-
-    def __init__(self, limits):
-        self._limits, self._beyond = dict(limits), dict.fromkeys(limits, 0)
-
-    def check(self, row) -> None:
-        """Raises DivergedError at the last of BEYOND_IN_A_ROW rows."""
-        for name, limit in self._limits.items():
-            self._beyond[name] = 0 if row[name] <= limit else self._beyond[name] + 1
-            if self._beyond[name] == BEYOND_IN_A_ROW:
-                e = errors.DivergedError(
-                    f"{name} is {row[name]:.4g}, for {BEYOND_IN_A_ROW} steps above {limit:g}",
-                    where=f"step {row['step']}",
-                    fix="lower the learning rate, strengthen the penalties, or let the run go back "
-                    "to an earlier checkpoint: config.rollbacks",
-                )
-                e.step = row["step"] - BEYOND_IN_A_ROW + 1
-                raise e
-
-
-def _check_watched(limits, metrics_there) -> None:
-    for name, limit in limits.items():
-        if name not in metrics_there:
-            raise errors.ConfigError(
-                f"no metric is called {name!r}",
-                where="config.watch",
-                fix=errors.nearest(name, metrics_there),
-            )
-        if not isinstance(limit, int | float) or isinstance(limit, bool):
-            raise errors.ConfigError(
-                f"the limit is {limit!r}", where=f"config.watch[{name!r}]", fix="give a number"
-            )
-
-
 def make_source(config, **overrides):
     """The training data that config.data describes."""
     options = dict(config.data) | overrides
     module = plugins.load("data", options.pop("source"))
     return plugins.call(module.make, where="config.data", options={"res": config.res, **options})
-
-
-def check(config) -> None:
-    """Refuses values outside their range, before anything is built."""
-    positive = ("steps", "batch_size", "accumulate", "res", "text_length", "log_every")
-    for name in (*positive, "save_every", "keep"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise errors.ConfigError(
-                f"{name} is {config[name]!r}", where=f"config.{name}", fix="give a whole number ≥ 1"
-            )
-    if not 0 <= config.seed < pipeline.SEED_LIMIT:
-        raise errors.ConfigError(
-            f"seed is {config.seed}", where="config.seed", fix="give a number from 0 to 2³² − 1"
-        )
-    for prompt in config.prompts:
-        prompts.check_prompt(prompt, "config.prompts")
-    if not 0 <= config.minutes < float("inf"):
-        raise errors.ConfigError(
-            f"minutes is {config.minutes}", where="config.minutes", fix="give a time of training"
-        )
-    if not 0 <= config.save_minutes < float("inf"):
-        raise errors.ConfigError(
-            f"save_minutes is {config.save_minutes}",
-            where="config.save_minutes",
-            fix="give minutes, or 0 for saves by steps alone",
-        )
-    for name, decay in config.ema.items():
-        if not 0 <= decay < 1:
-            raise errors.ConfigError(
-                f"EMA decay is {decay}", where=f"config.ema.{name}", fix="give a number in [0, 1)"
-            )
-    if config.init_from:
-        weights.locate(config.init_from)
-    if config.best and not (config.eval_every and config.evaluators):
-        raise errors.ConfigError(
-            "nothing is evaluated", where="config.best", fix="set eval_every and evaluators"
-        )
-    measured = config.best.removeprefix("-").partition("/")[0]
-    if config.best and measured not in config.evaluators:
-        raise errors.ConfigError(
-            f"it is {config.best!r}, and no evaluator is called {measured!r}",
-            where="config.best",
-            fix=f"write <evaluator>/<metric>: {errors.nearest(measured, config.evaluators)}",
-        )
-    for name, options in config.evaluators.items():
-        if not hasattr(options, "items"):
-            raise errors.ConfigError(
-                f"it is {options!r}",
-                where=f"config.evaluators.{name}",
-                fix="give dict(…) of options",
-            )
-
-
-class Hooks:
-    """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets.
-
-    Processes draw together; what follows is the first one's alone, behind the training.
-    """
-
-    def __init__(self, predictor, workdir, prompts=()):
-        self._predictor, self._workdir, self._config = predictor, workdir, predictor.config
-        self._prompts = prompts
-        self._evaluators = {
-            name: predictor.evaluator(name, **options)
-            for name, options in self._config.evaluators.items()
-        }
-        self._main = jax.process_index() == 0
-        self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
-        self._jobs = collections.deque()
-
-    def run(self, n: int, state, frozen, writer) -> None:
-        config = self._config
-        draw = self._due(n, config.sample_every) and self._prompts
-        draw = draw and "sample" in self._predictor.bound
-        judge = self._due(n, config.eval_every) and self._evaluators
-        if not (draw or judge):
-            return
-        nets = {**averaged(state), **frozen}
-        if draw:
-            drawn = self._predictor.sample(nets, self._prompts, seed=config.seed)
-            if self._main:
-                path = self._workdir / "samples" / f"step_{n:08d}.png"
-                path.parent.mkdir(exist_ok=True)
-                grid = images.grid(drawn)
-                images.save(path, grid, {"prompts": self._prompts})
-                writer.picture(n, "samples", grid)
-        if judge:
-            finish = {name: run(nets, n) for name, run in self._evaluators.items()}
-            if self._main:
-                self._jobs.append((n, self._thread.submit(_finished, finish)))
-        writer.pause()
-
-    def rates(self, n: int) -> bool:
-        """Whether the checkpoint of a step may become the best."""
-        return bool(
-            self._config.best and self._evaluators and self._due(n, self._config.eval_every)
-        )
-
-    def collect(self, writer, checkpoints, *, before: int = 0) -> bool:
-        """Writes results that are there, waiting for those of steps before the given one.
-
-        Returns whether none is outstanding.
-        """
-        while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
-            n, job = self._jobs.popleft()
-            found = job.result()
-            shown = (f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
-            logging.info("step %d · %s", n, " ".join(shown))
-            if self._config.best:  # first, for what has its event is not evaluated again
-                self._rate(n, found, checkpoints)
-            writer.event(n, found)
-        return not self._jobs
-
-    def _due(self, n: int, every: int) -> bool:
-        return bool(every) and (n % every == 0 or n == self._config.steps)
-
-    def _rate(self, n: int, found, checkpoints) -> None:
-        metric = self._config.best.removeprefix("-")
-        less = metric != self._config.best or metrics.falls(metric)
-        if metric not in found:
-            raise errors.ConfigError(
-                f"no evaluator measures {metric!r}",
-                where="config.best",
-                fix=errors.nearest(metric, found),
-            )
-        best = checkpoints.best()
-        better = lambda new, old: new < old if less else new > old
-        if not best or best["metric"] != metric or better(found[metric], best["value"]):
-            checkpoints.set_best(n, metric, found[metric])
-            logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])
-
-
-def _finished(evaluations) -> dict:
-    return {
-        f"{name}/{key}": value for name, fn in evaluations.items() for key, value in fn().items()
-    }
-
-
-def averaged(state: step.State):
-    """The trained nets with averaged parameters where there are any."""
-    return {
-        name: {**net, "params": state.ema[name]} if name in state.ema else net
-        for name, net in state.nets.items()
-    }
 
 
 def _read(n: int, batch) -> dict:

@@ -19,7 +19,7 @@ from t2i_jax.data import pictures
 from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
 from t2i_jax.quality import extractor, protocol, statistics
-from t2i_jax.run import metrics
+from t2i_jax.run import hooks, metrics
 from tests import runs, test_conditioning, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
@@ -453,17 +453,17 @@ class Slow:
 def test_evaluators_end_behind_the_training(tmp_path):
     slow = Slow()
     predictor = pipeline.Predictor(best_config(evaluators={}, best="-slow/x"))
-    hooks = loop.Hooks(predictor, tmp_path)
-    hooks._evaluators = {"slow": slow.evaluator}
+    ours = hooks.Hooks(predictor, tmp_path)
+    ours._evaluators = {"slow": slow.evaluator}
     empty = loop.step.State(0, {}, {}, {}, 0)
     for n in (2, 4):
-        hooks.run(n, empty, {}, slow)  # returns at once
-    assert not hooks.collect(slow, slow)
+        ours.run(n, empty, {}, slow)  # returns at once
+    assert not ours.collect(slow, slow)
     assert slow.rows == []
     slow.go.set()
-    assert not hooks.collect(slow, slow, before=4) or len(slow.rows) == 2  # waits for the first
+    assert not ours.collect(slow, slow, before=4) or len(slow.rows) == 2  # waits for the first
     assert slow.rows[0] == (2, {"slow/x": 2.0})
-    assert hooks.collect(slow, slow, before=5)
+    assert ours.collect(slow, slow, before=5)
     assert slow.rows == [(2, {"slow/x": 2.0}), (4, {"slow/x": 4.0})]
     assert slow.said == [dict(step=2, metric="slow/x", value=2.0)]  # the least
 
@@ -471,7 +471,7 @@ def test_evaluators_end_behind_the_training(tmp_path):
 def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):
     small = best_config(best="", steps=2)
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Hooks, "collect", lambda *args, **options: False)  # not yet there
+        patch.setattr(hooks.Hooks, "collect", lambda *args, **options: False)  # not yet there
         loop.train(small, tmp_path)
     assert not (tmp_path / "events.jsonl").exists()
     for _ in range(2):
@@ -528,14 +528,14 @@ def test_less_is_better_of_distances_and_losses(name, falls):
     ],
 )
 def test_the_best_is_the_least_or_the_most_as_the_metric_wants(best, values, kept):
-    hooks = object.__new__(loop.Hooks)
-    hooks._config, said = config(best=best), []
+    ours = object.__new__(hooks.Hooks)
+    ours._config, said = config(best=best), []
     memory = types.SimpleNamespace(
         best=lambda: said[-1] if said else None,
         set_best=lambda n, metric, value: said.append({"metric": metric, "value": value}),
     )
     for n, value in enumerate(values):
-        hooks._rate(n, {best.removeprefix("-"): value}, memory)
+        ours._rate(n, {best.removeprefix("-"): value}, memory)
     assert said[-1]["value"] == kept
 
 

@@ -21,12 +21,13 @@ LAYERS = (  # from bottom to top; a module has its own entry or that of its fold
     ("weights", "run.rundir"),
     ("objectives", "evaluators"),
     ("pipeline",),
+    ("checks",),
     ("loop",),
     ("commands", "__main__"),
 )
 NOT_YET = {  # imports that go up: (from, to) -> why they are still there
     ("pipeline", "commands.prompts"): "the checks of prompts and seeds lie beside the command line",
-    ("loop", "commands.prompts"): "the same, for config.prompts",
+    ("checks", "commands.prompts"): "the same, for config.prompts",
 }
 CORE = ("loop", "step", "optim", "sharding", "run.checkpoint", "pipeline", "commands.plan")
 BY_NAME = ("objectives", "models", "evaluators")  # folders whose modules a config names

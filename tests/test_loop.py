@@ -12,7 +12,7 @@ import pytest
 from t2i_jax import errors, loop, pipeline
 from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
-from t2i_jax.run import rundir
+from t2i_jax.run import health, rundir
 from tests.runs import config, rows, small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -276,7 +276,7 @@ def test_a_run_that_goes_beyond_a_limit_stops_with_the_reason(tmp_path):
     with pytest.raises(errors.DivergedError, match=r"model/grad_norm is .* above 1e-06") as caught:
         loop.train(watched, tmp_path)
     assert caught.value.step == 1
-    assert caught.value.where == f"step {loop.BEYOND_IN_A_ROW}"
+    assert caught.value.where == f"step {health.BEYOND_IN_A_ROW}"
     saved = {p.parent.name for p in (tmp_path / "checkpoints").glob("*/manifest.json")}
     assert saved
     with pytest.raises(errors.DivergedError):  # nothing is older: it does not begin again

@@ -1,0 +1,103 @@
+"""What happens between steps: pictures of fixed prompts, and evaluators behind the training."""
+
+import collections
+import concurrent.futures
+
+import jax
+from absl import logging
+
+from t2i_jax import errors, images
+from t2i_jax.run import metrics
+
+
+class Hooks:
+    """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets.
+
+    Processes draw together; what follows is the first one's alone, behind the training.
+    """
+
+    def __init__(self, predictor, workdir, prompts=()):
+        self._predictor, self._workdir, self._config = predictor, workdir, predictor.config
+        self._prompts = prompts
+        self._evaluators = {
+            name: predictor.evaluator(name, **options)
+            for name, options in self._config.evaluators.items()
+        }
+        self._main = jax.process_index() == 0
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
+        self._jobs = collections.deque()
+
+    def run(self, n: int, state, frozen, writer) -> None:
+        config = self._config
+        draw = self._due(n, config.sample_every) and self._prompts
+        draw = draw and "sample" in self._predictor.bound
+        judge = self._due(n, config.eval_every) and self._evaluators
+        if not (draw or judge):
+            return
+        nets = {**averaged(state), **frozen}
+        if draw:
+            drawn = self._predictor.sample(nets, self._prompts, seed=config.seed)
+            if self._main:
+                path = self._workdir / "samples" / f"step_{n:08d}.png"
+                path.parent.mkdir(exist_ok=True)
+                grid = images.grid(drawn)
+                images.save(path, grid, {"prompts": self._prompts})
+                writer.picture(n, "samples", grid)
+        if judge:
+            finish = {name: run(nets, n) for name, run in self._evaluators.items()}
+            if self._main:
+                self._jobs.append((n, self._thread.submit(_finished, finish)))
+        writer.pause()
+
+    def rates(self, n: int) -> bool:
+        """Whether the checkpoint of a step may become the best."""
+        return bool(
+            self._config.best and self._evaluators and self._due(n, self._config.eval_every)
+        )
+
+    def collect(self, writer, checkpoints, *, before: int = 0) -> bool:
+        """Writes results that are there, waiting for those of steps before the given one.
+
+        Returns whether none is outstanding.
+        """
+        while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
+            n, job = self._jobs.popleft()
+            found = job.result()
+            shown = (f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
+            logging.info("step %d · %s", n, " ".join(shown))
+            if self._config.best:  # first, for what has its event is not evaluated again
+                self._rate(n, found, checkpoints)
+            writer.event(n, found)
+        return not self._jobs
+
+    def _due(self, n: int, every: int) -> bool:
+        return bool(every) and (n % every == 0 or n == self._config.steps)
+
+    def _rate(self, n: int, found, checkpoints) -> None:
+        metric = self._config.best.removeprefix("-")
+        less = metric != self._config.best or metrics.falls(metric)
+        if metric not in found:
+            raise errors.ConfigError(
+                f"no evaluator measures {metric!r}",
+                where="config.best",
+                fix=errors.nearest(metric, found),
+            )
+        best = checkpoints.best()
+        better = lambda new, old: new < old if less else new > old
+        if not best or best["metric"] != metric or better(found[metric], best["value"]):
+            checkpoints.set_best(n, metric, found[metric])
+            logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])
+
+
+def _finished(evaluations) -> dict:
+    return {
+        f"{name}/{key}": value for name, fn in evaluations.items() for key, value in fn().items()
+    }
+
+
+def averaged(state):
+    """The trained nets with averaged parameters where there are any."""
+    return {
+        name: {**net, "params": state.ema[name]} if name in state.ema else net
+        for name, net in state.nets.items()
+    }
