@@ -1,7 +1,6 @@
 """Refuses a config whose values are out of range, before anything is built."""
 
-from t2i_jax import errors, pipeline, weights
-from t2i_jax.commands import prompts
+from t2i_jax import errors, limits, weights
 
 
 def check(config) -> None:
@@ -12,12 +11,12 @@ def check(config) -> None:
             raise errors.ConfigError(
                 f"{name} is {config[name]!r}", where=f"config.{name}", fix="give a whole number ≥ 1"
             )
-    if not 0 <= config.seed < pipeline.SEED_LIMIT:
+    if not 0 <= config.seed < limits.SEED_LIMIT:
         raise errors.ConfigError(
             f"seed is {config.seed}", where="config.seed", fix="give a number from 0 to 2³² − 1"
         )
     for prompt in config.prompts:
-        prompts.check_prompt(prompt, "config.prompts")
+        limits.check_prompt(prompt, "config.prompts")
     if not 0 <= config.minutes < float("inf"):
         raise errors.ConfigError(
             f"minutes is {config.minutes}", where="config.minutes", fix="give a time of training"

@@ -9,14 +9,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, images, objective, plugins, weights
-from t2i_jax.commands import prompts as requests
+from t2i_jax import errors, images, limits, objective, plugins, weights
 from t2i_jax.data import transforms
 from t2i_jax.pretrained import hf, text_encoder
 from t2i_jax.run import compile_cache
 from t2i_jax.text import words
 
-SEED_LIMIT = requests.SEED_LIMIT
 COUNT_LIMIT = 10_000  # of sampling steps and the like
 # Options are computed in float32: a smaller number counts as 0, a larger one is infinite.
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
@@ -180,7 +178,7 @@ class Predictor:
         settings = self.check("sample", **options)
         seed_B = np.broadcast_to(np.asarray(seed), n)
         for one in seed_B.tolist():
-            requests.check_seed(one, "--seed")
+            limits.check_seed(one, "--seed")
         negatives = [negative_prompt] * n if _is_one(negative_prompt) else negative_prompt
         negatives = [text or "" for text in negatives]
         if any(negatives):
@@ -391,16 +389,16 @@ class Pipeline:
         Raises:
           ConfigError: an argument of a wrong type or length, or an option the family lacks.
         """
-        asked = requests.pictures(prompts, num_images, seed, negative_prompt, index)
+        asked = limits.pictures(prompts, num_images, seed, negative_prompt, index)
         limit = self.config.batch_size if batch_size is None else batch_size
-        if not requests.is_whole(limit) or limit < 1:
+        if not limits.is_whole(limit) or limit < 1:
             raise errors.ConfigError(
                 f"batch_size is {batch_size!r}", where="batch_size", fix="give 1 or more"
             )
-        if known := {*options} & requests.ALIASES.keys():
+        if known := {*options} & limits.ALIASES.keys():
             name = min(known)
             raise errors.ConfigError(
-                f"no option {name!r}", where="draw", fix=f"say {requests.ALIASES[name]!r}"
+                f"no option {name!r}", where="draw", fix=f"say {limits.ALIASES[name]!r}"
             )
         self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
         return self.predictor.sample(self.nets, **asked, batch_size=limit, **options)

@@ -1,0 +1,124 @@
+"""What may be asked to be drawn: prompts, counts and seeds within their limits."""
+
+import operator
+
+import numpy as np
+
+from t2i_jax import errors
+
+PROMPT_LIMIT = 10_000  # characters
+COUNT_LIMIT = 100_000
+SEED_LIMIT = 2**32
+ALIASES = {  # what diffusers calls it -> what it is called here
+    "num_images_per_prompt": "num_images",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "generator": "seed",
+    "negative": "negative_prompt",
+}
+
+
+def check_prompt(text, where: str) -> None:
+    """`check_text`, and something must be asked for."""
+    check_text(text, where)
+    if not text.strip():
+        raise errors.ConfigError("a prompt is empty", where=where, fix="say what to draw")
+
+
+def check_text(text, where: str) -> None:
+    """Raises ConfigError unless it is a string, not overlong, of valid Unicode."""
+    if not isinstance(text, str):
+        raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
+    if len(text) > PROMPT_LIMIT:
+        raise errors.ConfigError(
+            f"a prompt has {len(text):,} characters",
+            where=where,
+            fix=f"shorten it; {PROMPT_LIMIT:,} is the limit",
+        )
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise errors.ConfigError(
+            "a prompt is not valid Unicode", where=where, fix="write it in UTF-8"
+        )
+
+
+def check_seed(seed, where: str) -> None:
+    """Raises ConfigError unless it is a whole number in range."""
+    if not is_whole(seed) or not 0 <= seed < SEED_LIMIT:
+        raise errors.ConfigError(
+            f"seed is {seed!r}", where=where, fix="give a whole number from 0 to 2³² − 1"
+        )
+
+
+def is_whole(value) -> bool:
+    """Whether it is an integer of Python or NumPy."""
+    if isinstance(value, bool) or getattr(value, "ndim", 0):
+        return False
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
+def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
+    """What a call from Python asks for, a row for each of its B pictures.
+
+    For the arguments see `Pipeline.__call__`.   -> captions, seed, index, negative_prompt
+    """
+    texts = _listed(prompts, "prompts", "a string or a list of strings")
+    if not texts:
+        raise errors.ConfigError("no prompt", where="prompts", fix="give one string at least")
+    for text in texts:
+        check_prompt(text, "prompts")
+    seeds = [seed] if is_whole(seed) else _listed(seed, "seed", "a whole number or a list of them")
+    for one in seeds:
+        check_seed(one, "seed")
+    if len(texts) == 1 and num_images == 1:
+        num_images = len(seeds)
+    if not is_whole(num_images) or not 1 <= num_images <= COUNT_LIMIT:
+        raise errors.ConfigError(
+            f"num_images is {num_images!r}", where="num_images", fix=f"give 1 to {COUNT_LIMIT:,}"
+        )
+    n = len(texts) * num_images
+    if is_whole(seed):
+        seed_B, place_B = np.full(n, seed, np.int64), np.arange(n)
+    elif len(seeds) == n:
+        seed_B, place_B = np.array(seeds), np.zeros(n, int)
+    elif len(seeds) == len(texts):
+        seed_B, place_B = np.repeat(seeds, num_images), np.tile(np.arange(num_images), len(texts))
+    else:
+        raise _unequal("seed", len(seeds), len(texts), n)
+    if index is not None:
+        place_B = np.array(_listed(index, "index", "a list of whole numbers"))
+        if place_B.shape != (n,):
+            raise _unequal("index", len(place_B), n, n)
+        for one in place_B.tolist():
+            if not is_whole(one) or not 0 <= one < 2**31:
+                raise errors.ConfigError(
+                    f"a place is {one!r}", where="index", fix="give whole numbers from 0"
+                )
+    negatives = None
+    if negative_prompt is not None:
+        negatives = _listed(negative_prompt, "negative_prompt", "a string or a list of strings")
+        for text in negatives:
+            if text is not None:
+                check_text(text, "negative_prompt")
+        if len(negatives) not in (1, len(texts)):
+            raise _unequal("negative_prompt", len(negatives), len(texts), len(texts))
+        negatives = [text for text in negatives for _ in range(n // len(negatives))]
+    captions = [text for text in texts for _ in range(num_images)]
+    return dict(captions=captions, seed=seed_B, index=place_B, negative_prompt=negatives)
+
+
+def _listed(values, where: str, wanted: str) -> list:
+    """A list of several values, or of a single string."""
+    if isinstance(values, str):
+        return [values]
+    if isinstance(values, dict | bytes) or not hasattr(values, "__iter__"):
+        raise errors.ConfigError(f"{where} is {values!r}", where=where, fix=f"give {wanted}")
+    return list(values)
+
+
+def _unequal(name: str, found: int, prompts: int, total: int) -> errors.ConfigError:
+    wanted = f"{prompts}" if prompts == total else f"{prompts} or {total}"
+    return errors.ConfigError(f"it has {found} entries", where=name, fix=f"give one, or {wanted}")
