@@ -58,6 +58,7 @@ bench: parity
 	$(PY) -m benchmarks.text_encoders
 	$(PY) -m benchmarks.fid
 	$(PY) -m benchmarks.extractors clip dino
+	$(PY) -m benchmarks.gan
 
 # Writes the newest versions into requirements/; lint, tests and bench-check say whether they hold.
 pins:
