@@ -67,11 +67,7 @@ def parse_arg(arg: str | None, **known) -> ml_collections.ConfigDict:
     for part in parts:
         name, _, value = part.partition("=")
         if name not in known:
-            raise errors.ConfigError(
-                f"unknown config option {name!r}",
-                where=f"--config=…:{arg}",
-                fix=errors.nearest(name, known),
-            )
+            raise errors.unknown("config option", name, known, where=f"--config=…:{arg}")
         default = known[name]
         try:
             switch = isinstance(default, bool)

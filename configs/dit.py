@@ -25,9 +25,7 @@ def get_config(arg=None):
     if arg.data != "shapes":
         config.data = dict(source=arg.data, path=arg.path)
     if arg.size not in SIZES:
-        raise errors.ConfigError(
-            f"size is {arg.size!r}", where="--config=…:size", fix=errors.nearest(arg.size, SIZES)
-        )
+        raise errors.unknown("size", arg.size, SIZES, where="--config=…:size")
     width, depth, heads = SIZES[arg.size]
     config.model = dict(
         backbone="transformer",

@@ -25,9 +25,7 @@ def main() -> None:
         )
         print("\nt2i_jax <command> --help shows its flags.")
     elif name not in COMMANDS:
-        e = errors.ConfigError(
-            f"no command {name!r}", where="the command line", fix=errors.nearest(name, COMMANDS)
-        )
+        e = errors.unknown("command", name, COMMANDS, where="the command line")
         print(f"t2i_jax: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
     else:

@@ -110,6 +110,14 @@ def nearest(name: str, known, else_say: str = "") -> str:
     return else_say or (f"choose one of {known}" if known else "there is none to choose")
 
 
+def unknown(kind: str, name, known, *, where: str) -> ConfigError:
+    """The error for a name that is none of `known`; the fix is what `nearest` says.
+
+    kind: what the name should be one of, such as "sampler".
+    """
+    return ConfigError(f"unknown {kind} {name!r}", where=where, fix=nearest(name, known))
+
+
 def reason(e: Exception) -> str:
     """What went wrong, without the number and the path that Python puts round it."""
     return getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0][:300]

@@ -52,9 +52,7 @@ def wrap(family, spec):
         nets = dict(family.init(key_family, batch))
         for i, (name, option) in enumerate(options.items()):
             if name not in nets:
-                raise errors.ConfigError(
-                    f"no net {name!r} to adapt", where="config.lora", fix=errors.nearest(name, nets)
-                )
+                raise errors.unknown("net", name, nets, where="config.lora")
             if more := sorted(set(nets[name]) - {"params"}):
                 raise errors.ConfigError(
                     f"net {name!r} has {more} beside its parameters",

@@ -174,9 +174,7 @@ def _schedule(peak, steps, *, warmup=0, stable=0.0, decay="constant", final=0.0)
         "cosine": lambda x: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
     }
     if decay not in shapes:
-        raise errors.ConfigError(
-            f"unknown decay {decay!r}", where="config.optim", fix=errors.nearest(decay, shapes)
-        )
+        raise errors.unknown("decay", decay, shapes, where="config.optim")
 
     if not 0 <= stable < 1:
         raise errors.ConfigError(

@@ -64,9 +64,7 @@ def check_options(fn, options, *, where: str, given: int = 0) -> None:
         known = [name for name in known if name not in ("parent", "name")]
     for name in options:
         if name not in known:
-            raise errors.ConfigError(
-                f"unknown option {name!r}", where=where, fix=errors.nearest(name, known)
-            )
+            raise errors.unknown("option", name, known, where=where)
 
 
 @contextlib.contextmanager

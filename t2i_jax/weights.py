@@ -37,9 +37,7 @@ def locate(source: str) -> pathlib.Path:
         known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
         if folder.name not in known or folder.parent != BUILTIN:
             name = source.removeprefix("builtin:")
-            raise errors.ConfigError(
-                f"no built-in model {name!r}", where=source, fix=errors.nearest(name, known)
-            )
+            raise errors.unknown("built-in model", name, known, where=source)
         return folder
     folder = pathlib.Path(source)
     if not folder.is_dir():
@@ -181,11 +179,7 @@ def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes
     given = sources(config)
     for name, source in given.items():
         if name not in shapes:
-            raise errors.ConfigError(
-                f"objective {config.objective!r} has no net {name!r}",
-                where="config.load",
-                fix=errors.nearest(name, shapes),
-            )
+            raise errors.unknown("net", name, shapes, where="config.load")
         if name in except_nets:
             continue
         if is_ours(source):

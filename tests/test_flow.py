@@ -189,5 +189,5 @@ def test_refining_by_nothing_keeps_pictures_and_wholly_draws_others(made, config
 def test_an_unknown_prediction_is_refused(config):
     changed = config.copy_and_resolve_references()
     changed.loss.prediction = "epsilon"
-    with pytest.raises(errors.ConfigError, match="prediction is"):
+    with pytest.raises(errors.ConfigError, match="unknown prediction 'epsilon'"):
         objective.make(changed)

@@ -182,7 +182,7 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"loss": {"predicton": "v"}}, "prediction"),
         ({"ema": {"modle": 0.9}}, "trained nets are"),
         ({"ema": {"model": 1.5}}, "EMA decay is 1.5"),
-        ({"load": {"txt": "minilm"}}, "no net 'txt'"),
+        ({"load": {"txt": "minilm"}}, "unknown net 'txt'"),
         ({"allow_random": False}, "'text' has no weights"),
         ({"mesh": {"data": 3}}, "does not fit"),
         ({"sample": {"guidanse": 2.0}}, "no option 'guidanse'"),

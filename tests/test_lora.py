@@ -150,7 +150,7 @@ def test_an_adapter_of_other_pictures_than_the_nets_is_refused(base, tmp_path):
         (dict(model=dict(match="(")), "no regular expression"),
         (dict(model=8), "give dict"),
         (dict(model=dict(rnk=4)), "rnk"),
-        (dict(modell=dict()), "no net 'modell' to adapt"),
+        (dict(modell=dict()), "unknown net 'modell' .at config.lora"),
         (dict(model=dict(match="nothing")), "no kernel of 'model' matches 'nothing'"),
     ],
 )

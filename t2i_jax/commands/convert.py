@@ -64,7 +64,7 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
     """
     where = "t2i_jax convert"
     if kind not in KINDS:
-        raise errors.ConfigError(f"no kind {kind!r}", where=where, fix=errors.nearest(kind, KINDS))
+        raise errors.unknown("kind", kind, KINDS, where=where)
     model_type, files = KINDS[kind]
     if kind == "efficientnet_lite0" and not inputs:
         inputs = [_lite0()]

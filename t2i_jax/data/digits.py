@@ -80,7 +80,5 @@ def make(*, split: str = "train", res: int = 28) -> Source:
       DataError: scikit-learn is missing.
     """
     if split not in SPLITS:
-        raise errors.ConfigError(
-            f"no split {split!r}", where="data source digits", fix=errors.nearest(split, SPLITS)
-        )
+        raise errors.unknown("split", split, SPLITS, where="data source digits")
     return Source(split, res)

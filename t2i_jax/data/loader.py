@@ -92,10 +92,8 @@ class Loader:
             )
         for name in augment:
             if name not in transforms.AUGMENTATIONS:
-                raise errors.ConfigError(
-                    f"unknown augmentation {name!r}",
-                    where="config.augment",
-                    fix=errors.nearest(name, transforms.AUGMENTATIONS),
+                raise errors.unknown(
+                    "augmentation", name, transforms.AUGMENTATIONS, where="config.augment"
                 )
         self.extra = extra
         self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`

@@ -328,9 +328,7 @@ def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: 
       seed: another seed, another data set.
     """
     if split not in SPLITS:
-        raise errors.ConfigError(
-            f"no split {split!r}", where="data source shapes", fix=errors.nearest(split, SPLITS)
-        )
+        raise errors.unknown("split", split, SPLITS, where="data source shapes")
     size = SPLITS[split] if size is None else size
     if size < 1 or res < 8 or seed < 0:
         raise errors.ConfigError(

@@ -35,7 +35,7 @@ class Source:
             shards = info.splits[split].file_instructions
         except (ValueError, KeyError) as e:
             raise errors.DataError(
-                f"no split {split!r}", where=where, fix=errors.nearest(split, info.splits)
+                f"unknown split {split!r}", where=where, fix=errors.nearest(split, info.splits)
             ) from e
         if not shards:
             raise errors.DataError(

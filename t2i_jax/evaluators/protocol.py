@@ -189,9 +189,7 @@ class Networks:
         where = f"protocol {protocol.name}"
         for name, options in protocol.metrics.items():
             if name not in METRICS:
-                raise errors.ConfigError(
-                    f"no metric {name!r}", where=where, fix=errors.nearest(name, METRICS)
-                )
+                raise errors.unknown("metric", name, METRICS, where=where)
             fn = METRICS[name].fn
             plugins.check_options(fn, options, where=f"{where}, {name}", given=2)
             if name in LEAST:

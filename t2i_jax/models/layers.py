@@ -61,11 +61,7 @@ def remat(module, policy: str, *, scanned: bool = False):
     from merging the two computations.
     """
     if policy not in REMAT:
-        raise errors.ConfigError(
-            f"unknown remat policy {policy!r}",
-            where="config.model.remat",
-            fix=errors.nearest(policy, REMAT),
-        )
+        raise errors.unknown("remat policy", policy, REMAT, where="config.model.remat")
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT[policy], prevent_cse=not scanned)

@@ -42,11 +42,7 @@ def make(config) -> Objective:
     """
     options = plugins.call(Options, where="config.loss", options=config.loss)
     if options.kind not in LOSSES:
-        raise errors.ConfigError(
-            f"unknown kind {options.kind!r}",
-            where="config.loss",
-            fix=errors.nearest(options.kind, LOSSES),
-        )
+        raise errors.unknown("kind", options.kind, LOSSES, where="config.loss")
     sigmoid, source = options.kind == "sigmoid", config.load.get("image")
     image, caption = towers(config.model, res=config.res, source=source, sigmoid=sigmoid)
     text = conditioner.Conditioner(config, train_text=options.train_text)
@@ -98,11 +94,7 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
     """
     sizes = {"image": {}, "caption": {}, **model}
     if unknown := sorted(sizes.keys() - {"image", "caption"}):
-        raise errors.ConfigError(
-            f"unknown option {unknown[0]!r}",
-            where=where,
-            fix=errors.nearest(unknown[0], ("image", "caption")),
-        )
+        raise errors.unknown("option", unknown[0], ("image", "caption"), where=where)
     learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
     if source and not sizes["image"]:
         net = image_network.make(source)
@@ -137,9 +129,7 @@ def tower(sizes, *, res: int, where: str):
     own = {"res": res, **sizes}
     kind = own.pop("tower", "convolutional")
     if kind not in TOWERS:
-        raise errors.ConfigError(
-            f"unknown tower {kind!r}", where=where, fix=errors.nearest(kind, TOWERS)
-        )
+        raise errors.unknown("tower", kind, TOWERS, where=where)
     if kind == "convolutional":
         pyramid.check(res)
     return plugins.network(TOWERS[kind], where=where, options=own)

@@ -356,11 +356,7 @@ def _networks(config):
     own = {name: dict(shared.pop(name, {})) for name in parts}
     network = shared.pop("network", "convolutional")
     if network not in NETWORKS:
-        raise errors.ConfigError(
-            f"unknown network {network!r}",
-            where="config.model",
-            fix=errors.nearest(network, NETWORKS),
-        )
+        raise errors.unknown("network", network, NETWORKS, where="config.model")
     eye = _eye(config, own["eye"])
     kinds = {"disc": gan.Projected if eye else NETWORKS[network].Discriminator}
     if "backbone" not in own["gen"]:
@@ -373,13 +369,10 @@ def _networks(config):
                 where=f"config.model{where}.res",
                 fix="set config.res",
             )
+    known = {*parts, "network"}.union(*fields.values())
     for size in shared:
-        if not any(size in known for known in fields.values()):
-            raise errors.ConfigError(
-                f"unknown option {size!r}",
-                where="config.model",
-                fix=errors.nearest(size, [*parts, "network", *set().union(*fields.values())]),
-            )
+        if size not in known:
+            raise errors.unknown("option", size, known, where="config.model")
 
     def build(name):
         given = {size: shared[size] for size in shared if size in fields[name]} | own[name]
@@ -534,18 +527,10 @@ def shuffled(cond: Cond, batch) -> Cond:
 def _check(options: Options) -> None:
     for name, known in (("game", GAMES), ("penalty", PENALTIES), ("distance", DISTANCES)):
         if getattr(options, name) not in known:
-            raise errors.ConfigError(
-                f"unknown {name} {getattr(options, name)!r}",
-                where="config.loss",
-                fix=errors.nearest(getattr(options, name), known),
-            )
+            raise errors.unknown(name, getattr(options, name), known, where="config.loss")
     for name in options.augment:
         if name not in augment.KINDS:
-            raise errors.ConfigError(
-                f"unknown augmentation {name!r}",
-                where="config.loss.augment",
-                fix=errors.nearest(name, augment.KINDS),
-            )
+            raise errors.unknown("augmentation", name, augment.KINDS, where="config.loss.augment")
     number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)
     weight = lambda v: number(v) and v >= 0
     pair = lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(weight, v))

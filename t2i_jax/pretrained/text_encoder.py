@@ -166,9 +166,7 @@ def _check_options(source, dtype, options) -> None:
             )
     for value in (dtype, *(given.get("dtype", dtype) for given in options.values())):
         if value not in DTYPES:
-            raise errors.ConfigError(
-                f"dtype is {value!r}", where="config.text", fix=errors.nearest(value, DTYPES)
-            )
+            raise errors.unknown("dtype", value, DTYPES, where="config.text")
 
 
 def _located(one: str, source):

@@ -148,9 +148,7 @@ def _checked(values, changes, where: str) -> dict:
     known = [field for field in Protocol._fields if field != "name"]
     for field in values:
         if field not in known:
-            raise errors.ConfigError(
-                f"unknown field {field!r}", where=where, fix=errors.nearest(field, known)
-            )
+            raise errors.unknown("field", field, known, where=where)
     for field in ("data", "metrics", "num_images"):
         if not values.get(field):
             raise errors.ConfigError(f"{field} is missing", where=where, fix="add it")

@@ -54,6 +54,4 @@ SOLVERS = {"euler": euler, "heun": heun}
 def check(name: str, where: str) -> None:
     """Raises ConfigError unless it is one of SOLVERS."""
     if name not in SOLVERS:
-        raise errors.ConfigError(
-            f"unknown sampler {name!r}", where=where, fix=errors.nearest(name, SOLVERS)
-        )
+        raise errors.unknown("sampler", name, SOLVERS, where=where)

@@ -13,9 +13,7 @@ TIME_FLOOR = 1e-12  # keeps t = 0 finite; noise of so little time is lost in rou
 def check(kind: str, where: str) -> None:
     """Raises ConfigError unless it is one of KINDS."""
     if kind not in KINDS:
-        raise errors.ConfigError(
-            f"prediction is {kind!r}", where=where, fix=errors.nearest(kind, KINDS)
-        )
+        raise errors.unknown("prediction", kind, KINDS, where=where)
 
 
 def velocity(kind: str, out_BHWC, z_BHWC, t_B):
