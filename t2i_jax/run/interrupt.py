@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import sys
 import threading
 
 from t2i_jax import errors
@@ -100,11 +101,14 @@ class Interrupt:
             numbers = SIGNALS if self._alone else (signal.SIGINT,)
             numbers = [n for n in numbers if signal.getsignal(n) != signal.SIG_IGN]
             self._old = {n: signal.signal(n, self._catch) for n in numbers}
+            self._unraisable, sys.unraisablehook = sys.unraisablehook, self._swallowed
             _training = self
         return self
 
     def __exit__(self, *_):
         global _training
+        if _training is self:
+            sys.unraisablehook = self._unraisable
         _training = None
         for number, handler in self._old.items():
             signal.signal(number, handler)
@@ -119,6 +123,15 @@ class Interrupt:
             raise Stop
         if not before:
             _tell(f"{self.requested}: saving after this step")
+
+    def _swallowed(self, unraisable) -> None:
+        """Raises Stop again where Python could only drop it, as within a garbage collection."""
+        if not isinstance(unraisable.exc_value, Stop):
+            self._unraisable(unraisable)
+        elif self._at_once:
+            again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+            again.daemon = True
+            again.start()
 
     def leave(self) -> None:
         """Leaves the workdir in order, as far as that is possible."""
