@@ -9,6 +9,7 @@ from t2i_jax import errors
 PROMPT_LIMIT = 10_000  # characters
 COUNT_LIMIT = 100_000
 SEED_LIMIT = 2**32
+INDEX_LIMIT = 2**31  # pictures under one seed
 ALIASES = {  # what diffusers calls it -> what it is called here
     "num_images_per_prompt": "num_images",
     "num_inference_steps": "steps",
@@ -93,7 +94,7 @@ def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
         if place_B.shape != (n,):
             raise _unequal("index", len(place_B), n, n)
         for one in place_B.tolist():
-            if not is_whole(one) or not 0 <= one < 2**31:
+            if not is_whole(one) or not 0 <= one < INDEX_LIMIT:
                 raise errors.ConfigError(
                     f"a place is {one!r}", where="index", fix="give whole numbers from 0"
                 )

@@ -15,7 +15,6 @@ from t2i_jax import errors, files, images, limits
 
 FILE_LIMIT = 2**24  # bytes of prompts in one file
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
-INDEX_LIMIT = 2**31  # pictures under one seed
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
 
 
@@ -153,7 +152,7 @@ def from_picture(path) -> Recorded:
     last = max(r.first + r.count for r in requests)
     if (
         min(r.first for r in requests) < 0
-        or max(last, sum(r.count for r in requests)) > INDEX_LIMIT
+        or max(last, sum(r.count for r in requests)) > limits.INDEX_LIMIT
     ):
         raise errors.DataError(
             "the picture's number, or how many there are, is out of bounds",

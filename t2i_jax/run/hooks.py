@@ -11,9 +11,13 @@ from t2i_jax.run import metrics
 
 
 class Hooks:
-    """What happens between steps: pictures of fixed prompts and evaluators, with averaged nets.
+    """Draws and judges with averaged nets between the steps of a run.
 
-    Processes draw together; what follows is the first one's alone, behind the training.
+    All processes draw together. Process 0 alone judges, in a thread, while training goes on.
+
+    Args:
+      predictor: the run's `pipeline.Predictor`.
+      prompts: what is drawn every `config.sample_every` steps into samples/.
     """
 
     def __init__(self, predictor, workdir, prompts=()):
@@ -28,6 +32,7 @@ class Hooks:
         self._jobs = collections.deque()
 
     def run(self, n: int, state, frozen, writer) -> None:
+        """Draws and begins to judge what is due after n steps; `collect` writes the results."""
         config = self._config
         draw = self._due(n, config.sample_every) and self._prompts
         draw = draw and "sample" in self._predictor.bound

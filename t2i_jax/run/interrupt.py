@@ -114,7 +114,8 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _catch(self, number, frame):
-        before, self.requested = self.requested, signal.Signals(number).name
+        before = self.requested
+        self.requested = before or signal.Signals(number).name
         if before and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self._alone:
@@ -129,9 +130,13 @@ class Interrupt:
         if not isinstance(unraisable.exc_value, Stop):
             self._unraisable(unraisable)
         elif self._at_once:
-            again = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGTERM))
+            again = threading.Timer(0.05, self._strike_again)
             again.daemon = True
             again.start()
+
+    def _strike_again(self) -> None:
+        if _training is self:  # else the signal would meet somebody else's handler
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def leave(self) -> None:
         """Leaves the workdir in order, as far as that is possible."""
