@@ -14,7 +14,7 @@ ENTRIES = ("make", "Backbone", "from_config")  # what a pluggable module has one
 def load(kind: str, name: str):
     """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
     package = importlib.import_module(f"t2i_jax.{kind}")
-    known = [m.name for m in pkgutil.iter_modules(package.__path__)]
+    known = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg]
     module = importlib.import_module(f"t2i_jax.{kind}.{name}") if name in known else None
     if not any(hasattr(module, entry) for entry in ENTRIES):
         raise errors.ConfigError(

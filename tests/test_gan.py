@@ -22,6 +22,7 @@ from t2i_jax.models import augment, mlp, spectral
 from t2i_jax.models import gan as nets
 from t2i_jax.models.types import Cond
 from t2i_jax.objectives import gan
+from t2i_jax.objectives.parts import distillation, games, guidance, terms
 from t2i_jax.run import fingerprint
 from tests import runs, test_vits
 
@@ -192,7 +193,7 @@ def test_traps_are_seen():
     assert not trapped(jax.jit(lambda x: conv(x, (1, 1))).lower(x).compile().as_text())
 
 
-@pytest.mark.parametrize("game", gan.GAMES)
+@pytest.mark.parametrize("game", games.GAMES)
 def test_games_are_their_formulas(game):
     real, fake = np.array([2.0, -1.0, 0.5]), np.array([-0.3, 3.0, 0.5])
     plus = lambda x: np.log1p(np.exp(x))
@@ -202,7 +203,7 @@ def test_games_are_their_formulas(game):
         "nonsaturating": (plus(-real) + plus(fake), plus(-fake)),
         "minimax": (plus(-real) + plus(fake), np.log(1 - 1 / (1 + np.exp(-fake)))),
     }[game]
-    ours = gan.GAMES[game]
+    ours = games.GAMES[game]
     np.testing.assert_allclose(ours[0](real, fake), disc, rtol=1e-5)
     np.testing.assert_allclose(ours[1](real, fake), gen, rtol=1e-5)
 
@@ -215,7 +216,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     cond = jax.tree.map(lambda x: x[:1], cond)
     logit = jax.jit(lambda image: discriminator.apply(made["disc"], image, cond)[0].logit_B)
     image = batch["image"][:1]
-    exact = gan._slopes(gan.Options(), logit, None)(image)
+    exact = games.slopes("exact", logit, None, 0.01)(image)
     rng, slopes = np.random.default_rng(0), []
     for _ in range(400):
         direction = rng.normal(size=image.shape).astype(np.float32)
@@ -223,8 +224,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
         slopes.append(((ahead - behind) / 2e-2) ** 2)  # its mean is the squared gradient's sum
     np.testing.assert_allclose(np.mean(slopes), exact, rtol=0.25)
     keys = jax.random.split(jax.random.key(0), 400)
-    options = gan.Options(penalty="estimate", sigma=1e-2)
-    estimate = jax.vmap(lambda k: gan._slopes(options, logit, k[None])(image))(keys)
+    estimate = jax.vmap(lambda k: games.slopes("estimate", logit, k[None], 0.01)(image))(keys)
     np.testing.assert_allclose(np.mean(estimate), exact, rtol=0.25)
     along = jax.grad(lambda x: logit(x).sum())(image)
     along /= jnp.linalg.norm(along)
@@ -262,14 +262,14 @@ def test_every_nth_example_is_the_same_one_in_parts_of_a_batch(stride):
     for size, parts in ((12, 1), (12, 2), (12, 3), (12, 6), (12, 12), (10, 5), (16, 2)):
         value, weight = rng.normal(size=size), rng.integers(0, 2, size)
         batch = {"index": np.arange(size), "weight": weight, "value": value}
-        whole = gan.every(stride, batch, size)[1](value[::stride])
+        whole = terms.every(stride, batch, size)[1](value[::stride])
         chosen = value[::stride] * weight[::stride]
         wanted = chosen.sum() / max(weight.sum() * len(chosen) / size, 1e-9)
         assert whole == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # with all: the chosen's mean
         total = 0.0
         for start in range(0, size, size // parts):
             part = {name: x[start : start + size // parts] for name, x in batch.items()}
-            some, mean = gan.every(stride, part, size)
+            some, mean = terms.every(stride, part, size)
             total += mean(some(part)["value"]) * part["weight"].sum() / max(weight.sum(), 1)
         assert total == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
@@ -310,15 +310,15 @@ def test_a_partner_has_another_caption_and_none_may_be_found():
     text = np.array([[1], [1], [2], [1], [3]])
     batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
     batch["weight"] = np.ones(5)
-    assert gan.partner(batch).tolist() == [2, 2, 3, 4, 0]
-    assert gan.is_other(batch).tolist() == [1] * 5
+    assert games.partner(batch).tolist() == [2, 2, 3, 4, 0]
+    assert games.is_other(batch).tolist() == [1] * 5
     same = {**batch, "text": text * 0}
-    assert gan.partner(same).tolist() == list(range(5))
-    assert gan.is_other(same).tolist() == [0] * 5
+    assert games.partner(same).tolist() == list(range(5))
+    assert games.is_other(same).tolist() == [0] * 5
     masked = {**same, "mask": np.arange(5)[:, None] < 2}  # the same numbers, other captions
-    assert gan.partner(masked).tolist() == [2, 2, 0, 0, 0]
+    assert games.partner(masked).tolist() == [2, 2, 0, 0, 0]
     broken = {**batch, "weight": np.array([1, 1, 0, 1, 1])}
-    assert gan.partner(broken).tolist() == [4, 4, 3, 4, 0]
+    assert games.partner(broken).tolist() == [4, 4, 3, 4, 0]
 
 
 def test_an_example_of_weight_zero_counts_nothing(family, made, batch):
@@ -447,14 +447,14 @@ WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
         ({"loss": {"gamma": (0.5, np.nan)}}, "gamma is"),
         ({"loss": {"adversarial": "high"}}, "a number, 0 or more"),
         ({"loss": {"distil": 1.0}}, "other noise"),
-        ({"model": {"widht": 3}}, "did you mean 'width'"),
-        ({"model": {"width": 10, "heads": 4}}, "no multiple of heads"),
-        ({"model": {"heads": 0}}, "heads is 0"),
-        ({"model": {"width": "16"}}, "width is '16'"),
+        ({"model": {"dsic": {"width": 16}}}, "did you mean 'disc'"),
+        ({"model": {"gen": {"width": 10, "heads": 4}}}, "no multiple of heads"),
+        ({"model": {"gen": {"heads": 0}}}, "heads is 0"),
+        ({"model": {"disc": {"width": "16"}}}, "width is '16'"),
         ({"model": {"disc": {"res": 64}}}, "config.model.disc.res"),
         ({"load": {"eye": "builtin:shapes-clip#image"}}, "describe it in config.model.eye"),
         ({"loss": {"augment": ("cutuot",)}}, "did you mean 'cutout'"),
-        ({"model": {"network": "mpl"}}, "did you mean 'mlp'"),
+        ({"model": {"gen": {"network": "mpl"}}}, "did you mean 'mlp'"),
         ({"res": 24}, "res is 24"),
         ({"model": {"gen": {"widht": 3}}}, "did you mean 'width'"),
     ],
@@ -723,10 +723,9 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
     family, key = objective.make(config), jax.random.key(1)
     nets = runs.filled(family.init, jax.random.key(0), batch)
     nets["teacher"] = nets["gen"]
-    options = gan.Options(**config.loss)
-    (generator, _, eye), (guide, _) = gan._networks(config), gan._guide(config, options)
+    parts = gan.build(config)
     cond = family.predict["encode"](nets, batch)
-    teacher = gan._teacher(config, options, generator)
+    teacher = distillation.teacher(config)
     key_noise, _, _ = jax.random.split(key, 3)
     some = lambda tree: jax.tree.map(lambda x: x[::2], tree)
 
@@ -736,7 +735,7 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         noise = randomness.normal_each(
             randomness.per_example(key_noise, batch["index"]), (16, 16, 3)
         )
-        drawn = some(generator.apply(params, noise, cond))
+        drawn = some(parts.generator.apply(params, noise, cond))
         if target is None:
             known = {"model": nets["teacher"], "text": nets["text"]}
             target = teacher.predict["img2img"](
@@ -747,9 +746,9 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
                 **config.loss.teacher,
             )
         if through == "eye":
-            maps = [eye.features_of(nets["eye"], x) for x in (drawn, target)]
+            maps = [parts.critic.maps(nets, x) for x in (drawn, target)]
         else:
-            maps = [guide.apply(nets["clip_image"], x).maps for x in (drawn, target)]
+            maps = [guidance.make(config).maps(nets, x) for x in (drawn, target)]
         unit = lambda x: x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
         far = [jnp.square(unit(a) - unit(b)).mean() for a, b in zip(*maps, strict=True)]
         return jnp.square(drawn - target).mean() + sum(far) / len(far), target
@@ -799,7 +798,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     own_B = score(batch)
     assert np.abs(own_B - score(batch | {"image": batch["image"] * 0.5})).max() > 0
     # the loss sees pictures beside their own and others' captions as scoring does one by one
-    partner = gan.partner(batch)
+    partner = games.partner(batch)
     other_B = score(batch | {name: batch[name][partner] for name in ("text", "mask")})
     gap = float((own_B - other_B).mean())
     assert abs(gap) > 1e-6
@@ -808,7 +807,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
 
 def test_the_gap_is_how_far_pictures_score_above_drawn_ones(config, family, made, batch):
     predict = {name: jax.jit(family.predict[name]) for name in ("score", "encode", "gap")}
-    generator, key = gan._networks(config)[0], jax.random.key(3)
+    generator, key = gan.build(config).generator, jax.random.key(3)
     noise = randomness.normal_each(randomness.per_example(key, batch["index"]), generator.z_shape)
     cond = predict["encode"](made, batch)
     drawn = batch | {"image": jax.jit(generator.apply)(made["gen"], noise, cond)}
@@ -845,8 +844,8 @@ def test_the_angle_is_finite_where_arccos_is_not():
 
 def test_the_plain_distance_is_one_less_the_cosine_of_the_angle():
     a, b = losses.unit(jax.random.normal(jax.random.key(0), (2, 8, 5)))
-    angle_B = jnp.sqrt(gan.DISTANCES["spherical"](a, b))
-    np.testing.assert_allclose(gan.DISTANCES["cosine"](a, b), 1 - jnp.cos(angle_B), atol=1e-5)
+    angle_B = jnp.sqrt(guidance.DISTANCES["spherical"](a, b))
+    np.testing.assert_allclose(guidance.DISTANCES["cosine"](a, b), 1 - jnp.cos(angle_B), atol=1e-5)
 
 
 def test_a_run_trains_resumes_and_draws(tmp_path):
