@@ -1,37 +1,31 @@
 """Refuses a config whose values are out of range, before anything is built."""
 
-from t2i_jax import errors, limits, weights
+from collections.abc import Mapping
+from typing import Annotated
+
+from t2i_jax import errors, fields, limits, weights
+
+OFTEN = Annotated[int, fields.at_least(0)]  # every so many steps; 0: never
+KEYS = {  # a key of the config -> what its value must be
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "res", "text_length"), fields.Size),
+    **dict.fromkeys(("log_every", "save_every", "keep"), fields.Size),
+    **dict.fromkeys(("sample_every", "eval_every", "rollbacks"), OFTEN),
+    **dict.fromkeys(("minutes", "save_minutes"), fields.Weight),
+    **{"seed": fields.Seed, "bad_budget": fields.Share},
+}
+DECAY = Annotated[float, fields.at_least(0), fields.below(1)]
 
 
 def check(config) -> None:
     """Refuses values outside their range, before anything is built."""
-    positive = ("steps", "batch_size", "accumulate", "res", "text_length", "log_every")
-    for name in (*positive, "save_every", "keep"):
-        if not isinstance(config[name], int) or config[name] < 1:
-            raise errors.ConfigError(
-                f"{name} is {config[name]!r}", where=f"config.{name}", fix="give a whole number ≥ 1"
-            )
-    if not 0 <= config.seed < limits.SEED_LIMIT:
-        raise errors.ConfigError(
-            f"seed is {config.seed}", where="config.seed", fix="give a number from 0 to 2³² − 1"
-        )
+    for name, wanted in KEYS.items():
+        fields.checked(wanted, name, config[name], where="config")
+    for name, decay in config.ema.items():
+        fields.checked(DECAY, name, decay, where="config.ema")
+    for name, options in config.evaluators.items():
+        fields.checked(Mapping, name, options, where="config.evaluators")
     for prompt in config.prompts:
         limits.check_prompt(prompt, "config.prompts")
-    if not 0 <= config.minutes < float("inf"):
-        raise errors.ConfigError(
-            f"minutes is {config.minutes}", where="config.minutes", fix="give a time of training"
-        )
-    if not 0 <= config.save_minutes < float("inf"):
-        raise errors.ConfigError(
-            f"save_minutes is {config.save_minutes}",
-            where="config.save_minutes",
-            fix="give minutes, or 0 for saves by steps alone",
-        )
-    for name, decay in config.ema.items():
-        if not 0 <= decay < 1:
-            raise errors.ConfigError(
-                f"EMA decay is {decay}", where=f"config.ema.{name}", fix="give a number in [0, 1)"
-            )
     if config.init_from:
         weights.locate(config.init_from)
     if config.best and not (config.eval_every and config.evaluators):
@@ -45,10 +39,3 @@ def check(config) -> None:
             where="config.best",
             fix=f"write <evaluator>/<metric>: {errors.nearest(measured, config.evaluators)}",
         )
-    for name, options in config.evaluators.items():
-        if not hasattr(options, "items"):
-            raise errors.ConfigError(
-                f"it is {options!r}",
-                where=f"config.evaluators.{name}",
-                fix="give dict(…) of options",
-            )

@@ -13,7 +13,18 @@ import numpy as np
 from absl import logging
 
 import t2i_jax
-from t2i_jax import checks, errors, images, optim, pipeline, plugins, sharding, step, weights
+from t2i_jax import (
+    checks,
+    errors,
+    fields,
+    images,
+    optim,
+    pipeline,
+    plugins,
+    sharding,
+    step,
+    weights,
+)
 from t2i_jax.data import cache, loader
 from t2i_jax.run import (
     checkpoint,
@@ -506,7 +517,7 @@ def make_source(config, **overrides):
     """The training data that config.data describes."""
     options = dict(config.data) | overrides
     module = plugins.load("data", options.pop("source"))
-    return plugins.call(module.make, where="config.data", options={"res": config.res, **options})
+    return fields.build(module.make, {"res": config.res, **options}, where="config.data")
 
 
 def _read(n: int, batch) -> dict:

@@ -9,14 +9,15 @@ a convolution (height, width, in, out) all axes but the last count as "in".
 import functools
 import math
 import re
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from t2i_jax import errors, plugins, sharding
+from t2i_jax import errors, fields, sharding
 
 SUFFIX = "_lora"
 
@@ -28,9 +29,9 @@ class Options(NamedTuple):
     match: regular expression found in the paths of the adapted kernels.
     """
 
-    rank: int = 8
-    alpha: float = 0.0
-    match: str = ""
+    rank: fields.Size = 8
+    alpha: fields.Weight = 0.0
+    match: Annotated[str, fields.pattern()] = ""
 
 
 def wrap(family, spec):
@@ -125,27 +126,11 @@ def _init(key, params, option: Options, name: str):
 
 
 def _options(spec) -> dict[str, Options]:
-    found = {}
-    for name, given in spec.items():
-        where = f"config.lora.{name}"
-        if not hasattr(given, "items"):
-            raise errors.ConfigError(f"it is {given!r}", where=where, fix="give dict(rank=8)")
-        option = found[name] = plugins.call(Options, where=where, options=given)
-        if type(option.rank) is not int or option.rank < 1:
-            raise errors.ConfigError(
-                f"rank is {option.rank!r}", where=where, fix="give a whole number, 1 or more"
-            )
-        if not isinstance(option.alpha, int | float) or not 0 <= option.alpha < math.inf:
-            raise errors.ConfigError(
-                f"alpha is {option.alpha!r}", where=where, fix="give a number, 0 or more"
-            )
-        try:
-            re.compile(option.match)
-        except (re.error, TypeError) as e:
-            raise errors.ConfigError(
-                f"match {option.match!r} is no regular expression: {e}", where=where, fix="mend it"
-            ) from e
-    return found
+    """config.lora, checked: net -> its options."""
+    each = {name: fields.checked(Mapping, name, spec[name], where="config.lora") for name in spec}
+    return {
+        name: fields.build(Options, own, where=f"config.lora.{name}") for name, own in each.items()
+    }
 
 
 def _adapted(loss, merged, options):

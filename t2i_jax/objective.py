@@ -36,21 +36,6 @@ class Loss(NamedTuple):
     compares: bool = False
 
 
-class Constant(NamedTuple):
-    """Annotates a prediction's option: with this value it is compiled apart, as a smaller program.
-
-    `guidance: Annotated[float, Constant(1.0)] = 3.0`: all other values share one program.
-    """
-
-    value: float | tuple[float, ...]
-
-
-class Above(NamedTuple):
-    """Annotates a prediction's option: only a number above this one makes sense."""
-
-    value: float
-
-
 class Objective(NamedTuple):
     """A family.
 

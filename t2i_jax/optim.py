@@ -3,19 +3,25 @@
 import inspect
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, fields
 from t2i_jax.run.fingerprint import path_of
 
 # Paths of the layers that put out a picture, a logit or an embedding. Muon is meant for what lies
 # between the first and the last layer: these learn by Adam (Jordan 2024, "Muon").
 LAST = r"(^|/)(leave|real|projection)/"
+DECAYS = {  # (share of the decay's steps, share of the rate that is left at the end) -> share
+    "constant": lambda x, final: jnp.ones_like(x),
+    "linear": lambda x, final: 1 - x * (1 - final),
+    "cosine": lambda x, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
+}
+Clip = Annotated[float | None, fields.above(0)]
 MASKS = ("mask", "weight_decay_mask")  # optax's names for what says which parameters decay
 
 
@@ -53,19 +59,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         raise errors.ConfigError(
             f"optax has no optimiser {name!r}", where=where, fix="use adamw, adam, lion, muon, …"
         )
-    if not isinstance(peak, float | int) or not 0 < peak < float("inf"):
-        raise errors.ConfigError(
-            f"learning_rate is {peak!r}", where=where, fix="give a positive number, such as 1e-3"
-        )
-    clip = spec.pop("clip", None)
-    schedule = plugins.call(
-        _schedule,
-        peak,
-        steps,
-        where=where,
-        options=_take(spec, ("warmup", "stable", "decay", "final")),
-    )
-    plugins.check_options(fn, spec, where=where)
+    peak = fields.checked(Annotated[float, fields.above(0)], "learning_rate", peak, where=where)
+    clip = fields.checked(Clip, "clip", spec.pop("clip", None), where=where)
+    own = _take(spec, ("warmup", "stable", "decay", "final"))
+    schedule = fields.build(_schedule, own, peak, steps, where=where)
+    fields.check_names(fn, spec, where=where)
     parameters = inspect.signature(fn).parameters
     if fn is optax.contrib.muon:
         if spec.get("adam_weight_decay"):
@@ -167,26 +165,21 @@ def _take(spec: dict, names):
     return {name: spec.pop(name) for name in names if name in spec}
 
 
-def _schedule(peak, steps, *, warmup=0, stable=0.0, decay="constant", final=0.0):
-    shapes = {
-        "constant": lambda x: jnp.ones_like(x),
-        "linear": lambda x: 1 - x * (1 - final),
-        "cosine": lambda x: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
-    }
-    if decay not in shapes:
-        raise errors.unknown("decay", decay, shapes, where="config.optim")
-
-    if not 0 <= stable < 1:
-        raise errors.ConfigError(
-            f"stable is {stable!r}", where="config.optim", fix="give a share in [0, 1)"
-        )
-
+def _schedule(
+    peak,
+    steps,
+    *,
+    warmup: Annotated[int, fields.at_least(0)] = 0,
+    stable: Annotated[float, fields.at_least(0), fields.below(1)] = 0.0,
+    decay: Annotated[str, fields.one_of(DECAYS)] = "constant",
+    final: fields.Weight = 0.0,
+):
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
         ramp = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         share = (step - warmup) / max(steps - warmup, 1)
         share = jnp.clip((share - stable) / (1 - stable), 0.0, 1.0)
-        return peak * ramp * shapes[decay](share)
+        return peak * ramp * DECAYS[decay](share, final)
 
     return learning_rate
 

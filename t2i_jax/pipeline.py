@@ -9,15 +9,12 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, images, limits, objective, plugins, weights
+from t2i_jax import errors, fields, images, limits, objective, plugins, weights
 from t2i_jax.data import transforms
 from t2i_jax.pretrained import hf, text_encoder
 from t2i_jax.run import compile_cache
 from t2i_jax.text import words
 
-COUNT_LIMIT = 10_000  # of sampling steps and the like
-# Options are computed in float32: a smaller number counts as 0, a larger one is infinite.
-LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 LACKS = {  # prediction -> what a family without it does not do, and the fix
     "sample": ("draws no pictures", "choose a model that draws, such as builtin:shapes"),
     "between": (
@@ -31,8 +28,8 @@ class Predictor:
     """An objective's predictions as host functions of captions, compiled once per static option.
 
     Options that are integers, strings or booleans are static; floats and tuples of floats are
-    arrays, so that another guidance scale compiles nothing, but for an `objective.Constant` of the
-    option's annotation. With a `sharding.Layout`, batches are
+    arrays, so that another guidance scale compiles nothing, but for what
+    `fields.compiled_apart` in the option's annotation says. With a `sharding.Layout`, batches are
     split over its mesh where they divide, and results lie whole on every device.
     """
 
@@ -59,17 +56,11 @@ class Predictor:
             raise errors.ConfigError(
                 f"objective {self.config.objective!r} {what}", where=where, fix=fix
             )
-        parameters = inspect.signature(self.objective.predict[name]).parameters
+        fn = self.objective.predict[name]
+        parameters = inspect.signature(fn).parameters
         options = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for values, prefix in ((self.config.get(name, {}), f"config.{name}."), (given, "--")):
-            for option, value in values.items():
-                if option not in options:
-                    raise errors.ConfigError(
-                        f"objective {self.config.objective!r} takes no option {option!r}",
-                        where=f"{prefix}{option}",
-                        fix=errors.nearest(option, options),
-                    )
-                options[option] = _as(parameters[option], value, f"{prefix}{option}")
+        for values, where in ((self.config.get(name, {}), f"config.{name}"), (given, "--")):
+            options |= fields.check(fn, values, where=where, given=3)
         return options
 
     def trace(self, name: str, nets=None, batch=None, **options):
@@ -87,7 +78,7 @@ class Predictor:
             self.check("sample", **options["sample"])
         make = plugins.load("evaluators", name).make
         options = self.evaluator_options(name, options)
-        return plugins.call(make, self.bound, where=f"evaluator {name}", options=options)
+        return fields.build(make, options, self.bound, where=f"evaluator {name}")
 
     def evaluator_options(self, name: str, options) -> dict:
         """The options, and for an evaluator that needs data the split "test" of the config's."""
@@ -131,10 +122,7 @@ class Predictor:
         """A prediction's jitted program and the options that are its arguments."""
         options = self.check(name, **options)
         parameters = inspect.signature(self.objective.predict[name]).parameters
-        apart = lambda k, v: (
-            objective.Constant(v) in getattr(parameters[k].annotation, "__metadata__", ())
-        )
-        static = {k: v for k, v in options.items() if isinstance(v, int | str) or apart(k, v)}
+        static = {k: v for k, v in options.items() if fields.is_static(parameters[k], v)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
         return self._compiled(name, tuple(sorted(static.items()))), arrays
 
@@ -276,31 +264,6 @@ def _say(text: str) -> None:
         logging.info("%s", text)
     else:
         print(text, file=sys.stderr, flush=True)
-
-
-def _as(parameter: inspect.Parameter, value, where: str):
-    """A value as the type of an option's default; integers are counts, numbers not negative."""
-    option, default = parameter.name, parameter.default
-    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool)
-    finite = lambda v: number(v) and 0 <= v <= MOST
-    if isinstance(default, tuple):
-        ok = isinstance(value, tuple | list) and len(value) == len(default)
-        ok = ok and all(map(finite, value))
-        wanted = f"{len(default)} finite numbers that are not negative"
-    elif isinstance(default, float):
-        ok, wanted = finite(value), "a finite number that is not negative"
-        for rule in getattr(parameter.annotation, "__metadata__", ()):
-            if isinstance(rule, objective.Above):
-                ok = ok and value - rule.value >= LEAST
-                wanted = f"a finite number above {rule.value:g}"
-    elif isinstance(default, int) and not isinstance(default, bool):
-        ok = number(value) and 1 <= value <= COUNT_LIMIT and value == int(value)
-        wanted = f"a whole number from 1 to {COUNT_LIMIT}"
-    else:
-        ok, wanted = isinstance(value, type(default)), f"a {type(default).__name__}"
-    if not ok:
-        raise errors.ConfigError(f"{option} is {value!r}", where=where, fix=f"give {wanted}")
-    return type(default)(value)
 
 
 class Pipeline:

@@ -2,11 +2,10 @@
 
 import contextlib
 import importlib
-import inspect
 import pkgutil
 import sys
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 
 ENTRIES = ("make", "Backbone", "from_config")  # what a pluggable module has one of
 
@@ -23,28 +22,9 @@ def load(kind: str, name: str):
     return module
 
 
-def call(fn, *args, where: str, options):
-    """`fn(*args, **options)`; a keyword that fn does not take, or lacks, is an error."""
-    check_options(fn, options, where=where, given=len(args))
-    needed = [p for p in inspect.signature(fn).parameters.values() if p.default is p.empty]
-    needed = [p.name for p in needed if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    for name in needed[len(args) :]:
-        if name not in options:
-            raise errors.ConfigError(f"it lacks the option {name!r}", where=where, fix="add it")
-    return fn(*args, **options)
-
-
 def network(kind, *, where: str, options):
-    """A Linen module: `call`, and its sizes must be whole numbers above 0, `width` a multiple of
-    `heads`.
-    """
-    net = call(kind, where=where, options=options)
-    for name, field in kind.__dataclass_fields__.items():
-        value = getattr(net, name, None)
-        if field.type in (int, "int") and (type(value) is not int or value < 1):
-            raise errors.ConfigError(
-                f"{name} is {value!r}", where=where, fix="give a whole number above 0"
-            )
+    """A Linen module, its options checked; its `width` must be a multiple of its `heads`."""
+    net = fields.build(kind, options, where=where)
     if hasattr(net, "heads") and net.width % net.heads:
         raise errors.ConfigError(
             f"width {net.width} is no multiple of heads {net.heads}",
@@ -52,19 +32,6 @@ def network(kind, *, where: str, options):
             fix="change one of them",
         )
     return net
-
-
-def check_options(fn, options, *, where: str, given: int = 0) -> None:
-    """ConfigError unless fn, after `given` positional arguments, takes every keyword."""
-    parameters = inspect.signature(fn).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    known = [p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY][given:]
-    if hasattr(fn, "__dataclass_fields__"):  # a Linen module, with fields that are not ours to set
-        known = [name for name in known if name not in ("parent", "name")]
-    for name in options:
-        if name not in known:
-            raise errors.unknown("option", name, known, where=where)
 
 
 @contextlib.contextmanager

@@ -90,7 +90,7 @@ CASES = {
     "an option of another family": (
         [*BUILTIN, "--truncation=0.5"],
         78,
-        "takes no option 'truncation'",
+        "unknown option 'truncation'",
     ),
     "options that another makes void": (
         [*BUILTIN, "--interpolate=4", "--grid", "--format=jpg"],

@@ -185,7 +185,7 @@ def test_a_run_with_several_encoders_trains_and_draws(pair, tmp_path):
     pipe = pipeline.Pipeline.load(str(tmp_path))
     assert weights.abstract_batch(pipe.config)["text"].shape == (8, 25)
     assert pipe(["a red circle"], steps=1).shape == (1, 16, 16, 3)
-    for shares, message in (((0.5, 0.2, 0.1), "3 shares for 2"), (1.5, "shares from 0 to 1")):
+    for shares, message in (((0.5, 0.2, 0.1), "3 shares for 2"), (1.5, "from 0 to 1")):
         config.loss = dict(text_dropout=shares)
         with pytest.raises(errors.ConfigError, match=message):
             objective.make(config)

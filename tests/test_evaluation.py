@@ -81,7 +81,7 @@ def test_our_protocols_read(path):
         ({"num_image": 3}, "did you mean 'num_images'"),
         ({"num_images": 0}, "num_images is missing"),
         ({"num_images": 2.5}, "a whole number"),
-        ({"data": [{"split": "test"}]}, "a list of"),
+        ({"data": [{"split": "test"}]}, "dictionaries that each name"),
         ({"metrics": {"shapes": 1}}, "an object"),
         ({"metrics": {"shpaes": {}}}, "did you mean 'shapes'"),
         ({"metrics": {"kid": {"subset": 3}}, "extractor": "x"}, "did you mean 'subsets'"),
@@ -548,7 +548,10 @@ def test_the_best_is_the_least_or_the_most_as_the_metric_wants(best, values, kep
             {"best": "", "evaluators": {"held_out_loss": {"num_imagse": 3}}},
             "did you mean 'num_images'",
         ),
-        ({"best": "", "evaluators": {"protocol": "own.json"}}, "it is 'own.json'"),
+        (
+            {"best": "", "evaluators": {"protocol": "own.json"}},
+            "protocol is 'own.json' .at config.evaluators.protocol",
+        ),
     ],
 )
 def test_evaluators_that_cannot_be_are_refused_before_anything(tmp_path, changes, message):

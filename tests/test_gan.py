@@ -445,7 +445,7 @@ WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
         ({"loss": {"temperature": 0.0}}, "positive number"),
         *(({"loss": {name: -1}}, f"{name} is -1") for name in WEIGHTS),
         ({"loss": {"gamma": (0.5, np.nan)}}, "gamma is"),
-        ({"loss": {"adversarial": "high"}}, "a number, 0 or more"),
+        ({"loss": {"adversarial": "high"}}, "adversarial is .high. .at config.loss"),
         ({"loss": {"distil": 1.0}}, "other noise"),
         ({"model": {"dsic": {"width": 16}}}, "did you mean 'disc'"),
         ({"model": {"gen": {"width": 10, "heads": 4}}}, "no multiple of heads"),

@@ -147,8 +147,8 @@ def test_an_adapter_of_other_pictures_than_the_nets_is_refused(base, tmp_path):
     [
         (dict(model=dict(rank=0)), "rank is 0"),
         (dict(model=dict(rank=2.5)), "rank is 2.5"),
-        (dict(model=dict(match="(")), "no regular expression"),
-        (dict(model=8), "give dict"),
+        (dict(model=dict(match="(")), "give a text that is a regular expression"),
+        (dict(model=8), "give a dictionary"),
         (dict(model=dict(rnk=4)), "rnk"),
         (dict(modell=dict()), "unknown net 'modell' .at config.lora"),
         (dict(model=dict(match="nothing")), "no kernel of 'model' matches 'nothing'"),

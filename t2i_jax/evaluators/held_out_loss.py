@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, fields, plugins
 from t2i_jax.data import loader
 
 NAME = "loss_at_times"
@@ -46,7 +46,7 @@ def make(
         )
     options = dict(data)
     module = plugins.load("data", options.pop("source", ""))
-    source = plugins.call(module.make, where="evaluator held_out_loss", options=options)
+    source = fields.build(module.make, options, where="evaluator held_out_loss")
     num_images = min(num_images, len(source))
     if not num_images:
         raise errors.ConfigError(

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, fields
 from t2i_jax.data import shapes as world
 from t2i_jax.data import transforms
 from t2i_jax.evaluators import shapes
@@ -191,7 +191,7 @@ class Networks:
             if name not in METRICS:
                 raise errors.unknown("metric", name, METRICS, where=where)
             fn = METRICS[name].fn
-            plugins.check_options(fn, options, where=f"{where}, {name}", given=2)
+            fields.check(fn, options, where=f"{where}, {name}", given=2)
             if name in LEAST:
                 option, default = LEAST[name]
                 if options.get(option, default) > protocol.num_images:

@@ -5,7 +5,7 @@ N pairs · P embedding
 
 import numpy as np
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, fields, plugins
 from t2i_jax.data import loader
 from t2i_jax.quality import retrieval
 
@@ -49,7 +49,7 @@ def make(
             )
     options = dict(data)
     module = plugins.load("data", options.pop("source", ""))
-    source = plugins.call(module.make, where=where, options=options)
+    source = fields.build(module.make, options, where=where)
     chosen = {}
     for record, example in loader.sound(source, range(min(num_images, len(source)))):
         chosen.setdefault(example["caption"], record)

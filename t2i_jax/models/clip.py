@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from t2i_jax import fields
 from t2i_jax.models import blocks, layers, pyramid, unet
 from t2i_jax.models.types import Cond, Features
 
@@ -24,11 +25,11 @@ class Convolutional(nn.Module):
     maps: after the blocks of every size, from fine to coarse.
     """
 
-    res: int = 32
-    width: int = 128
-    least: int = 32
-    depth: int = 1
-    projected: int = 128
+    res: fields.Size = 32
+    width: fields.Size = 128
+    least: fields.Size = 32
+    depth: fields.Size = 1
+    projected: fields.Size = 128
 
     @nn.compact
     def __call__(self, image_BHWC) -> Features:
@@ -75,10 +76,10 @@ class Image(nn.Module):
 class Caption(nn.Module):
     """Caption states -> BP: a few transformer layers over the words and one token for all."""
 
-    width: int = 128
-    depth: int = 2
-    heads: int = 4
-    projected: int = 128
+    width: fields.Size = 128
+    depth: fields.Size = 2
+    heads: fields.Size = 4
+    projected: fields.Size = 128
 
     @nn.compact
     def __call__(self, cond: Cond):

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import losses
+from t2i_jax import fields, losses
 from t2i_jax.models import attention, layers, pyramid, unet
 from t2i_jax.models.types import Cond
 from t2i_jax.sampling import prediction
@@ -56,13 +56,13 @@ class Generator(nn.Module):
     z.
     """
 
-    res: int = 32
-    width: int = 128
-    least: int = 32
-    depth: int = 1
-    reads: int = 1
-    heads: int = 2
-    noise: int = 64
+    res: fields.Size = 32
+    width: fields.Size = 128
+    least: fields.Size = 32
+    depth: fields.Size = 1
+    reads: fields.Size = 1
+    heads: fields.Size = 2
+    noise: fields.Size = 64
 
     def setup(self):
         sizes = pyramid.widths(self.res, self.width, self.least)
@@ -200,8 +200,8 @@ class Projected(nn.Module):
     Fields as of `Discriminator`.
     """
 
-    width: int = 128
-    embedding: int = 64
+    width: fields.Size = 128
+    embedding: fields.Size = 64
 
     @nn.compact
     def __call__(self, maps, *conds: Cond) -> tuple[Judgement, ...]:
@@ -234,12 +234,12 @@ class Discriminator(nn.Module):
     Fields as of `Generator`; `embedding`: width of Judgement's.
     """
 
-    res: int = 32
-    width: int = 128
-    least: int = 32
-    depth: int = 1
-    heads: int = 2
-    embedding: int = 64
+    res: fields.Size = 32
+    width: fields.Size = 128
+    least: fields.Size = 32
+    depth: fields.Size = 1
+    heads: fields.Size = 2
+    embedding: fields.Size = 64
 
     def setup(self):
         sizes = pyramid.widths(self.res, self.width, self.least)[::-1]

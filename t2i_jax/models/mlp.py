@@ -6,6 +6,7 @@ B batch · H W pixels · C channels · Z noise · D width
 import flax.linen as nn
 import jax.numpy as jnp
 
+from t2i_jax import fields
 from t2i_jax.models import gan, layers, pyramid
 from t2i_jax.models.types import Cond
 
@@ -17,10 +18,10 @@ class Generator(nn.Module):
     numbers in z; `grey`: all channels are alike.
     """
 
-    res: int = 28
-    width: int = 256
-    depth: int = 3
-    noise: int = 64
+    res: fields.Size = 28
+    width: fields.Size = 256
+    depth: fields.Size = 3
+    noise: fields.Size = 64
     grey: bool = True
 
     def setup(self):
@@ -59,10 +60,10 @@ class Discriminator(nn.Module):
     width of Judgement's.
     """
 
-    res: int = 28
-    width: int = 256
-    depth: int = 3
-    embedding: int = 64
+    res: fields.Size = 28
+    width: fields.Size = 256
+    depth: fields.Size = 3
+    embedding: fields.Size = 64
 
     @nn.compact
     def __call__(self, image_BHWC, *conds: Cond) -> tuple[gan.Judgement, ...]:

@@ -8,6 +8,7 @@ B batch · H W pixels · C channels · T picture tokens · S text tokens · D wi
 import flax.linen as nn
 import jax.numpy as jnp
 
+from t2i_jax import fields
 from t2i_jax.models import attention, layers
 from t2i_jax.models.types import Cond
 
@@ -61,11 +62,11 @@ class Backbone(nn.Module):
     scan: one compiled block run `depth` times, its parameters stacked: compiles fast when deep.
     """
 
-    channels: int = 3
-    patch: int = 4
-    width: int = 192
-    depth: int = 6
-    heads: int = 6
+    channels: fields.Size = 3
+    patch: fields.Size = 4
+    width: fields.Size = 192
+    depth: fields.Size = 6
+    heads: fields.Size = 6
     mlp_ratio: float = 8 / 3  # SwiGLU of the size of a four-fold MLP
     dtype: str = "float32"
     remat: str = "none"

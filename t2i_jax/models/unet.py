@@ -6,6 +6,7 @@ B batch · H W pixels · C channels · T picture tokens · S text tokens · D wi
 import flax.linen as nn
 import jax.numpy as jnp
 
+from t2i_jax import fields
 from t2i_jax.models import attention, convolution, layers
 from t2i_jax.models.types import Cond
 
@@ -14,7 +15,7 @@ class Conv(nn.Module):
     """3 × 3 or 1 × 1, stride 1, NHWC: what XLA:CPU runs fast, also inside loops and backwards."""
 
     features: int
-    size: int = 3
+    size: fields.Size = 3
     zero: bool = False
     dtype: str = "float32"
 
@@ -83,11 +84,11 @@ class Backbone(nn.Module):
     `dtype` of the products inside the blocks, all else is float32, see `transformer.Backbone`.
     """
 
-    channels: int = 3
-    stem: int = 32
-    width: int = 128
-    depth: int = 2
-    heads: int = 2
+    channels: fields.Size = 3
+    stem: fields.Size = 32
+    width: fields.Size = 128
+    depth: fields.Size = 2
+    heads: fields.Size = 2
     dtype: str = "float32"
 
     @property

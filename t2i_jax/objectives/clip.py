@@ -7,12 +7,12 @@ B batch · H W pixels · C channels · P embedding
 """
 
 import math
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, losses, plugins
+from t2i_jax import errors, fields, losses, plugins
 from t2i_jax.models import clip, pyramid
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.pretrained import clip_vision, image_network
@@ -29,7 +29,7 @@ class Options(NamedTuple):
     train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
-    kind: str = "contrastive"
+    kind: Annotated[str, fields.one_of(LOSSES)] = "contrastive"
     train_text: bool = False
 
 
@@ -40,9 +40,7 @@ def make(config) -> Objective:
     `caption` of what reads the text encoder's states, False: its pooled vectors are the embeddings,
     as in Hugging Face's CLIP checkpoints, which config.load.image and .text read.
     """
-    options = plugins.call(Options, where="config.loss", options=config.loss)
-    if options.kind not in LOSSES:
-        raise errors.unknown("kind", options.kind, LOSSES, where="config.loss")
+    options = fields.build(Options, config.loss, where="config.loss")
     sigmoid, source = options.kind == "sigmoid", config.load.get("image")
     image, caption = towers(config.model, res=config.res, source=source, sigmoid=sigmoid)
     text = conditioner.Conditioner(config, train_text=options.train_text)

@@ -11,9 +11,9 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import losses, plugins, randomness
+from t2i_jax import fields, losses, randomness
 from t2i_jax.models import backbone
-from t2i_jax.objective import Above, Aux, Constant, Loss, Objective
+from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, conditioner
@@ -22,9 +22,10 @@ TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
-Guidance = Annotated[float, Constant(guide.NONE)]
-Interval = Annotated[tuple[float, float], Constant(guide.ALWAYS)]
-Shift = Annotated[float, Above(0.0)]
+Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
+Interval = Annotated[tuple[float, float], fields.at_least(0), fields.compiled_apart(guide.ALWAYS)]
+Steps = Annotated[int, fields.count()]
+Output = prediction.Kind
 
 
 class Options(NamedTuple):
@@ -39,10 +40,10 @@ class Options(NamedTuple):
     train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
-    prediction: str = "v"
+    prediction: Output = "v"
     time_mean: float = 0.0
-    time_std: float = 1.0
-    text_dropout: float | tuple[float, ...] = 0.1
+    time_std: fields.Weight = 1.0
+    text_dropout: Annotated[float | tuple[float, ...], fields.between(0, 1)] = 0.1
     train_text: bool = False
 
 
@@ -50,8 +51,7 @@ def make(config) -> Objective:
     """Nets "model" and "text", the latter frozen or trained, too; predictions sample, img2img,
     encode, loss_at_times.
     """
-    options = plugins.call(Options, where="config.loss", options=config.loss)
-    prediction.check(options.prediction, "config.loss")
+    options = fields.build(Options, config.loss, where="config.loss")
     model = backbone.build(config.model, res=config.res, where="config.model")
     text = conditioner.Conditioner(
         config, text_dropout=options.text_dropout, train_text=options.train_text
@@ -106,9 +106,9 @@ def make(config) -> Objective:
         key,
         *,
         guidance: Guidance = 3.0,
-        steps=12,
-        sampler="heun",
-        shift: Shift = 1.0,
+        steps: Steps = 12,
+        sampler: ode.Sampler = "heun",
+        shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
         """Pictures for captions.   -> image_BHWC in [-1, 1]
@@ -130,11 +130,11 @@ def make(config) -> Objective:
         batch,
         key,
         *,
-        strength=0.7,
+        strength: fields.Share = 0.7,
         guidance: Guidance = 3.0,
-        steps=12,
-        sampler="heun",
-        shift: Shift = 1.0,
+        steps: Steps = 12,
+        sampler: ode.Sampler = "heun",
+        shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
         """What becomes of the batch's pictures where noise of time `strength` is put on them and
@@ -154,7 +154,6 @@ def make(config) -> Objective:
 
     def solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval):
         """The pictures that guided flow leads to.   -> image_BHWC in [-1, 1]"""
-        ode.check(sampler, "--sampler")
         cond = text.encode(nets, batch)
 
         def under(cond):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors, losses, optim, plugins, randomness
+from t2i_jax import errors, fields, losses, optim, randomness
 from t2i_jax.models import augment
 from t2i_jax.models.types import Cond
 from t2i_jax.objective import Aux, Loss, Objective
@@ -110,7 +110,7 @@ def make(config) -> Objective:
 
 def build(config) -> "GAN":
     """The parts that a config describes, checked."""
-    options = plugins.call(Options, where="config.loss", options=config.loss)
+    options = fields.build(Options, config.loss, where="config.loss")
     _check(options)
     own = copy.deepcopy(config)
     own.model = networks.by_net(config.model, config.load)
@@ -272,7 +272,7 @@ class GAN(NamedTuple):
 
     # --- predictions ------------------------------------------------------------------------------
 
-    def sample(self, nets, batch, key, *, truncation=1.0):
+    def sample(self, nets, batch, key, *, truncation: fields.Weight = 1.0):
         """Images for captions.   -> image_BHWC in [-1, 1]
 
         Args:
@@ -281,7 +281,15 @@ class GAN(NamedTuple):
         """
         return self._render(nets, *self._style(nets, batch, key, truncation))
 
-    def between(self, nets, batch, key, *, share=0.0, truncation=1.0):
+    def between(
+        self,
+        nets,
+        batch,
+        key,
+        *,
+        share: fields.Share = 0.0,
+        truncation: fields.Weight = 1.0,
+    ):
         """Images on the way from each example's to the next one's, the last's to the first's.
 
         Noise or style and caption states go together.   -> image_BHWC in [-1, 1]

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Features
 from t2i_jax.pretrained import hf, vit
@@ -65,15 +65,15 @@ class ClipImage(nn.Module):
     mean, std: of RGB in [0, 1], taken off and divided by.
     """
 
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-    mlp_width: int = 3072
-    res: int = 224
-    patch: int = 32
+    width: fields.Size = 768
+    depth: fields.Size = 12
+    heads: fields.Size = 12
+    mlp_width: fields.Size = 3072
+    res: fields.Size = 224
+    patch: fields.Size = 32
     epsilon: float = 1e-5
     activation: str = "quick_gelu"
-    projected: int = 512
+    projected: fields.Size = 512
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     dtype: str = "float32"

@@ -8,7 +8,7 @@ import pathlib
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import errors, plugins
+from t2i_jax import errors, fields
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import bert, clip_text, gpt2, hf, t5
 from t2i_jax.text import tokenize
@@ -143,7 +143,7 @@ def _make(source: str, dtype: str, options) -> nn.Module:
     own = {"dtype": dtype, **options.get(_name(family), {})}
     where = f"config.text.{_name(family)}"
     try:
-        return plugins.call(family.from_config, config, where=where, options=own)
+        return fields.build(family.from_config, own, config, where=where)
     except errors.ConfigError as e:
         if e.where != hf.CONFIG:
             raise

@@ -7,12 +7,18 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors, files, plugins
+from t2i_jax import errors, fields, files, plugins
 
+_OPTIONS = fields.Rule(
+    lambda metrics: all(hasattr(options, "items") for options in metrics.values()),
+    ": name -> an object of options",
+)
+_SOURCE = fields.Rule(lambda part: "source" in part, ' that each name a "source"')
+Sources = Annotated[tuple[Mapping, ...], _SOURCE]
 FOLDER = pathlib.Path(__file__).parent.parent / "evaluators" / "protocols"
 
 
@@ -35,18 +41,18 @@ class Protocol(NamedTuple):
     """
 
     name: str
-    data: tuple[Mapping[str, Any], ...]
-    metrics: Mapping[str, Mapping[str, Any]]
-    num_images: int
-    per_caption: int = 1
-    seed: int = 0
-    sample: Mapping[str, Any] = {}
+    data: Sources
+    metrics: Annotated[Mapping, _OPTIONS]
+    num_images: fields.Size
+    per_caption: fields.Size = 1
+    seed: fields.Seed = 0
+    sample: Mapping = {}
     ema: bool = True
-    res: int | None = None
+    res: Annotated[int | None, fields.at_least(1)] = None
     extractor: str | None = None
     clip: str | None = None
     resize: str = "clean"
-    train: tuple[Mapping[str, Any], ...] = ()
+    train: Sources = ()
 
     @property
     def sha256(self) -> str:
@@ -145,35 +151,10 @@ def _checked(values, changes, where: str) -> dict:
     if not isinstance(values, dict):
         raise errors.ConfigError("no object", where=where, fix="write {…}")
     values = {**values, **changes}
-    known = [field for field in Protocol._fields if field != "name"]
-    for field in values:
-        if field not in known:
-            raise errors.unknown("field", field, known, where=where)
     for field in ("data", "metrics", "num_images"):
         if not values.get(field):
             raise errors.ConfigError(f"{field} is missing", where=where, fix="add it")
-    whole = lambda v: type(v) is int and v >= 1
-    text = lambda v: v is None or isinstance(v, str)
-    parts = lambda v: isinstance(v, list) and all(isinstance(p, dict) and "source" in p for p in v)
-    kinds = {
-        **dict.fromkeys(("num_images", "per_caption"), (whole, "a whole number from 1")),
-        "seed": (lambda v: type(v) is int and 0 <= v < 2**32, "a whole number from 0 to 2³² − 1"),
-        "res": (lambda v: v is None or whole(v), "a number of pixels or null"),
-        "ema": (lambda v: isinstance(v, bool), "true or false"),
-        **dict.fromkeys(("extractor", "clip", "resize"), (text, "a name")),
-        **dict.fromkeys(("data", "train"), (parts, 'a list of {"source": …}')),
-        "sample": (lambda v: isinstance(v, dict), "an object of options"),
-        "metrics": (
-            lambda v: isinstance(v, dict) and all(isinstance(x, dict) for x in v.values()),
-            "an object: name -> options",
-        ),
-    }
-    for field, value in values.items():
-        fits, wanted = kinds[field]
-        if not fits(value):
-            raise errors.ConfigError(
-                f"{field} is {value!r}", where=where, fix=f"it should be {wanted}"
-            )
+    values = fields.check(Protocol, values, where=where, given=1)
     if values["num_images"] % values.get("per_caption", 1):
         raise errors.ConfigError(
             f"{values['num_images']} pictures, {values['per_caption']} of each caption",
@@ -186,4 +167,4 @@ def _checked(values, changes, where: str) -> dict:
 def _source(options, res: int, name: str):
     options = {"res": res, **options}
     module = plugins.load("data", options.pop("source"))
-    return plugins.call(module.make, where=f"protocol {name}", options=options)
+    return fields.build(module.make, options, where=f"protocol {name}")

@@ -3,11 +3,15 @@
 x_BHWC state · ts_S times from noise (1) to data (0), S − 1 steps
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import fields
+
+Shift = Annotated[float, fields.above(0)]
 
 
 def euler(velocity, x_BHWC, ts_S):
@@ -37,9 +41,14 @@ def heun(velocity, x_BHWC, ts_S):
 def times(steps: int, shift=1.0):
     """steps + 1 times 1 … 0: s·t / (1 + (s − 1)·t) of an even grid (arXiv:2403.03206, eq. 23).
 
-    A shift that is not above 0 gives no numbers, as there is no such grid. The ends are 1 and 0
-    exactly; the times between them are right to a few roundings.
+    The ends are 1 and 0 exactly; the times between them are right to a few roundings.
+
+    Raises:
+      ConfigError: a shift that is not above 0, as there is no such grid. A traced one, which nobody
+        can look at, gives no numbers then.
     """
+    if not isinstance(shift, jax.core.Tracer):
+        shift = fields.checked(Shift, "shift", shift, where="sampling.ode.times")
     # s·t + (1 − t) is the denominator without its cancellation: 1 + (0.2 − 1) is below 0.2.
     part_S = np.arange(steps - 1, 0, -1) / steps
     t_S, rest_S = part_S.astype(np.float32), (1 - part_S).astype(np.float32)
@@ -49,9 +58,4 @@ def times(steps: int, shift=1.0):
 
 
 SOLVERS = {"euler": euler, "heun": heun}
-
-
-def check(name: str, where: str) -> None:
-    """Raises ConfigError unless it is one of SOLVERS."""
-    if name not in SOLVERS:
-        raise errors.unknown("sampler", name, SOLVERS, where=where)
+Sampler = Annotated[str, fields.one_of(SOLVERS)]

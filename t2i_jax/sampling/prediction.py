@@ -1,19 +1,16 @@
 """What a flow network's output means.   B batch · H W pixels · C channels"""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import fields
 
 DATA_STD = 0.8  # of pixels in [-1, 1], for the preconditioning
 KINDS = ("v", "x", "edm")
+Kind = Annotated[str, fields.one_of(KINDS)]
 TIME_FLOOR = 1e-12  # keeps t = 0 finite; noise of so little time is lost in rounding
-
-
-def check(kind: str, where: str) -> None:
-    """Raises ConfigError unless it is one of KINDS."""
-    if kind not in KINDS:
-        raise errors.unknown("prediction", kind, KINDS, where=where)
 
 
 def velocity(kind: str, out_BHWC, z_BHWC, t_B):

@@ -37,12 +37,6 @@ class Conditioner:
                 where="config.loss.text_dropout",
                 fix="give one number, or one for each of config.load.text",
             )
-        if not ((self._dropout >= 0) & (self._dropout <= 1)).all():
-            raise errors.ConfigError(
-                f"text_dropout is {text_dropout}",
-                where="config.loss.text_dropout",
-                fix="give shares from 0 to 1",
-            )
         if config.cache and (train_text or "text" in config.lora):
             raise errors.ConfigError(
                 "cached caption states cannot change with an encoder that learns",

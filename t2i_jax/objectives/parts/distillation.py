@@ -8,10 +8,9 @@ import copy
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, losses, plugins
+from t2i_jax import errors, fields, losses
 from t2i_jax.objectives import flow
 from t2i_jax.objectives.parts.terms import Term
-from t2i_jax.sampling import ode
 
 WHERE = "config.loss.teacher"
 
@@ -38,7 +37,11 @@ def term(config, *, weight, stride, times, options, noise_shape, maps=None) -> T
             fix="describe a flow network in config.model.gen, as configs/shapes_gan_from_flow.py",
         )
     family = teacher(config)
-    _check_options(family, options)
+    fields.check(family.predict["img2img"], options, where=WHERE, given=3)
+    if "strength" in options:
+        raise errors.ConfigError(
+            "strength is drawn for each batch", where=WHERE, fix="set config.loss.distil_times"
+        )
 
     def value(nets, image_BHWC, cond, batch, keys):
         low, high = times
@@ -76,13 +79,3 @@ def teacher(config):
     own = copy.deepcopy(config)
     own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), sizes
     return flow.make(own)
-
-
-def _check_options(family, options) -> None:
-    plugins.check_options(family.predict["img2img"], options, where=WHERE, given=3)
-    if "strength" in options:
-        raise errors.ConfigError(
-            "strength is drawn for each batch", where=WHERE, fix="set config.loss.distil_times"
-        )
-    if "sampler" in options:
-        ode.check(options["sampler"], WHERE)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 
-from t2i_jax import errors, plugins, weights
+from t2i_jax import errors, fields, plugins, weights
 from t2i_jax.models import backbone, gan, mlp, pyramid
 from t2i_jax.models import clip as clip_models
 from t2i_jax.objectives import clip
@@ -25,7 +25,7 @@ def generator(config) -> nn.Module:
         return _built(_network(sizes, where).Generator, sizes, config.res, where)
     _check_res(sizes, where)
     kind = sizes.pop("prediction", "v")
-    prediction.check(kind, where)
+    fields.checked(prediction.Kind, "prediction", kind, where=where)
     return gan.OneStep(backbone.build(sizes, res=config.res, where=where), config.res, kind)
 
 
@@ -107,10 +107,10 @@ def _network(sizes, where: str):
 
 def _built(kind, sizes, res: int, where: str) -> nn.Module:
     _check_res(sizes, where)
-    fields = kind.__dataclass_fields__
-    if "least" in fields:
+    known = kind.__dataclass_fields__
+    if "least" in known:
         pyramid.check(res)
-    options = {"res": res, **sizes} if "res" in fields else sizes
+    options = {"res": res, **sizes} if "res" in known else sizes
     return plugins.network(kind, where=where, options=options)
 
 

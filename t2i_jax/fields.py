@@ -1,0 +1,239 @@
+"""Rules beside a field, as `Annotated[type, rule]`, and the one check of options by them.
+
+    class Options(NamedTuple):
+        gamma: Annotated[tuple[float, float], at_least(0)] = (0.5, 0.05)
+
+Fields are those of a NamedTuple, of a Linen module, or the arguments of a function.
+"""
+
+import inspect
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+
+from t2i_jax import errors
+
+# Numbers are computed in float32: a smaller one counts as 0, a larger one is infinite.
+LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+UNIONS = (typing.Union, types.UnionType)
+NAMES = {  # of types, as messages say them; None is not there
+    **{float: "a finite number", int: "a whole number", bool: "True or False", str: "a text"},
+    Mapping: "a dictionary",
+}
+
+
+class Rule(NamedTuple):
+    """What a field's value must fulfil beside its type. Of a tuple, each entry must.
+
+    wanted: how the message goes on after the type, such as " above 0".
+    names: those that the value must be one of.   whole: the rule is of a tuple, not of its entries.
+    """
+
+    fits: Callable[[Any], bool]
+    wanted: str = ""
+    names: Any = None
+    whole: bool = False
+
+
+class Static(NamedTuple):
+    """With this value, or any, a prediction's option is a constant of the compiled program."""
+
+    value: Any
+
+
+STATIC = Static(...)  # every value is compiled apart: functions may ask `temperature == 0`
+
+
+def compiled_apart(value) -> Static:
+    """This value is compiled apart, as a smaller program; all other values share one.
+
+    `guidance: Annotated[float, at_least(0), compiled_apart(1.0)] = 3.0`
+    """
+    return Static(value)
+
+
+def at_least(low) -> Rule:
+    return Rule(lambda v: v >= low, f", {low} or more")
+
+
+def above(low) -> Rule:
+    return Rule(lambda v: v - low >= LEAST, f" above {low}")
+
+
+def below(high) -> Rule:
+    return Rule(lambda v: v < high, f" below {high}")
+
+
+def between(low, high) -> Rule:
+    """Both ends belong to it."""
+    return Rule(lambda v: low <= v <= high, f" from {low} to {high:,}")
+
+
+def count(most: int = 10_000) -> Rule:
+    """Of sampling steps and the like."""
+    return between(1, most)
+
+
+def one_of(names) -> Rule:
+    return Rule(lambda v: v in names, names=names)
+
+
+def ascending() -> Rule:
+    """Of a tuple."""
+    return Rule(lambda v: list(v) == sorted(v), ", the largest last", whole=True)
+
+
+def pattern() -> Rule:
+    return Rule(_compiles, " that is a regular expression")
+
+
+Size = Annotated[int, at_least(1)]
+Seed = Annotated[int, between(0, 2**32 - 1)]
+Share = Annotated[float, between(0, 1)]
+Weight = Annotated[float, at_least(0)]
+
+
+def build(kind: Callable, options: Mapping[str, Any], *args, where: str):
+    """`kind(*args, **options)`, the options checked, and none missing that has no default.
+
+    For the arguments and errors see `check`.
+    """
+    options = check(kind, options, where=where, given=len(args))
+    for name, parameter in _parameters(kind, len(args)).items():
+        ordinary = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+        if ordinary and parameter.default is parameter.empty and name not in options:
+            raise errors.ConfigError(f"it lacks the option {name!r}", where=where, fix="add it")
+    return kind(*args, **options)
+
+
+def check(kind: Callable, options: Mapping[str, Any], *, where: str, given: int = 0) -> dict:
+    """The options, each as its field's type: 3 is 3.0 for a float, a list is a tuple.
+
+    Args:
+      kind: what has the fields. One without annotation has the type of its default.
+      where: the options' place; to a key of the config, or to "--", the option's name is added.
+      given: how many arguments stand before the options.
+    Raises:
+      ConfigError: an option that `kind` does not take, or a value against its type or rules.
+    """
+    check_names(kind, options, where=where, given=given)
+    parameters = _parameters(kind, given)
+    kinds = {name: _annotation(parameters[name]) if name in parameters else Any for name in options}
+    return {name: checked(kinds[name], name, options[name], where=where) for name in options}
+
+
+def check_names(kind: Callable, options, *, where: str, given: int = 0) -> None:
+    """ConfigError unless `kind`, after `given` positional arguments, takes every keyword."""
+    parameters = _parameters(kind, given)
+    if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
+        return
+    for name in options:
+        if name not in parameters:
+            raise errors.unknown("option", name, parameters, where=_place(where, name))
+
+
+def checked(annotation, name: str, value, *, where: str):
+    """A value as the annotation's type; for `where` and the errors see `check`."""
+    kind, rules = annotation, ()
+    if typing.get_origin(annotation) is Annotated:
+        kind, *rules = typing.get_args(annotation)
+        rules = [rule for rule in rules if isinstance(rule, Rule)]
+    place, typed = _place(where, name), _fits(kind, value)
+    for rule in rules if typed else ():
+        entries = [value] if rule.whole or not isinstance(value, tuple | list) else value
+        bad = [entry for entry in entries if not (entry is None or rule.fits(entry))]
+        if bad and rule.names is not None:
+            raise errors.unknown(name, bad[0], rule.names, where=place)
+        typed = typed and not bad
+    if not typed:
+        wanted = _named(kind) + " and".join(rule.wanted for rule in rules)
+        raise errors.ConfigError(f"{name} is {value!r:.200}", where=place, fix=f"give {wanted}")
+    return _cast(kind, value)
+
+
+def is_static(parameter: inspect.Parameter, value) -> bool:
+    """Whether a prediction's option is, with this value, a constant of the compiled program."""
+    marks = getattr(parameter.annotation, "__metadata__", ())
+    return isinstance(value, int | str) or STATIC in marks or Static(value) in marks
+
+
+def _parameters(kind, given: int) -> dict[str, inspect.Parameter]:
+    """The fields by name, without the first `given` and without what is not ours to set."""
+    parameters = list(inspect.signature(kind).parameters.values())[given:]
+    flax = ("parent", "name") if hasattr(kind, "__dataclass_fields__") else ()
+    other = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
+    return {p.name: p for p in parameters if p.kind not in other and p.name not in flax}
+
+
+def _annotation(parameter: inspect.Parameter):
+    """A field's annotation, else the type of its default, if that says anything."""
+    default = parameter.default
+    if parameter.annotation is not parameter.empty:
+        return parameter.annotation
+    if isinstance(default, tuple) and default:
+        return tuple[tuple(map(type, default))]
+    return type(default) if isinstance(default, bool | int | float | str) else Any
+
+
+def _place(where: str, name: str) -> str:
+    if where == "--":
+        return f"--{name}"
+    return f"{where}.{name}" if where.partition(".")[0] == "config" else where
+
+
+def _fits(kind, value) -> bool:
+    """Whether a value can be taken as that type. Of types other than those below, all can."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind in (float, int):
+        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= MOST
+        return finite and (kind is float or value == int(value))
+    if origin is tuple:
+        several = isinstance(value, tuple | list)
+        parts = _entries(parts, len(value)) if several else ()
+        return several and len(parts) == len(value) and all(map(_fits, parts, value))
+    if origin in UNIONS:
+        return any(_fits(part, value) for part in parts)
+    if kind is Mapping:
+        return hasattr(value, "items")
+    return kind not in (bool, str, type(None)) or isinstance(value, kind)
+
+
+def _cast(kind, value):
+    """A value that fits a type as that type."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if kind in (float, int):
+        return kind(value)
+    if origin is tuple:
+        return tuple(map(_cast, _entries(parts, len(value)), value))
+    if origin in UNIONS:
+        return _cast(next(part for part in parts if _fits(part, value)), value)
+    return value
+
+
+def _entries(parts, n: int) -> tuple:
+    """The types of a tuple's n entries."""
+    return (parts[0],) * n if parts[1:] == (...,) else parts
+
+
+def _named(kind) -> str:
+    """A type as a message says it: "a finite number", "2 finite numbers"."""
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin in UNIONS:
+        return " or ".join(map(_named, parts))
+    if origin is tuple:
+        number = "" if parts[1:] == (...,) else f"{len(parts)} "
+        return f"{number}{_named(parts[0]).partition(' ')[2]}s".replace("ys", "ies")
+    return NAMES.get(kind, "None")
+
+
+def _compiles(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
