@@ -37,6 +37,24 @@ class Optimiser(NamedTuple):
     learning_rate: Callable  # step -> scalar
 
 
+def make_all(config, trained) -> dict[str, Optimiser]:
+    """The optimiser of each trained net, by config.optim.
+
+    Raises:
+      ConfigError: config.optim has not one for each, or config.ema averages another net.
+    """
+    if set(config.optim) != set(trained) or not set(config.ema) <= set(trained):
+        raise errors.ConfigError(
+            f"config.optim has {sorted(config.optim)}, config.ema {sorted(config.ema)}",
+            where=f"objective {config.objective!r}",
+            fix=f"its trained nets are {sorted(trained)}: one optimiser for each",
+        )
+    return {
+        name: make(spec, steps=config.steps, where=f"config.optim.{name}")
+        for name, spec in config.optim.items()
+    }
+
+
 def make(spec, *, steps: int, where: str) -> Optimiser:
     """The optimiser a config describes.
 

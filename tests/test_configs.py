@@ -11,6 +11,7 @@ from PIL import Image
 
 from configs import coco_gan, common, folder_flow
 from t2i_jax import errors, images, loop, objective, pipeline, weights
+from t2i_jax.data import loader
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -64,7 +65,7 @@ def test_own_pictures_are_drawn_and_held_out_by_one_option(tmp_path, pictures):
     config.sample.steps = 1
     loop.train(config, tmp_path)
     trained, kept = (
-        set(loop.make_source(config, split=split).captions()) for split in ("train", "test")
+        set(loader.make_source(config, split=split).captions()) for split in ("train", "test")
     )
     assert len(trained) + len(kept) == 12
     assert kept
@@ -85,7 +86,7 @@ def test_own_pictures_are_drawn_and_held_out_by_one_option(tmp_path, pictures):
 def test_a_gan_holds_own_pictures_out_by_one_option(pictures):
     config = coco_gan.get_config(f"path={pictures},holdout=0.3")
     trained, kept = (
-        set(loop.make_source(config, split=split).captions()) for split in ("train", "test")
+        set(loader.make_source(config, split=split).captions()) for split in ("train", "test")
     )
     assert (len(trained | kept), len(trained & kept)) == (12, 0)
     assert kept

@@ -18,7 +18,7 @@ LAYERS = (  # from bottom to top; a module has its own entry or that of its fold
     ("text.conditioner",),
     ("data",),
     ("quality",),
-    ("weights", "run.rundir"),
+    ("weights", "run.rundir", "run.health", "run.minutes"),
     ("objectives", "evaluators"),
     ("pipeline", "checks"),
     ("loop",),

@@ -12,7 +12,7 @@ import pytest
 from t2i_jax import errors, loop, pipeline
 from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
-from t2i_jax.run import health, rundir
+from t2i_jax.run import health, minutes, rundir
 from tests.runs import config, rows, small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -111,19 +111,31 @@ def test_a_death_counts_against_a_checkpoint_only_in_the_first_step(run, tmp_pat
     longer = config(steps=config().steps + 2, prompts=())
     attempts = tmp_path / "run/checkpoints/attempts.json"
 
-    def killed(*_):
+    def killed(*_, **__):
         raise RuntimeError("as a kill would")
 
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_compile", killed)
+        patched.setattr(loop.compile_cache, "compile_step", killed)
         with pytest.raises(RuntimeError):
             loop.train(longer, tmp_path / "run")
     assert not attempts.exists()
     with monkeypatch.context() as patched:
-        patched.setattr(loop, "_compile", lambda *_: killed)
+        patched.setattr(loop.compile_cache, "compile_step", lambda *_, **__: killed)
         with pytest.raises(RuntimeError):
             loop.train(longer, tmp_path / "run")
     assert json.loads(attempts.read_text()) == {str(config().steps): 1}
+
+
+def test_a_start_draws_what_is_due_unless_the_picture_is_there(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    (picture,) = (tmp_path / "run/samples").iterdir()
+    before, written = picture.read_bytes(), picture.stat().st_mtime_ns
+    drawing = config(sample_every=config().steps)
+    loop.train(drawing, tmp_path / "run")
+    assert picture.stat().st_mtime_ns == written
+    picture.unlink()
+    loop.train(drawing, tmp_path / "run")
+    assert picture.read_bytes() == before
 
 
 def test_damaged_rows_of_rollbacks_still_count(tmp_path):
@@ -244,7 +256,7 @@ def test_a_key_that_nobody_reads_does_not_exist():
 
 
 def test_minutes_become_steps_before_the_first_and_stay_what_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "TIMED", 3)
+    monkeypatch.setattr(minutes, "TIMED", 3)
     plain = dict(prompts=(), save_every=5, log_every=2)
     loop.train(small(steps=0, minutes=1e-9, **plain), tmp_path / "timed")
     assert json.loads((tmp_path / "timed" / "config.json").read_text())["steps"] == 2

@@ -92,7 +92,7 @@ def test_rows_that_are_broken_are_repaired(tmp_path):
     rows = [json.dumps({"step": n}).encode() for n in range(1, 6)]
     rows[1] = rows[1].replace(b"s", b"\xff")
     path.write_bytes(b"\n".join((*rows[:3], b"7", b"[]", b"", *rows[3:])) + b'\n{"step": 6, "lo')
-    writer = metrics.Writer(tmp_path, start=4, stop=9, batch_size=2, last_evaluated=4)
+    writer = metrics.Writer(tmp_path, start=4, stop=9, batch_size=2)
     writer.close()
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4]
 
@@ -108,7 +108,7 @@ def notebook(monkeypatch):
 def test_a_notebook_sees_a_bar_with_loss_speed_and_time_to_go(notebook, tmp_path, capsys):
     with logs.told():
         logs.open(tmp_path / "log.txt")
-        writer = metrics.Writer(tmp_path, start=0, stop=4, batch_size=2, last_evaluated=0)
+        writer = metrics.Writer(tmp_path, start=0, stop=4, batch_size=2)
         for n in range(1, 5):
             writer.step(n, {"model/loss": np.float32(n / 8)})
             writer.flush()
@@ -123,7 +123,7 @@ def test_a_notebook_sees_a_bar_with_loss_speed_and_time_to_go(notebook, tmp_path
 
 def test_without_a_screen_that_can_move_there_are_plain_lines(tmp_path, caplog, capsys):
     with logs.told():
-        writer = metrics.Writer(tmp_path, start=0, stop=2, batch_size=2, last_evaluated=0)
+        writer = metrics.Writer(tmp_path, start=0, stop=2, batch_size=2)
         writer.step(1, {"model/loss": np.float32(1)})
         writer.flush()
         writer.close()

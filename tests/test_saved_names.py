@@ -1,22 +1,10 @@
 """Names in saved files that the code calls otherwise: they are still read, and still written."""
 
-import types
-
 import jax
 import jax.numpy as jnp
-import pytest
 
-from t2i_jax import loop
 from t2i_jax.models import gan, mlp
 from t2i_jax.models.types import Cond
-
-
-@pytest.mark.parametrize("meta", [{"evaluated": True}, {"evaluated": False}, {"hooked": True}])
-def test_a_checkpoint_says_whether_its_step_was_evaluated(meta, tmp_path):
-    saved = types.SimpleNamespace(restore_newest=lambda target: ("state", 4), meta=lambda _: meta)
-    nothing = dict(config=None, shapes={}, _placed={}, frozen={}, _frozen_digests=None)
-    run = types.SimpleNamespace(workdir=tmp_path, **nothing)
-    assert loop.Run._first_state(run, saved) == ("state", 4, *meta.values())
 
 
 def test_a_discriminators_head_has_the_names_of_saved_files():

@@ -15,7 +15,7 @@ import tensorflow_datasets
 from PIL import Image
 
 from configs import coco_gan, tfds_flow
-from t2i_jax import errors, loop
+from t2i_jax import errors
 from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
 from t2i_jax.data import pictures as folder_pictures
 from t2i_jax.evaluators import digits as judge
@@ -393,7 +393,7 @@ def copied(prepared, tmp_path):
 def test_a_config_reads_what_tfds_prepared(make, prepared):
     config = make()
     config.data.update(name="tiny", data_dir=prepared, captions=1)
-    assert len(loop.make_source(config)) == 7
+    assert len(loader.make_source(config)) == 7
 
 
 def test_tfds_gives_back_what_was_put_in(prepared):
@@ -430,14 +430,14 @@ def test_tfds_holds_a_share_out_by_one_option(prepared):
     config.data.data_dir = prepared
     config.data.caption_key = "image/filename"
     assert "held_out_loss" in config.evaluators
-    trained, kept = (loop.make_source(config, split=split) for split in ("train", "test"))
+    trained, kept = (loader.make_source(config, split=split) for split in ("train", "test"))
     assert (len(trained), len(kept)) == (5, 2)  # of 7
     every = {f"{i}.png" for i in range(7)}
     assert set(trained.captions()) | set(kept.captions()) == every
     assert trained.fingerprint != kept.fingerprint
     for options in (dict(split="train[:3]"), dict(split="test", holdout=1.5)):
         with pytest.raises(errors.ConfigError, match="with a holdout, splits are train, test"):
-            loop.make_source(config, **options)
+            loader.make_source(config, **options)
     assert "holdout" not in tfds_flow.get_config("name=tiny").data  # runs from before go on
 
 

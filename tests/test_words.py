@@ -5,8 +5,8 @@ import types
 import pytest
 from absl import logging
 
-from t2i_jax import loop, pipeline, weights
-from t2i_jax.data import shapes
+from t2i_jax import pipeline, weights
+from t2i_jax.data import loader, shapes
 from t2i_jax.run import rundir
 from t2i_jax.text import words
 from tests import runs
@@ -89,7 +89,7 @@ def test_a_run_knows_its_own_words_and_those_of_the_models_it_uses(tmp_path):
 
 def test_a_run_keeps_its_words_and_its_pipeline_tells_others_once(run, caplog, monkeypatch):
     pipe = pipeline.Pipeline.load(str(run))
-    assert pipe.words == words.read(run) == loop.make_source(runs.config()).words()
+    assert pipe.words == words.read(run) == loader.make_source(runs.config()).words()
     monkeypatch.setattr(pipe.predictor, "sample", lambda *args, **options: None)
     logging.get_absl_logger().propagate = True
     for _ in range(2):

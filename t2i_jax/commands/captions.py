@@ -13,7 +13,7 @@ from ml_collections import config_flags
 
 from t2i_jax.commands import cli
 from t2i_jax.data import cache
-from t2i_jax.run import owner, rundir
+from t2i_jax.run import interrupt, owner, rundir
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "An experiment, configs/<name>.py.")
 WORKDIR = flags.DEFINE_string("workdir", None, "The run that will train with them.")
@@ -24,16 +24,11 @@ def main():
 
     run = loop.Run(CONFIG.value, pathlib.Path(WORKDIR.value))
     run.load_frozen()
-    run.check_frozen()
+    rundir.check_frozen(run.workdir, run.frozen)
     started = time.perf_counter()
     folder = run.workdir / cache.FOLDER
-    holder = owner.Owner(run.workdir)
-    rundir.make(run.workdir)
-    holder.acquire()
-    try:
+    with interrupt.Interrupt(run.workdir) as signals, owner.held(run.workdir, signals):
         manifest = cache.write(folder, *run.caption_states())
-    finally:
-        holder.release()
     size = sum(manifest["files"].values())
     print(
         f"{manifest['captions']} captions, {size / 1e6:.1f} MB, "

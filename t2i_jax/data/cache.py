@@ -9,6 +9,7 @@ memory, and in the user's cache folder for the next start.
 N captions · B batch · L text length · V valid tokens of a caption · D width · P pooled width
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -64,6 +65,19 @@ def identity(config, nets, source, tokenize, *, sums: int = fingerprint.FORMAT) 
         "data": source.fingerprint,
         "text_length": tokenize.length,
     }
+
+
+def asked(config, predictor, frozen, source):
+    """What `extra` and `write` ask for after the folder, for the prediction config.cache names."""
+    if not config.cache:
+        raise errors.ConfigError(
+            "it names no prediction",
+            where="config.cache",
+            fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
+        )
+    encode = functools.partial(predictor.run, config.cache, frozen)
+    tokenize = predictor.tokenize
+    return encode, source, tokenize, functools.partial(identity, config, frozen, source, tokenize)
 
 
 def extra(folder: pathlib.Path, encode, source, tokenize, identity):

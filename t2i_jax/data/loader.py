@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
 
-from t2i_jax import errors
+from t2i_jax import errors, fields, plugins
 from t2i_jax.data import transforms
 
 FEW = 3  # broken examples pass whatever the budget, unless it is 0
@@ -32,6 +32,13 @@ WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AHEAD = range(2, 17)  # batches made in advance: as many of these as HELD allows
 HELD = 2**28  # bytes of their pictures
+
+
+def make_source(config, **overrides):
+    """The training data that config.data describes; `overrides` such as split="test"."""
+    options = dict(config.data) | overrides
+    module = plugins.load("data", options.pop("source"))
+    return fields.build(module.make, {"res": config.res, **options}, where="config.data")
 
 
 class Batch(NamedTuple):

@@ -13,12 +13,14 @@ import os
 import pathlib
 import platform
 import stat
+import time
 import warnings
 
 import jax
 from absl import logging
 
 from t2i_jax import images
+from t2i_jax.run import failpoints, watchdog
 
 try:
     from jax._src import compilation_cache  # JAX has no public way to bring a cache of one's own
@@ -57,6 +59,22 @@ def enable() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     # JAX warns of an entry that another build of the same version left, and compiles it again.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache")
+
+
+def compile_step(update, *args, signals):
+    """The jitted step compiled for its arguments; a signal need not wait until that is done."""
+    logging.info("compiling the first step …")
+    started = time.perf_counter()
+    lowered = update.lower(*args)
+
+    def compiled():
+        failpoints.hit("compile")
+        return lowered.compile()
+
+    with watchdog.phase("compile"):
+        program = signals.awaited(compiled)
+    logging.info("compiled in %.1f s", time.perf_counter() - started)
+    return program
 
 
 def own_folder(name: str) -> pathlib.Path:

@@ -10,9 +10,11 @@ import time
 _hits: dict[str, int] = {}
 
 
-def trace(workdir, process: int, entry: dict) -> None:
-    """Notes what a process read, where T2I_TRACE asks for it."""
+def trace(workdir, process: int, step: int, batch) -> None:
+    """Notes what a process read for a step, where T2I_TRACE asks for it."""
     if os.environ.get("T2I_ENABLE_FAILPOINTS") == "1" and os.environ.get("T2I_TRACE"):
+        first, records = int(batch.arrays["index"][0]), [int(record) for record in batch.records]
+        entry = {"step": step, "first_slot": first, "records": records}
         with (workdir / f"trace.{process}.jsonl").open("a") as f:
             f.write(json.dumps(entry) + "\n")
 

@@ -1,8 +1,13 @@
 """Whether a run is still well: steps that were not finite, and metrics beyond their limits."""
 
 import collections
+import json
 
-from t2i_jax import errors
+import jax
+from absl import logging
+
+from t2i_jax import errors, images, step
+from t2i_jax.run import distributed, fingerprint, rundir
 
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 SKIPS_OF_1000 = 10  # more of the last thousand steps end it, too
@@ -23,6 +28,56 @@ class Skips:
             self.steps = [*(s for s in self.steps if s > row["step"] - 1000), row["step"]]
         too_many = sum(self._window) > SKIPS_OF_1000
         return bool(row["skipped"]) and (row["skipped"] >= SKIPS_IN_A_ROW or too_many)
+
+
+class Health:
+    """Ends a run that is no longer well.
+
+    Args:
+      rows: metrics of the steps before this start.
+      limits: metric -> the largest value, config.watch.
+      examples: step -> the numbers of the records that it read.
+      nets: trained net -> shapes of its variables.
+    """
+
+    def __init__(self, workdir, rows, limits, examples, nets):
+        self._skips, self._watch = Skips(rows), Watch(limits)
+        self._workdir, self._examples, self._nets = workdir, examples, nets
+
+    def check(self, rows) -> None:
+        """Raises NonFiniteError or DivergedError at the first of the rows that ends the run."""
+        for row in rows:
+            if self._skips.over(row):
+                raise self._faulty(row)
+            self._watch.check(row)
+
+    def _faulty(self, row) -> errors.NonFiniteError:
+        """The error of a row; nonfinite.json keeps which examples and arrays were not finite."""
+        n, records = row["step"], self._examples(row["step"])
+        arrays = [path for name in self._nets for path in self._faulty_array(row, name)]
+        told = {"step": n, "records": records, "arrays": arrays, "skipped": self._skips.steps[-10:]}
+        if jax.process_index() == 0:
+            try:
+                images.write_whole(self._workdir / "nonfinite.json", json.dumps(told).encode())
+            except OSError as e:  # the error itself is worth more than its file
+                logging.warning("cannot write %s: %s", e.filename, e.strerror)
+        e = errors.NonFiniteError(
+            f"{len(self._skips.steps)} of the last thousand steps were not finite, the last in the "
+            f"gradient or update of {arrays or 'none, but in the loss'} with records "
+            f"{records[:8]}{' …' if len(records) > 8 else ''}",
+            where=f"step {n}",
+            fix=f"see nonfinite.json; {errors.NonFiniteError.ADVICE}",
+        )
+        e.step = min(s for s in self._skips.steps if s > n - SKIPS_IN_A_ROW)
+        return e
+
+    def _faulty_array(self, row, name: str) -> list[str]:
+        """The path of a net's first faulty array, if there is one."""
+        place = row[f"{name}/{step.FAULTY}"]
+        if place < 0:
+            return []
+        path, _ = jax.tree_util.tree_leaves_with_path(self._nets[name]["params"])[place]
+        return [f"{name}/params/{fingerprint.path_of(path)}"]
 
 
 class Watch:
@@ -59,3 +114,25 @@ def check_watched(limits, metrics_there) -> None:
             raise errors.ConfigError(
                 f"the limit is {limit!r}", where=f"config.watch[{name!r}]", fix="give a number"
             )
+
+
+def goes_back(e: errors.NonFiniteError, workdir, checkpoints, start: int) -> bool:
+    """Sets the checkpoints aside that came after the error, so that a run can begin again before.
+
+    It never begins from scratch: where no checkpoint is older, all stay, and the answer is False.
+
+    Args:
+      start: the step of the checkpoint that this start began with.
+    """
+    # Without one sound step since this start, the checkpoint it came from is at fault, too.
+    first = e.step if e.step > start + 1 else min(e.step, start)
+    older = sum(step < first for step in checkpoints.steps())
+    if not distributed.as_first(older):
+        logging.warning("no checkpoint is older than step %d: none is set aside", first)
+        return False
+    newest = checkpoints.set_aside_from(first, "diverged")
+    if jax.process_index() == 0:
+        rundir.note_rollback(workdir, {"step": newest, "why": str(e)})
+    distributed.barrier("rollback")
+    logging.warning("%s; going back to step %d", e, newest)
+    return True

@@ -7,7 +7,7 @@ import jax
 from absl import logging
 
 from t2i_jax import errors, images
-from t2i_jax.run import metrics
+from t2i_jax.run import distributed, metrics
 
 
 class Hooks:
@@ -31,22 +31,28 @@ class Hooks:
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
         self._jobs = collections.deque()
 
-    def run(self, n: int, state, frozen, writer) -> None:
-        """Draws and begins to judge what is due after n steps; `collect` writes the results."""
-        config = self._config
+    def run(self, n: int, state, frozen, writer, *, resumed: bool = False) -> None:
+        """Draws and begins to judge what is due after n steps; `collect` writes the results.
+
+        resumed: an earlier start may have done so: what the workdir's files hold is not done again.
+        """
+        config, picture = self._config, self._workdir / "samples" / f"step_{n:08d}.png"
         draw = self._due(n, config.sample_every) and self._prompts
         draw = draw and "sample" in self._predictor.bound
         judge = self._due(n, config.eval_every) and self._evaluators
+        if resumed:  # the first process alone is sure to see the files
+            drawn, judged = picture.exists(), metrics.evaluated(self._workdir, n)
+            draw = draw and not distributed.as_first(drawn)
+            judge = judge and not distributed.as_first(judged)
         if not (draw or judge):
             return
         nets = {**averaged(state), **frozen}
         if draw:
             drawn = self._predictor.sample(nets, self._prompts, seed=config.seed)
             if self._main:
-                path = self._workdir / "samples" / f"step_{n:08d}.png"
-                path.parent.mkdir(exist_ok=True)
+                picture.parent.mkdir(exist_ok=True)
                 grid = images.grid(drawn)
-                images.save(path, grid, {"prompts": self._prompts})
+                images.save(picture, grid, {"prompts": self._prompts})
                 writer.picture(n, "samples", grid)
         if judge:
             finish = {name: run(nets, n) for name, run in self._evaluators.items()}
@@ -60,11 +66,8 @@ class Hooks:
             self._config.best and self._evaluators and self._due(n, self._config.eval_every)
         )
 
-    def collect(self, writer, checkpoints, *, before: int = 0) -> bool:
-        """Writes results that are there, waiting for those of steps before the given one.
-
-        Returns whether none is outstanding.
-        """
+    def collect(self, writer, checkpoints, *, before: int = 0) -> None:
+        """Writes results that are there, waiting for those of steps before the given one."""
         while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
             n, job = self._jobs.popleft()
             found = job.result()
@@ -73,10 +76,9 @@ class Hooks:
             if self._config.best:  # first, for what has its event is not evaluated again
                 self._rate(n, found, checkpoints)
             writer.event(n, found)
-        return not self._jobs
 
     def _due(self, n: int, every: int) -> bool:
-        return bool(every) and (n % every == 0 or n == self._config.steps)
+        return bool(every) and n > 0 and (n % every == 0 or n == self._config.steps)
 
     def _rate(self, n: int, found, checkpoints) -> None:
         metric = self._config.best.removeprefix("-")

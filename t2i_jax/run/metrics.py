@@ -117,30 +117,20 @@ class Writer:
     Args:
       start, stop: the steps done so far, and in all. Rows after `start` are cut.
       batch_size: examples of a step, for the speed that is shown.
-      last_evaluated: the last step whose evaluations are kept.
     Raises:
       StorageError: a file cannot be written at the start, or has records left at `close`.
     """
 
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        *,
-        start: int,
-        stop: int,
-        batch_size: int,
-        last_evaluated: int,
-    ):
+    def __init__(self, workdir: pathlib.Path, *, start: int, stop: int, batch_size: int):
         self._workdir, self._start = workdir, start
         self._first = jax.process_index() == 0
         self._files, self._board = {"quarantine": Growing(quarantine(workdir))}, None
         with errors.of_storage(workdir):
             _cut(quarantine(workdir), start)
             if self._first:
-                kept = {"metrics": start, "times": start, "events": last_evaluated}
-                for name, last in kept.items():
+                for name in ("metrics", "times", "events"):
                     self._files[name] = Growing(workdir / f"{name}.jsonl")
-                    _cut(workdir / f"{name}.jsonl", last)
+                    _cut(workdir / f"{name}.jsonl", start)
                 (workdir / "tb").mkdir(exist_ok=True)
                 self._board = Board(workdir / "tb", start + 1)
         self._pending: list[tuple[int, dict]] = []

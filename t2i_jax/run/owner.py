@@ -10,12 +10,39 @@ import threading
 import time
 import uuid
 
+import jax
 from absl import logging
 
 from t2i_jax import errors, images
 
 BEAT = 5.0  # seconds between signs of life
 STALE = 60.0  # seconds without one, after which an owner on another host counts as dead
+
+
+@contextlib.contextmanager
+def held(workdir, signals):
+    """Makes a workdir and holds its lock during the body; yields what checks that it still does.
+
+    Of several processes the first holds it for all. A signal that ends the process releases it.
+
+    Args:
+      signals: the `interrupt.Interrupt` that is entered.
+    Raises:
+      OwnerError: a living process holds it.
+      StorageError: the folder cannot be written.
+    """
+    if jax.process_index():
+        yield lambda: None
+        return
+    holder = Owner(workdir)
+    with signals.at_once():
+        images.make_folder(workdir, "--workdir")
+        holder.acquire()
+    try:
+        signals.abandoned.append(holder.release)
+        yield holder.check
+    finally:
+        holder.release()
 
 
 class Owner:

@@ -24,11 +24,6 @@ FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these
 FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
 
 
-def make(path: pathlib.Path) -> None:
-    """Makes the folder and proves that it can be written; raises StorageError if it cannot."""
-    images.make_folder(path, "--workdir")
-
-
 def describe(path: pathlib.Path, config, source) -> None:
     """Writes config.json, env.txt and words.txt, and sends the log to log.txt, too.
 
@@ -49,6 +44,27 @@ def describe(path: pathlib.Path, config, source) -> None:
         if not (path / words.FILE).exists() and (known := known_words(config, source)):
             words.write(path, known)
         logs.open(path / "log.txt")
+
+
+def meta(config, source, frozen) -> dict:
+    """What a checkpoint says of its run beside the state.
+
+    source: the training data.   frozen: net -> digest of the nets no loss trains.
+    """
+    return {
+        "data": source.fingerprint,
+        "frozen": frozen,
+        "config": json.loads(weights.to_json(config)),  # should config.json be lost
+        "t2i_jax": t2i_jax.__version__,
+        "jax": jax.__version__,
+    }
+
+
+def check_frozen(path: pathlib.Path, nets) -> None:
+    """Raises ConfigError where the run there was trained with other frozen nets."""
+    if (path / "checkpoints").is_dir():
+        saved = _newest_meta(checkpoint.Checkpoints(path, create=False))
+        weights.check_frozen(nets, saved.get("frozen"))
 
 
 def known_words(config, source) -> set[str] | None:

@@ -53,8 +53,8 @@ BREAKS = (
     Break("T5", "run/rundir.py", "    if differences:\n", "    if False:\n"),
     # G5: what is not finite reaches neither weights nor disk.
     Break("N1", "step.py", "jnp.where(finite, a, b)", "a"),
-    Break("N2", "loop.py", "if skips.over(row):", "if False:"),
-    Break("N6", "loop.py", "if not distributed.as_first(older):", "if False:"),
+    Break("N2", "run/health.py", "if self._skips.over(row):", "if False:"),
+    Break("N6", "run/health.py", "if not distributed.as_first(older):", "if False:"),
     Break("N7", "errors.py", "the checkpoints hold finite values", "the last checkpoint is sound"),
     Break("N3", "run/checkpoint.py", "        if bad:\n", "        if False:\n"),
     # G6: a signal is heard in every phase.
