@@ -48,7 +48,9 @@ def test_a_term_adds_a_frozen_net_and_a_metric(stride):
     nets = toy.init(jax.random.key(0), batch)
     assert set(nets) == {"model", "target"}
     assert (toy.trained, toy.training_only) == (("model",), ("target",))
-    optimisers = {"model": step.optim.make({"name": "sgd", "learning_rate": 0.1}, steps=1, where="")}
+    optimisers = {
+        "model": step.optim.make({"name": "sgd", "learning_rate": 0.1}, steps=1, where="")
+    }
     state = step.start(optimisers, {}, {"model": nets["model"]})
     frozen = {"target": nets["target"]}
     new, metrics = jax.jit(step.make_update(toy, optimisers, ema={}))(state, frozen, batch)
