@@ -1,4 +1,4 @@
-"""What may be asked to be drawn: prompts, counts and seeds within their limits."""
+"""Checks of what a user asks to draw: prompts, counts and seeds within their limits."""
 
 import operator
 
@@ -9,8 +9,8 @@ from t2i_jax import errors
 PROMPT_LIMIT = 10_000  # characters
 COUNT_LIMIT = 100_000
 SEED_LIMIT = 2**32
-INDEX_LIMIT = 2**31  # pictures under one seed
-ALIASES = {  # what diffusers calls it -> what it is called here
+INDEX_LIMIT = 2**31  # images under one seed: an index is an int32 in a batch
+ALIASES = {  # name in diffusers -> name here, for the hints of errors
     "num_images_per_prompt": "num_images",
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
@@ -20,14 +20,14 @@ ALIASES = {  # what diffusers calls it -> what it is called here
 
 
 def check_prompt(text, where: str) -> None:
-    """`check_text`, and something must be asked for."""
+    """Raises ConfigError unless it passes `check_text` and is more than white space."""
     check_text(text, where)
     if not text.strip():
         raise errors.ConfigError("a prompt is empty", where=where, fix="say what to draw")
 
 
 def check_text(text, where: str) -> None:
-    """Raises ConfigError unless it is a string, not overlong, of valid Unicode."""
+    """Raises ConfigError unless it is a string of valid Unicode, of at most PROMPT_LIMIT."""
     if not isinstance(text, str):
         raise errors.ConfigError(f"a prompt is {text!r}", where=where, fix="give a string")
     if len(text) > PROMPT_LIMIT:
@@ -36,6 +36,7 @@ def check_text(text, where: str) -> None:
             where=where,
             fix=f"shorten it; {PROMPT_LIMIT:,} is the limit",
         )
+    # Python decodes bad bytes of a command line to lone surrogates, which no file can hold.
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise errors.ConfigError(
             "a prompt is not valid Unicode", where=where, fix="write it in UTF-8"
@@ -43,7 +44,7 @@ def check_text(text, where: str) -> None:
 
 
 def check_seed(seed, where: str) -> None:
-    """Raises ConfigError unless it is a whole number in range."""
+    """Raises ConfigError unless it is a whole number from 0 to SEED_LIMIT − 1."""
     if not is_whole(seed) or not 0 <= seed < SEED_LIMIT:
         raise errors.ConfigError(
             f"seed is {seed!r}", where=where, fix="give a whole number from 0 to 2³² − 1"
@@ -51,7 +52,7 @@ def check_seed(seed, where: str) -> None:
 
 
 def is_whole(value) -> bool:
-    """Whether it is an integer of Python or NumPy."""
+    """Whether it is an integer of Python or NumPy. A bool is none."""
     if isinstance(value, bool) or getattr(value, "ndim", 0):
         return False
     try:
@@ -62,9 +63,12 @@ def is_whole(value) -> bool:
 
 
 def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
-    """What a call from Python asks for, a row for each of its B pictures.
+    """The arguments of `Pipeline.__call__` as lists with one entry for each of its B images.
 
-    For the arguments see `Pipeline.__call__`.   -> captions, seed, index, negative_prompt
+    Returns:
+      {"captions", "seed", "index", "negative_prompt"}; the last is None without one.
+    Raises:
+      ConfigError: an argument is out of its limits, or lists have unequal lengths.
     """
     texts = _listed(prompts, "prompts", "a string or a list of strings")
     if not texts:
@@ -74,12 +78,14 @@ def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
     seeds = [seed] if is_whole(seed) else _listed(seed, "seed", "a whole number or a list of them")
     for one in seeds:
         check_seed(one, "seed")
-    if len(texts) == 1 and num_images == 1:
+    if len(texts) == 1 and num_images == 1:  # one prompt with many seeds asks for an image a seed
         num_images = len(seeds)
     if not is_whole(num_images) or not 1 <= num_images <= COUNT_LIMIT:
         raise errors.ConfigError(
             f"num_images is {num_images!r}", where="num_images", fix=f"give 1 to {COUNT_LIMIT:,}"
         )
+    # One seed for all: the images are told apart by their index. One seed an image: each is the
+    # first of its seed. One seed a prompt: the index counts the images of the prompt.
     n = len(texts) * num_images
     if is_whole(seed):
         seed_B, place_B = np.full(n, seed, np.int64), np.arange(n)
@@ -112,7 +118,7 @@ def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
 
 
 def _listed(values, where: str, wanted: str) -> list:
-    """A list of several values, or of a single string."""
+    """The values as a list. A single string becomes a list of one."""
     if isinstance(values, str):
         return [values]
     if isinstance(values, dict | bytes) or not hasattr(values, "__iter__"):
@@ -120,6 +126,6 @@ def _listed(values, where: str, wanted: str) -> list:
     return list(values)
 
 
-def _unequal(name: str, found: int, prompts: int, total: int) -> errors.ConfigError:
+def _unequal(name: str, entries: int, prompts: int, total: int) -> errors.ConfigError:
     wanted = f"{prompts}" if prompts == total else f"{prompts} or {total}"
-    return errors.ConfigError(f"it has {found} entries", where=name, fix=f"give one, or {wanted}")
+    return errors.ConfigError(f"it has {entries} entries", where=name, fix=f"give one, or {wanted}")

@@ -1,8 +1,9 @@
-"""Checkpoints: a folder for each step, written behind the training, verified before they are used.
+"""Checkpoints: one folder for each step, written in the background and verified on reading.
 
-<workdir>/checkpoints/<updates done>/{params,ema,opt,meta} are Orbax's; manifest.json, written last,
-holds the fingerprint of every array and the size of every file. A folder without a manifest is no
-checkpoint and is renamed to <step>.unfinished. A damaged one is renamed to <step>.corrupt.
+Orbax writes <workdir>/checkpoints/<updates done>/{params,ema,opt,meta}. This file writes
+manifest.json last. The manifest holds the fingerprint of every array and the size of every file.
+A folder without a manifest is no checkpoint and is renamed to <step>.unfinished. A damaged
+checkpoint is renamed to <step>.corrupt.
 """
 
 import concurrent.futures
@@ -42,14 +43,17 @@ class Damaged(errors.DataError):
 class Checkpoints:
     """The checkpoints of one workdir.
 
-    `params` holds the trained nets with all their collections, `opt` the optimiser states and
-    counters, `ema` the averaged parameters and `meta` plain JSON, so that a sampler reads only what
-    it needs.
+    A checkpoint has four items, so that a sampler reads only what it needs:
+
+    - `params`: the trained nets with all their collections.
+    - `opt`: the optimiser states and counters.
+    - `ema`: the averaged parameters.
+    - `meta`: plain JSON.
 
     Args:
-      keep: finished checkpoints that stay beside the best, at least 2 of them verified.
-      create: False for readers, which change nothing.
-      guard: called before anything is written; raises if the workdir is another's by now.
+      keep: how many finished checkpoints stay, the newest ones. The best one stays as well.
+      create: False for readers. They change nothing on disk.
+      guard: is called before anything is written. It raises if another process owns the workdir.
     """
 
     def __init__(self, workdir, *, keep: int = 2, create: bool = True, guard=lambda: None):
@@ -69,28 +73,35 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that are whole on disk, ascending."""
-        found = (p for p in self._folder.iterdir() if p.name.isdecimal() and not p.is_symlink())
-        return sorted(int(p.name) for p in found if (p / MANIFEST).is_file())
+        # Links are never followed: what they lead to may belong to another run.
+        folders = (p for p in self._folder.iterdir() if p.name.isdecimal() and not p.is_symlink())
+        return sorted(int(p.name) for p in folders if (p / MANIFEST).is_file())
 
     def best(self) -> dict | None:
-        """{"step", "metric", "value"} as `set_best` was told last; None if it is not there."""
+        """{"step", "metric", "value"} of the last `set_best`; None if that checkpoint is gone."""
         try:
-            found = _read_json(self._folder / BEST)
-            there = (self._folder / str(found["step"]) / MANIFEST).is_file()
+            best = _read_json(self._folder / BEST)
+            exists = (self._folder / str(best["step"]) / MANIFEST).is_file()
         except (OSError, ValueError, TypeError, KeyError):
             return None
-        return found if there else None
+        return best if exists else None
 
     def set_best(self, step: int, metric: str, value: float) -> None:
-        """From now on that step's checkpoint stays, and the one named before does not."""
-        found = {"step": step, "metric": metric, "value": value}
-        images.write_whole(self._folder / BEST, json.dumps(found).encode())
+        """Protects the checkpoint of this step from removal, in place of the best one so far."""
+        best = {"step": step, "metric": metric, "value": value}
+        images.write_whole(self._folder / BEST, json.dumps(best).encode())
 
     def choose(self, step: int | str | None = None) -> int:
-        """The newest step, or the given one if it is there, or "best"."""
+        """The number of the newest checkpoint, of the one of `step`, or of the best one.
+
+        Args:
+          step: None for the newest, a number, or "best".
+        Raises:
+          ConfigError: there is no such checkpoint.
+        """
         if step == "best":
-            if found := self.best():
-                return found["step"]
+            if best := self.best():
+                return best["step"]
             raise errors.ConfigError(
                 "no checkpoint is the best",
                 where=str(self._folder),
@@ -106,20 +117,25 @@ class Checkpoints:
         return steps[-1] if step is None else step
 
     def save(self, state: State, meta: dict) -> None:
-        """Copies the state off the devices and returns; files are written behind the training.
+        """Copies the state off the devices and returns; a thread then writes the files.
 
-        A save that fails is told and counted here or in `poll`; older checkpoints stay.
+        A failed save is logged and counted, here or in `poll`. Older checkpoints stay.
 
+        Args:
+          meta: plain JSON, which `Checkpoints.meta` returns again.
         Raises:
-          NonFiniteError: the state holds a value that is not finite; nothing is written.
+          NonFiniteError: the state holds a value that is not finite. Nothing is written.
           StorageError: three saves in a row have failed.
         """
         step = int(state.step)
-        if step in self.steps():
+        if step in self.steps():  # a stop may ask for a save of a step that was saved just now
             return
+        # One save at a time: a second one would overwrite the staged copies of the first.
         self.wait()
         self._guard()
         items = _items(state)
+        # The sums come from the devices before Orbax sees the state. Thus they also cover the copy
+        # to the host and the write (ADR 8). The same pass finds values that are not finite.
         prints, bad = fingerprint.of(items, format=FORMAT)
         if bad:
             e = errors.NonFiniteError(
@@ -142,13 +158,13 @@ class Checkpoints:
         self._writing = self._thread.submit(self._finish, step, prints), step
 
     def poll(self) -> None:
-        """Learns of a save that ended in the background; raises as `save` does."""
+        """Takes the result of a save that ended in the background; raises as `save` does."""
         if self._writing and self._writing[0].done():
             (writing, step), self._writing = self._writing, None
             try:
                 writing.result()
                 self._failures = 0
-            except errors.OwnerError:
+            except errors.OwnerError:  # no fault of the disk: another process has the workdir
                 raise
             except Exception as e:
                 self._failed(step, e)
@@ -164,13 +180,13 @@ class Checkpoints:
         self.wait()
         self._thread.shutdown()
         if self._orbax:
-            with contextlib.suppress(Exception):  # what failed has been told
+            with contextlib.suppress(Exception):  # the failure has been logged
                 self._orbax.close()
         if self._failures:
             raise self._unwritable("the last save failed")
 
     def meta(self, step: int) -> dict:
-        """What `save` was given, with "step"."""
+        """The `meta` of `save`, with "step". Raises as `restore` does."""
         self._verify(step)
         return self._read(step, meta=ocp.args.JsonRestore())["meta"]
 
@@ -180,17 +196,18 @@ class Checkpoints:
         Raises:
           Damaged: its files or arrays are not those that were saved.
           DataError: its arrays are not those of `target`.
+          ConfigError: there is no such checkpoint, or it has an unknown format.
         """
-        found = self._restore(step, _items(target))
+        items = self._restore(step, _items(target))
         number = jax.device_put(jnp.int32(step), target.step.sharding)
-        opt, skipped = found["opt"]["opt"], found["opt"]["skipped"]
-        return State(number, found["params"], opt, found["ema"], skipped)
+        opt, skipped = items["opt"]["opt"], items["opt"]["skipped"]
+        return State(number, items["params"], opt, items["ema"], skipped)
 
     def restore_newest(self, target: State) -> tuple[State, int] | None:
         """The newest sound checkpoint's state and step; None if there never was one.
 
-        Damaged checkpoints are renamed and passed over, with a warning. One is passed over, too,
-        where three starts from it died in their first step, see `begins`.
+        A damaged checkpoint is renamed and passed over, with a warning. So is one from which three
+        starts died in their first step, see `begins`; that one keeps its name.
 
         Raises:
           DataError: there are checkpoints, and none can be used.
@@ -209,6 +226,8 @@ class Checkpoints:
                     raise
                 reasons.append(f"{step}: {e.what}")
                 self._set_aside(step, e)
+        # Checkpoints that an earlier start renamed count, too. Otherwise the second start after
+        # damage would find an empty folder and begin at step 0 without a word.
         aside = [p for kind in SET_ASIDE for p in self._folder.glob(f"*.{kind}")]
         reasons += [f"{p.name}: set aside" for p in sorted(aside)]
         if reasons:
@@ -220,17 +239,18 @@ class Checkpoints:
         return None
 
     def begins(self, step: int) -> None:
-        """The first step from a checkpoint comes now; a death in it counts against the checkpoint.
+        """Counts one attempt at the first step from this checkpoint; `progressed` forgets it.
 
-        What dies before, while it reads or compiles, has not used the state and says nothing.
+        A process that dies earlier, as it reads or compiles, has not used the state. Its death
+        tells nothing about the checkpoint and is not counted.
         """
-        distributed.barrier(f"{step}.begins")  # all have read the number that changes now
+        distributed.barrier(f"{step}.begins")  # every process has read the count that changes now
         if step in self.steps():
             attempts = self._attempts()
             self._write_attempts({**attempts, str(step): attempts.get(str(step), 0) + 1})
 
     def progressed(self) -> None:
-        """A step was made: earlier deaths in the first step no longer count."""
+        """Forgets the attempts of `begins`, after a step has succeeded."""
         self._write_attempts({})
 
     def set_all_aside(self) -> None:
@@ -248,40 +268,48 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def restore_nets(self, step: int, target, ema):
-        """Net -> variables for sampling: averaged parameters for the nets named by `ema`."""
+        """Net -> variables for sampling. Raises as `restore` does.
+
+        Args:
+          target: net -> variables, with shapes, types and shardings.
+          ema: the nets whose averaged parameters take the place of the last ones.
+        """
         averaged = {name: target[name]["params"] for name in ema}
+        # The last parameters are as large as the averaged ones. They are read only where a net
+        # needs them: one without an average, or one with other collections.
         only_averaged = all(name in ema and set(target[name]) == {"params"} for name in target)
         items = {"ema": averaged} | ({} if only_averaged else {"params": target})
-        found = self._restore(step, items)
-        nets = found.get("params") or {name: {} for name in target}
+        restored = self._restore(step, items)
+        nets = restored.get("params") or {name: {} for name in target}
         return {
-            name: {**nets[name], **({"params": found["ema"][name]} if name in ema else {})}
+            name: {**nets[name], **({"params": restored["ema"][name]} if name in ema else {})}
             for name in target
         }
 
     def _restore(self, step: int, items):
-        """Items as they were saved, into the shapes and shardings of the targets given."""
+        """Items as they were saved, with the shapes and shardings of the target `items`."""
+        # ---- Compare: files with the manifest, then shapes and types with the target ----
         manifest = self._verify(step)
         arrays = manifest["arrays"]
         wanted = {
             fingerprint.path_of(path): [str(leaf.dtype), list(leaf.shape)]
             for path, leaf in jax.tree_util.tree_leaves_with_path(items)
         }
-        asked = {(item, part) for item, parts in items.items() for part in parts}
-        known = {
-            name: spec[:2]
-            for name, spec in arrays.items()
-            if tuple(name.split("/")[:2]) in asked  # of the nets asked for
+        # Only the nets that `items` names are compared: a sampler may want one net of several.
+        asked = {(item, net) for item, nets in items.items() for net in nets}
+        saved = {
+            name: spec[:2] for name, spec in arrays.items() if tuple(name.split("/")[:2]) in asked
         }
-        if wanted != known:
-            names = [n for n in {**wanted, **known} if wanted.get(n) != known.get(n)]
-            lines = [f"{n}: saved {known.get(n)}, now {wanted.get(n)}" for n in names[:10]]
+        if wanted != saved:
+            names = [n for n in {**wanted, **saved} if wanted.get(n) != saved.get(n)]
+            lines = [f"{n}: saved {saved.get(n)}, now {wanted.get(n)}" for n in names[:10]]
             raise errors.DataError(
                 f"{len(names)} arrays of the checkpoint are not the run's: " + "; ".join(lines),
                 where=str(self._folder / str(step)),
                 fix="use the config and the version of t2i_jax (env.txt) it was saved with, or a "
                 "new --workdir with --config.init_from=<this run>",
             )
+        # ---- Read, and compare the sums of what was read with those of what was saved ----
         args = {
             name: ocp.args.PyTreeRestore(
                 item,
@@ -291,8 +319,8 @@ class Checkpoints:
             for name, item in items.items()
             if item
         }
-        found = {name: {} for name in items} | dict(self._read(step, **args).items())
-        prints, _ = fingerprint.of(found, format=manifest["format"])
+        restored = {name: {} for name in items} | dict(self._read(step, **args).items())
+        prints, _ = fingerprint.of(restored, format=manifest["format"])
         wrong = [name for name in prints if prints[name] != arrays[name]]
         if wrong:
             raise Damaged(
@@ -300,10 +328,10 @@ class Checkpoints:
                 where=str(self._folder / str(step)),
                 fix="remove this folder to use an older checkpoint",
             )
-        return found
+        return restored
 
     def _verify(self, step: int) -> dict:
-        """The manifest of a step, after all its files were found as it says."""
+        """The manifest of a step. Raises unless its files have the sizes and hashes it names."""
         folder = self._folder / str(step)
         try:
             manifest = json.loads((folder / MANIFEST).read_bytes())
@@ -337,9 +365,11 @@ class Checkpoints:
             with contextlib.closing(_orbax()) as reader:
                 return reader.restore(folder, args=ocp.args.Composite(**args))
         except (TypeError, AttributeError, ImportError):
-            raise  # a fault of programs, as the files' metadata were found as they were written
+            # `_verify` has found the files' metadata unchanged, so this is a fault of a program.
+            # A checkpoint that is sound must not be set aside for it.
+            raise
         except Exception as e:
-            if not (folder / MANIFEST).exists():
+            if not (folder / MANIFEST).exists():  # the training removed it while we read
                 raise self._gone(step) from e
             raise Damaged(
                 f"cannot be read: {_first_line(e)}",
@@ -348,12 +378,12 @@ class Checkpoints:
             ) from e
 
     def _staged(self, items):
-        """What Orbax is to write, when the state is in the host's memory: copies of it.
+        """The arrays that Orbax writes: on the CPU copies, in the memory of the last save's copies.
 
-        Orbax would look at the arrays themselves, and XLA then copies them all, slowly, when the
-        next step donates them. The copies take the memory of those of the save before.
+        On the CPU Orbax would refer to the arrays of the state themselves. The next step donates
+        these, and XLA then makes a slow copy of every one of them.
         """
-        if jax.default_backend() != "cpu":
+        if jax.default_backend() != "cpu":  # Orbax itself copies from other devices to the host
             return items
         self._stage = _copy_into(self._stage, items)
         return self._stage
@@ -363,7 +393,7 @@ class Checkpoints:
         return self._orbax
 
     def _finish(self, step: int, prints) -> None:
-        """Behind the training: waits for Orbax, writes the manifest, removes the oldest."""
+        """Runs in the thread: waits for Orbax, writes the manifest, removes old checkpoints."""
         self._orbax.wait_until_finished()
         if jax.process_index() != 0:
             return
@@ -371,8 +401,10 @@ class Checkpoints:
         manifest = {"format": FORMAT, "step": step, "arrays": prints, "files": _files(folder)}
         text = json.dumps({**manifest, "sha256": _hash_of(manifest)})
         failpoints.hit("manifest.before")
+        # Writing may have taken minutes, in which another process may have taken over the workdir.
         self._guard()
         images.write_whole(folder / MANIFEST, text.encode())
+        # Older checkpoints go only now that the new one counts.
         best = self.best() or {}
         for old in self.steps()[: -self._keep]:
             if old != best.get("step"):
@@ -380,8 +412,10 @@ class Checkpoints:
 
     def _failed(self, step: int, e: Exception) -> None:
         self._failures += 1
+        # A checkpointer whose thread has failed may raise the same error again. So it is thrown
+        # away, and the next save makes a new one.
         if self._orbax:
-            with contextlib.suppress(Exception):  # the same again
+            with contextlib.suppress(Exception):
                 self._orbax.close()
         self._orbax = None
         free = shutil.disk_usage(self._folder).free / 1e6
@@ -392,7 +426,8 @@ class Checkpoints:
         with contextlib.suppress(OSError):
             if jax.process_index() == 0:
                 if not (self._folder / str(step) / MANIFEST).is_file():
-                    shutil.rmtree(self._folder / str(step), ignore_errors=True)  # it takes room
+                    # On a full disk the half-written folder takes the room of the next save.
+                    shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 self._sweep()
         if self._failures >= FAILURES:
             raise self._unwritable(_first_line(e)) from e
@@ -407,20 +442,22 @@ class Checkpoints:
         )
 
     def _sweep(self) -> None:
-        """Removes what unfinished saves left, but whole folders without a manifest."""
+        """Removes what unfinished saves left. Whole folders without a manifest are renamed."""
         for path in list(self._folder.iterdir()):
-            link = path.is_symlink()  # never followed, and in the way of a save of that step
+            link = path.is_symlink()  # never followed, but in the way of a save of that step
             stray = path.name.isdecimal() and (link or not (path / MANIFEST).is_file())
-            if stray and path.is_dir() and not link:  # another format's, perhaps
+            # Such a folder may be a checkpoint of another version, so its files are not removed.
+            if stray and path.is_dir() and not link:
                 path.rename(_free_name(path, "unfinished"))
             elif ".orbax-checkpoint-tmp" in path.name or stray or path.suffix == ".removed":
                 self._remove(path)
 
     def _remove(self, path: pathlib.Path) -> None:
-        """First out of the readers' sight, by one rename."""
+        """Removes a checkpoint, a file or a link."""
         if path.is_symlink() or path.is_file():
             path.unlink()
             return
+        # One rename hides the whole folder from readers. They never meet one with half its files.
         hidden = path.with_name(path.name + ".removed") if path.suffix != ".removed" else path
         if hidden != path:
             path.rename(hidden)
@@ -435,13 +472,14 @@ class Checkpoints:
         name = _free_name(path, suffix)
         if jax.process_index() == 0:
             path.rename(name)
+        # The others list the folder next. Before the rename they would choose this step again.
         distributed.barrier(f"{step}.{suffix}")
         return name.name
 
     def _attempts(self) -> dict:
         try:
-            found = _read_json(self._folder / ATTEMPTS_FILE)
-            return {k: int(v) for k, v in found.items()}
+            attempts = _read_json(self._folder / ATTEMPTS_FILE)
+            return {k: int(v) for k, v in attempts.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             return {}
 
@@ -452,13 +490,13 @@ class Checkpoints:
 
 
 def _read_json(path: pathlib.Path):
-    if not path.is_file():  # a pipe would block
+    if not path.is_file():  # opening a named pipe would block
         raise FileNotFoundError(path)
     return json.loads(path.read_bytes())
 
 
 def _free_name(path: pathlib.Path, suffix: str) -> pathlib.Path:
-    """<name>.suffix beside it, or <name>-1.suffix, …: one that is not taken."""
+    """A path in the same folder that does not exist: <name>.suffix, else <name>-1.suffix, …."""
     numbered = (f"{path.name}{f'-{n}' if n else ''}.{suffix}" for n in itertools.count())
     return next(p for p in map(path.with_name, numbered) if not p.exists())
 
@@ -473,14 +511,18 @@ def _items(state: State) -> dict:
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
 def _copy_into(old, new):
-    """Copies of `new`, in the memory of `old` (a tree like it, or None)."""
+    """Copies of `new`, in the memory of `old`: a tree of the same shapes, or None.
+
+    No operation reads `old`, so `jit` would drop it; `keep_unused` keeps it for the donation.
+    """
     return jax.tree.map(jnp.copy, new)
 
 
 class _Mapped(ocp.type_handlers.ArrayHandler):
-    """Arrays read from files that are mapped into memory: TensorStore then copies once less."""
+    """Reads arrays from files that are mapped into memory, which saves TensorStore one copy."""
 
     async def deserialize(self, infos, args=None):
+        # Orbax offers no option for this, so every info gets a context of our own.
         context = tensorstore.Context(
             {
                 "cache_pool#ocdbt": {"total_bytes_limit": 10**8},
@@ -488,14 +530,14 @@ class _Mapped(ocp.type_handlers.ArrayHandler):
                 "file_io_mode": {"mode": "memmap"},
             }
         )
-        infos = [copy.copy(info) for info in infos]
+        infos = [copy.copy(info) for info in infos]  # the caller's keep their context
         for info in infos:
             info.ts_context = context
         return await super().deserialize(infos, args)
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
-    # Without compression: weights hardly shrink, and the time would be the training's.
+    # No compression: weights hardly shrink, and compressing would take cores from the training.
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _Mapped()))
     handlers = {
         name: ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
@@ -507,24 +549,25 @@ def _orbax() -> ocp.AsyncCheckpointer:
 
 
 def _files(folder: pathlib.Path) -> dict:
-    """Path below the folder -> [size, SHA-256 if small], of all files but the manifest."""
-    found = {}
+    """Path below the folder -> [size, SHA-256 or None], of all files but the manifest."""
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / MANIFEST:
             size = path.stat().st_size
+            # Damage in a large file reaches an array, where the fingerprint finds it (ADR 8).
             digest = hashlib.sha256(path.read_bytes()).hexdigest() if size < SMALL else None
-            found[path.relative_to(folder).as_posix()] = [size, digest]
-    return found
+            files[path.relative_to(folder).as_posix()] = [size, digest]
+    return files
 
 
 def _difference(folder: pathlib.Path, step: int, manifest: dict) -> str | None:
-    """What is not as the manifest says; removes its own hash from it."""
+    """The first difference between folder and manifest, or None. Pops the manifest's "sha256"."""
     if manifest.pop("sha256") != _hash_of(manifest):
         return f"{MANIFEST} was changed"
     if manifest["step"] != step:
         return f"it is of step {manifest['step']}"
-    found, written = _files(folder), manifest["files"]
-    differ = [name for name in {**found, **written} if found.get(name) != written.get(name)]
+    present, written = _files(folder), manifest["files"]
+    differ = [name for name in {**present, **written} if present.get(name) != written.get(name)]
     return f"files differ: {differ[:5]}" if differ else None
 
 

@@ -1,9 +1,9 @@
-"""Compiled programs kept between starts, in a folder of the user's own.
+"""A cache of compiled programs, kept between starts in a folder of the user's own.
 
-An entry holds machine code, which runs as it lies there. So the folder belongs to this user alone;
-it is never part of a run or of a model; and every entry is checked by its SHA-256 against damage.
-JAX's key holds the program, its options, the version of jaxlib and the kind of device, but not the
-CPU: the names of the files hold that.
+An entry holds machine code, which is run without any further check. So the folder belongs to this
+user alone, and it is never part of a run or of a model. The SHA-256 of every entry guards it
+against damage. JAX's key holds the program, its options, the version of jaxlib and the kind of
+device, but not the CPU. So the names of the files hold that.
 """
 
 import contextlib
@@ -27,21 +27,22 @@ try:
 except ImportError:
     compilation_cache = None
 
-LIMIT = 4 * 2**30  # bytes; those not used for longest go first
-MIN_SECONDS = 0.2  # what compiles faster is not kept
+LIMIT = 4 * 2**30  # bytes; beyond them the entries that were unused for longest are removed
+MIN_SECONDS = 0.2  # a program that compiles faster is not kept
 DIGEST = hashlib.sha256().digest_size
 
 
 def enable() -> None:
-    """Keeps what is compiled from now on, and uses what earlier starts kept.
+    """Keeps the programs that are compiled from now on, and uses those of earlier starts.
 
-    Does nothing where JAX has a cache already (JAX_COMPILATION_CACHE_DIR) or is told to use none
+    It does nothing where JAX has a cache already (JAX_COMPILATION_CACHE_DIR) or should use none
     (JAX_ENABLE_COMPILATION_CACHE=0). JAX_COMPILATION_CACHE_MAX_SIZE changes LIMIT. A folder that is
-    not safe, or cannot be made, is told and not used: then each start compiles.
+    not safe, or cannot be made, is logged and not used. Then each start compiles again.
     """
     named = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir
     if named or not jax.config.jax_enable_compilation_cache:
         return
+    # These names are private. Where another version of JAX lacks them, nothing is kept (ADR 16).
     if not all(hasattr(compilation_cache, name) for name in ("_cache", "_cache_initialized")):
         logging.info("compiled programs are not kept: this JAX has another cache")
         return
@@ -51,7 +52,8 @@ def enable() -> None:
         logging.warning("compiled programs are not kept: %s", e)
         return
     limit = jax.config.jax_compilation_cache_max_size
-    compilation_cache.reset_cache()  # in a notebook, JAX may have found before that there is none
+    # In a notebook JAX may have compiled before, and then it remembers that it has no cache.
+    compilation_cache.reset_cache()
     compilation_cache._cache = Folder(path, LIMIT if limit < 0 else limit)
     compilation_cache._cache_initialized = True
     jax.config.update("jax_compilation_cache_dir", str(path))
@@ -78,11 +80,13 @@ def compile_step(update, *args, signals):
 
 
 def own_folder(name: str) -> pathlib.Path:
-    """A folder of the user's cache, made if need be.
+    """The folder <cache of the user>/t2i_jax/<name>, made if need be.
 
     Raises:
-      OSError, RuntimeError: it cannot be made, or others could write there; there is no home.
+      OSError: it cannot be made, or others could write there.
+      RuntimeError: the user has no home.
     """
+    # The XDG specification wants relative paths in its variables to be ignored.
     path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
     for folder in (path / "t2i_jax", path / "t2i_jax" / name):
@@ -93,17 +97,18 @@ def own_folder(name: str) -> pathlib.Path:
 
 def _check_own(path: pathlib.Path) -> None:
     """Raises OSError unless the folder is this user's, and no one else may write there."""
-    seen = path.lstat()
-    if not stat.S_ISDIR(seen.st_mode):
+    # lstat, not stat: on a shared machine a link could lead into another user's folder.
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
         raise OSError(f"{path} is a link or no folder")
-    if hasattr(os, "getuid") and seen.st_uid != os.getuid():
+    if hasattr(os, "getuid") and status.st_uid != os.getuid():
         raise OSError(f"{path} belongs to another user")
-    if os.name == "posix" and seen.st_mode & 0o022:
+    if os.name == "posix" and status.st_mode & 0o022:
         raise OSError(f"others may write to {path} (chmod 700 mends it)")
 
 
 class Folder:
-    """What JAX asks of a cache: bytes by key. No failure of the file system comes out of it."""
+    """The cache interface of JAX: bytes by key. It swallows every failure of the file system."""
 
     def __init__(self, path: pathlib.Path, limit: int):
         self._path, self._limit = path, limit
@@ -114,9 +119,9 @@ class Folder:
             whole = file.read_bytes()
             digest, value = whole[:DIGEST], whole[DIGEST:]
             if hashlib.sha256(value).digest() == digest:
-                os.utime(file)  # used now
+                os.utime(file)  # the time of the last use, by which `keep_to_limit` sorts
                 return value
-            file.unlink()
+            file.unlink()  # damaged
         return None
 
     def put(self, key: str, value: bytes) -> None:
@@ -133,7 +138,7 @@ class Folder:
 
 
 def keep_to_limit(folder: pathlib.Path, limit: int) -> None:
-    """Removes files until those left are `limit` bytes at most, the longest unused first."""
+    """Removes files, the longest unused first, until the rest has at most `limit` bytes."""
     files = []
     for file in folder.iterdir():
         with contextlib.suppress(OSError):  # another process may have removed it
@@ -144,17 +149,18 @@ def keep_to_limit(folder: pathlib.Path, limit: int) -> None:
             break
         with contextlib.suppress(OSError):
             file.unlink()
-        size -= gone
+        size -= gone  # counted also where another process was faster
 
 
 @functools.cache
 def processor() -> str:
-    """What machine code for the CPU depends on: its kind, features and number of cores, hashed."""
-    known = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    """A hash of what machine code for the CPU depends on: its kind, features and core count."""
+    facts = [platform.machine(), platform.processor(), str(os.cpu_count())]
+    # XLA:CPU splits loops over the cores that this process may use, so their number counts, too.
     if hasattr(os, "sched_getaffinity"):
-        known.append(str(len(os.sched_getaffinity(0))))
+        facts.append(str(len(os.sched_getaffinity(0))))
     wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-        known += sorted({line for line in lines if line.startswith(wanted)})
-    return hashlib.sha256("\n".join(known).encode()).hexdigest()[:16]
+        facts += sorted({line for line in lines if line.startswith(wanted)})
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

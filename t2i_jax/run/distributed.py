@@ -1,4 +1,7 @@
-"""Several processes as one program: start-up, barriers, ends that the others notice."""
+"""Several processes as one program: start-up, barriers, and ends that the other processes notice.
+
+JAX is imported inside functions: `here`, `end` and `leave` must work while it is being imported.
+"""
 
 import atexit
 import contextlib
@@ -14,9 +17,9 @@ from absl import logging
 
 from t2i_jax import errors
 
-ALIVE = "t2i_jax/alive"  # where processes leave signs of life
-DONE = "t2i_jax/done"  # where process 0 says that it has nothing left to do
-LEAVING, SAVING = 5.0, 600.0  # seconds in which a process ends
+ALIVE = "t2i_jax/alive"  # folder of keys, one a process, with a count as its sign of life
+DONE = "t2i_jax/done"  # key that process 0 sets when it has nothing left to do
+LEAVING, SAVING = 5.0, 600.0  # seconds in which a process must end: all is saved, or a save runs
 FIX = (
     "start all processes with the same --coordinator and --num_processes, and each --process_id "
     "once; see that the port is free and can be reached"
@@ -32,15 +35,16 @@ def start(
     join_timeout: int = 300,
     heartbeat_timeout: int = 100,
 ) -> None:
-    """Joins the other processes, before any device is used; alone, does nothing.
+    """Joins the other processes, before any device is used. Without arguments it does nothing.
 
     Args:
-      distributed: JAX finds the others: a TPU pod slice, SLURM, Open MPI.
-      coordinator, num_processes, process_id: host:port of process 0, how many there are, and
-        which of them this is, where JAX cannot find out.
-      join_timeout: seconds to wait for all.
-      heartbeat_timeout: seconds without a sign of life after which a process counts as dead, and
-        the others end with exit code 70.
+      distributed: JAX finds the others itself: on a TPU pod slice, under SLURM or Open MPI.
+      coordinator: host:port of process 0, where JAX cannot find it out.
+      num_processes: how many processes there are.
+      process_id: the number of this process, from 0.
+      join_timeout: seconds to wait for all processes.
+      heartbeat_timeout: seconds without a sign of life after which a process counts as dead. The
+        others then end with exit code 70.
     Raises:
       ConfigError: arguments that contradict each other, or a port that is taken. A process that
         waits in vain for the others ends with the same exit code.
@@ -48,29 +52,31 @@ def start(
     import jax
 
     explicit = (coordinator, num_processes, process_id)
-    given = [x is not None for x in explicit]
-    if not any(given) and not distributed:
+    is_set = [x is not None for x in explicit]
+    if not any(is_set) and not distributed:
         return
-    if any(given) and not all(given):
+    if any(is_set) and not all(is_set):
         raise errors.ConfigError(
             "the processes are described by halves",
             where="the command line",
             fix="give --coordinator, --num_processes and --process_id together, or --distributed",
         )
-    if all(given) and not 0 <= process_id < num_processes:
+    if all(is_set) and not 0 <= process_id < num_processes:
         raise errors.ConfigError(
             f"process_id is {process_id} of {num_processes}",
             where="--process_id",
             fix=f"give a number from 0 to {num_processes - 1}",
         )
+    # CPU devices of several processes exchange arrays by Gloo. Asking JAX for its backend would
+    # start it, which is too early here.
     if not os.environ.get("JAX_PLATFORMS", "").startswith(("tpu", "cuda", "gpu")):
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if process_id == 0:
         _check_port(coordinator)
     here = "--distributed"
-    if all(given):
+    if all(is_set):
         here = f"process {process_id} of {num_processes} at {coordinator}"
-    # JAX itself would abort with a dump of its stack.
+    # Our own limit comes a minute before JAX's, which would abort with a dump of its stack.
     timer = threading.Timer(join_timeout, _give_up, (join_timeout, here))
     timer.daemon = True
     timer.start()
@@ -78,7 +84,7 @@ def start(
         jax.distributed.initialize(
             *explicit,
             initialization_timeout=join_timeout + 60,
-            # Later than ours: JAX would abort with a dump of its stack.
+            # Later than `_watch_others`, for the same reason.
             heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
         )
     except Exception as e:
@@ -95,7 +101,7 @@ def start(
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes have come here; the watchdog's phases limit the wait."""
+    """Returns when all processes have come here. The watchdog's phases limit the wait."""
     import jax
     from jax.experimental import multihost_utils
 
@@ -104,7 +110,7 @@ def barrier(name: str) -> None:
 
 
 def as_first(value: bool | int) -> bool | int:
-    """What process 0 found, on every process."""
+    """The value of process 0, on every process."""
     import jax
     import numpy as np
     from jax.experimental import multihost_utils
@@ -115,10 +121,10 @@ def as_first(value: bool | int) -> bool | int:
 
 
 def wait_for_first() -> None:
-    """At the end of a program: all others wait until process 0 comes here, however long that takes.
+    """Makes the other processes wait until process 0 comes here, too, at the end of a program.
 
-    Process 0 alone may still evaluate. The others would go on to JAX's barrier at the exit, which
-    fails after five minutes. Should process 0 die in the meantime, they end, too.
+    Process 0 may still evaluate, alone. The others would go on to JAX's barrier at the exit, which
+    fails after five minutes. If process 0 dies in the meantime, they end with an error.
     """
     import jax
     from jax._src.distributed import global_state as shared
@@ -130,6 +136,7 @@ def wait_for_first() -> None:
         return
     while True:
         try:
+            # Short waits, so that the death of process 0 is noticed within ten seconds.
             shared.client.blocking_key_value_get(DONE, 10_000)  # ms
             return
         except jax.errors.JaxRuntimeError as e:
@@ -138,7 +145,7 @@ def wait_for_first() -> None:
 
 
 def here() -> str:
-    """Which process this is; asks for no device, as that may be what hangs."""
+    """The number of this process as text. It asks for no device: that may be what hangs."""
     if "jax" in sys.modules:
         from jax._src.distributed import global_state as shared
 
@@ -148,7 +155,10 @@ def here() -> str:
 
 
 def end(text: str, code: int = errors.Error.exit_code) -> None:
-    """Ends this process at once, whatever its other threads wait for."""
+    """Ends this process at once, whatever its other threads wait for.
+
+    `os._exit` runs no exit handlers. They would wait for threads that hang.
+    """
     with contextlib.suppress(Exception):
         print(f"t2i_jax: {text}", file=sys.stderr, flush=True)
     os._exit(code)
@@ -157,34 +167,38 @@ def end(text: str, code: int = errors.Error.exit_code) -> None:
 def _watch_others(limit: float) -> None:
     """Gives signs of life to the other processes, and ends this one when theirs stay away.
 
-    Two threads, as the one that asks process 0 for signs waits for ever when that one is stopped.
+    Two threads do this. The one that asks process 0 for signs waits for ever when process 0 is
+    stopped, so another one looks at the clock.
     """
     from jax._src.distributed import global_state as shared  # the only store of key and value
 
     client, me, n = shared.client, shared.process_id, shared.num_processes
-    seen, since, over = {}, dict.fromkeys(range(n), time.monotonic()), threading.Event()
+    last_signs, since, over = {}, dict.fromkeys(range(n), time.monotonic()), threading.Event()
 
     def ask():
         for count in itertools.count():
-            # The store may be gone when all processes end, and is when its own process is dead.
+            # The store lives in process 0. It is gone when that one is dead, and it may be gone
+            # when all processes end. `watch` tells the two apart.
             with contextlib.suppress(Exception):
                 client.key_value_set(f"{ALIVE}/{me}", str(count), allow_overwrite=True)
                 signs = dict(client.key_value_dir_get(ALIVE))
                 now = since[0] = time.monotonic()
                 for key, sign in signs.items():
-                    if seen.get(key) != sign:
-                        seen[key], since[int(key.rpartition("/")[2])] = sign, now
+                    if last_signs.get(key) != sign:
+                        last_signs[key], since[int(key.rpartition("/")[2])] = sign, now
             time.sleep(min(1.0, limit / 10))
 
     def watch():
         last = time.monotonic()
         while not over.wait(0.2):
             now = time.monotonic()
-            if now - last > limit / 2:  # this process itself stood still: nobody could be heard
+            # This process itself stood still (SIGSTOP, a suspended machine) and heard nobody. The
+            # others get their full time again.
+            if now - last > limit / 2:
                 since.update(dict.fromkeys(since, now))
             last = now
             silent = [i for i in since if i != me and time.monotonic() - since[i] > limit]
-            # When process 0 is silent, nobody can be heard.
+            # Only the first is named: when process 0 is silent, no other one can be heard either.
             for i in silent[:1]:
                 end(
                     f"process {i} gave no sign of life for {limit:.0f} s (at {here()}). Fix: see "
@@ -198,11 +212,12 @@ def _watch_others(limit: float) -> None:
 
 
 def lost_peer(e: Exception) -> str | None:
-    """What to say where an exchange with another process failed; None if that is not it."""
+    """The message for an error that another process's death caused; None for other errors."""
     if "jax" not in sys.modules:
         return None
     import jax
 
+    # JAX has no type of its own for a lost peer, so its text decides.
     lost = r"Gloo|NCCL|coordination service|UNAVAILABLE|Connection (reset|closed)"
     failed = re.search(lost, str(e))
     if jax.process_count() == 1 or not isinstance(e, jax.errors.JaxRuntimeError) or not failed:
@@ -217,14 +232,16 @@ def lost_peer(e: Exception) -> str | None:
 
 
 def leave(code: int) -> None:
-    """Ends a process whose others go on: without waiting for them, so that they notice.
+    """Ends this process without waiting for the others, so that they notice.
 
-    Threads that hang, or compile, are waited for as long as a save may take, or only shortly where
-    all is saved.
+    Its own threads, which may hang or compile, get the time that a save may take. Where all is
+    saved they get LEAVING seconds.
     """
     if "jax" in sys.modules:
         import jax
 
+        # A normal exit runs JAX's barrier, at which the others would wait in vain. After a success
+        # or a preemption every process gets there.
         if jax.distributed.is_initialized() and code not in (0, errors.Preempted.exit_code):
             sys.stderr.flush()
             os._exit(code)
@@ -242,7 +259,7 @@ def _end_over(code: int) -> None:
 
 
 def _check_port(address: str) -> None:
-    """Process 0 will listen there."""
+    """Raises ConfigError unless process 0 can listen on the port of `address`."""
     port = address.rpartition(":")[2]
     try:
         with socket.socket() as s:

@@ -11,7 +11,7 @@ _hits: dict[str, int] = {}
 
 
 def trace(workdir, process: int, step: int, batch) -> None:
-    """Notes what a process read for a step, where T2I_TRACE asks for it."""
+    """Appends what a process read for a step to trace.<process>.jsonl, if T2I_TRACE is set."""
     if os.environ.get("T2I_ENABLE_FAILPOINTS") == "1" and os.environ.get("T2I_TRACE"):
         first, records = int(batch.arrays["index"][0]), [int(record) for record in batch.records]
         entry = {"step": step, "first_slot": first, "records": records}
@@ -20,10 +20,13 @@ def trace(workdir, process: int, step: int, batch) -> None:
 
 
 def hit(name: str, number: int | None = None) -> bool:
-    """Acts if the environment names this point; True where the caller is to act.
+    """Carries out the fault that the environment names for this point.
 
-    `nth` is the nth time that the point is reached (1 by default), or `number` where it is given;
-    `n-m` is a range.
+    Args:
+      number: is compared with `nth`. By default the visits of the point are counted, from 1. `nth`
+        may be a range, `n-m`.
+    Returns:
+      Whether the point was named. The caller itself carries out actions unknown here.
     """
     if os.environ.get("T2I_ENABLE_FAILPOINTS") != "1":
         return False
@@ -41,6 +44,7 @@ def hit(name: str, number: int | None = None) -> bool:
 
 def _act(name: str, action: str) -> None:
     print(f"failpoint {name}", file=sys.stderr, flush=True)
+    # An unknown action does nothing here: the caller carries it out, by the True of `hit`.
     if action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif action == "term":

@@ -1,28 +1,28 @@
-"""A fingerprint of arrays that does not depend on how they lie over devices.
+"""A fingerprint of arrays that does not depend on their sharding.
 
-A word is an element's bits, and its place its row-major number in the array, modulo 2³². In each of
-two lanes a word is joined with a key of its place, once by exclusive or, once by addition. The
-result is mixed by an integer hash and summed over all words modulo 2³². Integer sums are exact, so
-sharding, the number of devices and the order of a reduction cannot change them. 64 bits an array
-remain.
+A word is an element's bits. Its place is its row-major number in the array, modulo 2³². Two lanes
+join a word with a key of its place, one by exclusive or and one by addition. An integer hash mixes
+the result, and the hashes of all words are summed modulo 2³². Integer sums are exact. So sharding,
+the number of devices and the order of a reduction cannot change them. Each array has 64 bits.
 
-What the sums see:
+What the sums detect:
 
-- One changed word, by any number of bits: for certain, in either lane. Under a fixed key the hash
+- One changed word, whatever bits change: for certain, in either lane. Under a fixed key the hash
   is a bijection of the word, so its term changes and no other does.
 - Words that change places: no two places share a key, as a key is the place times an odd number.
-  The same word so gives another term elsewhere.
-- Two flips, also of sign bits, a negated, scaled or permuted array: each sum changes by a sum of
+  So the same word gives another term elsewhere.
+- Two flips, also of sign bits, or a negated, scaled or permuted array: each sum changes by a sum of
   differences of hashed words. The hash is not linear, so these do not cancel by signs and carries,
   as they do in a weighted sum. A lane misses such a change with a chance of about 2⁻³², and
-  both with one of about 2⁻⁶⁴.
-- Why two keys: where the inputs of two words differ in one bit alone, flipping it in both makes
-  them trade their terms. Both lanes would miss that if they shared a key.
-- Arrays that are swapped: each has its own sums, kept by its path.
+  both miss it with a chance of about 2⁻⁶⁴.
+- Swapped arrays: each has its own sums, kept by its path.
 
-The chances hold for damage that knows nothing of the hash. They are no protection from an attacker,
-who can write a manifest of his own. In arrays of more than 2³² words places come again, and a swap
-of two such words is not seen.
+Why two ways to join: let the inputs of two words differ in one bit alone. A flip of that bit in
+both makes them trade their terms. Both lanes would miss that if they joined alike.
+
+The chances hold for accidental damage. They are no protection from an attacker, who can write a
+manifest of his own. In arrays of more than 2³² words places repeat, and a swap of two words with
+equal places is not detected.
 """
 
 import functools
@@ -35,24 +35,30 @@ import jax.numpy as jnp
 import numpy as np
 
 FORMAT = 3  # of the sums; checkpoints' manifests and digests name it
-SMALL = 2**15  # elements: such arrays are summed on the host, which needs no program for each shape
-WEIGHTED = 2  # the sums of before: they miss two flipped sign bits
+SMALL = 2**15  # elements: numpy sums smaller arrays, as XLA would compile a program for each shape
+WEIGHTED = 2  # the format before: its sums miss two flipped sign bits
 
 
 def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
-    """Path -> [dtype, shape, two sums in hexadecimal], and the paths of arrays not finite.
+    """The fingerprints of a tree of arrays.
 
-    The sums of large arrays are computed where these lie; only the sums come to the host.
+    The devices that hold a large array compute its sums. Only the sums come to the host.
+
+    Args:
+      format: FORMAT, or WEIGHTED to check what an older version wrote.
+    Returns:
+      Path -> [dtype, shape, two sums in hexadecimal], and the paths of arrays that are not finite.
     """
     flat = jax.tree_util.tree_leaves_with_path(tree)
     lanes = _weighted if format == WEIGHTED else _mixed
+    # On simulated devices these programs and the step's would starve each other of threads (ADR 8).
     jax.block_until_ready(tree)
 
     def sums_of(leaf):
         if leaf.size <= SMALL and getattr(leaf, "is_fully_addressable", True):
             return _sum_here(np.asarray(leaf), lanes)
-        # One after the other: simulated devices share few threads. A program for each shape, as one
-        # for all arrays took three times as long to compile.
+        # One array after the other, as simulated devices share few threads. Each shape has its own
+        # program: one program for all arrays took three times as long to compile.
         return jax.block_until_ready(_sum(leaf, lanes))
 
     sums = jax.device_get([sums_of(leaf) for _, leaf in flat])
@@ -66,14 +72,14 @@ def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
 
 
 def digest(tree, *, format: int = FORMAT) -> str:
-    """One hash of all of a tree's fingerprints, after its format: "3:…"."""
+    """One hash of all fingerprints of a tree, with its format in front: "3:…"."""
     prints, _ = of(tree, format=format)
-    found = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
-    return found if format == WEIGHTED else f"{format}:{found}"
+    text = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    return text if format == WEIGHTED else f"{format}:{text}"
 
 
 def matches(tree, known: str) -> bool:
-    """Whether a digest, of this format or the one before, is the tree's."""
+    """Whether the digest `known`, of this format or the one before, is the tree's."""
     return known == digest(tree, format=FORMAT if ":" in known else WEIGHTED)
 
 
@@ -89,7 +95,8 @@ def _sum(x, lanes):
     bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
     bad = jnp.broadcast_to(bad.reshape(*x.shape, *(1,) * (bits.ndim - x.ndim)), bits.shape)
     parts = (*lanes(bits, _places(bits.shape)), bad.astype(jnp.uint32))
-    # One pass for all three, rows first: XLA:CPU sums rows on all cores, to one number on one.
+    # One pass for all three sums, and first along the last axis. XLA:CPU uses all cores for a sum
+    # of rows, but a single one for a sum to one number. The barrier keeps it from joining the two.
     for axes in ((bits.ndim - 1,), tuple(range(bits.ndim - 1))) if bits.ndim else ():
         parts = jax.lax.reduce(parts, (np.uint32(0),) * 3, _add, axes)
         parts = jax.lax.optimization_barrier(parts)
@@ -98,7 +105,7 @@ def _sum(x, lanes):
 
 
 def _sum_here(x, lanes):
-    """As `_sum`, by numpy."""
+    """The same as `_sum`, computed by numpy on the host."""
     flat = x.reshape(-1)
     kind = bool if x.dtype == bool else f"uint{8 * min(x.dtype.itemsize, 4)}"
     bits = flat.view(kind).astype(np.uint32)
@@ -116,8 +123,8 @@ def _mixed(word, place):
 def _mix(x, first: int, second: int, last: int = 16):
     """A bijection of 32 bits in which each bit of x reaches every bit.
 
-    Two multiplications between shifts; the factors and shifts are those that C. Wellons found by
-    search ("Prospecting for hash functions").
+    It is two multiplications between shifts. C. Wellons found the factors and shifts by a search
+    ("Prospecting for hash functions").
     """
     x = (x ^ (x >> 16)) * np.uint32(first)
     x = (x ^ (x >> 15)) * np.uint32(second)
@@ -125,7 +132,7 @@ def _mix(x, first: int, second: int, last: int = 16):
 
 
 def _weighted(word, place):
-    """The terms of format 2."""
+    """The terms of both lanes in format 2, which old checkpoints were written with."""
     weight = (place + np.uint32(1)) * np.uint32(0x9E3779B9)
     weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA6B)
     weight = weight ^ (weight >> 13)
@@ -137,6 +144,7 @@ def _add(a, b):
 
 
 def _bits(x):
+    """The bits of each element as uint32 words."""
     if x.dtype == bool:
         return x.astype(jnp.uint32)
     size = x.dtype.itemsize

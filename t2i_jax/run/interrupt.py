@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C, heard from a program's first line to its last.   No heavy import here."""
+"""Handling of SIGTERM and Ctrl-C, from a program's first line to its last.
+
+This file imports nothing heavy, so that `listen` can run before JAX is imported.
+"""
 
 import contextlib
 import os
@@ -9,33 +12,38 @@ import threading
 from t2i_jax import errors
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-LEAVING = 5.0  # seconds for leaving the workdir in order, such as without a lock
+LEAVING = 5.0  # seconds for `Interrupt.leave`, which for example removes the lock
 
-_training = None  # the Interrupt that is entered
+_training = None  # the Interrupt whose `with` is running
 
 
 class Stop(BaseException):
-    """A signal came while something that may be abandoned was running."""
+    """A signal came during work that may be abandoned.
+
+    It is a BaseException, so that no `except Exception` on the way takes it for a fault.
+    """
 
 
 def listen() -> None:
-    """From now on a signal ends this process at once, with exit code 75, while nothing is lost.
+    """Makes a signal end this process at once, with exit code 75, as long as nothing is lost.
 
-    That is before a training's first step and outside of one. A thread hears the signal, because
-    the main one may be compiling or importing for minutes. An end at such a moment is as a kill,
-    from which every start goes on. For the main thread of a program of our own.
+    Nothing is lost before the first step of a training and outside of one. Such an end is like a
+    kill, after which the next start goes on. Call it in the main thread of a program of our own.
     """
+    # Python runs handlers in the main thread, which may be compiling or importing for minutes. The
+    # wakeup pipe is written by the C handler at once, so a thread that reads it is never late.
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_deaf)  # a child's signals are not ours
+    os.register_at_fork(after_in_child=_restore_defaults)  # a child shares the pipe
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and "&" want it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup and "&" ask to ignore it
+            # The wakeup pipe needs a handler of Python, even if it does nothing.
             signal.signal(number, lambda *_: None)
     threading.Thread(target=_hear, args=(reader,), daemon=True, name="signals").start()
 
 
-def _deaf() -> None:
+def _restore_defaults() -> None:
     with contextlib.suppress(ValueError):  # not the main thread
         signal.set_wakeup_fd(-1)
     for number in SIGNALS:
@@ -44,12 +52,14 @@ def _deaf() -> None:
 
 
 def _hear(reader: int) -> None:
+    """Ends the process for a signal that comes when nothing would be lost."""
     while True:
         for number in os.read(reader, 64):
             training = _training
             if number in SIGNALS and (training is None or training.idle):
                 where = training.workdir if training else "the start"
                 e = preempted(signal.Signals(number).name, where, "before the first step")
+                # `leave` may wait for a lock or a disk; the exit does not wait for `leave`.
                 limit = threading.Timer(LEAVING, os._exit, (e.exit_code,))
                 limit.daemon = True
                 limit.start()
@@ -60,7 +70,7 @@ def _hear(reader: int) -> None:
 
 
 def _tell(text: str) -> None:
-    """To the screen, also where a signal has struck within a print."""
+    """Writes to the screen by the system call: a signal may have struck within a `print`."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
@@ -72,15 +82,15 @@ def preempted(name: str, where, when: str) -> errors.Preempted:
 
 
 class Interrupt:
-    """Turns SIGTERM and Ctrl-C into a request that is polled; a second Ctrl-C raises.
+    """Turns SIGTERM and Ctrl-C into a request that is polled. A second Ctrl-C raises.
 
-    With several processes JAX hears SIGTERM, on whichever host it comes, and all stop after the
-    same step; Ctrl-C is a SIGTERM there. Outside of the main thread no signal is heard.
+    With several processes JAX handles SIGTERM, whichever host gets it, and all stop after the same
+    step. Ctrl-C is turned into a SIGTERM there. Outside of the main thread no signal is handled.
 
     Attributes:
-      requested: the signal's name, or "".
+      requested: the name of the first signal, or "".
       begun: whether something was trained that a sudden end would lose.
-      abandoned: what `leave` calls before an end at which nothing is saved.
+      abandoned: functions that `leave` calls before an end at which nothing is saved.
     """
 
     def __init__(self, workdir):
@@ -115,7 +125,7 @@ class Interrupt:
 
     def _catch(self, number, frame):
         before = self.requested
-        self.requested = before or signal.Signals(number).name
+        self.requested = before or signal.Signals(number).name  # of two signals the first counts
         if before and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self._alone:
@@ -126,10 +136,11 @@ class Interrupt:
             _tell(f"{self.requested}: saving after this step")
 
     def _swallowed(self, unraisable) -> None:
-        """Raises Stop again where Python could only drop it, as within a garbage collection."""
+        """Raises Stop once more where Python had to drop it, as within a garbage collection."""
         if not isinstance(unraisable.exc_value, Stop):
             self._unraisable(unraisable)
         elif self._at_once:
+            # Not at once: the collection that dropped it must have ended.
             again = threading.Timer(0.05, self._strike_again)
             again.daemon = True
             again.start()
@@ -139,13 +150,13 @@ class Interrupt:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def leave(self) -> None:
-        """Leaves the workdir in order, as far as that is possible."""
+        """Calls the functions of `abandoned`, whatever each of them raises."""
         for fn in self.abandoned:
-            with contextlib.suppress(Exception):  # a kill would leave more behind
+            with contextlib.suppress(Exception):  # a kill would leave even more behind
                 fn()
 
     def requested_at(self, n: int) -> bool:
-        """Whether to stop after step n; the same on every process."""
+        """Whether to stop after step n. The answer is the same on every process."""
         from jax.experimental import multihost_utils
 
         if self._alone:
@@ -162,7 +173,7 @@ class Interrupt:
 
     @contextlib.contextmanager
     def at_once(self):
-        """A signal within the body raises Stop there: for a wait that changes nothing."""
+        """Makes a signal within the body raise Stop there. For waits that change nothing."""
         self.poll()
         before, self._at_once = self._at_once, self._alone
         try:
@@ -171,9 +182,11 @@ class Interrupt:
             self._at_once = before
 
     def awaited(self, fn):
-        """`fn()` of a thread; a signal raises Stop here, and the thread goes on to its end."""
+        """The result of `fn()`, run in a thread. A signal raises Stop here; the thread goes on."""
         import concurrent.futures
 
+        # A call into C, such as a compilation, would hold back the exception until its end. A wait
+        # for a future does not.
         thread = concurrent.futures.ThreadPoolExecutor(1, "abandoned")
         future = thread.submit(fn)
         thread.shutdown(wait=False)

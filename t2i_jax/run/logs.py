@@ -1,4 +1,4 @@
-"""What a run tells: our own messages and everybody's warnings, on the screen and in log.txt."""
+"""Logging of a run: our own messages and all warnings, on the screen and in log.txt."""
 
 import contextlib
 import logging as std_logging
@@ -11,24 +11,25 @@ from absl import logging
 from t2i_jax import errors
 
 PACKAGE = f"{pathlib.Path(__file__).parent.parent}/"
-CHATTY = ("/orbax/", "/jax/_src/")  # whose remarks are not for a user
+CHATTY = ("/orbax/", "/jax/_src/")  # libraries whose messages below a warning are not shown
 
 
 def of_interest(record) -> bool:
-    """Whether a record is one of ours, or a warning."""
-    if "/asyncio/" in record.pathname:  # of Orbax's tasks; whoever waits for them learns it, too
+    """Whether a log record is shown: one of ours, or a warning of anybody."""
+    # Failed tasks of Orbax. The code that waits for them gets the same error as an exception.
+    if "/asyncio/" in record.pathname:
         return False
     chatty = any(part in record.pathname for part in CHATTY)
-    if chatty:
+    if chatty:  # their warnings lose the traceback, which would bury our own message
         record.exc_info = record.exc_text = None
     return record.levelno > std_logging.INFO or not chatty
 
 
 @contextlib.contextmanager
 def told():
-    """Within the body our messages reach the screen and log.txt, whatever absl is set to.
+    """Shows our messages on the screen and in log.txt within the body, whatever absl is set to.
 
-    In a notebook or a plain script absl shows no more than warnings; handlers that somebody has
+    In a notebook or a plain script absl itself shows warnings only. Handlers that the caller has
     set up stay as they are.
     """
     logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
@@ -49,7 +50,11 @@ def told():
 
 
 def open(path: pathlib.Path) -> None:
-    """Sends what is told to a file, too, instead of the one before."""
+    """Sends our messages to a file, too, in place of an earlier file.
+
+    Raises:
+      StorageError: the file cannot be opened.
+    """
     close()
     with errors.of_storage(path):
         handler = _File(path)
@@ -59,7 +64,7 @@ def open(path: pathlib.Path) -> None:
 
 
 def close() -> None:
-    """The file before is written no more."""
+    """Closes the file of the last `open`, if there is one."""
     logger = logging.get_absl_logger()
     for old in [h for h in logger.handlers if isinstance(h, _File)]:
         logger.removeHandler(old)
@@ -68,7 +73,7 @@ def close() -> None:
 
 
 def note(text: str) -> None:
-    """A line for the file alone, where the screen shows the same in another way."""
+    """Writes a line to the file alone. The progress bar shows the same on the screen."""
     logger = logging.get_absl_logger()
     record = logger.makeRecord(logger.name, std_logging.INFO, __file__, 0, text, (), None)
     for handler in logger.handlers:
@@ -81,7 +86,7 @@ def _ours(record) -> bool:
 
 
 class _Screen(std_logging.StreamHandler):
-    """Lines above a progress bar."""
+    """Writes lines above the progress bar, not into it."""
 
     def emit(self, record):
         with tqdm.tqdm.external_write_mode(self.stream):
@@ -89,7 +94,7 @@ class _Screen(std_logging.StreamHandler):
 
 
 class _File(std_logging.FileHandler):
-    """A file whose disk may be full: told once, and the training goes on."""
+    """A log file. A full disk gives one warning, and the training goes on."""
 
     told = False
 
@@ -98,5 +103,5 @@ class _File(std_logging.FileHandler):
         if not isinstance(e, OSError):
             super().handleError(record)
         elif not self.told:
-            self.told = True  # before the warning, which comes here, too
+            self.told = True  # before the warning: its own write to this file fails and comes here
             logging.warning("cannot write %s: %s", self.baseFilename, e.strerror)

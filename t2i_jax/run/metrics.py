@@ -1,4 +1,4 @@
-"""Where numbers go: metrics.jsonl with one row a step, TensorBoard, a bar or plain lines."""
+"""Writers of metrics: JSON lines, TensorBoard, and a progress bar or plain lines."""
 
 import contextlib
 import json
@@ -17,7 +17,8 @@ from absl import logging
 from t2i_jax import errors, images, plugins
 from t2i_jax.run import logs
 
-with plugins.hidden("torch"):  # where it is installed it costs a second and 250 MB, for nothing
+# tensorboardX imports torch where it is installed. That costs a second and 250 MB, for nothing.
+with plugins.hidden("torch"):
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
@@ -25,7 +26,7 @@ FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distanc
 
 
 def falls(name: str) -> bool:
-    """Whether less of a metric, "evaluator/metric" or "net/loss", is better."""
+    """Whether lower is better for a metric. `name` is "evaluator/metric" or "net/loss"."""
     source, _, short = name.partition("/")
     if short.startswith("lpips"):
         return not short.startswith("lpips_diversity")
@@ -33,13 +34,16 @@ def falls(name: str) -> bool:
 
 
 class Growing:
-    """A file that grows by whole records; what a full disk refuses is kept and written later."""
+    """A file that grows by whole records. Records that a full disk refuses are written later."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self._unwritten, self._told = path, [], False
 
     def append(self, records) -> None:
-        """Adds bytes; told once where they cannot be written, and tried again at the next call."""
+        """Appends records, each of them bytes.
+
+        If the disk refuses them, a warning is logged once and the next call tries again.
+        """
         self._unwritten += records
         if not self._unwritten:
             return
@@ -49,6 +53,7 @@ class Growing:
                 size = f.tell()
                 f.write(b"".join(self._unwritten))
         except OSError as e:
+            # Part of them may be written. Without the cut, the next try would leave a broken line.
             if size is not None:
                 with contextlib.suppress(OSError):
                     os.truncate(self.path, size)
@@ -71,14 +76,14 @@ class Growing:
 
 
 class Board(Growing):
-    """Events for TensorBoard; nothing of them waits in a queue or for a thread.
+    """Events for TensorBoard, written without a queue and without a thread.
 
-    tensorboardX's own writer has a queue of ten and a thread: when a full disk ends the thread, the
-    eleventh event waits for ever.
+    tensorboardX's own writer has a queue of ten events and a thread. A full disk ends the thread,
+    and the eleventh event then waits for ever.
     """
 
     def __init__(self, folder: pathlib.Path, start: int):
-        """start: TensorBoard forgets what earlier starts wrote of this step and later ones."""
+        """start: TensorBoard drops events of this step and later ones from earlier starts."""
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder / name)
         self._events = [_event(file_version="brain.Event:2")]
@@ -89,12 +94,12 @@ class Board(Growing):
         self._events.append(_event(step=step, summary=summary.scalar(name, value)))
 
     def picture(self, step: int, name: str, image_HWC) -> None:
-        """A uint8 picture."""
-        shown = summary.image(name, image_HWC, dataformats="HWC")
-        self._events.append(_event(step=step, summary=shown))
+        """Adds a uint8 image HWC."""
+        image = summary.image(name, image_HWC, dataformats="HWC")
+        self._events.append(_event(step=step, summary=image))
 
     def flush(self) -> None:
-        """Writes what came since the last call."""
+        """Writes the events since the last call."""
         events, self._events = self._events, []
         self.append(events)
 
@@ -102,21 +107,21 @@ class Board(Growing):
 class Writer:
     """Writes the metrics of a run. Values of a step are read from the device only at `flush`.
 
-    A row of each file is one JSON object with the number of its step; step n is the n-th update,
-    from 1:
+    Each row is one JSON object with the number of its step. Step n is the n-th update, from 1.
 
     - metrics.jsonl: all values of the step.
     - times.jsonl: "seconds" since the row before, without compiling and evaluating.
-    - events.jsonl: what evaluations of the step gave.
-    - quarantine.jsonl: a broken example. Every process has its own such file; process 0 alone
+    - events.jsonl: results of the step's evaluations.
+    - quarantine.jsonl: a broken example. Every process has its own such file. Process 0 alone
       writes the others.
 
-    A run that was killed leaves rows of steps after its last checkpoint. They are cut at the start,
-    so that every step has exactly one row. What a full disk refuses is kept and written later.
+    A run that was killed leaves rows of steps after its last checkpoint. The next start removes
+    them, so that every step has exactly one row. Rows that a full disk refuses are written later.
 
     Args:
-      start, stop: the steps done so far, and in all. Rows after `start` are cut.
-      batch_size: examples of a step, for the speed that is shown.
+      start: the steps done so far. Rows of later steps are removed.
+      stop: the steps of the whole run.
+      batch_size: examples of a step, for the speed on the screen.
     Raises:
       StorageError: a file cannot be written at the start, or has records left at `close`.
     """
@@ -144,17 +149,21 @@ class Writer:
             unit="step",
             disable=not self._shows_bar,
             smoothing=0.05,
-            mininterval=1.0 if notebook else 0.1,  # a notebook keeps every line it was sent
+            mininterval=1.0 if notebook else 0.1,  # a notebook stores every update of the bar
         )
         self._since, self._done = time.perf_counter(), start
 
     def step(self, step: int, values) -> None:
         """Keeps one step's values, still on the device."""
+        # Reading a value would make the host wait for the step, and no step would be in flight.
         self._pending.append((step, values))
         self.bar.update()
 
     def flush(self) -> list[dict]:
-        """Writes and returns all kept rows; the last also goes to TensorBoard and the screen."""
+        """Writes and returns all kept rows. The last one also goes to TensorBoard and the screen.
+
+        This waits for the devices.
+        """
         rows = [
             {"step": step, **{k: v.item() for k, v in sorted(values.items())}}
             for step, values in jax.device_get(self._pending)
@@ -166,7 +175,7 @@ class Writer:
         return rows
 
     def event(self, step: int, values: dict) -> None:
-        """Results that come now and then, such as an evaluation: a row of events.jsonl."""
+        """Writes results that come now and then, such as an evaluation: a row of events.jsonl."""
         self._append("events", [{"step": step, **values}])
         for name, value in values.items():
             if isinstance(value, int | float):
@@ -174,18 +183,18 @@ class Writer:
         self._flush_board()
 
     def picture(self, step: int, name: str, image_HWC) -> None:
-        """A uint8 picture for TensorBoard."""
+        """Shows a uint8 image HWC in TensorBoard."""
         if self._board:
             self._board.picture(step, name, image_HWC)
             self._flush_board()
 
     def broken(self, step: int, slot: int, record: int, reason: str) -> None:
-        """An example of this process that counts nothing: a row of quarantine.jsonl."""
+        """Notes an example of this process that got weight 0: a row of quarantine.jsonl."""
         row = {"step": step, "slot": slot, "record": record, "reason": reason}
         self._append("quarantine", [row])
 
     def before(self, count: int) -> list[dict]:
-        """The newest rows that earlier starts left, at most `count`."""
+        """The newest rows of metrics.jsonl from earlier starts, at most `count`."""
         return [row for row, _ in _whole(self._workdir / "metrics.jsonl", self._start)][-count:]
 
     def _append(self, name: str, rows) -> None:
@@ -201,7 +210,7 @@ class Writer:
             self._board.flush()
 
     def pause(self) -> None:
-        """Leaves out of the speed what happened since the last flush, such as a compilation."""
+        """Excludes the time since the last flush from the speed, such as a compilation."""
         self._since, self._done = time.perf_counter(), self._done_or_pending()
         self.bar.unpause()
 
@@ -225,7 +234,7 @@ class Writer:
             eta = (self._stop - row["step"]) / rate
             text += f" · {rate * self._batch_size:.0f} images/s"
             if self._shows_bar:
-                self.bar.set_postfix_str(text)  # it shows itself what is left to go
+                self.bar.set_postfix_str(text)  # the bar itself shows the time to go
             text += f" · {int(eta // 60)}:{int(eta % 60):02d} to go"
         text = f"step {row['step']}/{self._stop} · {text}"
         if self._shows_bar:
@@ -243,39 +252,40 @@ class Writer:
 
 
 def evaluated(workdir: pathlib.Path, step: int) -> bool:
-    """Whether events.jsonl tells of a step."""
+    """Whether events.jsonl has a row of this step."""
     return any(row["step"] == step for row, _ in _whole(workdir / "events.jsonl", step))
 
 
 def quarantine(workdir: pathlib.Path) -> pathlib.Path:
-    """Where this process notes its broken examples."""
+    """The file in which this process notes its broken examples."""
     number = jax.process_index()
     return workdir / f"quarantine{f'.{number}' if number else ''}.jsonl"
 
 
 def _whole(path: pathlib.Path, start: int):
-    """(row, its line) of a file's rows up to step `start`, without broken ones, such as half of a
-    last line.
+    """Yields (row, its line) of a file's rows up to step `start`.
+
+    Broken rows are left out, such as a last line that a kill has cut.
     """
     for line in path.read_bytes().splitlines() if path.exists() else ():
         try:
             row = json.loads(line)
             kept = row["step"] <= start
-        except (ValueError, TypeError, KeyError):  # bytes that are no UTF-8, too
+        except (ValueError, TypeError, KeyError):  # also bytes that are not UTF-8
             continue
         if kept:
             yield row, line + b"\n"
 
 
 def _cut(path: pathlib.Path, start: int) -> None:
-    """Drops rows after step `start` and broken ones."""
+    """Removes rows after step `start` and broken ones from the file."""
     kept = b"".join(line for _, line in _whole(path, start))
     if path.exists() and path.read_bytes() != kept:
         images.write_whole(path, kept)
 
 
 def _in_notebook() -> bool:
-    """Whether this is a kernel of Jupyter, Colab or the like, whose screen is a page."""
+    """Whether this process is a kernel of Jupyter, Colab or the like."""
     ipython = sys.modules.get("IPython")
     return hasattr(ipython and ipython.get_ipython(), "kernel")
 

@@ -1,4 +1,4 @@
-"""One writer for a workdir: a lock that says who holds it and is taken over from the dead."""
+"""One writer for a workdir: a lock that names its holder. A dead holder loses it."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ from absl import logging
 from t2i_jax import errors, images
 
 BEAT = 5.0  # seconds between signs of life
-STALE = 60.0  # seconds without one, after which an owner on another host counts as dead
+STALE = 60.0  # seconds without one after which an owner on another host counts as dead
 
 
 @contextlib.contextmanager
@@ -48,9 +48,14 @@ def held(workdir, signals):
 class Owner:
     """Holds <workdir>/lock from `acquire` to `release`.
 
-    The lock names host, process and a random id, and a counter that a thread raises. An owner on
-    this host is dead when its process is; one elsewhere when its counter stands still for `stale`
-    seconds of our own clock. `check` tells an owner that was only paused that it lost the workdir.
+    The lock names the host, the process and a random id, and holds a counter that a thread raises.
+    An owner on this host is dead when its process is. One on another host is dead when its counter
+    stands still for `stale` seconds. An owner that was only paused learns by `check` that it lost
+    the workdir.
+
+    Args:
+      beat: seconds between two raises of the counter.
+      stale: seconds without a raise after which an owner on another host counts as dead.
     """
 
     def __init__(self, workdir, *, beat: float = BEAT, stale: float = STALE):
@@ -66,36 +71,39 @@ class Owner:
         Raises:
           OwnerError: a living process holds it.
         """
-        seen, since = None, time.monotonic()
+        # `first` is the lock as it was at the first look. Its age is measured by our own monotonic
+        # clock, as the clocks of two hosts may differ by more than `stale`.
+        first, since = None, time.monotonic()
         while True:
             with self._alone():
-                found = self._read()
-                if found is None or self._dead(found) or self._still(found, seen, since):
-                    if found:
-                        logging.warning("taking %s over from %s", self._path.parent, _who(found))
+                holder = self._read()
+                if holder is None or self._dead(holder) or self._still(holder, first, since):
+                    if holder:
+                        logging.warning("taking %s over from %s", self._path.parent, _who(holder))
                     self._write(0)
                     break
-            if found["machine"] == self._me["machine"]:
-                raise self._taken(found)
-            if seen is None:
-                logging.info("%s holds %s: watching it", _who(found), self._path.parent)
-            elif found != seen:
-                raise self._taken(found)
-            seen = found if seen is None else seen
+            if holder["machine"] == self._me["machine"]:  # /proc has said that it lives
+                raise self._taken(holder)
+            if first is None:
+                logging.info("%s holds %s: watching it", _who(holder), self._path.parent)
+            elif holder != first:
+                raise self._taken(holder)
+            first = holder if first is None else first
             time.sleep(min(self._beat, self._stale) / 2)
         threading.Thread(target=self._live, daemon=True, name="owner").start()
 
     def check(self) -> None:
-        """Raises OwnerError if the lock is another's by now."""
-        found = self._read()
-        if found is None or found["id"] != self._me["id"]:
+        """Raises OwnerError if another process has taken the lock, or the lock is gone."""
+        holder = self._read()
+        if holder is None or holder["id"] != self._me["id"]:
             raise errors.OwnerError(
-                f"the run was taken over by {_who(found)}" if found else "the lock was removed",
+                f"the run was taken over by {_who(holder)}" if holder else "the lock was removed",
                 where=str(self._path),
                 fix="let the other process go on; this one writes nothing more",
             )
 
     def release(self) -> None:
+        """Removes the lock, unless it has another holder."""
         self._ended.set()
         with contextlib.suppress(errors.OwnerError, OSError), self._alone():
             self.check()
@@ -103,7 +111,9 @@ class Owner:
 
     @contextlib.contextmanager
     def _alone(self):
-        """Nobody else on this file system reads and writes the lock meanwhile."""
+        """Keeps other processes from reading and writing the lock within the body."""
+        # A file of its own: the lock itself is replaced by a rename at every beat, and a flock
+        # would stay with the old file. The kernel drops a flock when its process dies.
         with self._path.with_name("lock.mutex").open("w") as f:
             with contextlib.suppress(OSError):  # a file system without flock
                 fcntl.flock(f, fcntl.LOCK_EX)
@@ -113,32 +123,35 @@ class Owner:
         count = 0
         while not self._ended.wait(self._beat):
             count += 1
+            # A full disk costs a beat, not the run. `release` may have come between the wait and
+            # the mutex, so `_ended` is asked again: else the lock would be written once more.
             with contextlib.suppress(OSError), self._alone():
-                found = self._read()
-                if self._ended.is_set() or found is None or found["id"] != self._me["id"]:
+                holder = self._read()
+                if self._ended.is_set() or holder is None or holder["id"] != self._me["id"]:
                     return
                 self._write(count)
 
-    def _dead(self, found) -> bool:
-        here = found["machine"] == self._me["machine"]
-        return here and _started(found["pid"]) != found["started"]
+    def _dead(self, holder) -> bool:
+        here = holder["machine"] == self._me["machine"]
+        # Process ids are given again, so the time at which the process started must be equal, too.
+        return here and _started(holder["pid"]) != holder["started"]
 
-    def _still(self, found, seen, since) -> bool:
-        return found == seen and time.monotonic() - since > self._stale
+    def _still(self, holder, first, since) -> bool:
+        return holder == first and time.monotonic() - since > self._stale
 
-    def _taken(self, found):
+    def _taken(self, holder):
         return errors.OwnerError(
-            f"{_who(found)} trains there",
+            f"{_who(holder)} trains there",
             where=str(self._path.parent),
-            fix=f"stop process {found['pid']} on {found['host']}, or use another --workdir",
+            fix=f"stop process {holder['pid']} on {holder['host']}, or use another --workdir",
         )
 
     def _read(self) -> dict | None:
         try:
-            if not self._path.is_file():  # a pipe would block
+            if not self._path.is_file():  # opening a named pipe would block
                 return None
-            found = json.loads(self._path.read_bytes())
-            return found if set(self._me) < set(found) else None
+            holder = json.loads(self._path.read_bytes())
+            return holder if set(self._me) < set(holder) else None
         except (OSError, ValueError):
             return None
 
@@ -149,12 +162,15 @@ class Owner:
         images.write_whole(self._path, text.encode())
 
 
-def _who(found) -> str:
-    return f"process {found['pid']} on {found['host']} (last sign of life {found['time']})"
+def _who(holder) -> str:
+    return f"process {holder['pid']} on {holder['host']} (last sign of life {holder['time']})"
 
 
 def _machine() -> str:
-    """This boot of this machine, and its process namespace: where a pid means one process."""
+    """Names the space in which a process id means one process: host, boot and pid namespace.
+
+    Containers of one host may share its name but not its process ids.
+    """
     parts = []
     for read in (
         lambda: pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -166,9 +182,9 @@ def _machine() -> str:
 
 
 def _started(pid: int):
-    """When a living process started, in the kernel's ticks; None if it is dead.
+    """The time at which a living process started, in the kernel's ticks; None if it is dead.
 
-    Without /proc, 0 for every process that lives.
+    Without /proc it is 0 for every living process.
     """
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
@@ -179,8 +195,10 @@ def _started(pid: int):
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
-        except OSError:
+        except OSError:  # no permission to signal it: it lives
             pass
         return 0
+    # The second field is the program's name in parentheses. It may hold spaces and parentheses, so
+    # fields are counted from the last one (proc_pid_stat(5): state is field 3, starttime 22).
     state, *rest = stat.rpartition(")")[2].split()
     return None if state in "ZX" else int(rest[18])

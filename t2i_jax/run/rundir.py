@@ -1,4 +1,4 @@
-"""A run's folder: what is written there, and whether a start may go on in it."""
+"""The folder of a run: the files that describe it, and whether a start may go on in it."""
 
 import contextlib
 import json
@@ -13,21 +13,24 @@ from t2i_jax import errors, images, weights
 from t2i_jax.run import checkpoint, logs
 from t2i_jax.text import words
 
-FREE_TO_CHANGE = (  # keys another start may change; any other difference is refused
+# Keys of the config that another start may change. They leave the path of the training as it is, or
+# a user changes them on purpose in the middle of a run. Any other difference is refused.
+FREE_TO_CHANGE = (
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
     *("watch", "rollbacks", "save_minutes", "minutes"),
 )
 ROLLBACKS = "rollbacks.jsonl"
-WHERE_DATA_LIES = ("data.path", "data.data_dir")  # the data are known by their fingerprint
+WHERE_DATA_LIES = ("data.path", "data.data_dir")  # free: the fingerprint tells the data apart
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
 FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
 
 
 def describe(path: pathlib.Path, config, source) -> None:
-    """Writes config.json, env.txt and words.txt, and sends the log to log.txt, too.
+    """Writes config.json, env.txt and words.txt, and opens log.txt.
 
-    source: the training data, of whose captions the words are.
+    Args:
+      source: the training data. words.txt lists the words of its captions.
     """
     environment = {
         "python": platform.python_version(),
@@ -41,8 +44,8 @@ def describe(path: pathlib.Path, config, source) -> None:
     with errors.of_storage(path):
         images.write_whole(path / "config.json", weights.to_json(config).encode())
         images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
-        if not (path / words.FILE).exists() and (known := known_words(config, source)):
-            words.write(path, known)
+        if not (path / words.FILE).exists() and (trained := known_words(config, source)):
+            words.write(path, trained)
         logs.open(path / "log.txt")
 
 
@@ -68,9 +71,9 @@ def check_frozen(path: pathlib.Path, nets) -> None:
 
 
 def known_words(config, source) -> set[str] | None:
-    """The words of the training captions, and those of every model of ours that the run uses.
+    """The words of the training captions and of every model of ours that the run starts from.
 
-    None where those of one of them are not known.
+    None where one of these models has no list of words.
     """
     origins = [s for s in (config.init_from, *weights.sources(config).values()) if s]
     folders = [weights.locate(s.partition("#")[0]) for s in origins if weights.is_ours(s)]
@@ -79,12 +82,14 @@ def known_words(config, source) -> set[str] | None:
 
 
 def rollbacks(path: pathlib.Path) -> int:
-    """How often a run diverged and went back: lines, whatever became of what they say."""
+    """How often a run diverged and went back: the lines of rollbacks.jsonl."""
     file = path / ROLLBACKS
+    # A damaged line counts, too: forgetting one would give the run a rollback more.
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 def note_rollback(path: pathlib.Path, row: dict) -> None:
+    """Appends a row to rollbacks.jsonl. The file is written whole, so a kill cannot halve it."""
     file = path / ROLLBACKS
     before = file.read_bytes().splitlines() if file.exists() else []
     lines = (*before, json.dumps(row).encode())
@@ -92,27 +97,28 @@ def note_rollback(path: pathlib.Path, row: dict) -> None:
 
 
 def forget_rollbacks(path: pathlib.Path) -> None:
+    """Removes rollbacks.jsonl, for a run that begins again."""
     if jax.process_index() == 0:
         (path / ROLLBACKS).unlink(missing_ok=True)
 
 
 def cores() -> int:
-    """What an hour of this program counts: CPU cores of all processes, or accelerators."""
+    """The number of CPU cores, or of accelerators, that all processes of this run use."""
     if jax.default_backend() != "cpu":
         return jax.device_count()
     return len(os.sched_getaffinity(0)) * jax.process_count()
 
 
 def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
-    """Refuses a folder that holds an exported model, a run with another config or other data, or
-    one that is longer already.
+    """Checks that a start with this config and these data may go on in the folder.
 
     Args:
       data: the data source's fingerprint.
     Returns:
-      What differs from the run there and may.
+      The differences from the run's config that are allowed, as text.
     Raises:
-      ConfigError: a table of what differs; nothing is written.
+      ConfigError: the folder holds an exported model, a run with another config or other data, or
+        a run that has done more steps already. Nothing is written.
     """
     if (path / weights.EXPORTED).exists():
         raise errors.ConfigError(
@@ -152,7 +158,7 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
 
 
 def _config_before(path: pathlib.Path, saved: dict):
-    """The config of the run there, of config.json or of a checkpoint's meta."""
+    """The config of the run in the folder: from config.json, else from a checkpoint's meta."""
     if (path / "config.json").exists():
         return weights.read_config(path)
     if "config" not in saved:
@@ -165,7 +171,7 @@ def _config_before(path: pathlib.Path, saved: dict):
 
 
 def config_before(path: pathlib.Path):
-    """The config of the run there, or None if no run is there."""
+    """The config of the run in the folder, or None if there is none."""
     if (path / "checkpoints").is_dir():
         saved = _newest_meta(checkpoint.Checkpoints(path, create=False))
         if saved or (path / "config.json").exists():
@@ -174,7 +180,7 @@ def config_before(path: pathlib.Path):
 
 
 def _newest_meta(checkpoints) -> dict:
-    """What the newest sound checkpoint was saved with; {} if there is none."""
+    """The meta of the newest sound checkpoint; {} if there is none."""
     for step in reversed(checkpoints.steps()):
         with contextlib.suppress(checkpoint.Damaged):
             return checkpoints.meta(step)
@@ -182,6 +188,7 @@ def _newest_meta(checkpoints) -> dict:
 
 
 def _free(key: str) -> bool:
+    """Whether another start may change this key, such as "optim.model.clip"."""
     first, last = key.split(".")[0], key.split(".")[-1]
     if first in ("optim", "model"):
         return last in (FREE_OF_OPTIM if first == "optim" else FREE_OF_MODEL)
@@ -189,15 +196,16 @@ def _free(key: str) -> bool:
 
 
 def flat(config) -> dict:
-    """A config as {"loss.prediction": "x", …}, plain values only."""
-    found = {}
+    """A config as one flat dict of plain values: {"loss.prediction": "x", …}."""
+    values = {}
 
     def visit(prefix, value):
         if isinstance(value, dict):
             for key, child in value.items():
                 visit(f"{prefix}.{key}" if prefix else key, child)
         else:
-            found[prefix] = value
+            values[prefix] = value
 
+    # Through JSON, as a config that was read from config.json went: tuples become lists.
     visit("", json.loads(weights.to_json(config)))
-    return found
+    return values

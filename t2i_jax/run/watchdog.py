@@ -1,4 +1,4 @@
-"""Nothing hangs in silence: every phase of a run has a limit; past it all stacks are shown."""
+"""A limit of time for every phase of a run. Past it the process shows all stacks and ends."""
 
 import contextlib
 import faulthandler
@@ -10,28 +10,32 @@ import time
 from t2i_jax.run import distributed
 
 LIMITS = {  # seconds
-    "start": 14400.0,  # opening the data, and all that follows and has no name of its own
+    "start": 14400.0,  # opening the data, and everything before training without its own phase
     "reading frozen nets": 14400.0,
     "captions": 86400.0,
     "restore": 3600.0,
     "compile": 7200.0,
-    "training": 3600.0,  # what of a step has no name of its own
+    "training": 3600.0,  # the parts of a step without their own phase
     "reading data": 3600.0,
     "step": 1800.0,
     "save": 3600.0,
     "hooks": 14400.0,
 }
 
-_phases: list[list] = []  # name, limit, deadline; the innermost last
+_phases: list[list] = []  # [name, limit, deadline] of each open phase, the innermost last
 
 
 @contextlib.contextmanager
 def phase(name: str):
     """Ends the process with exit code 70 if the body takes longer than the phase's limit.
 
-    The time of phases within it does not count: after each of them the limit begins anew.
-    T2I_PHASE_SECONDS sets another limit for all phases.
+    The time of inner phases does not count: after each of them the limit begins anew. The
+    environment variable T2I_PHASE_SECONDS sets one limit, in seconds, for all phases.
+
+    Args:
+      name: a key of LIMITS.
     """
+    # A thread of its own, as the main one may hang in a C call, where no signal is handled.
     if not any(thread.name == "watchdog" for thread in threading.enumerate()):
         threading.Thread(target=_watch, daemon=True, name="watchdog").start()
     limit = float(os.environ.get("T2I_PHASE_SECONDS", LIMITS[name]))
@@ -47,13 +51,13 @@ def phase(name: str):
 def _watch() -> None:
     while True:
         time.sleep(0.5)
-        for name, limit, deadline in _phases[-1:]:
+        for name, limit, deadline in _phases[-1:]:  # a copy: the main thread changes the list
             if time.monotonic() > deadline:
                 _expire(name, limit)
 
 
 def _expire(name: str, limit: float) -> None:
-    with contextlib.suppress(Exception):
+    with contextlib.suppress(Exception):  # standard error may be closed
         faulthandler.dump_traceback(file=sys.stderr)
     distributed.end(
         f"{name} did not end in {limit:.0f} s (at {distributed.here()}). Fix: see the stacks "

@@ -30,8 +30,8 @@ BREAKS = (
     Break(
         "P4",
         "run/checkpoint.py",
-        'opt, skipped = found["opt"]["opt"],',
-        'opt, skipped = jax.tree.map(jnp.zeros_like, found["opt"]["opt"]),',
+        'opt, skipped = items["opt"]["opt"],',
+        'opt, skipped = jax.tree.map(jnp.zeros_like, items["opt"]["opt"]),',
     ),
     Break("P4", "run/checkpoint.py", "jnp.int32(step), target", "jnp.int32(step - 1), target"),
     Break("B1", "run/metrics.py", 'kept = row["step"] <= start', "kept = True"),
@@ -45,11 +45,16 @@ BREAKS = (
     Break("C6", "run/checkpoint.py", "if prints[name] != arrays[name]]", "if False]"),
     Break("C5", "run/checkpoint.py", "reason = _difference(folder, step, manifest)", 'reason = ""'),
     Break("C13", "run/fingerprint.py", "else _mixed\n", "else _weighted\n"),
-    Break("C15", "run/checkpoint.py", "found, format=manifest", "found, format=FORMAT or manifest"),
+    Break(
+        "C15",
+        "run/checkpoint.py",
+        "restored, format=manifest",
+        "restored, format=FORMAT or manifest",
+    ),
     Break("C8", "run/checkpoint.py", "        if reasons:\n", "        if False:\n"),
     Break("C9", "run/checkpoint.py", ">= ATTEMPTS:", ">= 99:"),
     Break("C10", "run/checkpoint.py", "p.name.isdecimal() and not p.is_symlink()", "True"),
-    Break("T7", "run/checkpoint.py", "if wanted != known:", "if False:"),
+    Break("T7", "run/checkpoint.py", "if wanted != saved:", "if False:"),
     Break("T5", "run/rundir.py", "    if differences:\n", "    if False:\n"),
     # G5: what is not finite reaches neither weights nor disk.
     Break("N1", "step.py", "jnp.where(finite, a, b)", "a"),
@@ -76,12 +81,12 @@ BREAKS = (
     Break("B5", "run/metrics.py", "            self._told = True\n", ""),
     Break("B6", "errors.py", "if e.errno not in OF_DISKS:", "if True:"),
     # G8: one writer, who looks before each commit whether it still is.
-    Break("C11", "run/owner.py", "if found is None or self._dead(found) or", "if True or"),
+    Break("C11", "run/owner.py", "if holder is None or self._dead(holder) or", "if True or"),
     Break(
         "C11",
         "run/owner.py",
-        'found = self._read()\n        if found is None or found["id"] != self._me["id"]:',
-        "found = self._read()\n        if False:",
+        'holder = self._read()\n        if holder is None or holder["id"] != self._me["id"]:',
+        "holder = self._read()\n        if False:",
     ),
     # G10: a broken example costs its slot, and too many the run.
     Break("D1", "data/loader.py", "weight_B[row] = 0", "weight_B[row] = 1"),
