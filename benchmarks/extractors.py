@@ -124,12 +124,12 @@ def ours(case: str, folder: pathlib.Path) -> None:
     import jax
 
     from t2i_jax.commands import plan
-    from t2i_jax.pretrained import image_network
+    from t2i_jax.pretrained import opener
 
-    net = image_network.make(str(folder))
+    net = opener.open(str(folder)).module()
     image_BHWC = jax.device_put(pictures(case))
     shapes = jax.eval_shape(net.init, jax.random.key(0), image_BHWC[:1])
-    variables = jax.device_put(image_network.load(str(folder), shapes))
+    variables = jax.device_put(opener.load(str(folder), shapes))
     pooled = jax.jit(lambda v, x: net.apply(v, x).pooled_BD)
     np.savez(folder / "ours.npz", pooled=pooled(variables, image_BHWC))
     products = plan.flops(jax.make_jaxpr(pooled)(variables, image_BHWC))

@@ -24,7 +24,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import harness
-from t2i_jax.pretrained import image_network
+from t2i_jax.pretrained import hf
 from t2i_jax.quality import protocol
 
 STEPS = flags.DEFINE_integer("steps", 600, "Of a guided run.")
@@ -95,7 +95,7 @@ def main(argv) -> None:
             alone(pathlib.Path(name), steps=PROBE)
     else:
         # Its weights must be there in the end.
-        image_network.locate(protocol.read(PROTOCOL).extractor)
+        hf.locate(protocol.read(PROTOCOL).extractor)
         folder, CHANGES[:] = pathlib.Path(argv[1]), argv[2:]
         folder.mkdir(parents=True, exist_ok=True)
         asked, kept = [STEPS.value, CONFIG.value, *CHANGES], folder / "asked.json"

@@ -82,12 +82,12 @@ def prepared(name: str, length: int):
     import jax
 
     from t2i_jax.commands import plan
-    from t2i_jax.pretrained import text_encoder
+    from t2i_jax.pretrained import opener, text_encoder
 
     net = text_encoder.make(name)
     abstract = [jax.ShapeDtypeStruct((1, length), dtype) for dtype in ("int32", "bool")]
     shapes = jax.eval_shape(net.init, jax.random.key(0), *abstract)
-    variables = jax.device_put(text_encoder.load(name, shapes))
+    variables = jax.device_put(opener.load(name, shapes))
     apply = jax.jit(net.apply)
     count = lambda *tokens: plan.flops(jax.make_jaxpr(apply)(variables, *tokens))
     return functools.partial(apply, variables), count
@@ -238,7 +238,7 @@ def load(folder: pathlib.Path) -> None:
     """Prints by how much loading raises a process's memory at most, bytes."""
     import jax
 
-    from t2i_jax.pretrained import text_encoder
+    from t2i_jax.pretrained import opener, text_encoder
 
     net = text_encoder.make(str(folder))
     tokens = [jax.ShapeDtypeStruct((1, 8), dtype) for dtype in ("int32", "bool")]
@@ -249,7 +249,7 @@ def load(folder: pathlib.Path) -> None:
     status = pathlib.Path("/proc/self/status")
     kilobytes = lambda key: int(status.read_text().split(key)[1].split()[0])
     before = kilobytes("VmRSS:")
-    jax.block_until_ready(text_encoder.load(str(folder), shapes))
+    jax.block_until_ready(opener.load(str(folder), shapes))
     print((kilobytes("VmHWM:") - before) * 1024)
 
 

@@ -7,13 +7,12 @@ import pathlib
 import jax
 import ml_collections
 import numpy as np
-import safetensors
 import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
 from t2i_jax import errors, files, images, objective, sharding
-from t2i_jax.pretrained import hf, image_network, text_encoder
+from t2i_jax.pretrained import hf, opener, tensors, text_encoder
 from t2i_jax.run import checkpoint, fingerprint
 from t2i_jax.text import words
 
@@ -192,7 +191,7 @@ def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes
                 )
         else:
             _check_there(name, source)
-            _reader(name).check(source, shapes[name])
+            opener.check(source, shapes[name])
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
         if name not in given and not config.allow_random:
@@ -278,8 +277,7 @@ def frozen_digests(folder: pathlib.Path, step: int | None) -> dict[str, str] | s
     """
     if not (folder / EXPORTED).exists():
         return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
-    with _opened(folder / EXPORTED) as tensors:
-        note = (tensors.metadata() or {}).get("frozen")
+    note = _stored(folder)[1].get("frozen")
     try:
         return json.loads(note) if note and note.startswith("{") else note
     except (ValueError, RecursionError) as e:
@@ -305,18 +303,13 @@ def load_net(source, name: str, target):
     if is_ours(source):
         folder, theirs = _trained(source, name)
         return load_trained(folder, {theirs: target}, step=None)[0][theirs]
-    return _reader(name).load(source, target)
-
-
-def _reader(name: str):
-    """What reads pretrained checkpoints: texts for the net "text", pictures for all others."""
-    return text_encoder if name == "text" else image_network
+    return opener.load(source, target)
 
 
 def _check_there(name: str, source) -> None:
     """Raises ConfigError for a path that is no folder, which may have been a run's."""
     for one in (source,) if isinstance(source, str) else source:
-        path = pathlib.Path(one).expanduser()
+        path, _ = hf.split(one)
         if one.startswith("hf:") or len(path.parts) < 2 or path.is_dir():
             continue
         several = "" if isinstance(source, str) else "; commas separate several checkpoints"
@@ -383,16 +376,17 @@ def _here():
 
 
 def is_ours(source) -> bool:
-    """Whether it is a run or a model of this project, not a pretrained checkpoint."""
+    """Whether it is a run or a model of this project: its config.json names an objective."""
     if not isinstance(source, str):
         return False  # several pretrained encoders
-    if source.startswith("builtin:") or "#" in source:
+    if source.startswith("builtin:"):
         return True
-    path = pathlib.Path(source) / "config.json"
+    folder, net = hf.split(source)
+    path = folder / "config.json"
     try:
         return path.is_file() and "objective" in json.loads(files.read_text(path))
     except (OSError, ValueError, TypeError, RecursionError):
-        return False
+        return bool(net)  # of a run with a broken config.json, as `read_config` will tell
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, averaged: bool = True):
@@ -409,7 +403,8 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
             raise errors.ConfigError(
                 f"an exported model has no step {step}", where=str(folder), fix="leave out --step"
             )
-        return _read_exported(folder / EXPORTED, targets), None
+        check_regular(folder / EXPORTED)
+        return tensors.load(tensors.match(folder, targets, tensors.OURS)), None
     config = read_config(folder)
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
@@ -423,9 +418,8 @@ def nets_in(folder: pathlib.Path) -> list[str]:
     """The nets that an exported model's file holds; none if the folder is a run's."""
     if not (folder / EXPORTED).exists():
         return []
-    with _opened(folder / EXPORTED) as tensors:
-        names = tensors.keys()  # it is no mapping
-        return sorted({name.partition("/")[0] for name in names})
+    stored, _ = _stored(folder)
+    return sorted({name.partition("/")[0] for name in stored})
 
 
 def export(
@@ -444,8 +438,8 @@ def export(
     folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     note = {"frozen": json.dumps(frozen)} if frozen else None
-    tensors = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
-    images.write_whole(folder / EXPORTED, safetensors.numpy.save(tensors, note))
+    arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
+    images.write_whole(folder / EXPORTED, safetensors.numpy.save(arrays, note))
     images.write_whole(folder / "config.json", to_json(config).encode())
     images.write_whole(folder / "README.md", card.encode())
     if known:
@@ -456,33 +450,7 @@ def to_json(config) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def _opened(path: pathlib.Path):
-    check_regular(path)
-    try:
-        return safetensors.safe_open(path, framework="np")
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
-        raise errors.DataError(
-            f"not a whole safetensors file: {e}", where=str(path), fix="copy or export it again"
-        ) from e
-
-
-def _read_exported(path: pathlib.Path, targets):
-    with _opened(path) as tensors:
-        names = tensors.keys()  # it is no mapping
-        kinds = {name: tensors.get_slice(name).get_dtype() for name in names}
-        flat = {name: tensors.get_tensor(name) for name in names if kinds[name] in hf.FLOATS}
-    wanted = traverse_util.flatten_dict(targets, sep="/")
-    bad = [
-        f"{name}: want {wanted[name].shape} of {', '.join(hf.FLOATS)}, found "
-        f"{flat[name].shape if name in flat else kinds.get(name, 'none')}"
-        for name in wanted
-        if name not in flat or flat[name].shape != wanted[name].shape
-    ]
-    if bad:
-        raise errors.DataError(
-            f"{len(bad)} tensors do not fit: " + "; ".join(bad[:10]),
-            where=str(path),
-            fix="use the config.json exported with it",
-        )
-    cast = {name: flat[name].astype(wanted[name].dtype) for name in wanted}
-    return traverse_util.unflatten_dict(cast, sep="/")
+def _stored(folder: pathlib.Path):
+    """The tensors of an exported model's file, by name, and its notes."""
+    check_regular(folder / EXPORTED)
+    return tensors.header(folder / EXPORTED)

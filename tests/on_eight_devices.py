@@ -16,7 +16,7 @@ import numpy as np
 from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
-from t2i_jax.pretrained import image_network, text_encoder
+from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import fingerprint
 from tests import test_text_families, test_vits
@@ -198,8 +198,8 @@ def _encoders(*cases) -> dict:
             net = text_encoder.make(folder)
             shapes = {"text": jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)}
             split = sharding.on(shapes, layout.nets(shapes))
-            nets = {"text": text_encoder.load(folder, split["text"])}
-            whole = {"text": text_encoder.load(folder, shapes["text"])}
+            nets = {"text": opener.load(folder, split["text"])}
+            whole = {"text": opener.load(folder, shapes["text"])}
         apply = lambda nets, *batch, net=net: net.apply(nets["text"], *batch)
         spread = lambda nets, *batch, run=apply: run(layout.gather(nets), *layout.spread(batch))
         one, all_ = (
@@ -222,10 +222,10 @@ def _features() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         test_vits.by_golden("clip", pathlib.Path(folder))
         all_ = extractor.Extractor(folder)(pictures, ["pooled"])["pooled"]
-        net = image_network.make(folder)
+        net = opener.open(folder).module()
         image_BHWC = np.stack(pictures) / np.float32(127.5) - 1
         shapes = jax.eval_shape(net.init, jax.random.key(0), image_BHWC)
-        one = jax.jit(net.apply)(image_network.load(folder, shapes), image_BHWC).pooled_BD
+        one = jax.jit(net.apply)(opener.load(folder, shapes), image_BHWC).pooled_BD
     return {"features": {"difference": _difference(all_, np.asarray(one))}}
 
 

@@ -155,7 +155,7 @@ def test_hugging_faces_clip_gives_its_logits(tmp_path):
     image = test_vits.picture(14, 14)[[0, 1, 0]]
     batch = {"image": image, "text": text_BL, "mask": mask_BL}
     found = family.predict["logits"](nets, batch, None)
-    mean, std = np.array(test_vits.clip_vision.MEAN), np.array(test_vits.clip_vision.STD)
+    mean, std = np.array(test_vits.clip.MEAN), np.array(test_vits.clip.STD)
     pixels = (((image + 1) / 2 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)
     with torch.inference_mode():
         wanted = model(

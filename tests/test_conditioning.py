@@ -12,7 +12,7 @@ import tokenizers
 from configs import shapes_finetune, shapes_transformer
 from t2i_jax import errors, loop, objective, pipeline, weights
 from t2i_jax.models.types import Cond
-from t2i_jax.pretrained import text_encoder
+from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.text import condition
 from tests import runs, test_text_families
 from tests.test_pipeline import start
@@ -56,7 +56,7 @@ def encoded(source, captions, length=16, **options):
     net = text_encoder.make(source, length=length, **options)
     text_BL, mask_BL, cut = text_encoder.tokenizer(source, length)(captions)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    return net, jax.jit(net.apply)(text_encoder.load(source, shapes), text_BL, mask_BL), cut
+    return net, jax.jit(net.apply)(opener.load(source, shapes), text_BL, mask_BL), cut
 
 
 def test_several_encoders_are_each_of_them_side_by_side(pair):
@@ -141,7 +141,7 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
     _, cond, _ = encoded(pair[0], captions, length=9, clip=dict(skip=1))
     text_BL, mask_BL, _ = text_encoder.tokenizer(pair[0], 9)(captions)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    variables = text_encoder.load(pair[0], shapes)
+    variables = opener.load(pair[0], shapes)
     states = net.apply(variables, text_BL, mask_BL, method="states")
     np.testing.assert_allclose(cond.seq_BLD[mask_BL], states[-3][mask_BL], atol=1e-6)
     np.testing.assert_allclose(cond.pooled_BD, last.pooled_BD, atol=1e-6)
@@ -207,7 +207,7 @@ def test_an_encoder_learns_from_its_pretrained_weights_at_its_own_rate(pair, tmp
     loop.train(config, tmp_path)
     pipe = pipeline.Pipeline.load(str(tmp_path))
     shapes = weights.abstract_nets(pipe.predictor.objective, config)
-    before = text_encoder.load(pair[1], shapes["text"])
+    before = opener.load(pair[1], shapes["text"])
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, pipe.nets["text"])
     assert 0 < max(jax.tree.leaves(moved)) < 0.01  # from there, and not far
     row = runs.rows(tmp_path)[-1]

@@ -21,7 +21,7 @@ import safetensors.numpy
 
 from t2i_jax import errors
 from t2i_jax.commands import convert
-from t2i_jax.pretrained import convolution, efficientnet, hf, image_network, inception, lpips
+from t2i_jax.pretrained import convolution, efficientnet, hf, inception, lpips, opener
 from tests import make_vision_goldens as golden
 
 TYPES = {
@@ -61,8 +61,8 @@ def loaded(tmp_path_factory):
             folder = tmp_path_factory.mktemp(kind)
             safetensors.numpy.save_file(state(kind), folder / hf.WEIGHTS)
             (folder / hf.CONFIG).write_text(json.dumps({"model_type": TYPES[kind]}))
-            net = image_network.make(str(folder)).clone(res=golden.SIDES[kind])
-            made[kind] = net, image_network.load(str(folder), abstract(net))
+            net = opener.open(str(folder)).module().clone(res=golden.SIDES[kind])
+            made[kind] = net, opener.load(str(folder), abstract(net))
         return made[kind]
 
     return load
@@ -177,9 +177,9 @@ def test_pictures_of_another_shape_are_an_error(kind, shape):
 
 
 def test_weights_not_converted_yet_say_how(tmp_path, monkeypatch):
-    monkeypatch.setenv(image_network.FOLDER, str(tmp_path))
+    monkeypatch.setenv(hf.FOLDER, str(tmp_path))
     with pytest.raises(errors.DataError, match=r"t2i_jax convert inception"):
-        image_network.make("inception")
+        opener.open("inception").module()
 
 
 # --- conversion -----------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def save(path, tensors, **options) -> pathlib.Path:
 
 @pytest.fixture
 def weights_home(tmp_path, monkeypatch):
-    monkeypatch.setenv(image_network.FOLDER, str(tmp_path / "weights"))
+    monkeypatch.setenv(hf.FOLDER, str(tmp_path / "weights"))
     return tmp_path / "weights"
 
 
@@ -220,7 +220,7 @@ def test_converted_files_give_the_same_parameters(
     assert folder == weights_home / kind
     assert sorted(path.name for path in folder.iterdir()) == [hf.CONFIG, hf.WEIGHTS]
     assert "classifier.0.weight" not in safetensors.numpy.load_file(folder / hf.WEIGHTS)
-    got = image_network.load(kind, abstract(image_network.make(kind)))
+    got = opener.load(kind, abstract(opener.open(kind).module()))
     jax.tree.map(np.testing.assert_array_equal, got, loaded(name)[1])
 
 
@@ -306,7 +306,7 @@ def test_the_published_efficientnet_knows_a_plain_picture(weights_home):
     assert config["made_of"]["efficientnet-lite0-57934424.pth"].startswith("57934424")
     data = pytest.importorskip("skimage.data")
     x_HWC = np.asarray(data.chelsea())[20:244, 120:344] / np.float32(127.5) - 1  # a cat
-    net = image_network.make("efficientnet_lite0")
-    variables = image_network.load("efficientnet_lite0", abstract(net))
+    net = opener.open("efficientnet_lite0").module()
+    variables = opener.load("efficientnet_lite0", abstract(net))
     logits_K = jax.jit(net.apply)(variables, x_HWC[None]).logits_BK[0]
     assert 281 <= logits_K.argmax() <= 285  # ImageNet's cats

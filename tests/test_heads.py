@@ -13,7 +13,8 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors
-from t2i_jax.pretrained import clip_vision, dino, gpt2, hf, image_network, text_encoder
+from t2i_jax.models.types import Cond, Features
+from t2i_jax.pretrained import clip, dino, gpt2, hf, opener
 from tests import test_text_families as texts
 from tests import test_vits as pictures
 
@@ -58,11 +59,11 @@ def compute(net, variables, *inputs):
     return net.apply(variables, *inputs, method="states")[-1]
 
 
-def ours(reader, folder, *inputs):
+def ours(wanted, folder, *inputs):
     """The last states as we compute them."""
-    net = reader.make(str(folder))
+    net = opener.open(str(folder)).module(wanted)
     shapes = jax.eval_shape(net.init, jax.random.key(0), *inputs)
-    return compute(net, reader.load(str(folder), shapes), *inputs)
+    return compute(net, opener.load(str(folder), shapes), *inputs)
 
 
 def check_text(folder):
@@ -75,7 +76,7 @@ def check_text(folder):
     tokens = torch.tensor(text_BL).long(), torch.tensor(mask_BL).long()
     with torch.inference_mode():
         want = model(input_ids=tokens[0], attention_mask=tokens[1]).last_hidden_state.numpy()
-    got = ours(text_encoder, folder, text_BL, mask_BL)
+    got = ours(Cond, folder, text_BL, mask_BL)
     np.testing.assert_allclose(got[mask_BL], want[mask_BL], atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
@@ -85,7 +86,7 @@ def check_picture(folder, kind, side, mean, std, **options):
     with torch.inference_mode():
         model = kind.from_pretrained(folder).eval()
         want = model(pixels, **options).last_hidden_state.numpy()
-    got = ours(image_network, folder, image_BHWC)
+    got = ours(Features, folder, image_BHWC)
     np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max(), rtol=0)
 
 
@@ -109,9 +110,9 @@ def test_clips_image_tower_is_read_from_under_a_classifier(tmp_path):
     kinds = dict(text_config=texts.CLIP, vision_config=pictures.CLIP, projection_dim=10)
     saved("CLIPForImageClassification", kinds, tmp_path)
     side = pictures.CLIP["image_size"]
-    check_picture(tmp_path, transformers.CLIPVisionModel, side, clip_vision.MEAN, clip_vision.STD)
+    check_picture(tmp_path, transformers.CLIPVisionModel, side, clip.MEAN, clip.STD)
     with pytest.raises(errors.DataError, match="tensors do not fit"):  # no text tower is there
-        ours(text_encoder, tmp_path, *texts.batch())
+        ours(Cond, tmp_path, *texts.batch())
 
 
 @pytest.mark.parametrize("family", ["t5", "mt5", "umt5"])
@@ -134,7 +135,7 @@ def test_t5_reads_the_embeddings_that_its_encoder_reads(tmp_path, family, name, 
 def test_dino_with_and_without_the_crop_of_its_preprocessor(tmp_path):
     """Pictures of the side it learned at, which is no multiple of a patch, and of one that is."""
     saved("Dinov2Model", ODD, tmp_path)
-    assert image_network.make(str(tmp_path)).res == 14
+    assert opener.open(str(tmp_path)).module().res == 14
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": 16}))
     check_picture(tmp_path, transformers.Dinov2Model, 16, dino.MEAN, dino.STD)
 
@@ -157,7 +158,7 @@ def test_a_padding_token_within_a_caption_takes_no_position(tmp_path, name):
     tokens = np.where(mask_BL, text_BL, 1)
     with torch.inference_mode():
         out = model(torch.tensor(tokens).long(), torch.tensor(mask_BL).long())
-    got = ours(text_encoder, tmp_path, tokens, mask_BL)
+    got = ours(Cond, tmp_path, tokens, mask_BL)
     want = out.last_hidden_state.numpy()
     np.testing.assert_allclose(got[mask_BL], want[mask_BL], atol=1e-5, rtol=0)
 
@@ -173,9 +174,9 @@ def say(net, variables, text_BL, mask_BL, new):
 
 def opened(folder):
     """A text encoder and its variables."""
-    net = text_encoder.make(str(folder))
+    net = opener.open(str(folder)).module()
     shapes = jax.eval_shape(net.init, jax.random.key(0), *texts.batch())
-    return net, text_encoder.load(str(folder), shapes)
+    return net, opener.load(str(folder), shapes)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, pipeline, weights
-from t2i_jax.pretrained import hf, image_network, text_encoder
+from t2i_jax.models.types import Features
+from t2i_jax.pretrained import hf, opener, text_encoder
 from tests import test_text_families as texts
 from tests import test_vits as pictures
 
@@ -132,7 +133,7 @@ def test_an_image_network_of_no_sensible_size_is_refused_at_once(tmp_path, case,
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     start = time.perf_counter()
     with pytest.raises(errors.ConfigError, match="it should be"):
-        image_network.make(str(tmp_path))
+        opener.open(str(tmp_path)).module(Features)
     assert time.perf_counter() - start < 5
 
 
@@ -140,15 +141,14 @@ def test_a_preprocessors_huge_crop_is_refused(tmp_path):
     pictures.by_golden("dino", tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"crop_size": 4 * 10**6}))
     with pytest.raises(errors.ConfigError, match="res is 4000000"):
-        image_network.make(str(tmp_path))
+        opener.open(str(tmp_path)).module(Features)
 
 
 def modules():
     """Every model_type that we read, and what makes its module."""
-    for kinds, shown in ((text_encoder.FAMILIES, "text"), (image_network.FAMILIES, "vision")):
-        for model_type, family in kinds.items():
-            if family.__name__.rpartition(".")[2] not in ("inception", "efficientnet", "lpips"):
-                yield pytest.param(model_type, family, id=f"{shown} {model_type}")
+    for model_type, family in opener.families().items():
+        if family.__name__.rpartition(".")[2] not in ("inception", "efficientnet", "lpips"):
+            yield pytest.param(model_type, family, id=model_type)
 
 
 @pytest.mark.parametrize(("model_type", "family"), list(modules()))
@@ -156,8 +156,9 @@ def test_what_a_config_leaves_out_is_what_transformers_takes(model_type, family)
     transformers = pytest.importorskip("transformers")
     kind = transformers.AutoConfig.for_model(model_type)
     whole = json.loads(kind.to_json_string(use_diff=False)) | {"model_type": model_type}
-    want = family.from_config(whole)
     short = {"model_type": model_type}
     if "text_config" in whole:
         short |= {"text_config": {}, "vision_config": {}}
-    assert family.from_config(short) == want
+    made = lambda config: opener.Checkpoint(pathlib.Path(), config, family).module
+    for gives in opener.Checkpoint(pathlib.Path(), short, family).towers():
+        assert made(short)(gives) == made(whole)(gives)

@@ -17,7 +17,8 @@ import safetensors.numpy
 from hypothesis import strategies
 
 from t2i_jax import errors
-from t2i_jax.pretrained import bert, hf, text_encoder
+from t2i_jax.pretrained import bert, hf, opener, text_encoder
+from t2i_jax.pretrained import tensors as parts
 from t2i_jax.text import tokenize
 from tests import make_minilm_golden as golden
 
@@ -81,7 +82,7 @@ def load(source, length=6, **options):
     tokens = [jax.ShapeDtypeStruct((1, length), dtype) for dtype in ("int32", "bool")]
     abstract = jax.eval_shape(net.init, jax.random.key(0), *tokens)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return text_encoder.load(str(source), abstract), jax.jit(both)
+    return opener.load(str(source), abstract), jax.jit(both)
 
 
 # --- the encoder ---
@@ -485,14 +486,14 @@ def test_parts_of_a_parameter_are_those_of_the_whole(folder):
     params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
     config = hf.read_json(folder / "config.json")
     rng = np.random.default_rng(0)
-    for path, source in hf.match(folder, params, bert.names(config)).items():
+    for path, source in parts.match(folder, params, bert.names(config)).items():
         shape = source.leaf.shape
-        whole = hf._part(source, (slice(None),) * len(shape))
+        whole = parts._part(source, (slice(None),) * len(shape))
         assert whole.shape == shape, path
         for _ in range(4):
             ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in shape]
             index = tuple(slice(int(a), int(b)) for a, b in ends)
-            np.testing.assert_array_equal(hf._part(source, index), whole[index])
+            np.testing.assert_array_equal(parts._part(source, index), whole[index])
 
 
 def test_a_file_cut_short_after_it_was_looked_at_is_noticed(folder, tmp_path):
@@ -500,11 +501,11 @@ def test_a_file_cut_short_after_it_was_looked_at_is_noticed(folder, tmp_path):
     net = text_encoder.make(str(copy))
     tokens = [jax.ShapeDtypeStruct((1, 6), dtype) for dtype in ("int32", "bool")]
     params = jax.eval_shape(net.init, jax.random.key(0), *tokens)["params"]
-    sources = hf.match(copy, params, bert.names(hf.read_json(copy / "config.json")))
+    sources = parts.match(copy, params, bert.names(hf.read_json(copy / "config.json")))
     with (copy / "model.safetensors").open("r+b") as file:
         file.truncate((copy / "model.safetensors").stat().st_size - 200)
     with pytest.raises(errors.DataError, match="the file ends within"):
-        hf.load(sources)
+        parts.load(sources)
 
 
 def test_clips_own_files_make_its_tokens(folder, tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax.pretrained import gpt2, text_encoder
+from t2i_jax.pretrained import gpt2, opener, text_encoder
 
 GOLDEN = pathlib.Path(__file__).parent / "goldens"
 SPEAKER = "gpt-2, speaking"
@@ -177,7 +177,7 @@ def program(source, dtype):
     net = text_encoder.make(source, dtype=dtype)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return text_encoder.load(source, shapes), jax.jit(both)
+    return opener.load(source, shapes), jax.jit(both)
 
 
 def compute(source, text_BL, mask_BL, dtype="float32"):
@@ -206,7 +206,7 @@ def check_said(source, want):
     says = lambda v, t, m: gpt2.generate(
         net, v, t, m, jax.random.key(0), new=64, end=VOCAB, temperature=0
     )
-    got_BN, alive_BN = jax.jit(says)(text_encoder.load(source, shapes), text_BL, mask_BL)
+    got_BN, alive_BN = jax.jit(says)(opener.load(source, shapes), text_BL, mask_BL)
     assert alive_BN.all()
     np.testing.assert_array_equal(got_BN, want)
     assert len(np.unique(got_BN)) > 3  # not one word for ever
@@ -249,7 +249,7 @@ def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(tmp_path):
     mask_BL = np.ones(text_BL.shape, bool)
     net = text_encoder.make(str(tmp_path))
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    variables, options = text_encoder.load(str(tmp_path), shapes), dict(new=20, end=3)
+    variables, options = opener.load(str(tmp_path), shapes), dict(new=20, end=3)
     draw = lambda seed, **more: jax.device_get(
         gpt2.generate(net, variables, text_BL, mask_BL, jax.random.key(seed), **options, **more)
     )

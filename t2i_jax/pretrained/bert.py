@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from t2i_jax import errors
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Cond
-from t2i_jax.pretrained import hf
+from t2i_jax.pretrained import hf, tensors
 from t2i_jax.text import condition
 
 _BERT = {
@@ -66,12 +66,12 @@ _IMPLEMENTED = {  # fields of config.json that change the network, and the one v
     "add_cross_attention": False,
 }
 ROBERTAS = ("roberta", "xlm-roberta", "camembert")
-MODEL_TYPES = ("bert", "distilbert", *ROBERTAS)
+KINDS = ("bert", "distilbert", *ROBERTAS)
 
 
-def names(config) -> hf.Names:
+def names(config) -> tensors.Names:
     heads = ("cls.*", "classifier.*", "qa_outputs.*", "lm_head.*", "vocab_*")
-    return hf.Names(
+    return tensors.Names(
         tensors=_DISTILBERT if config["model_type"] == "distilbert" else _BERT,
         prefixes=("bert.", "roberta.", "distilbert."),
         renamed=(  # of the first checkpoints, converted from TensorFlow

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from t2i_jax import errors
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Features
-from t2i_jax.pretrained import hf, vit
+from t2i_jax.pretrained import hf, tensors, vit
 
 _FIELDS = {
     "hidden_size": "width",
@@ -26,14 +26,14 @@ _FIELDS = {
     "hidden_act": "activation",
 }
 _REGISTERS = {"num_register_tokens": 4, "patch_size": 16}  # where the config lacks them
-MODEL_TYPES = ("dinov2", "dinov2_with_registers")
+KINDS = ("dinov2", "dinov2_with_registers")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet
 
 
-def names(config) -> hf.Names:
+def names(config) -> tensors.Names:
     layer = "encoder.layer.{}."
     up, down = ("weights_in", "weights_out") if config.get("use_swiglu_ffn") else ("fc1", "fc2")
-    return hf.Names(
+    return tensors.Names(
         tensors={
             "class_token": "embeddings.cls_token",
             "register_tokens": "embeddings.register_tokens",

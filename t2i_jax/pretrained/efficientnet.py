@@ -13,9 +13,9 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from t2i_jax.models.types import Features
-from t2i_jax.pretrained import convolution, hf
+from t2i_jax.pretrained import convolution, tensors
 
-MODEL_TYPES = ("efficientnet_lite0",)
+KINDS = ("efficientnet_lite0",)
 CLASSES = 1000  # of ImageNet
 
 
@@ -90,12 +90,12 @@ class EfficientNet(nn.Module):
         return Features(pooled_BD, logits_BK, maps=tuple(maps[i] for i in ENDS))
 
 
-def names(config) -> hf.Names:
+def names(config) -> tensors.Names:
     outer = ("conv_stem", "bn0", "conv_head", "bn1", "fc")
     inner = ("expand_conv", "bn0", "depthwise_conv", "bn1", "project_conv", "bn2")
-    return hf.Names(
+    return tensors.Names(
         tensors={
-            **{hf.pattern(name): f"_{name}" for name in outer},
+            **{tensors.pattern(name): f"_{name}" for name in outer},
             **{f"blocks_{{}}/{name}": f"_blocks.{{}}._{name}" for name in inner},
         },
         ignored=("*.num_batches_tracked",),

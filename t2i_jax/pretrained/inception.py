@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t2i_jax.models.types import Features
-from t2i_jax.pretrained import convolution, hf
+from t2i_jax.pretrained import convolution, tensors
 
-MODEL_TYPES = ("inception_v3_fid",)
+KINDS = ("inception_v3_fid",)
 CLASSES = 1008  # of the graph; those from 1000 on mean nothing
 SPATIAL = 7  # channels of its spatial features
 
@@ -197,14 +197,14 @@ class Inception(nn.Module):
         return Features(pooled_BD, logits_BK, spatial_BD, (*maps, ends["Mixed_6e"], x_BHWC))
 
 
-def names(config) -> hf.Names:
-    tensors = {"fc": "fc"}
+def names(config) -> tensors.Names:
+    table = {"fc": "fc"}
     for path, steps in (("", STEM), *((f"{k}/", branches) for k, branches in BLOCKS.items())):
         for conv in _convs(steps):
             for part in ("conv", "bn"):
                 ours = f"{path}{conv.name}/{part}"
-                tensors[hf.pattern(ours)] = hf.pattern(ours).replace("/", ".")
-    return hf.Names(tensors=tensors, ignored=("fc.bias", "*.num_batches_tracked"))
+                table[tensors.pattern(ours)] = tensors.pattern(ours).replace("/", ".")
+    return tensors.Names(tensors=table, ignored=("fc.bias", "*.num_batches_tracked"))
 
 
 def from_config(config: dict) -> Inception:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from t2i_jax import errors
 from t2i_jax.models.types import Features
-from t2i_jax.pretrained import convolution, hf
+from t2i_jax.pretrained import convolution, tensors
 
-MODEL_TYPES = ("lpips_vgg",)
+KINDS = ("lpips_vgg",)
 WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 SMALLEST = 2 ** (len(WIDTHS) - 1)  # side of a picture: all stages but the first halve it
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of ImageNet's channels in [-1, 1]
@@ -100,8 +100,8 @@ class Lpips(nn.Module):
         return tuple(maps), weights
 
 
-def names(config) -> hf.Names:
-    return hf.Names(
+def names(config) -> tensors.Names:
+    return tensors.Names(
         tensors={"features_{}": "features.{}", "lin_{}": "lin{}.model.1"},
         ignored=("classifier.*",),
     )

@@ -14,7 +14,7 @@ import numpy as np
 from t2i_jax import errors
 from t2i_jax.models import attention, blocks
 from t2i_jax.models.types import Cond
-from t2i_jax.pretrained import hf
+from t2i_jax.pretrained import hf, tensors
 from t2i_jax.text import condition
 
 _FIELDS = {
@@ -28,7 +28,7 @@ _FIELDS = {
     "relative_attention_max_distance": "max_distance",
     "layer_norm_epsilon": "epsilon",
 }
-MODEL_TYPES = ("t5", "mt5", "umt5")
+KINDS = ("t5", "mt5", "umt5")
 _MT5 = {  # where the config lacks them
     **{"vocab_size": 250112, "num_layers": 8, "num_heads": 6, "d_ff": 1024},
     "feed_forward_proj": "gated-gelu",
@@ -40,11 +40,11 @@ PROJECTIONS = {
 }
 
 
-def names(config) -> hf.Names:
+def names(config) -> tensors.Names:
     block = "encoder.block.{}.layer."
     gated, _ = PROJECTIONS[_complete(config).get("feed_forward_proj", "relu")]
     bias = "SelfAttention.relative_attention_bias"
-    return hf.Names(
+    return tensors.Names(
         tensors={
             "word": "encoder.embed_tokens",
             "bias/table": f"encoder.block.0.layer.0.{bias}",

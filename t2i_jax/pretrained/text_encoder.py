@@ -3,21 +3,17 @@
 B batch · L text length · D width
 """
 
+import contextlib
 import pathlib
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import errors, fields
+from t2i_jax import errors
 from t2i_jax.models.types import Cond
-from t2i_jax.pretrained import bert, clip_text, gpt2, hf, t5
+from t2i_jax.pretrained import bert, hf, opener
 from t2i_jax.text import tokenize
 
-FAMILIES = {
-    model_type: family
-    for family in (bert, clip_text, gpt2, t5)
-    for model_type in family.MODEL_TYPES
-}
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -72,15 +68,17 @@ def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Mo
       options: family -> more options of its `from_config`, such as clip={"skip": 1}.
     """
     source = given(source)
-    _check_options(source, dtype, options)
+    checkpoints = _opened(source)
+    _check_options({checkpoint.name for checkpoint in checkpoints}, dtype, options)
     if source is None:
         return bert.Bert(
             vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
         )
-    if isinstance(source, str):
-        return _make(source, dtype, options)
-    encoders = tuple(_make(one, dtype, options) for one in source)
-    return Joined(encoders, lengths(source, length))
+    encoders = tuple(
+        checkpoint.module(Cond, **{"dtype": dtype, **options.get(checkpoint.name, {})})
+        for checkpoint in checkpoints
+    )
+    return encoders[0] if isinstance(source, str) else Joined(encoders, lengths(source, length))
 
 
 def lengths(source, length: int) -> tuple[int, ...]:
@@ -96,7 +94,7 @@ def lengths(source, length: int) -> tuple[int, ...]:
 def tokenizer(source, length: int):
     """`captions -> Tokens` for `make(source, length=length)`."""
     source = given(source)
-    names = [str(_folder(one)) for one in _sources(source)] or ["bytes"]
+    names = [str(checkpoint.folder) for checkpoint in _opened(source)] or ["bytes"]
     each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
     return each[0] if len(each) == 1 else tokenize.Several(each)
 
@@ -108,11 +106,12 @@ def origin(source: str) -> str:
     Raises:
       ConfigError: a run that began with no checkpoint, or with several.
     """
-    path = pathlib.Path(source) / hf.CONFIG
+    folder, net = hf.split(source)
+    path = folder / hf.CONFIG
     config = hf.read_json(path) if path.is_file() else {}
     if "objective" not in config:
         return source
-    began = given(config.get("load", {}).get("text"))
+    began = given(config.get("load", {}).get(net or "text"))
     if not isinstance(began, str):
         raise errors.ConfigError(
             f"the run's text encoder began with {began!r}; only what began with one pretrained "
@@ -123,36 +122,8 @@ def origin(source: str) -> str:
     return origin(began)
 
 
-def check(source, abstract_variables) -> None:
-    """Raises DataError unless `load` will find every tensor, and no other."""
-    for one, variables in _each(given(source), abstract_variables["params"]):
-        _match(one, variables)
-
-
-def load(source, abstract_variables):
-    """Variables {"params": …} of the encoder `make(source)`: shaped, typed and placed as given."""
-    source = given(source)
-    found = [hf.load(_match(*pair)) for pair in _each(source, abstract_variables["params"])]
-    if isinstance(source, str):
-        return {"params": found[0]}
-    return {"params": {f"encoders_{i}": params for i, params in enumerate(found)}}
-
-
-def _make(source: str, dtype: str, options) -> nn.Module:
-    config, family = _read(_folder(source))
-    own = {"dtype": dtype, **options.get(_name(family), {})}
-    where = f"config.text.{_name(family)}"
-    try:
-        return fields.build(family.from_config, own, config, where=where)
-    except errors.ConfigError as e:
-        if e.where != hf.CONFIG:
-            raise
-        raise errors.ConfigError(e.what, where=f"{source}/{hf.CONFIG}", fix=e.fix) from e
-
-
-def _check_options(source, dtype, options) -> None:
-    """Options of families that are not there, or that are none, are errors."""
-    here = {_name(_read(_located(one, source))[1]) for one in _sources(source)}
+def _check_options(here: set[str], dtype, options) -> None:
+    """Options of families that are not `here`, or that are none, are errors."""
     for name, given in options.items():
         if name not in here:
             raise errors.ConfigError(
@@ -169,54 +140,19 @@ def _check_options(source, dtype, options) -> None:
             raise errors.unknown("dtype", value, DTYPES, where="config.text")
 
 
-def _located(one: str, source):
-    try:
-        return _folder(one)
-    except errors.DataError as e:
-        if isinstance(source, str) or not e.what.startswith("no such folder"):
-            raise
-        what = f"{e.what}; commas separate several encoders"
-        raise errors.DataError(what, where=e.where, fix=e.fix) from e
-
-
-def _folder(source: str) -> pathlib.Path:
-    """Where the pretrained checkpoint lies that `source` is, or that a run of ours began with."""
-    began = origin(source)
-    if began == source:
-        return hf.locate(source)
-    with hf.offline_except():  # the run's config.json names it, not the user
-        return hf.locate(began)
-
-
-def _sources(source) -> tuple[str, ...]:
-    return () if source is None else (source,) if isinstance(source, str) else tuple(source)
-
-
-def _each(source, params):
-    """(source, its parameters) of one or several encoders."""
-    if isinstance(source, str):
-        return [(source, params)]
-    return [(one, params[f"encoders_{i}"]) for i, one in enumerate(source)]
-
-
-def _match(source: str, params):
-    folder = hf.locate(source)
-    config, family = _read(folder)
-    return hf.match(folder, params, family.names(config))
-
-
-def _name(family) -> str:
-    # The module clip_text is config.text.clip.
-    return family.__name__.rpartition(".")[2].removesuffix("_text")
-
-
-def _read(folder):
-    config = hf.read_json(folder / hf.CONFIG)
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise errors.ConfigError(
-            f"model_type {model_type!r} is no text encoder",
-            where=str(folder / hf.CONFIG),
-            fix=f"use a checkpoint of one of {', '.join(sorted(FAMILIES))}",
-        )
-    return config, FAMILIES[model_type]
+def _opened(source) -> list[opener.Checkpoint]:
+    """The pretrained checkpoints that a source names, or that runs of ours began with."""
+    checkpoints = []
+    for one in () if source is None else (source,) if isinstance(source, str) else source:
+        began = origin(one)
+        # What a run's config.json names is no choice of the user.
+        network = contextlib.nullcontext() if began == one else hf.offline_except()
+        try:
+            with network:
+                checkpoints.append(opener.open(began))
+        except errors.DataError as e:
+            if isinstance(source, str) or not e.what.startswith("no such folder"):
+                raise
+            what = f"{e.what}; commas separate several encoders"
+            raise errors.DataError(what, where=e.where, fix=e.fix) from e
+    return checkpoints

@@ -98,7 +98,7 @@ def check_side(image_BHWC, patch: int, side: int | None = None) -> None:
         want = f"{side} × {side}" if side else f"multiples of {patch}"
         raise errors.ConfigError(
             f"pictures are {height} × {width} × {channels}, the network reads {want} of 3 channels",
-            where="pretrained.image_network",
+            where="an image network",
             fix="resize them to the module's res",
         )
 

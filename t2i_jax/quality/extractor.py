@@ -10,7 +10,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from t2i_jax import errors
 from t2i_jax.data import transforms
-from t2i_jax.pretrained import image_network, text_encoder
+from t2i_jax.models.types import Features
+from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import resize
 from t2i_jax.run import fingerprint
 
@@ -65,7 +66,7 @@ class DualEncoder:
         tokens = [jax.ShapeDtypeStruct((1, module.positions), t) for t in ("int32", "bool")]
         shapes = jax.eval_shape(module.init, jax.random.key(0), *tokens)
         pooled = lambda *args: module.apply(*args).pooled_BD
-        self._text = _Apply(pooled, text_encoder.load(source, shapes))
+        self._text = _Apply(pooled, opener.load(source, shapes))
 
     def images(self, pictures) -> np.ndarray:
         """Embeddings of uint8 pictures HWC.   -> ND"""
@@ -100,9 +101,10 @@ class Perceptual:
 
 def _opened(source: str):
     """An image network and its variables."""
-    module = image_network.make(source)
+    checkpoint = opener.open(source)
+    module = checkpoint.module(Features)
     image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
-    return module, image_network.load(source, jax.eval_shape(module.init, jax.random.key(0), image))
+    return module, checkpoint.load(jax.eval_shape(module.init, jax.random.key(0), image))
 
 
 class _Apply:

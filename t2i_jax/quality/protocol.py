@@ -34,7 +34,7 @@ class Protocol(NamedTuple):
     sample: options for the sampler; the model's own by default.
     ema: averaged parameters, where the model has them.
     res: side of the real pictures; the drawn ones' by default.
-    extractor: the image network of distances between sets, see `pretrained.image_network.locate`.
+    extractor: the image network of distances between sets, see `pretrained.hf.locate`.
     clip: the dual encoder that compares pictures with captions.
     resize: the rule by which pictures come to a network's side, of `quality.resize.RULES`.
     train: as `data`: the pictures that a model may have memorised.

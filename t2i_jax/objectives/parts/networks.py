@@ -8,8 +8,9 @@ import jax
 from t2i_jax import errors, fields, plugins, weights
 from t2i_jax.models import backbone, gan, mlp, pyramid
 from t2i_jax.models import clip as clip_models
+from t2i_jax.models.types import Features
 from t2i_jax.objectives import clip
-from t2i_jax.pretrained import image_network
+from t2i_jax.pretrained import opener
 from t2i_jax.sampling import prediction
 
 FEATURES = "eye"  # the net of features, as saved files and configs call it
@@ -71,7 +72,7 @@ def features(config) -> FeatureNetwork | None:
             where=f"config.load.{FEATURES}",
             fix=f"describe it in {where}, as configs/shapes_gan.py:projected does",
         )
-    net = image_network.make(source)
+    net = opener.open(source).module(Features)
     return FeatureNetwork(net, net.res)
 
 

@@ -1,0 +1,276 @@
+"""safetensors -> parameters: whose tensors they are, and which parts of them are read."""
+
+import fnmatch
+import functools
+import itertools
+import json
+import math
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import safetensors
+from flax import traverse_util
+
+from t2i_jax import errors
+from t2i_jax.pretrained import hf
+
+HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
+
+
+class Names(NamedTuple):
+    """How a family's parameters are called in torch.
+
+    tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
+      `{}` stands for the layer's number on both sides, of several in their order. A leaf `kernel`
+      is the torch `weight`, its input before its output and, of a convolution, height and width
+      before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
+      and a leaf `value` is what the torch name itself names.
+    prefixes: what checkpoints with a head put before every name of the trunk; the first that fits
+      is removed. Where a file has one, unused tensors without it are a head's, and ignored.
+    renamed: parts of names that some checkpoints write otherwise -> ours.
+    tied: tensor -> the one it equals, which is read where a file holds that one alone.
+    ignored: patterns of tensors that a checkpoint may hold and the encoder does not need.
+    untransposed: kernels lie as ours do, (in, out), as in GPT-2's Conv1D.
+    """
+
+    tensors: dict[str, str | tuple[str, ...]]
+    prefixes: tuple[str, ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
+    tied: tuple[tuple[str, str], ...] = ()
+    ignored: tuple[str, ...] = ()
+    untransposed: bool = False
+
+
+OURS = Names({}, ignored=("*",))  # of files of our own: tensors are called as parameters are
+
+_LEAVES = {
+    **{"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"},
+    **{"mean": "running_mean", "var": "running_var"},
+}
+_AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a kernel's
+
+
+class Source(NamedTuple):
+    """What makes one parameter: tensors, their axes put in order, joined along the last one."""
+
+    leaf: jax.ShapeDtypeStruct
+    tensors: list
+    axes: tuple[int, ...]
+
+
+def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Source]:
+    """Path of each parameter -> where it comes from in a checkpoint's folder. Reads headers only.
+
+    Raises:
+      DataError: tensors are missing, unexpected or of another shape, or a file is no whole
+        safetensors file.
+    """
+    found = _tensors(folder, names)
+    plan, problems, used = {}, [], set()
+    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
+        sources, kernel = _sources(path, names)
+        if not sources:
+            problems.append(f"{path}: no net of this kind has it")
+            continue
+        wide = _wide(leaf.shape)
+        axes = tuple(range(len(wide)))
+        axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
+        plan[path] = Source(leaf, [found.get(source) for source in sources], axes)
+        used.update(sources)
+        shape = _back((*wide[:-1], wide[-1] // len(sources)), axes)
+        for source in sources:
+            has = found[source].shape if source in found else "none"
+            if has != shape:
+                problems.append(f"{source}: want {shape}, found {has}")
+            elif (kind := found[source].kind) not in hf.FLOATS:
+                problems.append(f"{source}: want one of {', '.join(hf.FLOATS)}, found {kind}")
+    trunk = lambda source: found[source].name.startswith(names.prefixes)
+    headed = any(map(trunk, found))
+    for source in sorted(found.keys() - used):
+        if not ignored(source, names) and not (headed and not trunk(source)):
+            problems.append(f"{source[:200]}: want none, found {found[source].shape}")
+    if problems:
+        more = " …" if len(problems) > hf.SHOWN else ""
+        raise errors.DataError(
+            f"{len(problems)} tensors do not fit: {'; '.join(problems[: hf.SHOWN])}{more}",
+            where=str(folder),
+            fix="use the config.json that was saved with these weights",
+        )
+    return plan
+
+
+def known(abstract_params, names: Names) -> int:
+    """How many parameters the names tell the tensors of."""
+    paths = traverse_util.flatten_dict(abstract_params, sep="/")
+    return sum(bool(_sources(path, names)[0]) for path in paths)
+
+
+def load(sources: dict[str, Source]):
+    """The parameters that `match` found.
+
+    Where a shape has a sharding, the parameter becomes a device array that lies so, and each
+    process reads the bytes of its own devices' parts; otherwise it is a whole numpy array.
+
+    Raises:
+      DataError: a tensor holds values that are not finite.
+    """
+    params = {path: _array(source) for path, source in sources.items()}
+    return traverse_util.unflatten_dict(params, sep="/")
+
+
+def ignored(tensor: str, names: Names) -> bool:
+    """Whether a checkpoint's tensor is of no use to us."""
+    return any(fnmatch.fnmatchcase(tensor, known) for known in names.ignored)
+
+
+def pattern(module: str) -> str:
+    """A module's path as Names writes it: `{}` in place of numbers."""
+    return re.sub(r"_\d+(?=/|$)", "_{}", module)
+
+
+class _Tensor(NamedTuple):
+    """Where a tensor lies in a safetensors file; it is read by parts, never mapped into memory."""
+
+    path: pathlib.Path
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+
+    def read(self, index) -> np.ndarray:
+        """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
+        spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
+        out = _aligned([len(span) for span in spans], hf.FLOATS[self.kind])
+        steps = [math.prod(self.shape[i + 1 :]) for i in range(len(spans))]
+        split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
+        axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
+        rows = out.reshape(math.prod(out.shape[:axis]), -1)
+        with self.path.open("rb", buffering=0) as file:
+            for row, place in zip(rows, itertools.product(*spans[:axis]), strict=True):
+                at = sum(i * n for i, n in zip((*place, spans[axis].start), steps, strict=False))
+                file.seek(self.start + at * out.itemsize)
+                rest = memoryview(row.view(np.uint8))
+                while rest and (n := file.readinto(rest)):  # no more than 2 GiB at once
+                    rest = rest[n:]
+                if rest:
+                    raise errors.DataError(
+                        f"the file ends within {self.name}",
+                        where=str(self.path),
+                        fix="copy it again; was it being written?",
+                    )
+        return out
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array at a multiple of 64 bytes: JAX on CPUs then uses its memory as it is."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _tensors(folder, names):
+    """torch name without prefix -> _Tensor."""
+    index = hf.weights(folder)
+    parts = [index.name]
+    if index.suffix == ".json":
+        shards = hf.read_json(index).get("weight_map")
+        parts = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
+    found = {}
+    for file in parts:
+        if pathlib.PurePath(file).name != file:
+            raise errors.DataError(
+                f"names a file of another folder: {file[:200]!r}",
+                where=str(index),
+                fix="take the checkpoint from a source you trust",
+            )
+        for name, tensor in header(folder / file)[0].items():
+            prefix = next((p for p in names.prefixes if name.startswith(p)), "")
+            plain = name.removeprefix(prefix)
+            for old, new in names.renamed:
+                plain = plain.replace(old, new)
+            if plain in found:
+                raise errors.DataError(
+                    f"two tensors are called {plain[:200]!r}",
+                    where=str(folder / file),
+                    fix="save the checkpoint again with save_pretrained",
+                )
+            found[plain] = tensor
+    for name, same in names.tied:
+        if name not in found and same in found:
+            found[name] = found.pop(same)
+    return found
+
+
+def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
+    """A safetensors file's tensors by name, and its notes, after the library found it whole."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
+                raise ValueError(f"a header of {size:,} bytes")
+            text = file.read(size)
+        safetensors.safe_open(path, framework="np")
+        listed = json.loads(text)
+    except (safetensors.SafetensorError, OSError, ValueError) as e:
+        raise errors.DataError(
+            f"not a whole safetensors file: {e}", where=str(path), fix="copy it again"
+        ) from e
+    notes = listed.pop("__metadata__", {})
+    place = lambda t: (t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0])
+    return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
+
+
+def _sources(path: str, names: Names) -> tuple[list[str], bool]:
+    """The torch tensors that make the parameter at `path`, and whether they are of a kernel."""
+    if names is OURS:
+        return [path], False
+    module, _, leaf = path.rpartition("/")
+    numbers = re.findall(r"_(\d+)(?=/|$)", module)
+    modules = names.tensors.get(pattern(module), ())
+    modules = (modules,) if isinstance(modules, str) else modules
+    ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
+    return [m.format(*numbers) + ending for m in modules], leaf == "kernel"
+
+
+def _array(source: Source):
+    part, leaf = functools.partial(_part, source), source.leaf
+    if getattr(leaf, "sharding", None) is None:
+        return part((slice(None),) * len(leaf.shape))
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _part(source: Source, index) -> np.ndarray:
+    """A parameter at `index`, a slice for each axis."""
+    leaf, parts, wide = source.leaf, [], _wide(source.leaf.shape)
+    index = index or (slice(None),)
+    *lead, last = (range(*s.indices(n)) for s, n in zip(index, wide, strict=True))
+    width = wide[-1] // len(source.tensors)
+    for i, tensor in enumerate(source.tensors):
+        inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
+        if not inside:
+            continue
+        at = [slice(span.start, span.stop) for span in (*lead, inside)]
+        part = tensor.read(_back(at, source.axes))
+        if not np.isfinite(part).all():
+            raise errors.DataError(
+                f"{tensor.name} holds NaN or infinite values",
+                where=str(tensor.path),
+                fix="copy the checkpoint again",
+            )
+        parts.append(part.transpose(source.axes).astype(leaf.dtype, copy=False))
+    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+    return whole if leaf.shape else whole[0]
+
+
+def _wide(shape: tuple) -> tuple:
+    """A shape of one axis at least: a single number is read as a vector of one."""
+    return shape or (1,)
+
+
+def _back(values, axes) -> tuple:
+    """What stands for a parameter's axes, in the order of its tensor's."""
+    return tuple(value for _, value in sorted(zip(axes, values, strict=True), key=lambda x: x[0]))
