@@ -304,9 +304,9 @@ def test_minilm_is_checked_and_never_imported(tmp_path, monkeypatch):
 
 
 def test_the_hub_is_asked_for_a_revision_and_an_outage_is_explained(folder, tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(errors.DataError, match=r"cannot be fetched.*hf:someone/bert@abc"):
         hf.locate("hf:someone/bert@abc")
     with pytest.raises(errors.DataError, match=r"cannot be fetched.*hf:not//a name"):
