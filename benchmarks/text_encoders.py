@@ -153,11 +153,11 @@ def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
         pooled = np.empty((len(texts), net_width(case)), np.float16)
         if bucketed:
             found = cache._Captions(Data(), given)
-            both = lambda b: encode(b["text"], b["mask"])
+            both = lambda b: encode(*b["text"])
             for row, _, pooled_P in found.states(both, found.order, 32):
                 pooled[row] = pooled_P
         else:
-            text_NL, mask_NL, _ = given(texts)
+            (text_NL, mask_NL), _ = given(texts)
             for i in range(0, len(texts), 32):
                 found = cache.arrays(encode(text_NL[i : i + 32], mask_NL[i : i + 32]))
                 pooled[i : i + 32] = jax.device_get(found)["cond_pooled"]
@@ -204,7 +204,7 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     run.load_frozen()
     stored = cache.extra(folder / "run" / cache.FOLDER, *run.caption_states())
     captions = [run.source[i]["caption"] for i in range(64)]
-    fixed = stored(np.arange(64), run.predictor.tokenize(captions).mask_BL)
+    fixed = stored(np.arange(64), run.predictor.tokenizer(captions)[0])
     run.batches.extra = stored if cached else None
     always = run.layout.place(fixed)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), run._example)

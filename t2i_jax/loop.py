@@ -122,7 +122,7 @@ class Run:
         self.hooks = hooks.Hooks(self.predictor, workdir, prompts)
         self.batches = loader.Loader(
             self.source,
-            self.predictor.tokenize,
+            self.predictor.tokenizer,
             batch_size=config.batch_size,
             res=config.res,
             seed=seed,

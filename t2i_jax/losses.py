@@ -34,14 +34,16 @@ def spherical(a_BP, b_BP):
 # --- pairs of pictures and captions, of the global batch ------------------------------------------
 
 
-def different_captions(text_BL, mask_BL):
+def different_captions(tokens):
     """Which captions are not the same, as numbers.   -> bool BB
 
     By hashes of 64 bits, for the tokens of all pairs would be B²·L numbers. Two captions that
     differ pass for the same with a chance of 2⁻⁶⁴, any two of 2,048 with one of 10⁻¹³; in that step
     they are no negatives of each other.
     """
-    word_BL = 2 * jnp.asarray(text_BL).astype(jnp.uint32) + jnp.asarray(mask_BL)
+    leaves = jax.tree.leaves(tokens)  # numbers and mask of each tokenizer
+    ids_BL, mask_BL = (jnp.concatenate(x, axis=1) for x in (leaves[::2], leaves[1::2]))
+    word_BL = 2 * ids_BL.astype(jnp.uint32) + mask_BL
     place_L = jnp.arange(word_BL.shape[1], dtype=jnp.uint32)
     same_BB = True
     for seed in (0x9E3779B9, 0x7F4A7C15):  # two numbers of 32 bits: JAX has no longer ones

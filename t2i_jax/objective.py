@@ -45,10 +45,10 @@ class Objective(NamedTuple):
       [-1, 1].
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
 
-    `batch` holds "image" f32 BHWC in [-1, 1], "text" int32 BL, "mask" bool BL, "weight" f32 B and
-    "index" int32 B: the slot in the global batch, or the picture's number when sampling, from which
-    all noise of an example comes. What a loss sees of a batch are slots in a row, from a multiple
-    of their number on.
+    `batch` holds "image" f32 BHWC in [-1, 1], "text" `models.types.Tokens`, of several
+    encoders name -> `Tokens`, "weight" f32 B and "index" int32 B: the slot in the global batch, or
+    the picture's number when sampling, from which all noise of an example comes. What a loss sees
+    of a batch are slots in a row, from a multiple of their number on.
     """
 
     init: Callable

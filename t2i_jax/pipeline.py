@@ -13,7 +13,7 @@ from t2i_jax import errors, fields, images, limits, objective, plugins, weights
 from t2i_jax.data import transforms
 from t2i_jax.pretrained import hf, text_encoder
 from t2i_jax.run import compile_cache
-from t2i_jax.text import words
+from t2i_jax.text import tokenize, words
 
 LACKS = {  # prediction -> what a family without it does not do, and the fix
     "sample": ("draws no pictures", "choose a model that draws, such as builtin:shapes"),
@@ -37,7 +37,7 @@ class Predictor:
         self.config, self._layout = config, layout
         self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
-        self.tokenize = text_encoder.tokenizer(config.load.get("text"), config.text_length)
+        self.tokenizer = text_encoder.tokenizer(config.load.get("text"), config.text_length)
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
 
@@ -99,7 +99,7 @@ class Predictor:
 
     def _draw(self, name: str, nets, batch, *, seed, **options):
         """`run` for pictures, on the host; says when it compiles, which may take long."""
-        shapes = tuple(sorted((key, value.shape) for key, value in batch.items()))
+        shapes = str(jax.tree.map(np.shape, batch))
         fn, _ = self._bind(name, options)
         program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
         started = None
@@ -173,20 +173,14 @@ class Predictor:
             self.check_negative(settings)
         size = min(batch_size or self.config.batch_size, _padded(n))
         index_B = np.arange(n) if index is None else np.asarray(index)
-        text_BL, mask_BL, _ = self.tokenize(captions)
+        texts = {"text": self._tokens(captions)}
         if any(negatives):
-            negative_BL, negative_mask_BL, _ = self.tokenize(negatives)
+            texts["negative_text"] = self._tokens(negatives)
         out = []
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = {
-                "text": text_BL[rows],
-                "mask": mask_BL[rows],
-                "index": index_B[rows].astype(np.int32),
-            }
-            if any(negatives):
-                batch["negative_text"] = negative_BL[rows]
-                batch["negative_mask"] = negative_mask_BL[rows]
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], texts)
+            batch["index"] = index_B[rows].astype(np.int32)
             pictures = self._draw("sample", nets, batch, seed=seed_B[rows], **options)
             out.append(images.to_uint8(pictures)[: n - start])
         return np.concatenate(out)
@@ -212,14 +206,11 @@ class Predictor:
             raise errors.ConfigError(
                 "one picture", where="--interpolate", fix="give two prompts or more --num_images"
             )
-        n, text_BL, mask_BL = len(captions), *self.tokenize(captions)[:2]
+        n = len(captions)
         index_B = np.arange(n) if index is None else np.asarray(index)
         rows = np.minimum(np.arange(_padded(n)), n - 1)
-        batch = {
-            "text": text_BL[rows],
-            "mask": mask_BL[rows],
-            "index": index_B[rows].astype(np.int32),
-        }
+        batch = jax.tree.map(lambda x: x[rows], {"text": self._tokens(captions)})
+        batch["index"] = index_B[rows].astype(np.int32)
         shares = np.arange(frames) / frames
         drawn = [
             self._draw("between", nets, batch, seed=seed, share=share, **options)
@@ -231,15 +222,20 @@ class Predictor:
 
     def batch(self, pictures, captions):
         """Uint8 pictures HWC with their captions as a batch that predictions take."""
-        text_BL, mask_BL, _ = self.tokenize(captions)
         squares = [transforms.square(picture, self.config.res) for picture in pictures]
         return {
             "image": transforms.to_float(np.stack(squares)),
-            "text": text_BL,
-            "mask": mask_BL,
+            "text": self._tokens(captions),
             "index": np.arange(len(captions), dtype=np.int32),
             "weight": np.ones(len(captions), np.float32),
         }
+
+    def cuts(self, captions) -> list[str | None]:
+        """What the model does not read of each caption, for it is too long."""
+        return tokenize.read(self.tokenizer, captions)[1]
+
+    def _tokens(self, captions):
+        return tokenize.read(self.tokenizer, captions)[0]
 
     @property
     def bound(self):

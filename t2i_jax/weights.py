@@ -12,6 +12,7 @@ from absl import logging
 from flax import traverse_util
 
 from t2i_jax import errors, files, images, objective, sharding
+from t2i_jax.models.types import Tokens
 from t2i_jax.pretrained import hf, opener, tensors, text_encoder
 from t2i_jax.run import checkpoint, fingerprint
 from t2i_jax.text import words
@@ -146,15 +147,14 @@ def _check_size(values, path) -> None:
 def abstract_batch(config, batch_size: int | None = None):
     """Shapes and types of a batch, without data."""
     b = batch_size or config.batch_size
-    length = sum(text_encoder.lengths(config.load.get("text"), config.text_length))
-    shapes = {
-        "image": ((b, config.res, config.res, 3), "float32"),
-        "text": ((b, length), "int32"),
-        "mask": ((b, length), "bool"),
-        "index": ((b,), "int32"),
-        "weight": ((b,), "float32"),
+    tokenizer = text_encoder.tokenizer(config.load.get("text"), config.text_length)
+    row = lambda t, kind: jax.ShapeDtypeStruct((b, t.length), kind)
+    return {
+        "image": jax.ShapeDtypeStruct((b, config.res, config.res, 3), "float32"),
+        "text": jax.tree.map(lambda t: Tokens(row(t, "int32"), row(t, "bool")), tokenizer),
+        "index": jax.ShapeDtypeStruct((b,), "int32"),
+        "weight": jax.ShapeDtypeStruct((b,), "float32"),
     }
-    return {name: jax.ShapeDtypeStruct(*spec) for name, spec in shapes.items()}
 
 
 def abstract_nets(family: objective.Objective, config):

@@ -16,6 +16,7 @@ import numpy as np
 from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
+from t2i_jax.models.types import Tokens
 from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import fingerprint
@@ -79,12 +80,14 @@ class Case:
         else:
             self.state = jax.jit(init, out_shardings=placed)(key, zeros)
         rng = np.random.default_rng(0)
-        n, size = config.batch_size, batch["image"].shape
+        n, size, length = config.batch_size, batch["image"].shape, batch["text"].ids_BL.shape
         self.batch = self.layout.place(
             {
                 "image": rng.normal(size=size).astype(np.float32),
-                "text": rng.integers(1, 200, batch["text"].shape).astype(np.int32),
-                "mask": np.arange(batch["mask"].shape[1])[None] < rng.integers(1, 16, n)[:, None],
+                "text": Tokens(
+                    rng.integers(1, 200, length).astype(np.int32),
+                    np.arange(length[1])[None] < rng.integers(1, 16, n)[:, None],
+                ),
                 "index": np.arange(n, dtype=np.int32),
                 "weight": np.r_[0, np.ones(n - 1)].astype(np.float32),  # a broken example
             }
@@ -258,10 +261,9 @@ def _gan() -> dict:
     rng = np.random.default_rng(0)
     drawn = {"float32": lambda shape: rng.normal(size=shape), "bool": lambda shape: np.ones(shape)}
     drawn["int32"] = lambda shape: rng.integers(1, 200, shape)
-    batch = {
-        name: drawn[str(x.dtype)](x.shape).astype(x.dtype)
-        for name, x in weights.abstract_batch(config).items()
-    }
+    batch = jax.tree.map(
+        lambda x: drawn[str(x.dtype)](x.shape).astype(x.dtype), weights.abstract_batch(config)
+    )
     index = np.arange(16, dtype=np.int32)
     batch |= {"index": index, "weight": (index != 5).astype(np.float32)}
     for layout in (

@@ -17,6 +17,7 @@ from t2i_jax.data import cache
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import text_encoder
 from t2i_jax.run import fingerprint
+from t2i_jax.text import tokenize
 from tests import runs, test_conditioning
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -62,20 +63,20 @@ def test_training_reads_the_files(written, tmp_path, caplog):
 def test_what_files_and_memory_hold_is_what_the_encoder_says(written):
     run = loop.Run(cached(), written)
     run.load_frozen()
-    encode, source, tokenize, identity = run.caption_states()
-    disk = cache.extra(written / cache.FOLDER, encode, source, tokenize, identity)
-    memory = cache.precompute(encode, source, tokenize)
+    encode, source, tokenizer, identity = run.caption_states()
+    disk = cache.extra(written / cache.FOLDER, encode, source, tokenizer, identity)
+    memory = cache.precompute(encode, source, tokenizer)
     records = np.array([11999, 0, 5, 5, 7000])
-    text_BL, mask_BL, _ = tokenize([source[int(i)]["caption"] for i in records])
-    direct = cache.arrays(encode({"text": text_BL, "mask": mask_BL}))
+    tokens, _ = tokenizer([source[int(i)]["caption"] for i in records])
+    direct = cache.arrays(encode({"text": tokens}))
     for name, want in direct.items():
-        for got in (disk(records, mask_BL)[name], memory(records, mask_BL)[name]):
+        for got in (disk(records, tokens)[name], memory(records, tokens)[name]):
             np.testing.assert_allclose(got, want, atol=2e-3)
-    np.testing.assert_array_equal(*(f(records, mask_BL)["cond_seq"] for f in (disk, memory)))
+    np.testing.assert_array_equal(*(f(records, tokens)["cond_seq"] for f in (disk, memory)))
     assert np.abs(direct["cond_seq"]).max() > 0.5
-    mask_BL[1] = False  # as of a broken picture
+    tokens.mask_BL[1] = False  # as of a broken picture
     for found in (disk, memory):
-        assert not found(records, mask_BL)["cond_seq"][1].any()
+        assert not found(records, tokens)["cond_seq"][1].any()
 
 
 def test_states_of_another_encoder_data_set_or_length_are_refused(written, tmp_path):
@@ -152,19 +153,19 @@ class Few:
 def test_a_second_start_encodes_no_caption_again(tmp_path, monkeypatch, caplog):
     """But others, those of another encoder, and what was damaged meanwhile."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tokenize, encoded = text_encoder.tokenizer("", 16), []
+    tokenizer, encoded = text_encoder.tokenizer("", 16), []
 
     def encode(batch):
-        encoded.append(len(batch["text"]))
-        seq_BLD = np.float32(batch["text"])[..., None] * np.linspace(0, 0.01, 5)
-        return Cond(seq_BLD, batch["mask"], seq_BLD.mean(1))
+        ids_BL, mask_BL = batch["text"]
+        encoded.append(len(ids_BL))
+        seq_BLD = np.float32(ids_BL)[..., None] * np.linspace(0, 0.01, 5)
+        return Cond(seq_BLD, mask_BL, seq_BLD.mean(1))
 
     def start(**changed):
         encoded.clear()
         identity = lambda: {"encoder": "one", **changed}
-        extra = cache.extra(tmp_path / "run", encode, Few(), tokenize, identity)
-        _, mask_BL, _ = tokenize(list(Few.texts))
-        return extra(np.arange(4), mask_BL)
+        extra = cache.extra(tmp_path / "run", encode, Few(), tokenizer, identity)
+        return extra(np.arange(4), tokenizer(list(Few.texts))[0])
 
     first = start()
     assert encoded
@@ -197,16 +198,17 @@ def test_a_second_start_encodes_no_caption_again(tmp_path, monkeypatch, caplog):
     assert "others may write" in caplog.text
 
 
-def test_states_of_several_encoders_lie_where_their_tokens_do(tmp_path):
+@pytest.mark.parametrize("order", [1, -1])
+def test_states_of_several_encoders_lie_where_their_tokens_do(tmp_path, order):
     config = runs.config()
-    config.load = dict(text=test_conditioning.small_encoders(tmp_path))
+    config.load = dict(text=test_conditioning.small_encoders(tmp_path)[::order])
     predictor = pipeline.Predictor(config)
     nets = weights.frozen(predictor.objective, config)
     encode = functools.partial(predictor.run, "encode", nets)
-    extra = cache.precompute(encode, Few(), predictor.tokenize, batch_size=2)
-    text_BL, mask_BL, _ = predictor.tokenize(list(Few.texts))
-    direct = encode({"text": text_BL, "mask": mask_BL})
-    got = extra(np.arange(4), mask_BL)
+    extra = cache.precompute(encode, Few(), predictor.tokenizer, batch_size=2)
+    tokens, _ = tokenize.read(predictor.tokenizer, list(Few.texts))
+    direct = encode({"text": tokens})
+    got = extra(np.arange(4), tokens)
     np.testing.assert_allclose(got["cond_seq"], direct.seq_BLD, atol=3e-3)
     np.testing.assert_allclose(got["cond_pooled"], direct.pooled_BD, atol=3e-3)
     np.testing.assert_array_equal(got["cond_seq"][0], got["cond_seq"][3])

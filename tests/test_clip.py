@@ -14,7 +14,8 @@ from configs import shapes_clip
 from t2i_jax import errors, loop, losses, objective, pipeline, weights
 from t2i_jax.data import shapes
 from t2i_jax.evaluators import retrieval
-from tests import runs, test_vits
+from t2i_jax.models.types import Tokens
+from tests import runs, test_conditioning, test_vits
 from tests import test_text_families as families
 
 HELD_OUT = dict(source="shapes", split="test", size=48, res=16)
@@ -59,11 +60,11 @@ def test_contrastive_losses_are_their_formulas(scores):
 def test_captions_are_apart_by_tokens_and_mask():
     text = np.array([[1, 2], [1, 2], [1, 3]])
     mask = np.array([[True, True], [True, True], [True, True]])
-    apart = losses.different_captions(text, mask)
+    apart = losses.different_captions(Tokens(text, mask))
     assert not apart[0, 1]
     assert apart[0, 2]
     mask[1, 1] = False
-    assert losses.different_captions(text, mask)[0, 1]
+    assert losses.different_captions(Tokens(text, mask))[0, 1]
 
 
 def test_captions_are_told_apart_as_if_token_by_token():
@@ -77,8 +78,8 @@ def test_captions_are_told_apart_as_if_token_by_token():
     rows = np.concatenate([text, mask], 1)
     _, number = np.unique(rows, axis=0, return_inverse=True)
     wanted_BB = number[:, None] != number
-    np.testing.assert_array_equal(losses.different_captions(text, mask), wanted_BB)
-    alone = losses.different_captions(np.array([[3, 4]]), np.ones((1, 2), bool))
+    np.testing.assert_array_equal(losses.different_captions(Tokens(text, mask)), wanted_BB)
+    alone = losses.different_captions(Tokens(np.array([[3, 4]]), np.ones((1, 2), bool)))
     assert alone.tolist() == [[False]]
 
 
@@ -99,11 +100,10 @@ def test_a_step_learns_both_towers_and_the_temperature_is_bounded(kind):
     family = objective.make(config(loss=dict(kind=kind)))
     assert family.trained == ("image", "caption")
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config()))
-    nets = runs.filled(family.init, jax.random.key(0), zeros)
+    nets, ids_BL = runs.filled(family.init, jax.random.key(0), zeros), zeros["text"].ids_BL
     batch = zeros | {
         "image": np.random.default_rng(0).normal(size=zeros["image"].shape).astype(np.float32),
-        "text": np.arange(zeros["text"].size, dtype=np.int32).reshape(zeros["text"].shape) % 200,
-        "mask": np.ones_like(zeros["mask"]),
+        "text": Tokens(np.arange(ids_BL.size).reshape(ids_BL.shape) % 200, ids_BL == 0),
         "weight": np.ones_like(zeros["weight"]),
     }
     (loss,) = family.losses
@@ -142,6 +142,7 @@ def test_hugging_faces_clip_gives_its_logits(tmp_path):
     settings = json.loads((folder / "config.json").read_text())
     saved = safetensors.numpy.load_file(folder / "model.safetensors")
     families.write(folder, settings, {name: x.shape for name, x in saved.items()})
+    test_conditioning.small_tokenizer(folder)
     model = transformers.CLIPModel.from_pretrained(folder).eval()
     ours = config(
         res=14, text_length=families.LENGTH, load=dict.fromkeys(["image", "text"], folder)
@@ -153,7 +154,7 @@ def test_hugging_faces_clip_gives_its_logits(tmp_path):
     nets = weights.pretrained(family, ours) | weights.frozen(family, ours)
     text_BL, mask_BL = families.batch()
     image = test_vits.picture(14, 14)[[0, 1, 0]]
-    batch = {"image": image, "text": text_BL, "mask": mask_BL}
+    batch = {"image": image, "text": Tokens(text_BL, mask_BL), "index": np.arange(3)}
     found = family.predict["logits"](nets, batch, None)
     mean, std = np.array(test_vits.clip.MEAN), np.array(test_vits.clip.STD)
     pixels = (((image + 1) / 2 - mean) / std).transpose(0, 3, 1, 2).astype(np.float32)

@@ -11,9 +11,9 @@ import tokenizers
 
 from configs import shapes_finetune, shapes_transformer
 from t2i_jax import errors, loop, objective, pipeline, weights
-from t2i_jax.models.types import Cond
+from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import opener, text_encoder
-from t2i_jax.text import condition
+from t2i_jax.text import condition, tokenize
 from tests import runs, test_text_families
 from tests.test_pipeline import start
 
@@ -53,10 +53,11 @@ def pair(tmp_path_factory):
 
 
 def encoded(source, captions, length=16, **options):
-    net = text_encoder.make(source, length=length, **options)
-    text_BL, mask_BL, cut = text_encoder.tokenizer(source, length)(captions)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
-    return net, jax.jit(net.apply)(opener.load(source, shapes), text_BL, mask_BL), cut
+    net = text_encoder.make(source, **options)
+    tokens, cut = tokenize.read(text_encoder.tokenizer(source, length), captions)
+    tokens = tokens if isinstance(tokens, Tokens) else (tokens,)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), *tokens)
+    return net, jax.jit(net.apply)(opener.load(source, shapes), *tokens), cut
 
 
 def test_several_encoders_are_each_of_them_side_by_side(pair):
@@ -64,8 +65,8 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
     net, both, cut = encoded(pair, captions)
     _, clip, clip_cut = encoded(pair[0], captions, length=9)
     _, t5, t5_cut = encoded(pair[1], captions)
-    assert net.lengths == (9, 16)
-    assert net.parts == ((9, 10), (16, 24))
+    assert net.names == ("clip", "t5")
+    assert net.pooled == (10, 24)
     np.testing.assert_allclose(both.seq_BLD[:, :9], clip.seq_BLD, atol=1e-6)
     np.testing.assert_allclose(both.seq_BLD[:, 9:], t5.seq_BLD, atol=1e-6)
     np.testing.assert_array_equal(both.mask_BL, np.concatenate([clip.mask_BL, t5.mask_BL], 1))
@@ -116,7 +117,15 @@ def test_a_field_not_implemented_names_its_folder(pair, tmp_path):
 
 def test_a_roberta_beside_others_reads_no_more_than_its_positions(pair, tmp_path):
     test_text_families.by_golden("roberta", tmp_path)  # eleven places, of which captions have nine
-    assert text_encoder.lengths((str(tmp_path), pair[1]), 32) == (9, 32)
+    small_tokenizer(tmp_path)
+    made = text_encoder.tokenizer((str(tmp_path), pair[1]), 32)
+    assert {name: one.length for name, one in made.items()} == {"bert": 9, "t5": 32}
+
+
+def test_encoders_that_are_alike_are_numbered(pair):
+    made = text_encoder.tokenizer((pair[0], pair[1], pair[0], pair[0]), 9)
+    assert list(made) == ["clip", "t5", "clip_2", "clip_3"]
+    assert text_encoder.make((pair[1], pair[1])).names == ("t5", "t5_2")
 
 
 def test_narrower_states_are_filled_up_with_zeros(tmp_path):
@@ -127,9 +136,9 @@ def test_narrower_states_are_filled_up_with_zeros(tmp_path):
         folder.mkdir()
         test_text_families.by_golden(case, folder)
         sources.append(text_encoder.make(str(folder)))
-    wide = text_encoder.Joined((sources[0].clone(width=32), sources[1]), (9, 9))
-    tokens = [np.concatenate([x, x], 1) for x in (text_BL, mask_BL)]
-    cond, _ = wide.init_with_output(jax.random.key(0), *tokens)
+    wide = text_encoder.Joined((sources[0].clone(width=32), sources[1]), ("a", "b"))
+    tokens = dict.fromkeys(("a", "b"), Tokens(text_BL, mask_BL))
+    cond, _ = wide.init_with_output(jax.random.key(0), tokens)
     assert cond.seq_BLD.shape == (3, 18, 32)
     assert np.abs(cond.seq_BLD[0, 9:, :24]).min() > 0
     assert not cond.seq_BLD[:, 9:, 24:].any()
@@ -139,7 +148,7 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
     captions = ["a red circle on the left"]
     net, last, _ = encoded(pair[0], captions, length=9)
     _, cond, _ = encoded(pair[0], captions, length=9, clip=dict(skip=1))
-    text_BL, mask_BL, _ = text_encoder.tokenizer(pair[0], 9)(captions)
+    (text_BL, mask_BL), _ = text_encoder.tokenizer(pair[0], 9)(captions)
     shapes = jax.eval_shape(net.init, jax.random.key(0), text_BL, mask_BL)
     variables = opener.load(pair[0], shapes)
     states = net.apply(variables, text_BL, mask_BL, method="states")
@@ -183,7 +192,8 @@ def test_a_run_with_several_encoders_trains_and_draws(pair, tmp_path):
     config.text = dict(dtype="bfloat16", clip=dict(skip=1))
     loop.train(config, tmp_path)
     pipe = pipeline.Pipeline.load(str(tmp_path))
-    assert weights.abstract_batch(pipe.config)["text"].shape == (8, 25)
+    shapes = jax.tree.map(np.shape, weights.abstract_batch(pipe.config)["text"])
+    assert shapes == {"clip": Tokens((8, 9), (8, 9)), "t5": Tokens((8, 16), (8, 16))}
     assert pipe(["a red circle"], steps=1).shape == (1, 16, 16, 3)
     for shares, message in (((0.5, 0.2, 0.1), "3 shares for 2"), (1.5, "from 0 to 1")):
         config.loss = dict(text_dropout=shares)

@@ -107,30 +107,47 @@ any_text = strategies.lists(
 def test_it_opens_without_transformers(pair):
     _, ours, theirs = pair
     assert ours is not None
-    opened, pad = ours
-    assert pad == (theirs.pad_token_id or 0)
+    opened, pad, end = ours
+    assert (pad, end) == (theirs.pad_token_id or 0, theirs.eos_token_id)
     assert opened.get_vocab_size() == len(theirs)
 
 
 @hypothesis.settings(max_examples=60, deadline=None)
 @hypothesis.given(text=any_text)
 def test_any_text_becomes_what_transformers_makes_of_it(pair, text):
-    _, (opened, _), theirs = pair
+    folder, (opened, *_), theirs = pair
     for special in (True, False):
         got = opened.encode(text, add_special_tokens=special)
         want = theirs.backend_tokenizer.encode(text, add_special_tokens=special)
         assert (got.ids, got.offsets) == (want.ids, want.offsets)
+    tokenizer = tokenize.open(str(folder), 200)
+    tokens, _ = tokenizer([text, "red"])
+    ids = [row[mask].tolist() for row, mask in zip(*tokens, strict=True)]
+    wanted = [theirs.decode(row, skip_special_tokens=True) for row in ids]
+    assert tokenizer.decode(*tokens) == tokenizer.decode(ids) == wanted
+
+
+def test_the_end_is_what_stands_behind_a_caption(pair):
+    folder, _, theirs = pair
+    tokenizer = tokenize.open(str(folder), 9)
+    ((row,), (mask,)), _ = tokenizer(["red"])
+    assert tokenizer.vocab_size == len(theirs)
+    if theirs("red")["input_ids"] != theirs("red", add_special_tokens=False)["input_ids"]:
+        assert row[mask][-1] == tokenizer.end
+    else:
+        assert tokenizer.end == theirs.eos_token_id
+    assert set(row[~mask].tolist()) == {tokenizer.pad}
 
 
 def test_rows_are_cut_and_padded_as_transformers_does(pair):
     folder, _, theirs = pair
     captions = ["a red circle on the left", "red", "a b c 1 2 ! red blue circle a b c"]
-    tokens = tokenize.open(str(folder), 9)(captions)
+    tokens, _ = tokenize.open(str(folder), 9)(captions)
     theirs.pad_token = theirs.pad_token or theirs.eos_token
     want = theirs(captions, max_length=9, truncation=True, padding="max_length")
     np.testing.assert_array_equal(tokens.mask_BL, np.array(want["attention_mask"], bool))
     mask_BL = tokens.mask_BL
-    np.testing.assert_array_equal(tokens.text_BL[mask_BL], np.array(want["input_ids"])[mask_BL])
+    np.testing.assert_array_equal(tokens.ids_BL[mask_BL], np.array(want["input_ids"])[mask_BL])
 
 
 @pytest.mark.parametrize(

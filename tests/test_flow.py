@@ -11,6 +11,7 @@ from configs import shapes_flow
 from t2i_jax import errors, objective, pipeline, plugins, randomness, weights
 from t2i_jax.commands import plan
 from t2i_jax.data import cache
+from t2i_jax.models.types import Tokens
 from t2i_jax.objectives import flow
 from t2i_jax.sampling import prediction
 
@@ -27,8 +28,10 @@ def batch(config, seed=0):
     shapes = weights.abstract_batch(config)
     return {
         "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
-        "text": rng.integers(4, 200, shapes["text"].shape).astype(np.int32),
-        "mask": np.arange(config.text_length)[None] < np.array([[3], [9], [1], [16]]),
+        "text": Tokens(
+            rng.integers(4, 200, shapes["text"].ids_BL.shape).astype(np.int32),
+            np.arange(config.text_length)[None] < np.array([[3], [9], [1], [16]]),
+        ),
         "index": np.arange(4, dtype=np.int32),
         "weight": np.ones(4, np.float32),
     }
@@ -100,7 +103,7 @@ def test_a_caption_dropped_for_certain_is_no_caption(config, made):
     family = objective.make(changed)
     loss = jax.jit(lambda n, b: family.losses[0].fn(n, b, jax.random.key(0), 0)[0])
     nets, one, other = made["v"][1], batch(config), batch(config)
-    other["text"] = other["text"][::-1].copy()
+    other["text"] = other["text"]._replace(ids_BL=other["text"].ids_BL[::-1].copy())
     assert loss(nets, one) == loss(nets, other)
     assert made["v"][2](nets, one, jax.random.key(0)) != made["v"][2](
         nets, other, jax.random.key(0)
@@ -133,7 +136,7 @@ def test_guidance_of_one_ignores_the_null_and_a_negative_prompt_changes_the_rest
     family, nets, _ = made["edm"]
     sample = jax.jit(family.predict["sample"], static_argnames=("steps", "sampler"))
     one = batch(config)
-    negative = one | {"negative_text": one["text"][::-1].copy(), "negative_mask": one["mask"]}
+    negative = one | {"negative_text": one["text"]._replace(ids_BL=one["text"].ids_BL[::-1])}
     draw = lambda batch, guidance: sample(
         nets, batch, jax.random.key(0), guidance=guidance, steps=2, sampler="euler"
     )

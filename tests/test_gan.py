@@ -20,7 +20,7 @@ from t2i_jax.data import shapes
 from t2i_jax.evaluators import shapes as judge
 from t2i_jax.models import augment, mlp, spectral
 from t2i_jax.models import gan as nets
-from t2i_jax.models.types import Cond
+from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.objectives import gan
 from t2i_jax.objectives.parts import distillation, games, guidance, terms
 from t2i_jax.run import fingerprint
@@ -44,12 +44,11 @@ def batch(config):
     """Eight pictures; captions 0 and 3 are the same."""
     shapes = weights.abstract_batch(config)
     rng = np.random.default_rng(0)
-    text = rng.integers(1, 200, shapes["text"].shape).astype(np.int32)
+    text = rng.integers(1, 200, shapes["text"].ids_BL.shape).astype(np.int32)
     text[3] = text[0]
     arrays = {
         "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
-        "text": text,
-        "mask": np.ones(text.shape, bool),
+        "text": Tokens(text, np.ones(text.shape, bool)),
         "index": np.arange(len(text), dtype=np.int32),
         "weight": np.ones(len(text), np.float32),
     }
@@ -308,14 +307,15 @@ def test_only_losses_of_pairs_compare_examples(config):
 
 def test_a_partner_has_another_caption_and_none_may_be_found():
     text = np.array([[1], [1], [2], [1], [3]])
-    batch = {"text": text, "mask": np.ones((5, 1), bool), "index": np.arange(5)}
+    batch = {"text": Tokens(text, np.ones((5, 1), bool)), "index": np.arange(5)}
     batch["weight"] = np.ones(5)
     assert games.partner(batch).tolist() == [2, 2, 3, 4, 0]
     assert games.is_other(batch).tolist() == [1] * 5
-    same = {**batch, "text": text * 0}
+    same = {**batch, "text": Tokens(text * 0, np.ones((5, 1), bool))}
     assert games.partner(same).tolist() == list(range(5))
     assert games.is_other(same).tolist() == [0] * 5
-    masked = {**same, "mask": np.arange(5)[:, None] < 2}  # the same numbers, other captions
+    # the same numbers, other captions
+    masked = {**same, "text": Tokens(text * 0, np.arange(5)[:, None] < 2)}
     assert games.partner(masked).tolist() == [2, 2, 0, 0, 0]
     broken = {**batch, "weight": np.array([1, 1, 0, 1, 1])}
     assert games.partner(broken).tolist() == [4, 4, 3, 4, 0]
@@ -325,8 +325,9 @@ def test_an_example_of_weight_zero_counts_nothing(family, made, batch):
     broken = {**batch, "weight": batch["weight"].at[2].set(0)}
     other = {
         **broken,
-        "text": batch["text"].at[2].set(7),
-        "mask": batch["mask"].at[2, 3:].set(False),
+        "text": Tokens(
+            batch["text"].ids_BL.at[2].set(7), batch["text"].mask_BL.at[2, 3:].set(False)
+        ),
         "image": batch["image"].at[2].set(0.3),
     }
     for loss in family.losses:
@@ -799,7 +800,7 @@ def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     assert np.abs(own_B - score(batch | {"image": batch["image"] * 0.5})).max() > 0
     # the loss sees pictures beside their own and others' captions as scoring does one by one
     partner = games.partner(batch)
-    other_B = score(batch | {name: batch[name][partner] for name in ("text", "mask")})
+    other_B = score(batch | {"text": jax.tree.map(lambda x: x[partner], batch["text"])})
     gap = float((own_B - other_B).mean())
     assert abs(gap) > 1e-6
     assert aux.metrics["mismatch_gap"] == pytest.approx(gap, rel=1e-3)

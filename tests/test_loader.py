@@ -5,11 +5,13 @@ import contextlib
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
 from t2i_jax import errors
 from t2i_jax.data import loader, transforms
+from t2i_jax.models.types import Tokens
 
 
 class Source:
@@ -32,10 +34,10 @@ class Source:
 
 
 def tokenize(captions):
-    text_BL = np.zeros((len(captions), 12), np.int32)
+    ids_BL = np.zeros((len(captions), 12), np.int32)
     for row, caption in enumerate(captions):
-        text_BL[row, : len(caption[:12])] = [ord(c) for c in caption[:12]]
-    return text_BL, text_BL > 0, [caption[12:] for caption in captions]
+        ids_BL[row, : len(caption[:12])] = [ord(c) for c in caption[:12]]
+    return Tokens(ids_BL, ids_BL > 0), [caption[12:] for caption in captions]
 
 
 def make(source, batch_size=8, seed=3, **options):
@@ -48,21 +50,19 @@ def records(batches):
 
 def assert_same(a, b):
     assert a.arrays.keys() == b.arrays.keys()
-    for name, array in a.arrays.items():
-        np.testing.assert_array_equal(array, b.arrays[name], err_msg=name)
+    jax.tree.map(np.testing.assert_array_equal, a.arrays, b.arrays)
     assert a.records.tolist() == b.records.tolist()
     assert a.bad == b.bad
 
 
 def test_a_batch_has_the_arrays_of_the_contract():
     batch = make(Source(20)).batch(0)
-    kinds = {name: (array.shape, array.dtype.name) for name, array in batch.arrays.items()}
-    assert kinds == {
-        "image": ((8, 4, 4, 3), "uint8"),
-        "text": ((8, 12), "int32"),
-        "mask": ((8, 12), "bool"),
-        "index": ((8,), "int32"),
-        "weight": ((8,), "float32"),
+    kind = lambda array: f"{array.dtype.name} {array.shape}"
+    assert jax.tree.map(kind, batch.arrays) == {
+        "image": "uint8 (8, 4, 4, 3)",
+        "text": Tokens("int32 (8, 12)", "bool (8, 12)"),
+        "index": "int32 (8,)",
+        "weight": "float32 (8,)",
     }
     assert batch.records.dtype == np.int64
     assert batch.arrays["image"][:, 0, 0, 0].tolist() == (batch.records + 1).tolist()
@@ -180,6 +180,7 @@ def test_an_unexpected_error_reaches_the_consumer_at_its_step():
 
 def test_a_broken_example_keeps_its_slot_and_moves_nobody():
     good, bad = make(Source(40)), make(Source(40, broken=[7, 20]))
+    arrays = lambda batch: jax.tree.leaves([batch.arrays["image"], batch.arrays["text"]])
     for step in range(5):
         a, b = good.batch(step), bad.batch(step)
         hit = np.isin(a.records, [7, 20])
@@ -188,9 +189,9 @@ def test_a_broken_example_keeps_its_slot_and_moves_nobody():
         assert [(slot, record) for slot, record, _ in b.bad] == [
             (slot, record) for slot, record in enumerate(a.records) if record in (7, 20)
         ]
-        for name in ("image", "text", "mask"):
-            np.testing.assert_array_equal(a.arrays[name][~hit], b.arrays[name][~hit])
-            assert not b.arrays[name][hit].any()
+        for ours, theirs in zip(*map(arrays, (a, b)), strict=True):
+            np.testing.assert_array_equal(ours[~hit], theirs[~hit])
+            assert not theirs[hit].any()
 
 
 def test_too_many_broken_examples_stop_the_run_with_the_reasons(readers):
@@ -263,11 +264,11 @@ def test_a_cut_caption_is_told_once(caplog):
 
 def test_extra_arrays_follow_the_records():
     stream = make(
-        Source(20), extra=lambda records, mask_BL: {"double": 2 * records, "mask": ~mask_BL}
+        Source(20), extra=lambda records, tokens: {"double": 2 * records, "not": ~tokens.mask_BL}
     )
     batch = stream.batch(1)
     assert batch.arrays["double"].tolist() == (2 * batch.records).tolist()
-    assert (batch.arrays["mask"] != stream.batch(1).arrays["mask"]).sum() == 0
+    np.testing.assert_array_equal(batch.arrays["not"], ~batch.arrays["text"].mask_BL)
 
 
 @pytest.mark.parametrize(

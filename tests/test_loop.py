@@ -56,18 +56,19 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
     pipe = pipeline.Pipeline.load(str(run))
     source = shapes.make(size=40, res=16)
     encode = functools.partial(pipe.predictor.run, "encode", pipe.nets)
-    extra = cache.precompute(encode, source, pipe.predictor.tokenize, batch_size=16)
+    extra = cache.precompute(encode, source, pipe.predictor.tokenizer, batch_size=16)
     records = np.array([7, 0, 7, 39])
-    text, mask, _ = pipe.predictor.tokenize([source[i]["caption"] for i in records])
-    direct = encode({"text": text, "mask": mask})
-    cached = extra(records, mask)
+    tokens, _ = pipe.predictor.tokenizer([source[i]["caption"] for i in records])
+    direct = encode({"text": tokens})
+    cached = extra(records, tokens)
     assert {name: array.dtype for name, array in cached.items()} == dict.fromkeys(
         ("cond_seq", "cond_pooled"), np.float16
     )
     np.testing.assert_allclose(cached["cond_seq"], direct.seq_BLD, atol=3e-3)
     np.testing.assert_allclose(cached["cond_pooled"], direct.pooled_BD, atol=3e-3)
-    assert not cached["cond_seq"][~mask].any()
-    again = pipe.predictor.run("encode", pipe.nets, {"text": text * 0, "mask": mask, **cached})
+    assert not cached["cond_seq"][~tokens.mask_BL].any()
+    others = tokens._replace(ids_BL=0 * tokens.ids_BL)
+    again = pipe.predictor.run("encode", pipe.nets, {"text": others, **cached})
     np.testing.assert_array_equal(again.seq_BLD, cached["cond_seq"].astype(np.float32))
 
 

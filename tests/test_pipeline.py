@@ -207,7 +207,7 @@ def test_seeds_are_for_prompts_or_for_pictures(pipe, batches):
         ([7, 7, 8, 9], [0, 0, 0, 0]),
     ]
     for batch, _ in batches:  # pictures of a prompt stand beside each other
-        text = batch["text"]
+        text = batch["text"].ids_BL
         assert (text[0] == text[1]).all()
         assert (text[2] == text[3]).all()
         assert (text[1] != text[2]).any()
@@ -217,14 +217,14 @@ def test_negative_prompts_are_one_for_all_or_one_for_each(pipe, batches):
     for negative in ("blue", ["blue", "red"], ["", None], None):
         pipe(CAPTIONS, negative_prompt=negative)
     all_alike, each, *without = (batch for batch, _ in batches)
-    tokens = pipe.predictor.tokenize(["blue", "red"])
-    np.testing.assert_array_equal(all_alike["negative_text"], tokens.text_BL[[0, 0]])
-    np.testing.assert_array_equal(each["negative_text"], tokens.text_BL)
+    tokens, _ = pipe.predictor.tokenizer(["blue", "red"])
+    np.testing.assert_array_equal(all_alike["negative_text"].ids_BL, tokens.ids_BL[[0, 0]])
+    np.testing.assert_array_equal(each["negative_text"].ids_BL, tokens.ids_BL)
     assert all("negative_text" not in batch for batch in without)
     pipe(CAPTIONS, negative_prompt=["blue", None])
     some, _ = batches[-1]
-    np.testing.assert_array_equal(some["negative_text"][0], tokens.text_BL[0])
-    assert not some["negative_mask"][1].any()
+    np.testing.assert_array_equal(some["negative_text"].ids_BL[0], tokens.ids_BL[0])
+    assert not some["negative_text"].mask_BL[1].any()
 
 
 def test_it_says_when_it_compiles(pipe, batches, capsys):

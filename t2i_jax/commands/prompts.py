@@ -310,11 +310,11 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
 
 def _cut(pipe, requests, strict):
     prompts = sorted({r.prompt for r in requests})
-    cuts = dict(zip(prompts, pipe.predictor.tokenize(prompts)[2], strict=True))
+    cuts = dict(zip(prompts, pipe.predictor.cuts(prompts), strict=True))
     for prompt, cut in cuts.items():
         if cut:
             text = f"longer than the {pipe.config.text_length} tokens that the model reads"
-            if hasattr(pipe.predictor.tokenize, "fixed"):  # several encoders, each with its limit
+            if isinstance(pipe.predictor.tokenizer, dict):  # several encoders, each with its limit
                 text = "longer than what one of the model's text encoders reads"
             text += f"; cut off: {cut[:200]!r}"
             if strict:

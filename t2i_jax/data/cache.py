@@ -26,8 +26,10 @@ from array_record.python import array_record_data_source, array_record_module
 
 from t2i_jax import errors, images
 from t2i_jax.data import transforms
+from t2i_jax.models.types import Tokens
 from t2i_jax.pretrained import text_encoder
 from t2i_jax.run import compile_cache, distributed, failpoints, fingerprint
+from t2i_jax.text import tokenize
 
 FORMAT = 1
 BUCKET = 8  # captions are encoded at lengths that are multiples of this
@@ -48,22 +50,22 @@ def arrays(cond) -> dict:
     return {"cond_seq": cond.seq_BLD.astype(DTYPE), "cond_pooled": cond.pooled_BD.astype(DTYPE)}
 
 
-def identity(config, nets, source, tokenize, *, sums: int = fingerprint.FORMAT) -> dict:
+def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT) -> dict:
     """What the states depend on: encoder, tokenizer and data by hashes, and the text length.
 
     nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
     sums: the format of the fingerprint of its weights.
     """
-    module = text_encoder.make(config.load.get("text"), length=config.text_length, **config.text)
+    module = text_encoder.make(config.load.get("text"), **config.text)
     text = f"{config.objective} {module!r} {fingerprint.digest(nets, format=sums)}"
     return {
         "sums": sums,
         "format": FORMAT,
         "prediction": config.cache,
         "encoder": hashlib.sha256(text.encode()).hexdigest(),
-        "tokenizer": tokenize.fingerprint,
+        "tokenizer": tokenize.fingerprint(tokenizer),
         "data": source.fingerprint,
-        "text_length": tokenize.length,
+        "text_length": sum(one.length for one in jax.tree.leaves(tokenizer)),
     }
 
 
@@ -76,12 +78,12 @@ def asked(config, predictor, frozen, source):
             fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
         )
     encode = functools.partial(predictor.run, config.cache, frozen)
-    tokenize = predictor.tokenize
-    return encode, source, tokenize, functools.partial(identity, config, frozen, source, tokenize)
+    tokenizer = predictor.tokenizer
+    return encode, source, tokenizer, functools.partial(identity, config, frozen, source, tokenizer)
 
 
-def extra(folder: pathlib.Path, encode, source, tokenize, identity):
-    """`extra(records, mask_BL) -> {"cond_seq", "cond_pooled"}` for the loader.
+def extra(folder: pathlib.Path, encode, source, tokenizer, identity):
+    """`extra(records, tokens) -> {"cond_seq", "cond_pooled"}` for the loader.
 
     From the folder if it holds states, else from an earlier start or computed now, and kept in
     memory. `identity(sums=…)` is the function of that name, bound to this run.
@@ -91,7 +93,7 @@ def extra(folder: pathlib.Path, encode, source, tokenize, identity):
         memory would take more than LIMIT bytes.
     """
     if not distributed.as_first((folder / MANIFEST).exists()):
-        return precompute(encode, source, tokenize, kept=_kept(identity()))
+        return precompute(encode, source, tokenizer, kept=_kept(identity()))
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
     except (OSError, ValueError) as e:
@@ -107,13 +109,14 @@ def extra(folder: pathlib.Path, encode, source, tokenize, identity):
             where=str(folder),
             fix=AGAIN,
         )
-    return _Stored(folder, manifest)
+    return _Stored(folder, manifest, tokenizer)
 
 
 class _Stored:
     """States in files, read as batches ask for them."""
 
-    def __init__(self, folder, manifest):
+    def __init__(self, folder, manifest, tokenizer):
+        self._tokenizer = tokenizer
         self._places = np.load(folder / PLACES, allow_pickle=False)
         self._d, self._p = manifest["width"], manifest["pooled"]
         paths = []
@@ -129,7 +132,8 @@ class _Stored:
         self._records = array_record_data_source.ArrayRecordDataSource(paths)
         logging.info("%d captions' states in %s", len(self._records), folder)
 
-    def __call__(self, records, mask_BL) -> dict:
+    def __call__(self, records, tokens) -> dict:
+        mask_BL = _mask(tokens, self._tokenizer)
         seq = np.zeros((*mask_BL.shape, self._d), DTYPE)
         pooled = np.empty((len(records), self._p), DTYPE)
         found = self._records.__getitems__(self._places[records].tolist())
@@ -141,19 +145,20 @@ class _Stored:
         return {"cond_seq": seq, "cond_pooled": pooled}
 
 
-def precompute(encode, source, tokenize, *, batch_size: int = BATCH, kept=None):
+def precompute(encode, source, tokenizer, *, batch_size: int = BATCH, kept=None):
     """Encodes every caption of a source into memory.   -> as `extra`
 
     Args:
-      encode: batch {"text", "mask"} -> Cond, the frozen encoder.
+      encode: batch {"text"} -> Cond, the frozen encoder.
       source: its captions are read once, by `captions()` where it has that.
-      tokenize: captions -> (text_BL, mask_BL, cut).
+      tokenizer: the encoder's; of several a dict, in their order.
       kept: a file for the next start, or None; what it holds is not computed.
     """
-    states = _opened(kept) or _encoded(encode, source, tokenize, batch_size, kept)
+    states = _opened(kept) or _encoded(encode, source, tokenizer, batch_size, kept)
     flat, pooled, offsets = states["flat"], states["pooled"], states["offsets"]
 
-    def from_memory(records, mask_BL):
+    def from_memory(records, tokens):
+        mask_BL = _mask(tokens, tokenizer)
         rows = states["row_of_record"][records]
         seq = np.zeros((*mask_BL.shape, flat.shape[1]), DTYPE)
         for i, row in enumerate(rows):
@@ -164,10 +169,10 @@ def precompute(encode, source, tokenize, *, batch_size: int = BATCH, kept=None):
     return from_memory
 
 
-def _encoded(encode, source, tokenize, batch_size: int, kept) -> dict:
+def _encoded(encode, source, tokenizer, batch_size: int, kept) -> dict:
     """States of all captions, one behind the other; and written to a file, if it can be."""
     started = time.perf_counter()
-    captions = _Captions(source, tokenize)
+    captions = _Captions(source, tokenizer)
     logging.info("encoding %d captions once …", len(captions.order))
     flat = pooled = None
     offsets = np.concatenate([[0], np.cumsum(captions.lengths)])
@@ -246,12 +251,12 @@ def _sum(states: dict) -> str:
     return whole.hexdigest()
 
 
-def write(folder: pathlib.Path, encode, source, tokenize, identity) -> dict:
+def write(folder: pathlib.Path, encode, source, tokenizer, identity) -> dict:
     """Encodes every caption of a source into files.   -> the manifest
 
     Files that an earlier start finished, of the same identity, are kept.
     """
-    captions, known = _Captions(source, tokenize), identity()
+    captions, known = _Captions(source, tokenizer), identity()
     order, files = captions.order, _begin(folder, known)
     for start in range(0, len(order), SHARD):
         name = f"states-{start // SHARD:05d}.array_record"
@@ -321,38 +326,41 @@ def _unwritable(path, e):
 class _Captions:
     """A source's distinct captions as tokens, and their rows in the order of their length."""
 
-    def __init__(self, source, tokenize):
+    def __init__(self, source, tokenizer):
         row_of, self.row_of_record = {}, np.zeros(len(source), np.int64)
         for record, caption in enumerate(_captions(source)):
             self.row_of_record[record] = row_of.setdefault(caption, len(row_of))
         texts = list(row_of)
-        blocks = [tokenize(texts[i : i + SHARD]) for i in range(0, len(texts), SHARD)]
-        texts_NL, masks_NL, cuts = zip(*blocks, strict=True)
-        self._text_NL, self._mask_NL = np.concatenate(texts_NL), np.concatenate(masks_NL)
+        starts = range(0, len(texts), SHARD)
+        blocks = [tokenize.read(tokenizer, texts[i : i + SHARD]) for i in starts]
+        tokens, cuts = zip(*blocks, strict=True)
+        self._tokens = jax.tree.map(lambda *x: np.concatenate(x), *tokens)
         losses = zip(texts, itertools.chain(*cuts), strict=True)
         if cut := [(text, lost) for text, lost in losses if lost]:
             logging.warning(
                 "%d of %d captions are cut, the first: %r loses %r",
                 *(len(cut), len(texts), cut[0][0][:80], cut[0][1][:80]),
             )
-        self._least = getattr(tokenize, "fixed", 0) + 1
-        last = self._mask_NL.shape[1] - self._mask_NL[:, ::-1].argmax(1)
-        self._width_N = np.where(self._mask_NL.any(1), last, 0)
-        self.lengths = self._mask_NL.sum(1)
-        self.order = np.argsort(self._width_N, kind="stable")
+        self.lengths = _mask(self._tokens, tokenizer).sum(1)
+        self.order = np.argsort(self.lengths, kind="stable")
 
     def states(self, encode, order, batch_size: int):
         """(row, its valid tokens' states VD, pooled P) of rows in this order, encoded in batches no
-        longer than their longest caption, rounded up to a multiple of BUCKET.
+        longer, for each encoder, than their longest caption, rounded up to a multiple of BUCKET.
         """
+
+        def cut(tokens):
+            width = max(tokens.mask_BL.sum(1).max(), 1)
+            return Tokens(*(x[:, : -(-width // BUCKET) * BUCKET] for x in tokens))
+
         for start in range(0, len(order), batch_size):
             wanted = order[start : start + batch_size]
             rows = np.resize(wanted, batch_size)
-            width = max(self._width_N[rows].max(), self._least)
-            width = min(-(-width // BUCKET) * BUCKET, self._text_NL.shape[1])
-            mask_BL = self._mask_NL[rows, :width]
-            found = arrays(encode({"text": self._text_NL[rows, :width], "mask": mask_BL}))
-            seq, pooled = jax.device_get((found["cond_seq"], found["cond_pooled"]))
+            tokens = jax.tree.map(lambda x, rows=rows: x[rows], self._tokens)
+            tokens = jax.tree.map(cut, tokens, is_leaf=lambda x: isinstance(x, Tokens))
+            cond = encode({"text": tokens})
+            mask_BL, found = jax.device_get((cond.mask_BL, arrays(cond)))
+            seq, pooled = found["cond_seq"], found["cond_pooled"]
             if not (np.isfinite(seq).all() and np.isfinite(pooled).all()):
                 raise errors.DataError(
                     f"caption states beyond what {DTYPE.name} holds",
@@ -361,6 +369,12 @@ class _Captions:
                 )
             for i, row in enumerate(wanted):
                 yield row, seq[i, mask_BL[i]], pooled[i]
+
+
+def _mask(tokens, tokenizer):
+    """Where the states of each caption stand: one encoder's behind the other's."""
+    each = [tokens] if isinstance(tokens, Tokens) else [tokens[name] for name in tokenizer]
+    return np.concatenate([one.mask_BL for one in each], axis=1)
 
 
 def _captions(source):

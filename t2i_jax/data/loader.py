@@ -24,6 +24,7 @@ from grain.experimental import index_shuffle
 
 from t2i_jax import errors, fields, plugins
 from t2i_jax.data import transforms
+from t2i_jax.text import tokenize
 
 FEW = 3  # broken examples pass whatever the budget, unless it is 0
 JUDGED = 1000  # records (or all, where fewer) that a share of broken ones is taken of, at least
@@ -45,8 +46,8 @@ class Batch(NamedTuple):
     """One process's share of a global batch.
 
     arrays: "image" uint8 BHWC, float32 in [-1, 1] once it is on the devices (`Layout.place`);
-      "text" int32 BL; "mask" bool BL; "index" int32 B, the slot in the global batch; "weight"
-      float32 B; and what `extra` adds. All numpy.
+      "text" `Tokens`, or of several encoders name -> `Tokens`; "index" int32 B, the slot in the
+      global batch; "weight" float32 B; and what `extra` adds. All numpy.
     records: the examples' numbers in the source, int64 B.
     bad: (slot, record, reason) of each broken example: weight 0, zeros, an empty caption.
     """
@@ -64,19 +65,19 @@ class Loader:
     Args:
       source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
         where(i), the file of an example, is for messages, if it has that.
-      tokenize: captions -> (text_BL, mask_BL, cut), cut being what each caption lost.
+      tokenizer: one, or several with a name each, see `tokenize.read`.
       batch_size: over all processes; each makes its own contiguous slice of the slots.
       res: side of the square pictures.
       seed: of the order and the augmentation.
       augment: names of transforms.AUGMENTATIONS, applied in this order.
       bad_budget: share of broken examples at which `iterate` stops; see there.
-      extra: record numbers and mask_BL -> more arrays for the batch, such as cached states.
+      extra: record numbers and tokens -> more arrays for the batch, such as cached states.
     """
 
     def __init__(
         self,
         source,
-        tokenize,
+        tokenizer,
         *,
         batch_size: int,
         res: int,
@@ -104,7 +105,7 @@ class Loader:
                 )
         self.extra = extra
         self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`
-        self._source, self._tokenize = source, tokenize
+        self._source, self._tokenizer = source, tokenizer
         self._batch_size, self._res, self._seed = batch_size, res, seed
         self._augment = [transforms.AUGMENTATIONS[name] for name in augment]
         share = batch_size // process_count
@@ -142,18 +143,17 @@ class Loader:
         for row, reason in itertools.chain.from_iterable(made):
             weight_B[row] = 0
             bad.append((self._slots[row], records[row], reason))
-        text_BL, mask_BL, cut = self._tokenize(captions)
+        tokens, cut = tokenize.read(self._tokenizer, captions)
         self._tell_cut(captions, cut)
         arrays = {
             "image": image_BHWC,
-            "text": text_BL,
-            "mask": mask_BL,
+            "text": tokens,
             "index": np.array(self._slots, np.int32),
             "weight": weight_B,
         }
         records = np.array(records, np.int64)
         if self.extra:
-            arrays |= self.extra(records, mask_BL)
+            arrays |= self.extra(records, tokens)
         return Batch(arrays, records, bad)
 
     def iterate(self, start: int, stop: int | None = None) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""What encoders hand on: captions as conditions, pictures as features.
+"""What encoders read and hand on: tokens; captions as conditions, pictures as features.
 
 B batch · H W pixels · C channels · L text length · D width · K classes
 """
@@ -6,6 +6,16 @@ B batch · H W pixels · C channels · L text length · D width · K classes
 from typing import NamedTuple
 
 import jax
+
+
+class Tokens(NamedTuple):
+    """Captions as a tokenizer's numbers: ids_BL int32, mask_BL bool (True = a real token).
+
+    An empty caption has no token at all, which means no condition.
+    """
+
+    ids_BL: jax.Array
+    mask_BL: jax.Array
 
 
 class Cond(NamedTuple):

@@ -50,7 +50,7 @@ def make(config) -> Objective:
     def init(key, batch):
         key_image, key_caption, key_text = jax.random.split(key, 3)
         text_variables, cond = text.init(key_text, batch)
-        image_BHWC = jnp.zeros((len(batch["text"]), config.res, config.res, 3))
+        image_BHWC = jnp.zeros((len(batch["index"]), config.res, config.res, 3))
         nets = {"image": image.init(key_image, image_BHWC), "text": text_variables}
         if caption:
             nets["caption"] = caption.init(key_caption, cond)
@@ -75,7 +75,7 @@ def make(config) -> Objective:
 
     def loss(nets, batch, key, step):
         scores_BB = logits(nets, batch, key)
-        different_BB = losses.different_captions(batch["text"], batch["mask"])
+        different_BB = losses.different_captions(batch["text"])
         fn = losses.info_nce if options.kind == "contrastive" else losses.pairwise
         scale, _ = image.apply(nets["image"], method="temper")
         return fn(scores_BB, different_BB, batch["weight"]), Aux({"scale": scale})

@@ -61,7 +61,7 @@ def make(config) -> Objective:
     def init(key, batch):
         key_model, key_text = jax.random.split(key)
         text_variables, cond = text.init(key_text, batch)
-        t_B = jnp.zeros(batch["text"].shape[0])
+        t_B = jnp.zeros(len(batch["index"]))
         image_BHWC = jnp.zeros((t_B.shape[0], *shape_HWC))
         return {"model": model.init(key_model, image_BHWC, t_B, cond), "text": text_variables}
 
@@ -85,7 +85,7 @@ def make(config) -> Objective:
         t_B = jax.nn.sigmoid(
             options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
         )
-        cond = text.drop(text.encode(nets, batch), keys[2])
+        cond = text.drop(text.encode(nets, batch), batch, keys[2])
         value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 

@@ -20,28 +20,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 class Joined(nn.Module):
     """Several encoders of one caption, as in SD3 (arXiv:2403.03206, section 4).
 
-    Their tokens stand one after another in text_BL, `lengths` of each, of the last perhaps fewer;
-    so do their states, narrower ones filled up with zeros. Pooled vectors are joined.
+    Each reads its own tokens, by its name. Their states stand one after another, narrower ones
+    filled up with zeros. Pooled vectors are joined.
     """
 
     encoders: tuple[nn.Module, ...]
-    lengths: tuple[int, ...]
+    names: tuple[str, ...]
 
     @property
-    def parts(self) -> tuple[tuple[int, int], ...]:
-        """Tokens and pooled width of each encoder, in their order."""
-        pooled = (getattr(e, "projected", 0) or e.width for e in self.encoders)
-        return tuple(zip(self.lengths, pooled, strict=True))
+    def pooled(self) -> tuple[int, ...]:
+        """The pooled width of each encoder."""
+        return tuple(getattr(e, "projected", 0) or e.width for e in self.encoders)
 
-    def __call__(self, text_BL, mask_BL) -> Cond:
-        ends = [sum(self.lengths[:i]) for i in range(1, len(self.lengths))]
-        texts, masks = (jnp.split(x, ends, axis=1) for x in (text_BL, mask_BL))
-        conds = [fn(*tokens) for fn, *tokens in zip(self.encoders, texts, masks, strict=True)]
+    def __call__(self, tokens) -> Cond:
+        conds = [fn(*tokens[name]) for fn, name in zip(self.encoders, self.names, strict=True)]
         widest = max(c.seq_BLD.shape[-1] for c in conds)
         fill = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, widest - x.shape[-1])))
         return Cond(
             jnp.concatenate([fill(c.seq_BLD) for c in conds], axis=1),
-            mask_BL,
+            jnp.concatenate([c.mask_BL for c in conds], axis=1),
             jnp.concatenate([c.pooled_BD for c in conds], axis=-1),
         )
 
@@ -57,13 +54,13 @@ def given(source):
     return tuple(source)
 
 
-def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Module:
-    """A module `(text_BL, mask_BL) -> Cond` for `source`, still without weights.
+def make(source, *, dtype: str = "float32", **options) -> nn.Module:
+    """A module `(ids_BL, mask_BL) -> Cond` for `source`, or of several `(name -> Tokens) -> Cond`,
+    still without weights.
 
     Args:
       source: a checkpoint (see hf.locate), several that read each caption together, or None for the
         small random encoder of bytes that debug configs use; see `given`.
-      length: config.text_length, which several encoders need to know.
       dtype: what it computes in.
       options: family -> more options of its `from_config`, such as clip={"skip": 1}.
     """
@@ -78,25 +75,31 @@ def make(source, *, length: int = 0, dtype: str = "float32", **options) -> nn.Mo
         checkpoint.module(Cond, **{"dtype": dtype, **options.get(checkpoint.name, {})})
         for checkpoint in checkpoints
     )
-    return encoders[0] if isinstance(source, str) else Joined(encoders, lengths(source, length))
-
-
-def lengths(source, length: int) -> tuple[int, ...]:
-    """How many tokens each encoder of a source reads: `length`, or of several none more than its
-    positions.
-    """
-    source = given(source)
-    if source is None or isinstance(source, str):
-        return (length,)
-    return tuple(min(length, getattr(make(one), "positions", length)) for one in source)
+    return encoders[0] if isinstance(source, str) else Joined(encoders, _names(checkpoints))
 
 
 def tokenizer(source, length: int):
-    """`captions -> Tokens` for `make(source, length=length)`."""
+    """The tokenizer of `make(source)`, of `length` tokens; of several encoders a dict, encoder's
+    name -> tokenizer, none of more tokens than its encoder has positions.
+    """
     source = given(source)
-    names = [str(checkpoint.folder) for checkpoint in _opened(source)] or ["bytes"]
-    each = [tokenize.open(*pair) for pair in zip(names, lengths(source, length), strict=True)]
-    return each[0] if len(each) == 1 else tokenize.Several(each)
+    if source is None:
+        return tokenize.open("bytes", length)
+    checkpoints = _opened(source)
+    if isinstance(source, str):
+        return tokenize.open(str(checkpoints[0].folder), length)
+    made = {}
+    for name, checkpoint in zip(_names(checkpoints), checkpoints, strict=True):
+        positions = getattr(checkpoint.module(Cond), "positions", length)
+        made[name] = tokenize.open(str(checkpoint.folder), min(length, positions))
+    return made
+
+
+def _names(checkpoints) -> tuple[str, ...]:
+    """Their families', numbered from the second alike on: clip, clip_2, t5."""
+    families = [checkpoint.name for checkpoint in checkpoints]
+    count = lambda i: families[: i + 1].count(families[i])
+    return tuple(f"{f}_{count(i)}" if count(i) > 1 else f for i, f in enumerate(families))
 
 
 def origin(source: str) -> str:

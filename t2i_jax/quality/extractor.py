@@ -62,7 +62,7 @@ class DualEncoder:
         self._image = Extractor(source, rule)
         self.label, self.fingerprint = self._image.label, self._image.fingerprint
         module = text_encoder.make(source)
-        self._tokenize = text_encoder.tokenizer(source, module.positions)
+        self._tokenizer = text_encoder.tokenizer(source, module.positions)
         tokens = [jax.ShapeDtypeStruct((1, module.positions), t) for t in ("int32", "bool")]
         shapes = jax.eval_shape(module.init, jax.random.key(0), *tokens)
         pooled = lambda *args: module.apply(*args).pooled_BD
@@ -74,7 +74,7 @@ class DualEncoder:
 
     def texts(self, captions) -> np.ndarray:
         """Embeddings of captions.   -> ND"""
-        return self._text(*self._tokenize(captions)[:2])
+        return self._text(*self._tokenizer(captions)[0])
 
 
 class Perceptual:

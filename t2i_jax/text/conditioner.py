@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax import errors
-from t2i_jax.models.types import Cond
+from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import text_encoder
 from t2i_jax.text import condition
 
@@ -25,15 +25,14 @@ class Conditioner:
 
     def __init__(self, config, *, text_dropout=0.0, train_text: bool = False):
         source = config.load.get("text")
-        self.module: nn.Module = text_encoder.make(source, length=config.text_length, **config.text)
-        self._parts = getattr(self.module, "parts", None)
+        self.module: nn.Module = text_encoder.make(source, **config.text)
+        encoders = len(getattr(self.module, "names", ("text",)))
         self._dropout = np.array(text_dropout, np.float32)
         if self._dropout.size == 1:  # a flag makes a tuple of one
             self._dropout = self._dropout.reshape(())
-        if self._dropout.ndim and self._dropout.shape != (len(self._parts or ()),):
+        if self._dropout.ndim and self._dropout.shape != (encoders,):
             raise errors.ConfigError(
-                f"text_dropout has {self._dropout.size} shares for {len(self._parts or (1,))} "
-                "encoders",
+                f"text_dropout has {self._dropout.size} shares for {encoders} encoders",
                 where="config.loss.text_dropout",
                 fix="give one number, or one for each of config.load.text",
             )
@@ -46,23 +45,38 @@ class Conditioner:
 
     def init(self, key, batch):
         """Variables, and the condition of a batch, by which other nets find their shapes."""
-        variables = self.module.init(key, batch["text"], batch["mask"])
-        return variables, self.module.apply(variables, batch["text"], batch["mask"])
+        variables = self.module.init(key, *_arguments(batch["text"]))
+        return variables, self.module.apply(variables, *_arguments(batch["text"]))
 
     def encode(self, nets, batch, key=None) -> Cond:
         """Caption states: from the cache where the batch brings them, else from the encoder."""
         if "cond_seq" in batch:
             seq_BLD, pooled_BD = batch["cond_seq"], batch["cond_pooled"]
-            return Cond(seq_BLD.astype(jnp.float32), batch["mask"], pooled_BD.astype(jnp.float32))
-        return self.module.apply(nets["text"], batch["text"], batch["mask"])
+            mask_BL = jnp.concatenate([t.mask_BL for t in self._each(batch)], axis=1)
+            return Cond(seq_BLD.astype(jnp.float32), mask_BL, pooled_BD.astype(jnp.float32))
+        return self.module.apply(nets["text"], *_arguments(batch["text"]))
 
     def negative(self, nets, batch) -> Cond | None:
         """States of the captions to be guided away from, where the batch brings any."""
         if "negative_text" not in batch:
             return None
-        return self.module.apply(nets["text"], batch["negative_text"], batch["negative_mask"])
+        return self.module.apply(nets["text"], *_arguments(batch["negative_text"]))
 
-    def drop(self, cond: Cond, keys_B) -> Cond:
+    def drop(self, cond: Cond, batch, keys_B) -> Cond:
         """The condition in training, each caption dropped or not by its own key."""
         draw_B = jax.vmap(lambda key: jax.random.uniform(key, self._dropout.shape))(keys_B)
-        return condition.drop(cond, draw_B < self._dropout, self._parts)
+        parts = None
+        if self._dropout.ndim:
+            lengths = (tokens.ids_BL.shape[1] for tokens in self._each(batch))
+            parts = tuple(zip(lengths, self.module.pooled, strict=True))
+        return condition.drop(cond, draw_B < self._dropout, parts)
+
+    def _each(self, batch) -> list[Tokens]:
+        """The tokens of each encoder, in the order in which their states stand."""
+        tokens = batch["text"]
+        return [tokens] if isinstance(tokens, Tokens) else [tokens[n] for n in self.module.names]
+
+
+def _arguments(tokens):
+    """What the module is called with: one encoder's numbers and mask, or several encoders' dict."""
+    return tokens if isinstance(tokens, Tokens) else (tokens,)

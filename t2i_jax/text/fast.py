@@ -27,7 +27,8 @@ _BPE = dict(dropout=None, continuing_subword_prefix="", fuse_unk=False, byte_fal
 
 
 def open(folder):
-    """What AutoTokenizer would make of a folder: (the library's tokenizer, the padding's number).
+    """What AutoTokenizer would make of a folder: (the library's tokenizer, the padding's number,
+    that of a text's end or None).
 
     None where that takes transformers.
 
@@ -59,7 +60,8 @@ def open(folder):
         return None
     if "pad_token" not in special and opened.padding:
         special["pad_token"] = opened.padding["pad_token"]
-    return opened, opened.token_to_id(special.get("pad_token", "")) or 0
+    number = lambda kind: opened.token_to_id(special.get(kind, ""))
+    return opened, number("pad_token") or 0, number("eos_token")
 
 
 def check(path) -> dict:

@@ -1,15 +1,16 @@
-"""Captions -> token numbers.   B batch · L text length"""
+"""Captions -> token numbers, and back.   B batch · L text length"""
 
 import contextlib
 import functools
 import hashlib
 import os
 import unicodedata
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 
 from t2i_jax import errors, files
+from t2i_jax.models.types import Tokens
 from t2i_jax.pretrained import hf
 from t2i_jax.text import fast
 
@@ -26,26 +27,22 @@ FILES = (
 )
 
 
-class Tokens(NamedTuple):
-    """Padded token numbers (int32), True where a token is real, and what each caption lost."""
-
-    text_BL: np.ndarray
-    mask_BL: np.ndarray
-    cut: list[str | None]
-
-
 class Tokenizer:
-    """`tokenizer(captions) -> Tokens` of fixed length, the same on every host and in any thread.
+    """`tokenizer(captions) -> (Tokens, what each caption lost, or None)`, of fixed length; the same
+    on every host and in any thread.
 
     encode: captions -> for each its numbers without special tokens, and a function from a number's
       place to the character where it begins.
-    before, after: the special tokens round every caption. An empty caption has no tokens at all:
-      its mask is all False, which means no condition.
+    decode: lists of numbers -> strings, without special tokens.
+    before, after: the special tokens round every caption.
+    end: the number that ends a caption, None where the tokenizer has no such token.
+    pad: what stands behind a caption. It may be the number of a word, too: the mask tells.
     """
 
-    def __init__(self, encode, *, before, after, pad, length, vocab_size, fingerprint):
-        self._encode, self._before, self._after, self._pad = encode, before, after, pad
+    def __init__(self, encode, decode, *, before, after, end, pad, length, vocab_size, fingerprint):
+        self._encode, self._decode, self._before, self._after = encode, decode, before, after
         self.length, self.vocab_size, self.fingerprint = length, vocab_size, fingerprint
+        self.end, self.pad = end, pad
         self._room = length - len(before) - len(after)
         if self._room < 1:
             raise errors.ConfigError(
@@ -54,10 +51,10 @@ class Tokenizer:
                 fix=f"set it to {length - self._room + 1} or more",
             )
 
-    def __call__(self, captions) -> Tokens:
+    def __call__(self, captions) -> tuple[Tokens, list[str | None]]:
         texts = [normalise(caption) for caption in captions]
-        text_BL = np.full((len(texts), self.length), self._pad, np.int32)
-        mask_BL = np.zeros(text_BL.shape, bool)
+        ids_BL = np.full((len(texts), self.length), self.pad, np.int32)
+        mask_BL = np.zeros(ids_BL.shape, bool)
         cut = []
         for row, (ids, start) in enumerate(self._encode(texts)):
             kept, lost = len(ids), ""
@@ -67,31 +64,41 @@ class Tokenizer:
                     kept -= 1
                 lost = texts[row][end:]
             ids = [*self._before, *ids[:kept], *self._after] if kept else []
-            text_BL[row, : len(ids)] = ids
+            ids_BL[row, : len(ids)] = ids
             mask_BL[row, : len(ids)] = True
             lost = f"{lost} {normalise(captions[row][CHARACTERS:])}".strip()
             cut.append(lost or None)
-        return Tokens(text_BL, mask_BL, cut)
+        return Tokens(ids_BL, mask_BL), cut
+
+    def decode(self, ids_BL, mask_BL=None) -> list[str]:
+        """The texts of rows of numbers, without special tokens.
+
+        mask_BL: where it is False, a number is left out, as padding is; default: none is.
+        """
+        rows = [np.asarray(row) for row in ids_BL]
+        if mask_BL is not None:
+            rows = [row[np.asarray(mask)] for row, mask in zip(rows, mask_BL, strict=True)]
+        return self._decode([row.tolist() for row in rows])
 
 
-class Several:
-    """Tokenizers of several encoders that read each caption: their tokens one after another.
+def read(tokenizer, captions):
+    """Tokens of captions, by one tokenizer or by several with a name each.
 
-    What a caption lost is the most that one of them lost.   fixed: tokens before the last
-    encoder's, which alone may be cut shorter.
+    -> Tokens, or name -> Tokens; and of each caption what was cut off, the most that any cut
     """
+    if not isinstance(tokenizer, Mapping):
+        return tokenizer(captions)
+    tokens, cuts = zip(*(one(captions) for one in tokenizer.values()), strict=True)
+    most = [max(cut, key=lambda lost: len(lost or "")) for cut in zip(*cuts, strict=True)]
+    return dict(zip(tokenizer, tokens, strict=True)), most
 
-    def __init__(self, tokenizers):
-        self._each = tokenizers
-        self.fixed = sum(t.length for t in tokenizers[:-1])
-        self.length = sum(t.length for t in tokenizers)
-        joined = " ".join(t.fingerprint for t in tokenizers)
-        self.fingerprint = hashlib.sha256(joined.encode()).hexdigest()
 
-    def __call__(self, captions) -> Tokens:
-        texts, masks, cuts = zip(*(tokenize(captions) for tokenize in self._each), strict=True)
-        most = [max(cut, key=lambda lost: len(lost or "")) for cut in zip(*cuts, strict=True)]
-        return Tokens(np.concatenate(texts, 1), np.concatenate(masks, 1), most)
+def fingerprint(tokenizer) -> str:
+    """Of one tokenizer, or of several together."""
+    if not isinstance(tokenizer, Mapping):
+        return tokenizer.fingerprint
+    joined = " ".join(one.fingerprint for one in tokenizer.values())
+    return hashlib.sha256(joined.encode()).hexdigest()
 
 
 def open(name: str, length: int) -> Tokenizer:
@@ -107,8 +114,10 @@ def open(name: str, length: int) -> Tokenizer:
     if name == "bytes":
         return Tokenizer(
             _encode_bytes,
+            _decode_bytes,
             before=[1],
             after=[2],
+            end=2,
             pad=0,
             length=length,
             vocab_size=BYTES_VOCAB,
@@ -117,7 +126,7 @@ def open(name: str, length: int) -> Tokenizer:
     folder = hf.locate(name)
     _check_sizes(folder)
     with _of_library(folder):
-        opened, pad = fast.open(folder) or _by_transformers(folder)
+        opened, pad, end = fast.open(folder) or _by_transformers(folder)
         # A file may ask for cutting and padding: we do both. Nothing changes the object from here
         # on, so threads can share it.
         opened.no_truncation()
@@ -126,8 +135,10 @@ def open(name: str, length: int) -> Tokenizer:
         at = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
     return Tokenizer(
         functools.partial(_encode_subwords, opened, folder),
+        functools.partial(_decode_subwords, opened),
         before=ids[:at],
-        after=ids[at + len(bare) :],
+        after=(after := ids[at + len(bare) :]),
+        end=after[-1] if after else end,
         pad=pad,
         length=length,
         vocab_size=opened.get_vocab_size(),
@@ -203,7 +214,9 @@ def _limit_marks(text: str) -> str:
 
 
 def _by_transformers(folder):
-    """The library's tokenizer that transformers makes of any of its files, and the padding."""
+    """The library's tokenizer that transformers makes of any of its files, the padding's number and
+    the end's.
+    """
     # without torch, transformers says so at every import: we need none
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     import transformers
@@ -213,7 +226,7 @@ def _by_transformers(folder):
     whole = transformers.AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )
-    return whole.backend_tokenizer, whole.pad_token_id or 0
+    return whole.backend_tokenizer, whole.pad_token_id or 0, whole.eos_token_id
 
 
 @contextlib.contextmanager
@@ -258,3 +271,15 @@ def _encode_bytes(texts):
     for text in texts:
         data = text.encode()
         yield [b + 4 for b in data], lambda i, data=data: len(data[:i].decode(errors="ignore"))
+
+
+def _decode_subwords(opened, rows):
+    texts = opened.decode_batch(rows, skip_special_tokens=True)
+    # CLIP's words end in "</w>", which the decoder in its file leaves there.
+    end = getattr(opened.model, "end_of_word_suffix", None)
+    return [text.replace(end, " ").strip() for text in texts] if end else texts
+
+
+def _decode_bytes(rows):
+    kept = (bytes(i - 4 for i in row if 4 <= i < BYTES_VOCAB) for row in rows)
+    return [data.decode(errors="replace") for data in kept]

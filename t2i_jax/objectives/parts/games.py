@@ -70,7 +70,7 @@ def contrast(judgement: gan.Judgement, cond, batch, *, sentence, word, temperatu
     Returns:
       The weighted sum of the two, a scalar.
     """
-    different_BB, value = losses.different_captions(batch["text"], batch["mask"]), 0.0
+    different_BB, value = losses.different_captions(batch["text"]), 0.0
     nce = lambda scores_NN: losses.info_nce(scores_NN / temperature, different_BB, batch["weight"])
     if sentence:
         value += sentence * nce(judgement.image_BD @ judgement.text_BD.T)
@@ -90,7 +90,7 @@ def partner(batch):
     """
     n = len(batch["index"])
     far_BB = (jnp.arange(n)[None] - jnp.arange(n)[:, None]) % n
-    different_BB = losses.different_captions(batch["text"], batch["mask"]) & (batch["weight"] > 0)
+    different_BB = losses.different_captions(batch["text"]) & (batch["weight"] > 0)
     return jnp.argmin(jnp.where(different_BB, far_BB, n + (far_BB > 0)), 1)
 
 
