@@ -1,11 +1,12 @@
-"""Errors a user can act on: what happened, where, and the fix; each kind has its own exit code."""
+"""Errors a user can act on: what happened, where, and the fix. Each kind has its own exit code."""
 
 import contextlib
 import errno
 import re
 
-# What a disk answers: no room, no right, no writing at all, a broken one, names and files too long,
-# paths that lead nowhere or to another kind of thing.
+# The errno values of storage. In order: no room or no right, read-only or broken disks, names and
+# files that are too long, paths that lead nowhere or to another kind of thing. All others, such as
+# errors of the network, stay what they are.
 OF_DISKS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE),
     *(errno.ENAMETOOLONG, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -14,7 +15,10 @@ OF_DISKS = (
 
 
 class Error(Exception):
-    """One clear error: "<what> (at <where>). Fix: <fix>"; tracebacks are shown on --debug."""
+    """One clear error: "<what> (at <where>). Fix: <fix>".
+
+    The commands show it without a traceback, unless --debug is set. Then they end with `exit_code`.
+    """
 
     exit_code = 70
 
@@ -24,13 +28,13 @@ class Error(Exception):
 
 
 class ConfigError(Error, ValueError):
-    """A config, flag or mismatch that another start would not cure."""
+    """A wrong config, flag or combination, which another start would not cure."""
 
     exit_code = 78
 
 
 class DataError(Error, ValueError):
-    """Bad data, weights or checkpoint."""
+    """Bad data, weights or checkpoints."""
 
     exit_code = 65
 
@@ -43,7 +47,10 @@ class StorageError(Error, OSError):
 
 @contextlib.contextmanager
 def of_storage(where):
-    """Turns what a disk refuses within the body into a StorageError that names the path."""
+    """Turns an OSError of the disk within the body into a StorageError.
+
+    where: the path that the error names where the OSError names none.
+    """
     try:
         yield
     except Error:
@@ -57,7 +64,7 @@ def of_storage(where):
 
 
 class NonFiniteError(Error, ArithmeticError):
-    """Too many steps with a non-finite loss, gradient or update; `step` is the first of them."""
+    """Too many steps with a non-finite loss, gradient or update. `step` is the first of them."""
 
     exit_code = 76
     step = None
@@ -69,7 +76,7 @@ class NonFiniteError(Error, ArithmeticError):
 
 
 class DivergedError(NonFiniteError):
-    """A metric went beyond what the config allows."""
+    """A metric went beyond its limit in config.watch."""
 
 
 class OwnerError(Error):
@@ -79,18 +86,19 @@ class OwnerError(Error):
 
 
 class Preempted(Error):
-    """Stopped by a signal after saving; start again to go on."""
+    """Stopped by a signal. Everything is saved, and another start goes on."""
 
     exit_code = 75
 
 
 def check_local(path, where: str) -> None:
-    """Raises ConfigError for an address such as gs://bucket/run, which a path would take for a
-    folder called "gs:".
+    """Raises ConfigError for an address such as gs://bucket/run.
+
+    pathlib would take it for a folder called "gs:" and write there without a word.
     """
-    if found := re.match(r"([a-z][a-z0-9+.-]+):/", str(path), re.IGNORECASE):
+    if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(path), re.IGNORECASE):
         raise ConfigError(
-            f"{str(path)!r} lies in no file system: {found[1]}:// is not supported",
+            f"{str(path)!r} lies in no file system: {scheme[1]}:// is not supported",
             where=where,
             fix="mount it, or copy it, and give the local path",
         )
@@ -99,7 +107,7 @@ def check_local(path, where: str) -> None:
 def nearest(name: str, known, else_say: str = "") -> str:
     """A hint for a misspelt name: "did you mean 'x'?", or all names where none is near.
 
-    else_say: what to say then instead.
+    known: the names that exist.   else_say: the hint in place of all names.
     """
     import difflib
 
@@ -111,13 +119,13 @@ def nearest(name: str, known, else_say: str = "") -> str:
 
 
 def unknown(kind: str, name, known, *, where: str) -> ConfigError:
-    """The error for a name that is none of `known`; the fix is what `nearest` says.
+    """The error for a name that is none of `known`. Its fix is the hint of `nearest`.
 
-    kind: what the name should be one of, such as "sampler".
+    kind: the kind of name, such as "sampler".
     """
     return ConfigError(f"unknown {kind} {name!r}", where=where, fix=nearest(name, known))
 
 
 def reason(e: Exception) -> str:
-    """What went wrong, without the number and the path that Python puts round it."""
+    """The text of an error, without the number and the path that Python adds to an OSError."""
     return getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0][:300]

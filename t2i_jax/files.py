@@ -1,4 +1,4 @@
-"""Small files of text, whoever wrote them: read whole, or a clear reason why not."""
+"""Reading of small text files from any origin."""
 
 import os
 
@@ -6,12 +6,15 @@ LIMIT = 2**27  # bytes of a file that is read at once, such as a tokenizer's
 
 
 def read_text(path, *, limit: int = LIMIT) -> str:
-    """The text of a file in UTF-8, without a byte order mark. No more is read than `limit` bytes.
+    """The text of a UTF-8 file, without a byte order mark.
 
+    Args:
+      limit: bytes of the largest file.
     Raises:
-      OSError: it is not there, is a folder, or cannot be read.
-      ValueError: it is larger, or in another encoding.
+      OSError: the file does not exist, is a folder, or cannot be read.
+      ValueError: it is larger than `limit`, or in another encoding.
     """
+    # Its size is not asked first: that of a pipe or of a file in /proc is 0.
     with open(path, "rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:

@@ -1,6 +1,6 @@
-"""Pictures on disk: files with metadata, grids, file names that never come from a prompt.
+"""Images on disk: files with metadata, grids, and whole writes of any file.
 
-B pictures · H W pixels · C channels
+B images · H W pixels · C channels
 """
 
 import contextlib
@@ -18,27 +18,30 @@ from t2i_jax import errors
 
 METADATA_KEY = "t2i_jax"
 FORMATS = ("PNG", "JPEG", "WEBP")
-_METADATA_LIMIT = 32_768  # bytes of JSON written or read: a JPEG has room for twice that
-_PROMPTS = ("prompt", "negative_prompt", "prompts", "pictures")  # keys of what can be long
+_METADATA_LIMIT = 32_768  # bytes of JSON: the EXIF segment of a JPEG has room for twice that
+_PROMPTS = ("prompt", "negative_prompt", "prompts", "pictures")  # keys whose values can be long
 _PARAMETERS_LIMIT = 8192  # characters of the text for other viewers
-_UNICODE = b"UNICODE\0"  # how EXIF marks a comment in UTF-16
+_UNICODE = b"UNICODE\0"  # EXIF's mark of a comment in UTF-16
 
 
 def to_uint8(image):
-    """[-1, 1] float -> uint8, clipped; any shape."""
+    """Floats in [-1, 1], of any shape -> uint8. Values beyond are clipped."""
     image = np.asarray(image, np.float32)
     return np.round((np.clip(image, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(images_BHWC, columns: int | None = None, gap: int = 2):
-    """uint8 pictures of one size -> one uint8 picture, row by row on a white ground."""
+    """uint8 images of one size -> one uint8 image, row by row on white.   -> HWC
+
+    columns: images in a row; by default the grid is about square.   gap: pixels between images.
+    """
     n = len(images_BHWC)
     columns = min(n, columns or int(np.ceil(np.sqrt(n))))
     return rows([images_BHWC[i : i + columns] for i in range(0, n, columns)], gap)
 
 
 def rows(pictures, gap: int = 2):
-    """As `grid`, of rows that may be of unequal lengths: a list of BHWC or of lists of HWC."""
+    """The same as `grid`, for rows of unequal lengths: a list of BHWC or of lists of HWC."""
     h, w, c = pictures[0][0].shape
     columns = max(map(len, pictures))
     size = (len(pictures) * (h + gap) - gap, columns * (w + gap) - gap, c)
@@ -50,16 +53,23 @@ def rows(pictures, gap: int = 2):
 
 
 def enlarged(image_HWC, side: int = 512):
-    """The uint8 picture with every pixel as a square of them, its longer side at least `side`."""
+    """The uint8 image with each pixel repeated, until its longer side is at least `side`."""
     factor = -(-side // max(image_HWC.shape[:2]))
     return image_HWC.repeat(factor, 0).repeat(factor, 1)
 
 
 def save(path, image_HWC, metadata: dict | None = None, parameters: str | None = None) -> None:
-    """Writes a uint8 picture, whole or not at all, in the format of its extension.
+    """Writes a uint8 image, whole or not at all, in the format of its extension.
 
-    The file also holds `metadata` as JSON and `parameters`, the text that other viewers show: a PNG
-    as text of these names, JPEG and WebP as EXIF's MakerNote and UserComment.
+    A PNG holds both texts in chunks of their names, JPEG and WebP in EXIF's MakerNote and
+    UserComment.
+
+    Args:
+      path: ends in .png, .jpg, .jpeg or .webp.
+      metadata: becomes JSON, for `read_metadata`.
+      parameters: the text that other viewers show.
+    Raises:
+      OSError: the file cannot be written.
     """
     extension = str(path).rpartition(".")[2]
     kind = {"jpg": "jpeg"}.get(extension, extension)
@@ -78,7 +88,10 @@ def save(path, image_HWC, metadata: dict | None = None, parameters: str | None =
 
 
 def save_animation(path, images_NHWC, metadata=None, parameters=None, seconds=0.08) -> None:
-    """Writes uint8 pictures as a WebP that shows each so long, again and again; as `save`."""
+    """Writes uint8 images as an endless WebP animation. Other arguments and errors as of `save`.
+
+    seconds: how long each image is shown.
+    """
     first, *rest = map(Image.fromarray, images_NHWC)
     buffer = io.BytesIO()
     options = dict(duration=round(seconds * 1000), loop=0, exif=_exif(metadata, parameters))
@@ -87,7 +100,7 @@ def save_animation(path, images_NHWC, metadata=None, parameters=None, seconds=0.
 
 
 def _to_json(metadata: dict) -> str:
-    """The metadata, without prompts if they are too long to keep."""
+    """The metadata as JSON. Prompts are left out where it would pass the limit."""
     text = json.dumps(metadata, ensure_ascii=False)
     if len(text.encode()) <= _METADATA_LIMIT:
         return text
@@ -101,19 +114,20 @@ def _exif(metadata: dict | None, parameters: str | None) -> Image.Exif:
         own[ExifTags.Base.MakerNote] = f"{METADATA_KEY}\0{_to_json(metadata)}".encode()
     if parameters is not None:
         text = parameters[: _PARAMETERS_LIMIT - 1]
+        # "replace": a lone surrogate has no UTF-16.
         own[ExifTags.Base.UserComment] = _UNICODE + text.encode("utf-16-be", "replace")
     return exif
 
 
 def read_metadata(path) -> dict | None:
-    """The JSON that `save` wrote, or None; parsed as JSON and nothing else.
+    """The metadata that `save` wrote, or None. The file may come from anywhere.
 
     Raises:
-      OSError: the file cannot be read, or is no picture.
-      ValueError: it is a broken one, or claims more pixels than Pillow decodes.
+      OSError: the file cannot be read, or is no image.
+      ValueError: the image is broken, or claims more pixels than Pillow decodes.
     """
-    if not os.path.isfile(path) and os.path.exists(path):
-        raise OSError(errno.EINVAL, "not a regular file", str(path))  # a pipe would block
+    if not os.path.isfile(path) and os.path.exists(path):  # opening a named pipe would block
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     try:
         with Image.open(path, formats=FORMATS) as image:
             text = _note(image)
@@ -124,14 +138,14 @@ def read_metadata(path) -> dict | None:
     if text is None or len(text) > 4 * _METADATA_LIMIT:
         return None
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        metadata = json.loads(text)
+    except (ValueError, RecursionError):  # RecursionError: brackets nested by the thousand
         return None
-    return found if isinstance(found, dict) else None
+    return metadata if isinstance(metadata, dict) else None
 
 
 def _note(image: Image.Image) -> str | None:
-    """The JSON of a file of ours as text."""
+    """The text that `save` wrote into an image, or None."""
     if image.format == "PNG":
         return getattr(image, "text", {}).get(METADATA_KEY)
     note = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.MakerNote)
@@ -140,20 +154,23 @@ def _note(image: Image.Image) -> str | None:
 
 
 def check_folder(path, flag: str) -> None:
-    """Raises StorageError unless pictures could go there, as far as can be told without writing."""
+    """Raises StorageError unless the folder could be written, as far as a look can tell.
+
+    flag: the option of the command line that names the folder, for the error.
+    """
     path = pathlib.Path(path)
     try:
-        there = next(p for p in (path, *path.absolute().parents) if p.exists())
+        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     except OSError as e:
         raise _unwritable(path, e.strerror, flag) from e
-    if not there.is_dir():
-        raise _unwritable(path, f"{there} is a file", flag)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"{there} is read-only", flag)
+    if not existing.is_dir():
+        raise _unwritable(path, f"{existing} is a file", flag)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(path, f"{existing} is read-only", flag)
 
 
 def check_file(path, flag: str) -> None:
-    """`check_folder` for one file, which may be there already."""
+    """The same as `check_folder`, for one file. The file may exist."""
     path = pathlib.Path(path)
     if path.is_dir():
         raise _unwritable(path, "it is a folder", flag)
@@ -168,6 +185,7 @@ def make_folder(path, flag: str) -> None:
     Raises:
       StorageError: it cannot.
     """
+    # Only a write proves it: access rights do not tell of full disks and read-only mounts.
     probe = pathlib.Path(path) / f".probe.{os.getpid()}"
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -186,9 +204,11 @@ def _unwritable(path, reason: str, flag: str) -> errors.StorageError:
 def write_whole(path, data: bytes) -> None:
     """Writes a file under a temporary name and renames it, so that no reader sees half of it.
 
-    An OSError names the path, and no temporary file stays.
+    Raises:
+      OSError: it cannot be written. The error names the path, and no temporary file stays.
     """
     path = pathlib.Path(path)
+    # The name holds the process, so that two processes do not write into one temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -196,12 +216,16 @@ def write_whole(path, data: bytes) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        e.filename, e.filename2 = str(path), None  # `write` names none, the others the temporary
+        # A failed write names no file, and a failed open or rename the temporary one.
+        e.filename, e.filename2 = str(path), None
         raise
 
 
 def claim(folder: pathlib.Path, name: str) -> pathlib.Path:
-    """A new, empty file `<number>_<name>` under the next free number, ours alone."""
+    """Makes a new, empty file `<number>_<name>` under the next free number. Safe across processes.
+
+    The file holds the number until it is overwritten.   -> its path
+    """
     matches = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in matches if match), default=0)
     while True:

@@ -1,9 +1,9 @@
 """Low-rank adapters for any net of any family (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
-A kernel W of an adapted net is W + (alpha/rank)·A·B wherever the family reads it (equation 3); W
-stays as it is, A and B are the parameters of a net of their own, called `<net>_lora`. Kernels are
-(in, out); stacked ones of scanned layers (depth, in, out) have an A and a B for each layer, and of
-a convolution (height, width, in, out) all axes but the last count as "in".
+The family reads W + (alpha/rank)·A·B in place of a kernel W of an adapted net (equation 3). W stays
+as it is. A and B are the parameters of a net of their own, called `<net>_lora`. Kernels are (in,
+out). Stacked kernels of scanned layers (depth, in, out) have an A and a B for each layer. Of a
+convolution (height, width, in, out) all axes but the last count as "in".
 """
 
 import functools
@@ -25,8 +25,9 @@ SUFFIX = "_lora"
 class Options(NamedTuple):
     """config.lora.<net>.
 
-    rank: of A·B.   alpha: scale of their product, over rank; 0 means rank, a scale of 1.
-    match: regular expression found in the paths of the adapted kernels.
+    rank: the rank of A·B.
+    alpha: the product is scaled by alpha/rank. 0 means a scale of 1.
+    match: a regular expression; kernels whose path contains a match are adapted.
     """
 
     rank: fields.Size = 8
@@ -35,15 +36,15 @@ class Options(NamedTuple):
 
 
 def wrap(family, spec):
-    """The objective with adapters: nets that `spec` names are frozen, and their adapters trained.
+    """The objective with adapters. The nets in `spec` are frozen, and their adapters are trained.
 
-    The adapter of a net that losses train is trained by them in its place; that of a frozen net by
-    the last loss, of a GAN its generator's.
+    The losses that train a net train its adapter instead. The adapter of a frozen net is trained by
+    the last loss, which in a GAN is the generator's.
 
     Args:
       spec: config.lora, net -> `Options`.
     Raises:
-      ConfigError: no such net or option, or nothing in a net to adapt.
+      ConfigError: an unknown net or option, or a net without a kernel to adapt.
     """
     options = _options(spec)
     adapter = lambda name: name + SUFFIX
@@ -74,7 +75,10 @@ def wrap(family, spec):
 
 
 def merge_nets(nets, options):
-    """The nets a family knows. An adapted one whose adapter is not there is not there either."""
+    """The nets of the family, with the adapters merged into theirs.
+
+    An adapted net is left out where its adapter is missing, never used without it.
+    """
     whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
     for name, option in options.items():
         if name + SUFFIX in nets:
@@ -84,16 +88,16 @@ def merge_nets(nets, options):
 
 
 def merge_run(nets, config):
-    """A run's nets and config as if there had never been adapters."""
+    """A run's nets with merged adapters, and its config without config.lora."""
     plain = config.copy_and_resolve_references()
     plain.lora = {}
     return merge_nets(nets, _options(config.lora)), plain
 
 
 def merge(params, adapter, option: Options):
-    """A net's parameters with its adapter's products added: a net like any other.
+    """A net's parameters with its adapter's products added.
 
-    A kernel that is split over devices stays so, until a module reads it.
+    A kernel that is split over devices stays split until a module reads it.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     pairs = traverse_util.flatten_dict(meta.unbox(adapter), sep="/")
@@ -105,24 +109,24 @@ def merge(params, adapter, option: Options):
 
 
 def _init(key, params, option: Options, name: str):
-    """A from a normal of variance 1/in, B zero: the adapted net starts as the net."""
-    found = {}
+    """A normal with variance 1/in and B zero, so that the adapted net starts as the plain one."""
+    factors = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         if not (path.endswith("kernel") and leaf.ndim >= 2 and re.search(option.match, path)):
             continue
         lead = leaf.shape[:1] if leaf.ndim == 3 else ()
         inputs, outputs = math.prod(leaf.shape[len(lead) : -1]), leaf.shape[-1]
         shape = (*lead, inputs, option.rank)
-        draw = jax.random.normal(jax.random.fold_in(key, len(found)), shape)
-        found[f"{path}/a"] = draw / math.sqrt(inputs)
-        found[f"{path}/b"] = jnp.zeros((*lead, option.rank, outputs))
-    if not found:
+        draw = jax.random.normal(jax.random.fold_in(key, len(factors)), shape)
+        factors[f"{path}/a"] = draw / math.sqrt(inputs)
+        factors[f"{path}/b"] = jnp.zeros((*lead, option.rank, outputs))
+    if not factors:
         raise errors.ConfigError(
             f"no kernel of {name!r} matches {option.match!r}",
             where=f"config.lora.{name}.match",
             fix="leave it out to adapt all",
         )
-    return traverse_util.unflatten_dict(found, sep="/")
+    return traverse_util.unflatten_dict(factors, sep="/")
 
 
 def _options(spec) -> dict[str, Options]:
@@ -139,9 +143,9 @@ def _adapted(loss, merged, options):
 
 
 def _with(fn, merged):
-    """A loss or prediction on merged nets, its other arguments as they are."""
+    """The loss or prediction `fn`, called with merged nets."""
 
-    @functools.wraps(fn)  # whose signature tells the options
+    @functools.wraps(fn)  # its signature names the options of a prediction
     def on_merged(nets, *args, **options):
         return fn(merged(nets), *args, **options)
 

@@ -1,4 +1,4 @@
-"""Optax optimisers from a config; learning rates read the training step, never an own counter."""
+"""Optax optimisers from a config. Learning rates read the training step, not their own counter."""
 
 import inspect
 import re
@@ -13,23 +13,23 @@ from absl import logging
 from t2i_jax import errors, fields
 from t2i_jax.run.fingerprint import path_of
 
-# Paths of the layers that put out a picture, a logit or an embedding. Muon is meant for what lies
-# between the first and the last layer: these learn by Adam (Jordan 2024, "Muon").
+# Paths of the last layers, whose output is an image, a logit or an embedding. They learn by Adam:
+# Muon is meant for the layers between the first and the last (Jordan 2024, "Muon").
 LAST = r"(^|/)(leave|real|projection)/"
-DECAYS = {  # (share of the decay's steps, share of the rate that is left at the end) -> share
+DECAYS = {  # (share of the decay that is done, final share of the rate) -> share of the rate
     "constant": lambda x, final: jnp.ones_like(x),
     "linear": lambda x, final: 1 - x * (1 - final),
     "cosine": lambda x, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
 }
 Clip = Annotated[float | None, fields.above(0)]
-MASKS = ("mask", "weight_decay_mask")  # optax's names for what says which parameters decay
+MASKS = ("mask", "weight_decay_mask")  # optax's options for the parameters that decay
 
 
 class Optimiser(NamedTuple):
     """init: params -> state.   update: (grads, state, params, step) -> (updates, state).
 
-    A net that several losses of one step train is updated by each of them at the same `step`, so a
-    schedule counts steps of the loop and not calls.
+    Several losses of one step may train one net. Each of them updates it at the same `step`. So a
+    schedule counts steps of the loop, not calls (ADR 2).
     """
 
     init: Callable
@@ -41,7 +41,7 @@ def make_all(config, trained) -> dict[str, Optimiser]:
     """The optimiser of each trained net, by config.optim.
 
     Raises:
-      ConfigError: config.optim has not one for each, or config.ema averages another net.
+      ConfigError: config.optim does not name just the trained nets, or config.ema another net.
     """
     if set(config.optim) != set(trained) or not set(config.ema) <= set(trained):
         raise errors.ConfigError(
@@ -59,16 +59,22 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     """The optimiser a config describes.
 
     Args:
-      spec: name (a function of optax or optax.contrib that takes `learning_rate`), learning_rate,
-        and optionally warmup (steps, linear from 0), stable (share of the steps after it at the
-        full rate), decay ("constant", "cosine" or "linear", to `final` × learning_rate at
-        `steps`), clip (global gradient norm); all else goes to the function, a pair of numbers as
-        one that goes from the first to the second on a cosine over the run (`annealed`). Weight
-        decay is of kernels alone, where the function takes a mask. Muon gets kernels as matrices,
-        see `_matrices`; all other parameters learn by its Adam.
+      spec: `name` and `learning_rate`, with the options below. All others go to the function. A
+        pair of numbers goes from the first to the second on a cosine over the run (`annealed`).
+
+        - name: a function of optax or optax.contrib that takes `learning_rate`.
+        - learning_rate: the highest rate, positive.
+        - warmup: steps in which the rate rises linearly from 0.
+        - stable: share of the steps after the warm-up that keep the full rate.
+        - decay: "constant", "cosine" or "linear", down to `final` × learning_rate at `steps`.
+        - clip: largest global norm of the gradient.
       steps: length of the run.
+      where: the place of `spec` in the config, for errors.
     Raises:
-      ConfigError: an unknown name or option, a learning rate that is not positive.
+      ConfigError: an unknown name or option, or a value out of range.
+
+    Weight decay acts on kernels alone, where the function takes a mask. Muon gets kernels as
+    matrices, see `_matrices`. All other parameters learn by its Adam.
     """
     spec = dict(spec)
     name, peak = spec.pop("name", "adamw"), spec.pop("learning_rate", None)
@@ -103,7 +109,7 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
                 where=where,
                 fix="give one value",
             )
-    # Muon's Adam may have a rate of its own, which goes up and down with the other.
+    # Muon's Adam may have a rate of its own. It follows the same schedule.
     rates = {option: spec[option] / peak for option in spec if option.endswith("_learning_rate")}
     fixed = tuple(option for option in spec if option not in {**pairs, **rates})
     rates["learning_rate"] = 1.0
@@ -114,11 +120,14 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         return _unmasked(inner.init(params))
 
     def update(grads, state, params, step):
+        # Saved states lack the wrappers of empty masks, see `_unmasked`. Their leaves are the same,
+        # in the same order, so the structure that optax wants can be built around them.
         state = jax.tree.structure(jax.eval_shape(inner.init, params)).unflatten(
             jax.tree.leaves(state)
         )
         if clip is not None:
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
+        # The loop's step decides all hyperparameters: optax's own counter counts calls (ADR 2).
         now = {option: annealed(pair, step, steps) for option, pair in pairs.items()}
         now |= {option: schedule(step) * share for option, share in rates.items()}
         now = {option: jnp.asarray(value, jnp.float32) for option, value in now.items()}
@@ -130,7 +139,7 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
 
 
 def annealed(pair, step, steps: int):
-    """What goes from the first to the second value on a cosine over `steps` of training."""
+    """The value at `step` on a cosine from the first of the pair to the second, at `steps`."""
     start, end = pair
     share = jnp.clip(step / max(steps, 1), 0, 1)
     return end + (start - end) * 0.5 * (1 + jnp.cos(jnp.pi * share))
@@ -142,25 +151,24 @@ def _is_pair(value) -> bool:
 
 
 def _unmasked(state):
-    """A state without wrappers of masks that hold nothing: checkpoints from before know none."""
+    """A state without the wrappers of empty masks, which older checkpoints do not have."""
     empty = lambda x: isinstance(x, optax.MaskedState) and not jax.tree.leaves(x)
     return jax.tree.map(lambda x: optax.EmptyState() if empty(x) else x, state, is_leaf=empty)
 
 
 def _matrices(params):
-    """How Muon sees a net's parameters: kernels as matrices, their last axis the output.
+    """The axes by which Muon treats each parameter as a matrix. None leaves a parameter to Adam.
 
-    A kernel is (in, out), of a convolution (height, width, in, out), whose axes but the last are
-    its inputs. With one axis more in front it is a stack, the layers of a scan: each of them is a
-    matrix of its own. Whatever else there is (vectors, stacked or not, and embeddings), and the
-    kernels of LAST, are for Adam.
+    A dense kernel is (in, out), a convolution's (height, width, in, out). The last axis is the
+    output, and all others are the input. One more axis in front makes it a stack, the layers of a
+    scan, each a matrix of its own. Vectors, embeddings and the kernels of LAST are left to Adam.
     """
 
     def numbers(path, leaf):
         path = path_of(path)
         if not _is_kernel(path, leaf) or re.search(LAST, path):
             return None
-        stacked = leaf.ndim % 2
+        stacked = leaf.ndim % 2  # kernels have two or four axes, stacked ones three or five
         inputs = tuple(range(stacked, leaf.ndim - 1))
         return optax.contrib.MuonDimensionNumbers(inputs, leaf.ndim - 1)
 
@@ -168,14 +176,14 @@ def _matrices(params):
 
 
 def _kernels(params):
-    """What decays: True for kernels, not for norms, biases, null tokens, scales and embeddings."""
+    """The mask of weight decay: True for kernels, False for norms, biases, tokens and the like."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _is_kernel(path_of(path), leaf), params
     )
 
 
 def _is_kernel(path: str, leaf) -> bool:
-    """Whether it is a kernel, or one of the two factors that adapt a kernel (`lora`)."""
+    """Whether it is a kernel, or one of the two factors of a kernel's adapter (`lora`)."""
     return "kernel" in path.split("/") and leaf.ndim >= 2
 
 
@@ -194,7 +202,7 @@ def _schedule(
 ):
     def learning_rate(step):
         step = jnp.asarray(step, jnp.float32)
-        ramp = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
+        ramp = jnp.minimum(1.0, (step + 1) / max(warmup, 1))  # the first step has a rate above 0
         share = (step - warmup) / max(steps - warmup, 1)
         share = jnp.clip((share - stable) / (1 - stable), 0.0, 1.0)
         return peak * ramp * DECAYS[decay](share, final)
@@ -203,6 +211,6 @@ def _schedule(
 
 
 def ema_decay(decay, step):
-    """min(decay, (1 + n)/(10 + n)): the warm-up keeps early averages from remembering the start."""
+    """min(decay, (1 + n)/(10 + n)), so that early averages soon forget the random start."""
     n = jnp.asarray(step, jnp.float32)
     return jnp.minimum(decay, (1 + n) / (10 + n))

@@ -1,12 +1,12 @@
-"""Noise that belongs to an example and not to its place on a device or in a batch."""
+"""Noise that depends on the example alone, not on the device or the batch that it is in."""
 
 import jax
 
 
 def per_example(key, index_B):
-    """One key per example: fold_in(key, index), whatever the mesh and the batch size.   -> B
+    """One key per example: fold_in(key, index), on any mesh and at any batch size.   -> B
 
-    key: one for all, or one for each example.
+    key: one for all, or an array of one for each example.
     """
     return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index_B)
 

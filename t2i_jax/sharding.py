@@ -1,18 +1,19 @@
-"""Where arrays lie: a mesh of named axes, and a strategy that says what is split over it.
+"""Shardings: a mesh of named axes, and a strategy that says which arrays are split over it.
 
-strategy   parameters   optimiser, averages   gradients
-pmap       whole        whole                 of each device's examples, then one explicit mean
-data       whole        whole                 of the global batch
-zero1      whole        split                 of the global batch
-fsdp       split        split                 of the global batch
+strategy | parameters | optimiser, averages | gradients
+---------|------------|---------------------|----------
+pmap     | whole      | whole               | of each device's examples, then one explicit mean
+data     | whole      | whole               | of the global batch
+zero1    | whole      | split               | of the global batch
+fsdp     | split      | split               | of the global batch
 
 Splitting the state is ZeRO (arXiv:1910.02054), stages 1 and 3. The mesh axis "tensor" splits
-attention heads and MLPs of every net (Megatron, arXiv:1909.08053) by TENSOR_RULES; a batch is
+attention heads and MLPs of every net (Megatron, arXiv:1909.08053) by TENSOR_RULES. A batch is
 split over all other axes.
 
-An array that no whole mesh divides is split over the largest part of it that does: for zero1 and
-fsdp the mesh has a named axis for every prime factor of its sizes, so 1152 divides by 128 of 256
-devices, and a matrix takes the other 2 on its other axis.
+An array that the whole mesh does not divide is split over the largest part of the mesh that does.
+For this, zero1 and fsdp give the mesh a named axis for every prime factor of its sizes. So an axis
+of 1152 is split over 128 of 256 devices. A matrix splits its other axis over the remaining 2.
 """
 
 import functools
@@ -34,12 +35,13 @@ from t2i_jax.run.fingerprint import path_of
 
 STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
-GATHERED = "gathered"  # the name under which remat policies know parameters made whole
-SMALL = 2**14  # numbers on a device that are not worth a second axis, and gathering along it
-UNEVEN = 0.02  # share of the state that may lie on each device beyond its even part untold
+GATHERED = "gathered"  # the name of gathered parameters in remat policies
+SMALL = 2**14  # numbers on a device: so few are not split along a second axis
+UNEVEN = 0.02  # a larger share of the state beyond the even part of a device gives a warning
 
-# A parameter's path and which of its last axes the tensor axis splits: columns of what enters heads
-# and MLPs, rows of what leaves them.
+# A parameter's path and the axis, from the last, that the tensor axis splits. Kernels that enter
+# heads and MLPs are split by columns, those that leave them by rows. So a whole attention or MLP
+# needs one sum over the devices, behind its last product.
 TENSOR_RULES = (
     (r"(query|picture|kvs_\d+)/(q|kv)/.*kernel$", -1),
     (r"(mlp_gate|mlp_up)/.*kernel$", -1),
@@ -50,14 +52,14 @@ TENSOR_RULES = (
 
 
 class Layout:
-    """A mesh and a strategy; says how state, nets and batches lie and how a step reads them.
+    """A mesh and a strategy. It gives the shardings of state, nets and batches.
 
     Args:
-      axes: axis -> devices, such as {"data": -1} or {"data": 4, "tensor": 2}; -1 takes all devices
-        the other axes leave.
+      axes: axis -> devices, such as {"data": -1} or {"data": 4, "tensor": 2}. An axis of -1 takes
+        the devices that the other axes leave.
       strategy: one of STRATEGIES.
-      devices: all devices of all processes by default; a number of devices that are not there
-        gives a mesh for shapes alone.
+      devices: by default all devices of all processes. A number gives a mesh without devices,
+        which serves for shapes alone.
     Raises:
       ConfigError: an unknown strategy, or a mesh that does not fit the devices.
     """
@@ -74,7 +76,7 @@ class Layout:
         self.batch = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
-        """Refuses a batch that does not divide over parts and micro-batches; says what would."""
+        """Raises ConfigError for a batch that parts and micro-batches do not divide evenly."""
         unit = self.parts * accumulate
         if batch_size < 1 or accumulate < 1 or batch_size % unit:
             fits = [unit * k for k in sorted({max(batch_size // unit, 1), batch_size // unit + 1})]
@@ -86,11 +88,11 @@ class Layout:
             )
 
     def nets(self, nets):
-        """The shardings of nets, trained or frozen; a tree of shapes or arrays in."""
+        """The shardings of nets, trained or frozen, from a tree of their shapes or arrays."""
         return self._tree(nets, split=self.strategy == "fsdp")
 
     def state(self, state):
-        """The shardings of a `step.State`; its shapes in."""
+        """The shardings of a `step.State`, from its shapes."""
         split = self.strategy in ("zero1", "fsdp")
         return state._replace(
             step=self.whole,
@@ -101,8 +103,10 @@ class Layout:
         )
 
     def held(self, state) -> tuple[int, dict[str, int]]:
-        """Bytes of the state on each device; by array, what of them is beyond an even part of the
-        arrays that the strategy splits. Shapes in.
+        """The bytes of a state, from its shapes, on each device.
+
+        Returns:
+          All bytes, and path -> those beyond an even part, of arrays that the strategy splits.
         """
         kept, held, uneven = jax.tree.leaves(self.state(state)), 0, {}
         wanted = {"zero1": ("opt", "ema"), "fsdp": ("nets", "opt", "ema")}.get(self.strategy, ())
@@ -115,7 +119,7 @@ class Layout:
         return held, uneven
 
     def report(self, state) -> None:
-        """Logs how much of the state each device holds, and warns of what does not divide."""
+        """Logs how much of the state each device holds. Warns of arrays that split unevenly."""
         total = sum(_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(state))
         held, uneven = self.held(state)
         logging.info(
@@ -132,11 +136,13 @@ class Layout:
             )
 
     def gather(self, nets, *, at_use: bool = True):
-        """Nets as a program computes with them: whole but for the tensor axis.
+        """Nets for use in a program, gathered over all mesh axes but "tensor".
 
-        A split parameter is gathered where a module reads it, so that only those at work are whole,
-        and again in a backward pass that rematerialises. The gradient flows back into the shards.
-        With `at_use` false all are gathered at once, for code that splits batches by hand.
+        A split parameter is gathered where a module reads it, so that few are whole at a time. A
+        backward pass that rematerialises gathers it again. Its gradient is split again (ADR 7).
+
+        Args:
+          at_use: False gathers all parameters at once, for code that splits batches by hand.
         """
         if self.strategy != "fsdp":
             return nets
@@ -145,21 +151,21 @@ class Layout:
         return boxes if at_use else meta.unbox(boxes)
 
     def scatter(self, net: str, grads):
-        """One net's gradients as its optimiser's state lies."""
+        """One net's gradients, sharded like its optimiser's state."""
         if self.strategy not in ("zero1", "fsdp"):
             return grads
         where = self._tree({net: {"params": grads}}, split=True)[net]["params"]
         return jax.lax.with_sharding_constraint(grads, where)
 
     def spread(self, batch):
-        """Inside a program: a batch split over the mesh, if it divides."""
+        """A batch inside a program, split over the mesh if its length divides."""
         fits = all(x.shape[0] % self.parts == 0 for x in jax.tree.leaves(batch))
         return jax.lax.with_sharding_constraint(batch, self.batch) if fits else batch
 
     def place(self, batch):
         """This process's numpy slice of the batch -> global arrays split over the mesh.
 
-        Pictures cross as bytes: what is uint8 becomes float32 in [-1, 1] on the devices.
+        Images travel as bytes. The devices turn every uint8 array into float32 in [-1, 1].
         """
 
         def place(x):
@@ -177,9 +183,12 @@ class Layout:
         )
 
     def _spec(self, path: str, shape, split: bool) -> PartitionSpec:
-        """An axis by the tensor rules; the rest of the mesh over the axis that the largest part of
-        it divides, and what is left over then over another, where that is worth it.
+        """The spec of one parameter: the tensor axis first, then the other axes if `split`.
+
+        The array's axis that the largest part of the mesh divides gets that part. The mesh axes
+        that remain may go to a second axis.
         """
+        # room: what is left of each axis on a device; axes: the mesh axes that split it.
         room, axes, free = list(shape), [()] * len(shape), list(self.mesh.axis_names)
         n = self.mesh.shape.get(TENSOR, 1)
         for pattern, axis in TENSOR_RULES if n > 1 else ():
@@ -188,10 +197,13 @@ class Layout:
                 free.remove(TENSOR)
                 break
         for second in (False, True) if split else ():
+            # A second axis costs one more collective at each use, which a small array does not
+            # repay.
             if second and math.prod(room) <= SMALL:
                 break
             taken = {i: self._part(room[i], free) for i in range(len(shape)) if not axes[i]}
             size = lambda i, taken=taken: self._size(taken[i])
+            # Of equal parts the longer axis wins, then the first.
             i = max(taken, key=lambda i: (size(i), room[i], -i), default=None)
             if i is None or size(i) == 1:
                 break
@@ -200,7 +212,7 @@ class Layout:
         return PartitionSpec(*(names or None for names in axes))
 
     def _part(self, length: int, free) -> tuple[str, ...]:
-        """Those of the free mesh axes, the last first, that divide an array's axis together."""
+        """The free mesh axes, tried from the last, that together divide an axis of `length`."""
         part = ()
         for name in reversed(free):
             if length % self._size((name, *part)) == 0:
@@ -212,7 +224,7 @@ class Layout:
 
 
 def on(shapes, shardings):
-    """Shapes that know where they lie."""
+    """Shapes with their shardings, as a program is compiled for or a restore reads into."""
     return jax.tree.map(
         lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings
     )
@@ -220,9 +232,9 @@ def on(shapes, shardings):
 
 @struct.dataclass
 class GatherAtUse(meta.AxisMetadata):
-    """A split parameter in its place in a net's variables; Linen unboxes it when a module reads it.
+    """A split parameter in a net's variables. Linen unboxes it when a module reads it.
 
-    there: how it lies while it is read.   back: how it and its gradient lie otherwise.
+    there: its sharding while it is read.   back: its sharding otherwise, and its gradient's.
     """
 
     value: Any
@@ -230,10 +242,13 @@ class GatherAtUse(meta.AxisMetadata):
     back: NamedSharding = struct.field(pytree_node=False)
 
     def unbox(self):
+        # By its name a remat policy can decide not to save the gathered copy.
         return checkpoint_name(_move(self.there, self.back, self.value), GATHERED)
 
     def replace_boxed(self, val):
         return self.replace(value=val)
+
+    # Linen calls these two where a scan or vmap stacks parameters. A spec has one entry an axis.
 
     def add_axis(self, index, params):
         return self._with_specs(lambda spec: (*spec[:index], None, *spec[index:]))
@@ -247,7 +262,7 @@ class GatherAtUse(meta.AxisMetadata):
 
 
 def add(x, change):
-    """A parameter, split or whole, and a change of as many elements; it lies as it did."""
+    """A parameter, split or whole, plus a change of as many elements. Its sharding stays."""
     value = x.value if isinstance(x, GatherAtUse) else x
     change = change.reshape(value.shape).astype(value.dtype)
     if not isinstance(x, GatherAtUse):
@@ -257,7 +272,10 @@ def add(x, change):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(there, back, x):
-    """x laid out as `there`; its cotangent as `back`."""
+    """x with the sharding `there`. Its cotangent gets the sharding `back`.
+
+    The default transpose would lay the cotangent out as `there`: every device would hold it whole.
+    """
     return jax.lax.with_sharding_constraint(x, there)
 
 
@@ -296,8 +314,9 @@ def _mesh(axes: dict, devices) -> jax.sharding.Mesh:
 
 
 def _factored(mesh):
-    """The same devices in the same order, an axis for every prime factor of an axis that splits
-    batches: "data" of 8 becomes "data", "data.1", "data.2".
+    """The same devices in the same order, with one axis for every prime factor.
+
+    "data" of 8 becomes "data", "data.1" and "data.2". The tensor axis stays whole.
     """
     sizes = {}
     for name, size in mesh.shape.items():
@@ -311,13 +330,13 @@ def _factored(mesh):
 
 
 def _primes(n: int) -> list[int]:
-    """Prime factors, the largest first; [1] of 1."""
-    found, factor = [], 2
+    """The prime factors of n, the largest first. Those of 1 are [1]."""
+    factors, factor = [], 2
     while n > 1:
         while n % factor == 0:
-            found, n = [factor, *found], n // factor
+            factors, n = [factor, *factors], n // factor
         factor += 1
-    return found or [1]
+    return factors or [1]
 
 
 def _bytes(shape, dtype) -> int:
@@ -326,14 +345,13 @@ def _bytes(shape, dtype) -> int:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _to_float(image, placed):
-    """x / 127.5 − 1, to the bit as numpy's float32 computes it, on any device.
+    """x / 127.5 − 1, with the bits that numpy's float32 gives, on any device (ADR 17).
 
-    Not by that formula: XLA multiplies by the reciprocal of 127.5. Numpy's two roundings end on the
-    grid of 2⁻²⁴, in units of which a picture is 131,586 x + 2 x / 255 − 2²⁴. The second term rounds
-    to 0 or 1; from x = 128 on only even numbers are on the grid, and it is 2. All else is exact.
-
-    It is a program of its own: fused into a step, it would change how others' sums are rounded.
+    It is a program of its own. Fused into a step, it would change how other sums are rounded.
     """
+    # XLA would multiply by the reciprocal of 127.5 and round otherwise. Numpy's two roundings end
+    # on the grid of 2⁻²⁴. In its units the result is 131,586 x + 2 x / 255 − 2²⁴. The second term
+    # rounds to 0 or 1. From x = 128 on the grid has even numbers only, and it rounds to 2.
     x = image.astype(jnp.int32)
     units = 131_586 * x + jnp.minimum(x >> 6, 2) - 2**24
     return jax.lax.with_sharding_constraint(units.astype(jnp.float32) * 2.0**-24, placed)

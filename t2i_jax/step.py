@@ -11,15 +11,17 @@ from jax.sharding import PartitionSpec
 from t2i_jax import errors, optim, sharding
 from t2i_jax.objective import Aux, Objective
 
-FAULTY = "nonfinite_array"  # a net's metric: the number of its first faulty array
+FAULTY = "nonfinite_array"  # metric of a net: the number of its first array that is not finite
 
 
 class State(NamedTuple):
-    """All that a step changes; with config and data it determines the rest of the run.
+    """Everything that a step changes. With config and data it determines the rest of the run.
 
-    step: int32, updates done.   nets: trained net -> Linen variables.
-    opt: net -> optimiser state.   ema: net -> averaged params.
-    skipped: int32, steps in a row dropped as non-finite.
+    step: int32, the updates done.
+    nets: trained net -> Linen variables.
+    opt: net -> optimiser state.
+    ema: net -> averaged parameters.
+    skipped: int32, the steps in a row that were dropped as non-finite.
     """
 
     step: Any
@@ -30,13 +32,14 @@ class State(NamedTuple):
 
 
 def init(objective: Objective, optimisers, ema, key, batch) -> State:
-    """The state before the first step; pure, so `jax.eval_shape` gives the target of a restore."""
+    """The state before the first step. Pure, so `jax.eval_shape` gives the target of a restore."""
     made = objective.init(key, batch)
     return start(optimisers, ema, {name: dict(made[name]) for name in objective.trained})
 
 
 def start(optimisers, ema, nets) -> State:
-    """The state before the first step of nets that exist already."""
+    """The state before the first step, from nets that exist already."""
+    # The averages are copies: a step donates its state, and no buffer can be donated twice.
     return State(
         step=jnp.int32(0),
         nets=nets,
@@ -51,13 +54,13 @@ def make_update(
 ):
     """`update(state, frozen, batch) -> (state, metrics)`, to be jitted with the state donated.
 
-    Losses run in order, each seeing the nets as the previous ones left them. Randomness is
-    fold_in(fold_in(seed, step), loss number).
+    Losses run in order. Each sees the nets as the ones before have updated them. Its random key is
+    fold_in(fold_in(seed, step), number of the loss).
 
     A step is dropped where a loss, gradient, updated parameter or collection is not finite. It then
-    changes nothing but the step number and `skipped`. "<net>/nonfinite_array" says which array of
-    the net is at fault: the first of its gradient, else of its updated parameters. Arrays count in
-    the order of the net's leaves; −1 is none.
+    changes nothing but the step number and `skipped`. "<net>/nonfinite_array" is the number of the
+    array at fault: the first of the net's gradient, else of its updated parameters. Arrays count in
+    the order of the net's leaves. −1 means none.
 
     A loss sees the global batch. With micro-batches or the strategy "pmap" it sees each device's
     own examples of a micro-batch. Their gradients are summed once, by the examples' weights.
@@ -65,7 +68,7 @@ def make_update(
     Args:
       ema: net -> decay of its parameters' moving average.
       accumulate: micro-batches of a step.
-      layout: the `sharding.Layout` that says what the program splits; default: one device.
+      layout: the `sharding.Layout` of the program; by default one device.
     Raises:
       ConfigError: a loss that compares examples would see only parts of the batch.
     """
@@ -77,10 +80,9 @@ def make_update(
         nets, opt, metrics = dict(state.nets), dict(state.opt), {}
         finite = jnp.bool_(True)
         for i, loss in enumerate(objective.losses):
+            key_loss, all_nets = jax.random.fold_in(key, i), {**frozen, **nets}
             value, aux, grads = _gradients(
-                *(loss, {**frozen, **nets}, batch, jax.random.fold_in(key, i), state.step),
-                accumulate,
-                layout,
+                loss, all_nets, batch, key_loss, state.step, accumulate, layout
             )
             for name, changed in aux.mutated.items():
                 nets[name] = {**nets[name], **changed}
@@ -110,6 +112,7 @@ def make_update(
             )
             for name, decay in ema.items()
         }
+        # A dropped step keeps every old value. Only the two counters move on.
         changed = State(state.step, nets, opt, averages, jnp.int32(0))
         kept = state._replace(skipped=state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), changed, kept)
@@ -119,7 +122,7 @@ def make_update(
 
 
 def _check_whole(objective, accumulate, layout) -> None:
-    """Refuses to cut the batch of a loss that compares examples."""
+    """Raises ConfigError where the batch of a loss that compares examples would be cut (ADR 18)."""
     devices = layout.parts if layout.strategy == "pmap" else 1
     compared = [loss.nets for loss in objective.losses if loss.compares]
     if compared and max(accumulate, devices) > 1:
@@ -133,12 +136,12 @@ def _check_whole(objective, accumulate, layout) -> None:
 
 
 def _gradients(loss, nets, batch, key, step, accumulate, layout):
-    """Value, aux and gradients of one loss on a batch."""
+    """Value, aux and gradients of one loss on a batch. The layout decides how it is computed."""
 
     def value_and_grad(nets, batch, gather=lambda nets: nets):
         def scalar(params, nets):
-            seen = {**nets, **{name: {**nets[name], "params": params[name]} for name in params}}
-            return loss.fn(gather(seen), batch, key, step)
+            trained = {name: {**nets[name], "params": params[name]} for name in params}
+            return loss.fn(gather({**nets, **trained}), batch, key, step)
 
         params = {name: nets[name]["params"] for name in loss.nets}
         return jax.value_and_grad(scalar, has_aux=True)(params, nets)
@@ -154,6 +157,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
             (value, aux), grads = value_and_grad(nets, micro)
             share = micro["weight"].sum() / jnp.maximum(total, 1e-9)
             parts.append(jax.tree.map(lambda x, s=share: s * x, (value, dict(aux.metrics), grads)))
+            # The next micro-batch goes on from the collections of this one, such as statistics.
             for name, changed in aux.mutated.items():
                 nets = {**nets, name: {**nets[name], **changed}}
                 mutated[name] = {**mutated.get(name, {}), **changed}
@@ -161,9 +165,11 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
 
     def on_each_device(nets, batch):
         axes = layout.batch_axes
-        found, mutated = summed(nets, batch, jax.lax.psum(batch["weight"].sum(), axes))
-        return jax.lax.psum(found, axes), jax.tree.map(lambda x: _mean(x, axes), mutated)
+        sums, mutated = summed(nets, batch, jax.lax.psum(batch["weight"].sum(), axes))
+        return jax.lax.psum(sums, axes), jax.tree.map(lambda x: _mean(x, axes), mutated)
 
+    # By hand where gradients must be summed over devices once and not for every micro-batch. Left
+    # to itself, XLA would exchange them after each one (ADR 7).
     if layout.parts > 1 and (layout.strategy == "pmap" or accumulate > 1):
         fn = jax.shard_map(
             on_each_device,
@@ -183,7 +189,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
 
 
 def _first_faulty(arrays):
-    """The place of the first array that holds a value that is not finite, or −1."""
+    """The number of the first array with a value that is not finite, or −1."""
     sound = [jnp.isfinite(x).all() for x in jax.tree.leaves(arrays)]
     # XLA would unroll all() into a chain of ands, and copy that into every array's update.
     first = jnp.argmin(jnp.stack([*sound, jnp.bool_(False)]))
@@ -191,6 +197,6 @@ def _first_faulty(arrays):
 
 
 def _mean(x, axes):
-    """A collection's entry over devices: the mean, or of counters the largest."""
+    """One value for all devices: the mean of floats, the largest of counters and flags."""
     whole = jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == bool
     return jax.lax.pmax(x, axes) if whole else jax.lax.pmean(x, axes)

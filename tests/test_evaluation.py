@@ -217,7 +217,7 @@ def test_features_do_not_depend_on_the_batch_and_rows_of_processes_are_woven(dua
         alone = extractor.Extractor(str(dual))(shown[i : i + 1], ["pooled"])["pooled"]
         np.testing.assert_allclose(alone[0], whole[i], rtol=1e-5, atol=1e-6)
     rows_PN = np.arange(12).reshape(4, 3).T  # three processes, rows i·3 + p
-    assert extractor._woven(rows_PN).tolist() == list(range(12))
+    assert extractor._interleaved(rows_PN).tolist() == list(range(12))
 
 
 @pytest.fixture

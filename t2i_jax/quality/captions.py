@@ -1,6 +1,6 @@
-"""How well pictures fit captions, from embeddings of both in one space, such as CLIP's.
+"""How well images fit captions, from embeddings of both in one space, such as CLIP's.
 
-N pictures, M captions, one a row · D features
+N images and M captions, one for each row · D features
 """
 
 import numpy as np
@@ -10,16 +10,17 @@ from t2i_jax.quality import features
 
 
 def clip_score(image_ND, text_ND) -> float:
-    """CLIP score: 100 · max(cos, 0) of each picture and its own caption, their mean, 0 … 100.
+    """CLIP score: the mean of 100 · max(cos, 0) over images with their own captions, 0 … 100.
 
-    CLIPScore (Hessel et al. 2021, eq. 1, arXiv:2104.08718) has w = 2.5 in place of 100, and puts "A
-    photo depicts " before each caption: with it, a fortieth of this is theirs. torchmetrics, whose
-    100 this is, cuts off the mean at 0, not each. Say which CLIP it was.
+    CLIPScore (Hessel et al. 2021, eq. 1, arXiv:2104.08718) has the factor 2.5 in place of 100, and
+    puts "A photo depicts " before each caption. With that prefix, theirs is a fortieth of this.
+    torchmetrics has the factor 100, too, but cuts off the mean at 0 and not each cosine. Name the
+    CLIP model with the figure.
 
     Args:
-      image_ND, text_ND: embeddings of any length but 0; pictures belong to captions of their row.
+      image_ND, text_ND: embeddings of any length above 0. Row i of both is one pair.
     Raises:
-      DataError: bad features, unequally many, or of length 0.
+      DataError: bad features, unequal numbers of rows, or embeddings of length 0.
     """
     where = "quality.captions.clip_score"
     features.check(where, image=image_ND, text=text_ND)
@@ -34,10 +35,10 @@ def clip_score(image_ND, text_ND) -> float:
 
 
 def cosines(image_ND, text_MD) -> np.ndarray:
-    """The cosine of every picture and every caption, float64, for `retrieval`.   -> NM
+    """The cosine of every image and every caption, for `retrieval`.   -> float64 NM
 
     Raises:
-      DataError: bad features, or of length 0.
+      DataError: bad features, or embeddings of length 0.
     """
     where = "quality.captions.cosines"
     features.check(where, image=image_ND, text=text_MD)

@@ -1,6 +1,6 @@
 """The Inception Score, from probabilities of classes.
 
-N rows, one a picture · K classes
+N rows, one for each image · K classes
 """
 
 import numpy as np
@@ -12,13 +12,16 @@ from t2i_jax.quality import features, kernel
 def inception_score(probability_NK, *, splits: int = 10) -> kernel.Estimate:
     """exp of the mean KL divergence of p(y|x) from p(y) (Salimans et al. 2016, sec. 4), 1 … K.
 
-    Mean and spread over `splits` parts of the pictures in their order, so shuffle sorted ones.
-    Inception Score where the classes are those of Inception on ImageNet.
+    It is called Inception Score where the classes are those of Inception on ImageNet.
 
     Args:
-      probability_NK: p(y|x), from 0 to 1, of sum 1.
+      probability_NK: p(y|x), from 0 to 1. Each row sums to 1.
+      splits: parts of the rows, in their order. Shuffle rows that are sorted by class.
+    Returns:
+      Mean and standard deviation over the parts.
     Raises:
-      DataError: no probabilities. ConfigError: more splits than pictures.
+      DataError: rows that are no probabilities.
+      ConfigError: more splits than images.
     """
     where = "quality.classes.inception_score"
     features.check(where, probability=probability_NK)
@@ -41,6 +44,6 @@ def inception_score(probability_NK, *, splits: int = 10) -> kernel.Estimate:
 
 
 def _divergence(p_NK) -> float:
-    """Mean KL(p(y|x) ‖ p(y)); 0 log 0 = 0."""
+    """Mean KL(p(y|x) ‖ p(y)), with 0 log 0 = 0."""
     ratio_NK = np.divide(p_NK, p_NK.mean(0), out=np.ones_like(p_NK), where=p_NK > 0)
     return (p_NK * np.log(ratio_NK)).sum(1).mean()

@@ -1,6 +1,6 @@
-"""Features of pictures of any size, batch by batch, over all devices.
+"""Features of images of any size, batch by batch, over all devices.
 
-N pictures · H W pixels · C channels · D K features, classes
+N images · H W pixels · C channels · D features · K classes
 """
 
 import jax
@@ -16,13 +16,18 @@ from t2i_jax.quality import resize
 from t2i_jax.run import fingerprint
 
 COLUMNS = {"pooled": "pooled_BD", "logits": "logits_BK", "spatial": "spatial_BD"}
-BATCH = 32  # pictures a device takes at once
+BATCH = 32  # images for a device at once
 
 
 class Extractor:
-    """An image network with its weights, and the rule by which pictures come to its side.
+    """An image network with its weights, and the rule by which images are resized for it.
 
-    label: what results call it. fingerprint: of weights, sizes and rule.
+    Args:
+      source: the network, as for `pretrained.opener.open`.
+      rule: one of `resize.RULES`.
+    Attributes:
+      label: the network's name in results.
+      fingerprint: of weights, sizes and rule. Stored features are valid for equal ones alone.
     """
 
     def __init__(self, source: str, rule: str = "clean"):
@@ -33,30 +38,36 @@ class Extractor:
         self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
         sizes = " ".join(repr(module).split())
         self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{sizes}:{rule}"
-        columns = lambda *args: module.apply(*args)._replace(maps=())  # megabytes a picture
+        # The maps are megabytes for each image, and no metric reads them.
+        columns = lambda *args: module.apply(*args)._replace(maps=())
         self._apply = _Apply(columns, variables)
 
     def __call__(self, pictures, wanted) -> dict[str, np.ndarray]:
-        """Columns, of COLUMNS, of uint8 pictures HWC: the same on every process.   -> ND, NK
+        """The wanted features of images. They are the same on every process.
 
+        Args:
+          pictures: uint8 images HWC, the same on every process.
+          wanted: names of COLUMNS.
+        Returns:
+          Name -> float32 ND, or NK for "logits".
         Raises:
-          ConfigError: the network has no such thing.
+          ConfigError: the network has no such features.
         """
         squares = [resize.resize(p, self._module.res, self._rule) for p in pictures]
-        found = self._apply(np.stack(squares) / np.float32(127.5) - 1)
-        found = {name: getattr(found, COLUMNS[name]) for name in wanted}
-        for name, value in found.items():
+        outputs = self._apply(np.stack(squares) / np.float32(127.5) - 1)
+        columns = {name: getattr(outputs, COLUMNS[name]) for name in wanted}
+        for name, value in columns.items():
             if value is None:
                 raise errors.ConfigError(
                     f"{self.label} gives no {name} features",
                     where="extractor",
                     fix="use another extractor, or leave out the metrics of these",
                 )
-        return found
+        return columns
 
 
 class DualEncoder:
-    """A CLIP checkpoint's two towers: pictures and captions to embeddings in one space."""
+    """The two towers of a CLIP checkpoint: images and captions to embeddings in one space."""
 
     def __init__(self, source: str, rule: str = "clean"):
         self._image = Extractor(source, rule)
@@ -69,16 +80,16 @@ class DualEncoder:
         self._text = _Apply(pooled, opener.load(source, shapes))
 
     def images(self, pictures) -> np.ndarray:
-        """Embeddings of uint8 pictures HWC.   -> ND"""
+        """Embeddings of uint8 images HWC, of any length.   -> float32 ND"""
         return self._image(pictures, ["pooled"])["pooled"]
 
     def texts(self, captions) -> np.ndarray:
-        """Embeddings of captions.   -> ND"""
+        """Embeddings of captions, of any length.   -> float32 ND"""
         return self._text(*self._tokenizer(captions)[0])
 
 
 class Perceptual:
-    """LPIPS of uint8 pictures, at their own size."""
+    """LPIPS of uint8 images at their own size (Zhang et al. 2018, arXiv:1801.03924)."""
 
     label = "lpips"
 
@@ -91,16 +102,16 @@ class Perceptual:
         self._diversity = _Apply(diversity, variables, batch=4)
 
     def distance(self, x_NHWC, y_NHWC) -> np.ndarray:
-        """Of every picture from its partner.   -> N"""
+        """The distance of every image from its partner.   -> float32 N"""
         return self._distance(transforms.to_float(x_NHWC), transforms.to_float(y_NHWC))
 
     def diversity(self, x_GNHWC) -> np.ndarray:
-        """The mean distance of all pairs within each of G groups of N pictures.   -> G"""
+        """The mean distance of all pairs within each of G groups of N images.   -> float32 G"""
         return self._diversity(transforms.to_float(x_GNHWC))
 
 
 def _opened(source: str):
-    """An image network and its variables."""
+    """The image network of a source, and its variables."""
     checkpoint = opener.open(source)
     module = checkpoint.module(Features)
     image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
@@ -108,7 +119,7 @@ def _opened(source: str):
 
 
 class _Apply:
-    """`fn(variables, *arrays)` of N rows: processes share them, and each its devices."""
+    """Applies `fn(variables, *arrays)` to N rows, split over processes and their devices."""
 
     def __init__(self, fn, variables, batch: int = BATCH):
         devices = np.array(jax.local_devices())
@@ -119,21 +130,24 @@ class _Apply:
         self._size = batch * len(devices)
 
     def __call__(self, *arrays):
+        # Every process computes equally many rows, as the gathering below wants equal shapes. The
+        # rows beyond the last one repeat it, and are cut off at the end.
         processes, total = jax.process_count(), len(arrays[0])
         share = -(-total // processes)
         mine = np.arange(share) * processes + jax.process_index()
         parts = []
         for start in range(0, share, self._size):
+            # Short batches are filled up: another shape would be another compilation.
             rows = np.resize(mine[start : start + self._size], self._size)
             placed = [jax.device_put(x[np.minimum(rows, total - 1)], self._rows) for x in arrays]
             part = jax.device_get(self._fn(self._variables, *placed))
             parts.append(jax.tree.map(lambda x, n=min(self._size, share - start): x[:n], part))
-        found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        outputs = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         if processes > 1:
-            found = jax.tree.map(_woven, multihost_utils.process_allgather(found))
-        return jax.tree.map(lambda x: x[:total], found)
+            outputs = jax.tree.map(_interleaved, multihost_utils.process_allgather(outputs))
+        return jax.tree.map(lambda x: x[:total], outputs)
 
 
-def _woven(x_PN):
-    """Row i of process p is row i·P + p of all."""
+def _interleaved(x_PN):
+    """All rows in order, where row i of process p is row i·P + p of all."""
     return np.swapaxes(x_PN, 0, 1).reshape(-1, *x_PN.shape[2:])

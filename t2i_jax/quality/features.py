@@ -1,6 +1,6 @@
-"""Features of pictures at the door, and the squared distances between very many of them.
+"""The check of features before they are used, and distances between very many of them.
 
-N M rows, one a picture · D features · R rows of a block
+N M rows, one for each image · D features · R rows of a block
 """
 
 import numpy as np
@@ -12,11 +12,13 @@ BLOCK = 2**24  # numbers in memory at once: 128 MB of float64
 
 
 def check(where: str, *, rows: int = 1, **features) -> None:
-    """DataError unless all are finite real matrices of one width, each of at least `rows` rows.
+    """Checks that all are finite real matrices of one width, each of at least `rows` rows.
 
     Args:
-      where: who asks, for the message.
-      features: name -> array ND of any real dtype, memory-mapped ones included.
+      where: the caller, for the error.
+      features: name -> array ND of any real dtype. It may be memory-mapped.
+    Raises:
+      DataError: one is not.
     """
     for name, x_ND in features.items():
         if x_ND.ndim != 2 or not _is_real(x_ND.dtype):
@@ -49,16 +51,18 @@ def check(where: str, *, rows: int = 1, **features) -> None:
 def squared_distances(x_ND, y_MD):
     """Yields (first row, squared Euclidean distances float64 RM), one block of rows after another.
 
-    Pairs nearer than rounding can tell are at distance 0 exactly: a picture and its copy are.
+    The distance of a pair is exactly 0 where rounding cannot tell the two apart. So an image and
+    its copy are at distance 0.
     """
-    centre_D = np.mean(y_MD, 0, np.float64)  # norms without a common offset lose fewer digits
+    # |x|² − 2 x·y + |y|² is one matrix product. It loses fewer digits without a common offset.
+    centre_D = np.mean(y_MD, 0, np.float64)
     y_MD = np.asarray(y_MD, np.float64) - centre_D
     y_norm_M = np.einsum("md,md->m", y_MD, y_MD)
     resolution = (8 + len(centre_D)) * np.finfo(np.float64).eps
     for start, block_RD in _blocks(x_ND, len(y_MD)):
         x_RD = np.asarray(block_RD, np.float64) - centre_D
         norms_RM = np.einsum("rd,rd->r", x_RD, x_RD)[:, None] + y_norm_M
-        squared_RM = x_RD @ y_MD.T
+        squared_RM = x_RD @ y_MD.T  # in place from here on: a block is 128 MB
         squared_RM *= -2
         squared_RM += norms_RM
         norms_RM *= resolution
@@ -67,11 +71,12 @@ def squared_distances(x_ND, y_MD):
 
 
 def _blocks(x_ND, columns: int = 0):
-    """Yields (first row, rows) so that rows × columns, or × D, stays within BLOCK."""
+    """Yields (first row, block of rows), so that rows × columns, or × D, stays within BLOCK."""
     size = max(1, BLOCK // max(columns, x_ND.shape[1]))
     for start in range(0, len(x_ND), size):
         yield start, np.asarray(x_ND[start : start + size])
 
 
 def _is_real(dtype) -> bool:
+    # By JAX's rules, as numpy does not know bfloat16 for a float.
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)

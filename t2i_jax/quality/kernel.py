@@ -1,6 +1,6 @@
 """Maximum mean discrepancies of two sets of features: KID and CMMD.
 
-N M rows, one a picture · D features · S rows of a subset
+N M rows, one for each image · D features · S rows of a subset
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from t2i_jax.quality import features
 
 
 class Estimate(NamedTuple):
-    """Mean and standard deviation (divided by their number) over parts of the data."""
+    """Mean and standard deviation (of the population) over parts of the data."""
 
     mean: float
     spread: float
@@ -21,17 +21,18 @@ class Estimate(NamedTuple):
 def kid(
     real_ND, fake_MD, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> Estimate:
-    """Kernel inception distance (Bińkowski et al. 2018): squared MMD with kernel (x·y/D + 1)³.
+    """Kernel inception distance: squared MMD with the kernel (x·y/D + 1)³ (arXiv:1801.01401).
 
-    It is unbiased, so small ones may be negative (arXiv:1801.01401). KID where the features are
-    Inception's 2048; say which extractor otherwise.
+    The estimate is unbiased, so a small distance may come out negative (Bińkowski et al. 2018). It
+    is called KID where the features are Inception's 2048. Otherwise name the extractor.
 
     Args:
-      subsets: how often as many pictures are drawn of either set, without replacement.
-      subset_size: how many; with all of both, the only subset is the set.
+      subsets: how many pairs of subsets are drawn, each without replacement.
+      subset_size: images of a subset, the same number of both sets.
       seed: of the draws.
     Raises:
-      DataError: bad features. ConfigError: subsets larger than a set.
+      DataError: bad features.
+      ConfigError: subsets larger than a set.
     """
     where = "quality.kernel.kid"
     features.check(where, rows=2, real=real_ND, fake=fake_MD)
@@ -44,18 +45,18 @@ def kid(
         )
     rng = np.random.default_rng(seed)
     draw = lambda x_ND: x_ND[rng.choice(len(x_ND), subset_size, replace=False)].astype(np.float64)
-    found = [
+    distances = [
         _unbiased(draw(np.asarray(real_ND)), draw(np.asarray(fake_MD))) for _ in range(subsets)
     ]
-    return Estimate(float(np.mean(found)), float(np.std(found)))
+    return Estimate(float(np.mean(distances)), float(np.std(distances)))
 
 
 def cmmd(real_ND, fake_MD) -> float:
-    """CLIP-MMD (Jayasumana et al. 2024): 1000 times the squared MMD, Gaussian kernel of σ = 10.
+    """CMMD: 1000 times the squared MMD with a Gaussian kernel of σ = 10 (Jayasumana et al. 2024).
 
-    All pairs count, a picture with itself too (Gretton et al. 2012, eq. 5), as in its authors'
-    code (arXiv:2401.09603): at least 0, and 0 for a set with itself. CMMD where the features are
-    CLIP ViT-L/14@336's embeddings of length 1; σ and the factor are meant for these.
+    All pairs count, also an image with itself (Gretton et al. 2012, eq. 5), as in its authors' code
+    (arXiv:2401.09603). So it is at least 0, and 0 for a set with itself. It is called CMMD where
+    the features are embeddings of CLIP ViT-L/14@336 of length 1. σ and the factor suit these.
 
     Raises:
       DataError: bad features.
@@ -66,7 +67,7 @@ def cmmd(real_ND, fake_MD) -> float:
 
 
 def _unbiased(x_SD, y_SD) -> float:
-    """Squared MMD without pairs of a picture with itself."""
+    """The squared MMD without the pairs of an image with itself."""
     size, width = x_SD.shape
     mean = 0.0
     for a_SD in (x_SD, y_SD):
@@ -76,7 +77,9 @@ def _unbiased(x_SD, y_SD) -> float:
 
 
 def _lowered(x_ND, y_MD) -> float:
-    """The kernel's mean less 1: it is near 1, and the ones would cancel with most digits."""
+    """The mean of the Gaussian kernel, minus 1."""
+    # The kernel is near 1 everywhere. In the sum of three means the ones cancel, and most digits of
+    # the means with them; expm1 keeps these digits.
     total = 0.0
     for _, squared_RM in features.squared_distances(x_ND, y_MD):
         squared_RM *= -1 / (2 * 10.0**2)

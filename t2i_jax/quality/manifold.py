@@ -1,6 +1,6 @@
-"""Where pictures lie among others: precision and recall, density and coverage, memorisation.
+"""Neighbourhoods of features: precision and recall, density and coverage, memorisation.
 
-N M rows, one a picture · D features · R rows of a block
+N M rows, one for each image · D features · K numbers of neighbours · R rows of a block
 """
 
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from t2i_jax.quality import features
 
 
 class Manifold(NamedTuple):
-    """All are shares from 0 to 1 but density, which may be above 1."""
+    """Precision, recall, density and coverage. All are shares in 0 … 1, but density may pass 1."""
 
     precision: float
     recall: float
@@ -21,27 +21,31 @@ class Manifold(NamedTuple):
 
 
 class Memorised(NamedTuple):
-    """The nearest training picture of every fake one."""
+    """The nearest training image of every fake one, and the share of fake ones that are copies."""
 
-    share: float
-    index_M: np.ndarray
-    distance_M: np.ndarray  # Euclidean
+    share: float  # 0 … 1
+    index_M: np.ndarray  # row of the nearest training image
+    distance_M: np.ndarray  # Euclidean distance to it
     ratio_M: np.ndarray  # of that distance to the second nearest's, 0 … 1
 
 
 def compare(real_ND, fake_MD, *, k: int = 3, density_k: int = 5) -> Manifold:
-    """How the neighbourhoods of two sets overlap; one is a ball up to the k-th other of its set.
+    """How the neighbourhoods of two sets overlap.
 
-    Improved precision and recall (Kynkäänniemi et al. 2019, eq. 2, arXiv:1904.06991): the share of
-    fake pictures within any real neighbourhood, and the reverse. Density and coverage (Naeem et al.
-    2020, arXiv:2002.09797): in how many real neighbourhoods a fake picture lies, over k, and the
-    share of those that hold one. Balls are closed. All depend on the sizes of the sets: compare
-    models at equal ones.
+    A neighbourhood is the closed ball around an image that reaches to the k-th other image of its
+    set. All four values depend on the sizes of the sets. Compare models at equal sizes.
+
+    - Precision: the share of fake images within any real neighbourhood. Recall: the reverse
+      (Kynkäänniemi et al. 2019, eq. 2, arXiv:1904.06991).
+    - Density: the mean number of real neighbourhoods around a fake image, over k. Coverage: the
+      share of real neighbourhoods that hold a fake image (Naeem et al. 2020, arXiv:2002.09797).
 
     Args:
-      k, density_k: neighbours, for precision and recall, and for density and coverage.
+      k: neighbours for precision and recall.
+      density_k: neighbours for density and coverage.
     Raises:
-      DataError: bad features. ConfigError: not more pictures than neighbours.
+      DataError: bad features.
+      ConfigError: not more images than neighbours.
     """
     where = "quality.manifold.compare"
     features.check(where, rows=2, real=real_ND, fake=fake_MD)
@@ -53,6 +57,7 @@ def compare(real_ND, fake_MD, *, k: int = 3, density_k: int = 5) -> Manifold:
                 where=where,
                 fix="ask for at least 1 neighbour and fewer than there are pictures",
             )
+    # One pass over blocks of distances, as all N × M would not fit into memory.
     narrow_N, wide_N = _radii(real_ND, (k, density_k))
     (narrow_M,) = _radii(fake_MD, (k,))
     precise_M, recalled, inside, covered = np.zeros(len(fake_MD), bool), 0, 0, 0
@@ -69,17 +74,19 @@ def compare(real_ND, fake_MD, *, k: int = 3, density_k: int = 5) -> Manifold:
 
 
 def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
-    """The share of fake pictures that copy one of the training set.
+    """The share of fake images that copy an image of the training set.
 
-    One does if its nearest training picture is nearer than `ratio` times the second nearest (Yoon
-    et al. 2023; Gu et al. 2023, arXiv:2310.02664). A training set that holds a picture twice hides
-    copies near, not at, that picture; unseen real pictures in place of fake ones give the share to
-    compare with.
+    A fake image is a copy if its nearest training image is nearer than `ratio` times the second
+    nearest (Yoon et al. 2023; Gu et al. 2023, arXiv:2310.02664). An image that the training set
+    holds twice hides copies that are near it; exact copies still count. Unseen real images in place
+    of fake ones give the share to compare with.
 
     Args:
-      train_ND: all of the training set; a memory-mapped array is read block by block.
+      train_ND: the whole training set. A memory-mapped array is read block by block.
+      ratio: the largest ratio of a copy, in (0, 1].
     Raises:
-      DataError: bad features. ConfigError: a ratio not in (0, 1].
+      DataError: bad features.
+      ConfigError: a ratio out of range.
     """
     where = "quality.manifold.memorised"
     features.check(where, train=train_ND, fake=fake_MD)
@@ -97,6 +104,7 @@ def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
         )
         squared_2M = np.sort(both, 0)[:2]
     first_M, second_M = np.sqrt(squared_2M)
+    # 0 / 0 is an exact copy of an image that the training set holds twice: its ratio is 0.
     ratio_M = np.divide(first_M, second_M, out=np.zeros_like(first_M), where=second_M > 0)
     return Memorised(float((ratio_M < ratio).mean()), index_M, first_M, ratio_M)
 
@@ -104,10 +112,10 @@ def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
 def _radii(x_ND, neighbours) -> np.ndarray:
     """The squared distance of every row to its k-th nearest other, for each k.   -> KN"""
     wanted = [k - 1 for k in neighbours]
-    found = np.empty((len(wanted), len(x_ND)))
+    radii_KN = np.empty((len(wanted), len(x_ND)))
     for start, squared_RN in features.squared_distances(x_ND, x_ND):
         rows = np.arange(len(squared_RN))
-        squared_RN[rows, start + rows] = np.inf
+        squared_RN[rows, start + rows] = np.inf  # an image is no neighbour of itself
         squared_RN.partition(sorted(set(wanted)), axis=1)
-        found[:, start + rows] = squared_RN[:, wanted].T
-    return found
+        radii_KN[:, start + rows] = squared_RN[:, wanted].T
+    return radii_KN

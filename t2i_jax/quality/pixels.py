@@ -1,6 +1,6 @@
-"""PSNR and SSIM of pairs of pictures, in float64 on whatever device they are; diversity of several.
+"""PSNR and SSIM of pairs of images, in float64 on their device; diversity of groups of images.
 
-B pictures · G groups of N · H W pixels · C channels · K taps of the window
+B images · G groups of N · H W pixels · C channels · K taps of the window
 """
 
 import functools
@@ -16,16 +16,19 @@ K1, K2 = 0.01, 0.03
 
 
 def psnr(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarray:
-    """Peak signal-to-noise ratio in dB over all pixels and channels; inf for equal pictures.   -> B
+    """Peak signal-to-noise ratio in dB over all pixels and channels.   -> float64 B
+
+    It is inf for equal images.
 
     Args:
       x_BHWC, y_BHWC: both uint8, or both floats within `span`.
-      span: darkest and brightest value of floats: (0, 1) or (-1, 1); (0, 255) for uint8.
+      span: darkest and brightest value of floats, such as (0, 1) or (-1, 1). uint8 needs none.
     Raises:
-      DataError: unlike shapes or dtypes, values that are not finite or outside the span.
+      DataError: unequal shapes or dtypes, or values that are not finite or outside the span.
       ConfigError: floats without a span.
     """
     low, high = _checked(x_BHWC, y_BHWC, span, "quality.pixels.psnr")
+    # In float32 the error of nearly equal images would lose its digits.
     with jax.enable_x64(True):
         error_B = np.asarray(_squared_error(x_BHWC, y_BHWC))
     with np.errstate(divide="ignore"):
@@ -33,11 +36,12 @@ def psnr(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarr
 
 
 def ssim(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarray:
-    """Structural similarity (Wang et al. 2004, eq. 13), -1 … 1, 1 for equal pictures.   -> B
+    """Structural similarity (Wang et al. 2004, eq. 13), -1 … 1.   -> float64 B
 
-    The mean over channels and over every place where the 11 × 11 Gaussian window (σ 1.5) fits.
+    It is the mean over channels and over every place where the 11 × 11 Gaussian window (σ 1.5)
+    fits. Equal images have 1.
 
-    Args, Raises: as psnr; DataError, too, for pictures with a side below 11.
+    Args and errors are those of `psnr`. An image with a side below 11 is a DataError, too.
     """
     where = "quality.pixels.ssim"
     low, high = _checked(x_BHWC, y_BHWC, span, where)
@@ -47,16 +51,19 @@ def ssim(x_BHWC, y_BHWC, *, span: tuple[float, float] | None = None) -> np.ndarr
             where=where,
             fix=f"give at least {TAPS} × {TAPS} pixels",
         )
+    # The variances are differences of means of squares, which cancel in float32 on flat images.
     with jax.enable_x64(True):
         return np.asarray(_similarity(x_BHWC, y_BHWC, low, float(high - low)))
 
 
 def diversity(x_GNHWC: np.ndarray) -> np.ndarray:
-    """How unlike the N pictures of a group are: a pixel's root mean square distance from their mean
-    as a share of 255, larger by √(N/(N−1)) for an infinite group; 0 where all are the same.   -> G
+    """How much the N images of a group differ, from 0 for equal images.   -> float64 G
+
+    It is the root mean square distance of a pixel from the group's mean, as a share of 255. An
+    infinite group would have √(N/(N−1)) times as much.
 
     Args:
-      x_GNHWC: uint8, groups of pictures.
+      x_GNHWC: uint8, groups of images.
     """
     return np.sqrt(x_GNHWC.var(1, dtype=np.float64).mean((1, 2, 3))) / 255
 
@@ -80,7 +87,7 @@ def _similarity(x_BHWC, y_BHWC, low, height):
 
 
 def _smooth(x_BHWC):
-    """The Gaussian window's mean wherever it fits, along height and then width."""
+    """The mean over the Gaussian window wherever it fits, along height and then width."""
     reach_K = np.arange(TAPS) - TAPS // 2
     weight_K = np.exp(-0.5 * (reach_K / SIGMA) ** 2)
     weight_K /= weight_K.sum()
@@ -95,7 +102,7 @@ def _smooth(x_BHWC):
 
 
 def _checked(x_BHWC, y_BHWC, span, where: str) -> tuple[float, float]:
-    """The span of the pictures' values."""
+    """The span of the images' values, as two floats. Raises as `psnr` does."""
     got = [f"{x.dtype}{list(x.shape)}" for x in (x_BHWC, y_BHWC)]
     floats = [bool(jnp.issubdtype(x.dtype, jnp.floating)) for x in (x_BHWC, y_BHWC)]
     kinds = {"float" if f else str(x.dtype) for f, x in zip(floats, (x_BHWC, y_BHWC), strict=True)}

@@ -1,6 +1,6 @@
-"""Pictures from files to the side that an image network reads, by the rules metrics are named for.
+"""Images from files, and their resizing for image networks by the rules of published metrics.
 
-H W pixels · C channels · N the side wanted
+H W pixels · C channels · N side of the square result
 """
 
 import os
@@ -16,9 +16,9 @@ RULES = ("clean", "legacy_pytorch", "legacy_tensorflow")
 
 
 def load(path: str | os.PathLike) -> np.ndarray:
-    """A PNG, JPEG or WebP file -> uint8 RGB HWC, as `transforms.decode` says: grey and palettes as
-    RGB, alpha over white, 16-bit grey rounded to 8, CMYK by Pillow's formula, upright by EXIF, of
-    animations the first frame. What others make of alpha differs: clean-fid drops it.
+    """A PNG, JPEG or WebP file -> uint8 RGB HWC, decoded by `transforms.decode`.
+
+    Alpha is composited over white. Other programs differ here: clean-fid drops it.
 
     Raises:
       DataError: no such file, another format, a broken file, or more than 64 million pixels.
@@ -34,16 +34,21 @@ def load(path: str | os.PathLike) -> np.ndarray:
 
 
 def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:
-    """A uint8 picture, made square whatever its sides were.   -> float32 NNC in [0, 255]
+    """A uint8 image, stretched to a square.   -> float32 NNC in [0, 255]
 
     Args:
-      rule: "clean", bicubic and antialiased, channel by channel in float32 by Pillow, cut off at 0
-        and 255 but not rounded (Parmar et al. 2022, arXiv:2104.11222). "legacy_pytorch", what
-        pytorch-fid did: bilinear without antialiasing, pixels have their centres at halves.
-        "legacy_tensorflow", what the first FID code did: bilinear without antialiasing, pixels lie
-        at their upper left corners, as in TensorFlow 1.
+      side: N, in pixels.
+      rule: one of RULES.
+
+        - "clean": bicubic with antialiasing, channel by channel in float32 by Pillow. Values are
+          clipped to 0 … 255 but not rounded (Parmar et al. 2022, arXiv:2104.11222).
+        - "legacy_pytorch": the rule of pytorch-fid. Bilinear without antialiasing; the centres of
+          pixels lie at halves.
+        - "legacy_tensorflow": the rule of the first FID code. Bilinear without antialiasing; pixels
+          lie at their upper left corners, as in TensorFlow 1.
     Raises:
-      ConfigError: an unknown rule. DataError: no uint8 picture.
+      ConfigError: an unknown rule.
+      DataError: no uint8 image.
     """
     check(rule)
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or not image_HWC.size:
@@ -64,6 +69,7 @@ def check(rule: str) -> None:
 
 
 def _clean(image_HWC, side):
+    # Channel by channel, as Pillow resizes float32 only in images of one channel.
     channels = [
         Image.fromarray(image_HW).resize((side, side), Image.Resampling.BICUBIC)
         for image_HW in np.moveaxis(image_HWC, -1, 0).astype(np.float32)
@@ -85,10 +91,8 @@ def _bilinear(image_HWC, side, *, centred):
 
 
 def _places(n: int, side: int, *, centred: bool):
-    """Of each of `side` pixels the two of n it lies between, and how far it is from the first.
-
-    In float32, as TensorFlow and torch compute them.
-    """
+    """For each of `side` pixels: its two neighbours among n, and its distance from the first."""
+    # In float32, as TensorFlow and torch compute these places.
     half = np.float32(0.5 if centred else 0)
     at_N = (np.arange(side, dtype=np.float32) + half) * np.float32(n / side) - half
     at_N = np.maximum(at_N, 0)

@@ -1,4 +1,4 @@
-"""How well pictures and captions find each other, from their similarities.
+"""Retrieval metrics of images and captions, from their similarities.
 
 Q queries · C candidates · N pairs
 """
@@ -11,14 +11,15 @@ from t2i_jax import errors
 def recall_at(similarity_QC, k: int, *, truth_Q=None) -> float:
     """The share of queries whose own candidate is among the k most similar, from 0 to 1.
 
-    Ties are broken at random, in expectation: equal similarities give k/C, not 1.
+    The result is the expectation over random orders of ties. So equal similarities give k/C, not 1.
 
     Args:
-      similarity_QC: any real numbers, larger for what fits better.
-      truth_Q: the index of each query's candidate; the query's own by default.
+      similarity_QC: any real numbers, larger for a better fit.
+      k: 1 … C.
+      truth_Q: the index of each query's candidate; by default the query's own index.
     Raises:
-      DataError: similarities that are no finite matrix, or candidates that are not there.
-      ConfigError: a k that is not from 1 to C.
+      DataError: similarities that are no finite matrix, or candidates that do not exist.
+      ConfigError: k out of range.
     """
     where = "quality.retrieval.recall_at"
     similarity_QC = _checked(similarity_QC, where)
@@ -42,11 +43,13 @@ def recall_at(similarity_QC, k: int, *, truth_Q=None) -> float:
 
 
 def r_precision(similarity_NN, *, candidates: int = 100, seed: int = 0) -> float:
-    """R-precision (Xu et al. 2018, sec. 4, arXiv:1711.10485): the share of pictures, 0 to 1, whose
-    own caption is the most similar one of `candidates`, the rest drawn from the others.
+    """R-precision (Xu et al. 2018, sec. 4, arXiv:1711.10485), from 0 to 1.
+
+    It is the share of images whose own caption is the most similar one among `candidates`. The
+    others are drawn at random from all captions.
 
     Args:
-      similarity_NN: of picture i and caption j; pictures belong to captions of the same number.
+      similarity_NN: of image i and caption j. Image i and caption i are a pair.
       candidates: captions to choose from, the own one included.
       seed: of the draws.
     Raises:
@@ -73,7 +76,7 @@ def r_precision(similarity_NN, *, candidates: int = 100, seed: int = 0) -> float
         [rng.choice(captions - 1, candidates - 1, replace=False) for _ in range(pictures)]
     )
     own_N1 = np.arange(pictures)[:, None]
-    others_NC += others_NC >= own_N1  # all but the own one
+    others_NC += others_NC >= own_N1  # numbers from the own one on move up: all but the own one
     drawn_NC = np.take_along_axis(similarity_NN, np.concatenate([own_N1, others_NC], 1), 1)
     return recall_at(drawn_NC, 1, truth_Q=np.zeros(pictures, int))
 

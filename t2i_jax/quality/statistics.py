@@ -1,6 +1,8 @@
 """Mean and covariance of features, gathered batch by batch, and the Fréchet distance (FID).
 
-N rows, one a picture · D features · R S rank of a covariance
+All is float64 on the host: the distance is a small difference of large traces (ADR 11).
+
+N rows, one for each image · D features · R rank of a covariance
 """
 
 import hashlib
@@ -20,22 +22,26 @@ from t2i_jax.quality import features
 GATHER, ROWS = "quality.statistics.gather", 2048
 AGAIN = "make the file again"
 DAMAGE = (OSError, LookupError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile)
-TOLERANCE = 5e-7  # of the distance: what rounding may cost on the fast route, at the very worst
+TOLERANCE = 5e-7  # share of the distance that rounding may cost at worst on the fast route
 
 
 class Statistics(NamedTuple):
-    """What is left of N features. In float64: on devices JAX would halve it."""
+    """Count, mean and scatter matrix of N features, in float64. JAX would make them float32."""
 
     count: int
     mean_D: np.ndarray
     scatter_DD: np.ndarray  # Σ (x - mean)(x - mean)ᵀ, that is (N - 1) times the covariance
 
 
-# --- gathering ------------------------------------------------------------------------------------
+# ---- Gathering ----
 
 
 def of(features_ND) -> Statistics:
-    """The statistics of features of any real dtype, at least one row; DataError if not finite."""
+    """The statistics of features of any real dtype, at least one row.
+
+    Raises:
+      DataError: features that are no matrix of finite numbers.
+    """
     features.check("quality.statistics.of", given=features_ND)
     x_ND = np.asarray(features_ND, np.float64)
     mean_D = x_ND.mean(0)
@@ -44,15 +50,16 @@ def of(features_ND) -> Statistics:
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-    """The statistics of both sets together, as of one pass over all (Chan et al. 1979).
+    """The statistics of both sets together, equal to one pass over all rows (Chan et al. 1979).
 
-    The order does not matter beyond rounding, so processes may gather each its own and merge.
+    The order does not matter beyond rounding. So each process may gather its own and merge.
 
     Raises:
       DataError: the features have unequal widths.
     """
     _check_widths(a, b, "quality.statistics.merge")
     count = a.count + b.count
+    # Moments about the means, not sums of squares: those would cancel with most of their digits.
     apart_D = b.mean_D - a.mean_D
     scatter_DD = np.outer(apart_D, apart_D * (a.count * b.count / count))
     scatter_DD += a.scatter_DD
@@ -63,8 +70,10 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 def gather(batches) -> Statistics:
     """The statistics of features that come in batches ND, at least one row in all.
 
-    Batches are collected to ROWS rows first: one product of many rows is faster than many of few.
+    Raises:
+      DataError: no features, or a batch that is no matrix of finite numbers.
     """
+    # Small batches are joined to ROWS rows: one product of many rows is faster than many of few.
     total, waiting = None, {}
     for number, batch_ND in enumerate(batches):
         waiting[f"batch {number}"] = np.asarray(batch_ND)
@@ -81,29 +90,29 @@ def _with(total, batches) -> Statistics:
     return merge(total, more) if total else more
 
 
-# --- files ----------------------------------------------------------------------------------------
+# ---- Files ----
 
 
 def save(path, statistics: Statistics, *, source: Mapping[str, str]) -> None:
-    """Writes statistics as `save_arrays` does."""
+    """Writes statistics to a file. For the arguments see `save_arrays`."""
     save_arrays(path, statistics._asdict(), source=source)
 
 
 def load(path, *, expected: Mapping[str, str]) -> Statistics:
-    """Reads what `save` wrote; arguments and errors as of `load_arrays`."""
-    found = load_arrays(path, expected=expected)
+    """Reads statistics that `save` wrote. For the arguments and errors see `load_arrays`."""
+    arrays = load_arrays(path, expected=expected)
     try:
-        return Statistics(**{**found, "count": int(found["count"])})
+        return Statistics(**{**arrays, "count": int(arrays["count"])})
     except DAMAGE as e:
         raise errors.DataError(f"no statistics: {e}", where=str(path), fix=AGAIN) from e
 
 
 def save_arrays(path, arrays: Mapping[str, np.ndarray], *, source: Mapping[str, str]) -> None:
-    """Writes an .npz without pickle: the arrays, what made them, and a SHA-256 of it all.
+    """Writes an .npz without pickle: the arrays, their source, and a SHA-256 of all.
 
     Args:
-      path: of the file, which appears whole or not at all.
-      source: what made them, such as the hashes of extractor, preprocessing and data.
+      path: the file, which appears whole or not at all.
+      source: what the arrays depend on, such as the hashes of extractor, resizing and data.
     """
     text, data = json.dumps(dict(source), sort_keys=True), io.BytesIO()
     arrays = {name: np.asarray(value) for name, value in arrays.items()}
@@ -112,19 +121,19 @@ def save_arrays(path, arrays: Mapping[str, np.ndarray], *, source: Mapping[str, 
 
 
 def load_arrays(path, *, expected: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Reads what `save_arrays` wrote.
+    """Reads arrays that `save_arrays` wrote.
 
     Args:
-      expected: entries of the source that must be these, such as the extractor's hash.
+      expected: entries that the file's source must have, such as the extractor's hash.
     Raises:
-      DataError: no such file, one that is damaged, or one that something else made.
+      DataError: no such file, a damaged one, or one with another source.
     """
     path = pathlib.Path(path)
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-        text, sha256 = str(found.pop("source")), str(found.pop("sha256"))
-        whole = _sha256(found, text) == sha256
+            arrays = {name: file[name] for name in file.files}
+        text, sha256 = str(arrays.pop("source")), str(arrays.pop("sha256"))
+        whole = _sha256(arrays, text) == sha256
         source = json.loads(text) if whole else None
     except DAMAGE as e:
         reason = (str(e).splitlines() or ["?"])[0][:200]
@@ -137,17 +146,18 @@ def load_arrays(path, *, expected: Mapping[str, str]) -> dict[str, np.ndarray]:
         raise errors.DataError(
             "statistics of something else: " + "; ".join(stale), where=str(path), fix=AGAIN
         )
-    return found
+    return arrays
 
 
 def load_foreign(path) -> Statistics:
-    """The mean and covariance, `mu` and `sigma`, of an .npz of other programs.
+    """Reads `mu` and `sigma`, a mean and a covariance, from an .npz of other programs.
 
-    Such files do not tell of how many pictures they are: `count` is one more than the features'.
+    Such files do not hold the number of images. `count` is one more than the number of features.
 
     Raises:
       DataError: no such file, or none with a mean and a covariance of one width.
     """
+    # `count` bounds the rank in `_root`. D + 1 is the least number that allows the full rank.
     try:
         with np.load(path, allow_pickle=False) as file:
             mean_D, covariance_DD = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
@@ -165,46 +175,51 @@ def _sha256(arrays, text) -> str:
     hashed = hashlib.sha256(text.encode())
     for name in sorted(arrays):
         value = np.asarray(arrays[name])
+        # One byte order for all machines, so that the same numbers have the same hash.
         little = value.astype(value.dtype.newbyteorder("<"), copy=False)
         hashed.update(f"{name} {little.dtype.str} {value.shape}".encode())
         hashed.update(np.ascontiguousarray(little))
     return hashed.hexdigest()
 
 
-# --- distance -------------------------------------------------------------------------------------
+# ---- Distance ----
 
 
 def frechet(a: Statistics, b: Statistics) -> float:
-    """Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6), squared as is the custom.
+    """The squared Fréchet distance of two Gaussians (Heusel et al. 2017, eq. 6), at least 0.
 
-    FID where the features are Inception's 2048; say which extractor otherwise. With roots F of the
-    covariances, C = F Fᵀ, the trace of (C_a C_b)^½ is the sum of the singular values of F_aᵀ F_b:
-    real and at least 0 for any rank, so N < D is exact, too. A distance that float64 cannot tell
-    from none is 0.
+    It is called FID where the features are Inception's 2048. Otherwise name the extractor. It is
+    exact for any rank, so also for fewer rows than features. A distance that float64 cannot tell
+    from 0 is 0.
 
     Raises:
       DataError: fewer than two rows, unequal widths, or values that are not finite.
     """
     where = "quality.statistics.frechet"
     _check_widths(a, b, where)
-    for name, side in (("first", a), ("second", b)):
-        if side.count < 2:
+    for name, statistics in (("first", a), ("second", b)):
+        if statistics.count < 2:
             raise errors.DataError(
-                f"the {name} set has {side.count} picture, which has no covariance",
+                f"the {name} set has {statistics.count} picture, which has no covariance",
                 where=where,
                 fix="give at least two",
             )
-        if not (np.isfinite(side.mean_D).all() and np.isfinite(side.scatter_DD).all()):
+        if not (np.isfinite(statistics.mean_D).all() and np.isfinite(statistics.scatter_DD).all()):
             raise errors.DataError(
                 f"the {name} set's statistics are not finite", where=where, fix="make them again"
             )
+    # With roots F of the covariances, C = F Fᵀ, the trace of (C_a C_b)^½ is the sum of the singular
+    # values of F_aᵀ F_b. These are real and at least 0, unlike the eigenvalues of C_a C_b, which
+    # rounding makes complex or negative where a covariance is singular.
     if b.count < a.count:
-        a, b = b, a  # the smaller product
+        a, b = b, a  # the set with fewer rows has the lower rank, and so the smaller product
     power = np.trace(a.scatter_DD) / (a.count - 1) + np.trace(b.scatter_DD) / (b.count - 1)
     apart = np.square(a.mean_D - b.mean_D).sum() + power
     root_DR = _root(a)
     square_RR = root_DR.T @ (b.scatter_DD / (b.count - 1)) @ root_DR
-    shared, error = _roots_of_eigenvalues(square_RR)  # three times as fast as singular values
+    # The fast route takes roots of eigenvalues, a third of the time of singular values. Where its
+    # rounding would show in the distance, the singular values are computed after all.
+    shared, error = _roots_of_eigenvalues(square_RR)
     if 2 * error > TOLERANCE * (apart - 2 * shared):
         shared = linalg.svdvals(root_DR.T @ _root(b), check_finite=False).sum()
     distance = apart - 2 * shared
@@ -213,19 +228,21 @@ def frechet(a: Statistics, b: Statistics) -> float:
 
 
 def _root(statistics) -> np.ndarray:
-    """A factor F of the covariance F Fᵀ, as wide as the covariance's rank: pivoted Cholesky."""
+    """A factor F of the covariance F Fᵀ by pivoted Cholesky, as wide as the covariance's rank."""
     count, mean_D, scatter_DD = statistics
     factor_DD, order_D, rank, _ = linalg.lapack.dpstrf(scatter_DD / (count - 1), lower=True)
-    rank = min(rank, count - 1)  # what lies beyond is rounding
+    rank = min(rank, count - 1)  # columns beyond are rounding: N rows have at most rank N − 1
     root_DR = np.empty((len(mean_D), rank))
+    # LAPACK counts from 1, and its factor is of the rows in pivoted order.
     root_DR[order_D - 1] = np.tril(factor_DD)[:, :rank]
     return root_DR
 
 
 def _roots_of_eigenvalues(square_RR) -> tuple[float, float]:
-    """The sum of the roots of a matrix's eigenvalues, and a bound of what rounding costs it.
+    """The sum of the roots of a matrix's eigenvalues, and a bound on its rounding error.
 
-    Rounding moves every eigenvalue by about the largest one's last digit: much for small ones.
+    Rounding moves every eigenvalue by about the last digit of the largest. For the root of a small
+    eigenvalue that is much.
     """
     if not square_RR.size:
         return 0.0, 0.0

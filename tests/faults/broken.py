@@ -40,7 +40,7 @@ BREAKS = (
     Break(
         "T2", "data/loader.py", "np.array(self._slots, np.int32)", "np.arange(b, dtype=np.int32)"
     ),
-    Break("T1", "step.py", "return jax.lax.psum(found, axes), ", "return found, "),
+    Break("T1", "step.py", "return jax.lax.psum(sums, axes), ", "return sums, "),
     # G4: damage is found, and nothing starts over by itself.
     Break("C6", "run/checkpoint.py", "if prints[name] != arrays[name]]", "if False]"),
     Break("C5", "run/checkpoint.py", "reason = _difference(folder, step, manifest)", 'reason = ""'),
