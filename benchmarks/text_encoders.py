@@ -198,7 +198,7 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     from t2i_jax.data import cache
 
     config = shapes_flow.get_config()
-    config.model.update(cases.SIZES)
+    config.model.model.update(cases.SIZES)
     config.data.size, config.steps = RECORDS, 100_000
     run = loop.Run(config, folder / "run")
     run.load_frozen()

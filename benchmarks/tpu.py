@@ -52,7 +52,7 @@ def make_run(slice_name, size, strategy, remat, per_chip):
 
     devices = chips_of(slice_name)
     config = dit.get_config(f"size={size},debug" if harness.CHECK else f"size={size}")
-    config.strategy, config.model.remat = strategy, remat
+    config.strategy, config.model.model.remat = strategy, remat
     config.batch_size = per_chip * len(devices)
     return loop.Run(config, pathlib.Path("out/none"), devices)
 

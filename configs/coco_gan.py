@@ -26,7 +26,8 @@ def get_config(arg=None):
         config.data = dict(source="folder", path=arg.path)
     config.res, config.batch_size, config.steps = arg.res, 256, 80_000
     config.text_length, config.cache = 48, ""
-    config.model = dict(width=512, least=64, depth=2, heads=8)
+    sizes = dict(width=512, least=64, depth=2, heads=8)
+    config.model = dict(gen=sizes, disc=dict(sizes))
     config.loss.update(gamma=(1.0, 0.1), augment=("colour", "translation", "cutout"))
     adam = dict(name="adam", learning_rate=2e-4, b1=0.0, b2=(0.9, 0.99), clip=10.0)
     adam.update(decay="cosine", final=0.25)

@@ -29,7 +29,7 @@ def base() -> ml_collections.ConfigDict:
     config.allow_random = False  # frozen nets without a source: only :debug configs
     config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
 
-    config.model = dict()  # backbone=t2i_jax/models/<name>.py and its sizes
+    config.model = dict()  # net -> its sizes: model=dict(backbone="unet", width=128)
     config.loss = dict()  # the objective's own numbers
     config.optim = dict()  # net -> dict(name=…, learning_rate=…, …), see t2i_jax/optim.py
     config.ema = dict()  # net -> decay of its parameters' moving average
@@ -88,7 +88,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
     config.text_length = 16
     small = dict(width=16, depth=1, reads=1, heads=2)
-    for sizes in (config.model, *_parts(config.model)):
+    for sizes in _parts(config.model):
         sizes.update({name: size for name, size in small.items() if name in sizes})
     config.log_every, config.save_every, config.sample_every = 2, 3, 0
     config.eval_every, config.evaluators, config.best = 0, {}, ""

@@ -23,7 +23,7 @@ def get_config(arg=None):
     config.steps = 3000
     if arg.modern:
         config.steps = 2400
-        config.model = dict(width=64, heads=2)
+        sizes = dict(width=64, heads=2)
         config.loss.update(gamma=(4.0, 1.0), mismatch=0.0, sentence=0.0, word=0.0)
         adam = dict(b1=0.0, b2=0.95, warmup=20, decay="cosine", final=0.1)
         config.optim = dict(
@@ -32,11 +32,12 @@ def get_config(arg=None):
         )
     else:
         config.res = 28
-        config.model = dict(network="mlp", width=256, depth=3)
+        sizes = dict(network="mlp", width=256, depth=3)
         config.loss = dict(game="nonsaturating", penalty="none", mismatch=0.0)
         config.loss.update(sentence=0.1, word=0.0)
         adam = dict(name="adam", learning_rate=2e-4, b1=0.5)
         config.optim = dict(disc=adam, gen=dict(adam))
+    config.model = dict(gen=sizes, disc=dict(sizes))
     config.evaluators = dict(digits=dict(num_images=500))
     config.prompts = tuple(f"a handwritten {name}" for name in ("zero", "three", "five", "eight"))
     return common.shrink(config) if arg.debug else config

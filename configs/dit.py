@@ -27,7 +27,7 @@ def get_config(arg=None):
     if arg.size not in SIZES:
         raise errors.unknown("size", arg.size, SIZES, where="--config=…:size")
     width, depth, heads = SIZES[arg.size]
-    config.model = dict(
+    config.model.model = dict(
         backbone="transformer",
         **dict(width=width, depth=depth, heads=heads, patch=2),
         dtype="bfloat16",

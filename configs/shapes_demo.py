@@ -16,7 +16,7 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     config.data.size = 8192
     config.steps, config.minutes, config.batch_size = 0, 8.0, 32
-    config.model.depth = 1  # half the time of an example, and twice the examples
+    config.model.model.depth = 1  # half the time of an example, and twice the examples
     config.optim.model.stable = 0.75  # so short a run cannot afford a long decay
     config.sample_every, config.eval_every = 0, 0
     config.ema = dict(model=0.995)

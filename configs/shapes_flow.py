@@ -17,7 +17,7 @@ def get_config(arg=None):
     config.load = dict(text="minilm")
     config.cache = "encode"
     config.text_length = 32
-    config.model = dict(backbone="unet", stem=32, width=128, depth=2, heads=4)
+    config.model = dict(model=dict(backbone="unet", stem=32, width=128, depth=2, heads=4))
     config.loss = dict(prediction="x", time_mean=0.8, time_std=1.4, text_dropout=0.1)
     config.sample = dict(guidance=3.0, steps=12, sampler="heun", shift=3.0)
     config.optim = dict(

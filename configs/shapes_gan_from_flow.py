@@ -18,7 +18,7 @@ FLOW = "builtin:shapes"
 def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
     flow, config = shapes_builtin.get_config(), shapes_gan.get_config("guided")
-    net = dict(flow.model, prediction=flow.loss.prediction)
+    net = dict(flow.model.model, prediction=flow.loss.prediction)
     del config.model.gen
     config.model.update(gen=net, teacher=dict(net))
     config.load.update(gen=f"{FLOW}#model", teacher=f"{FLOW}#model")

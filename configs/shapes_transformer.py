@@ -12,7 +12,7 @@ from configs import common, shapes_flow
 def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
     config = shapes_flow.get_config()
-    config.model = dict(backbone="transformer", width=192, depth=6, heads=6)
+    config.model = dict(model=dict(backbone="transformer", width=192, depth=6, heads=6))
     config.loss.prediction = "x"
     config.optim.model.learning_rate = 1e-3
     return common.shrink(config) if arg.debug else config

@@ -62,6 +62,20 @@ class Objective(NamedTuple):
         return tuple(dict.fromkeys(name for loss in self.losses for name in loss.nets))
 
 
+def model_by_net(config) -> Mapping[str, Any]:
+    """`config.model` keyed by net: net -> its sizes.
+
+    Older versions of a family may have written it otherwise. Such a family's module has a function
+    `model_by_net(model, load)` that reads both forms.
+
+    Args:
+      config: any mapping with "objective", "model" and "load".
+    """
+    family = plugins.load("objectives", config["objective"])
+    read = getattr(family, "model_by_net", lambda model, load: model)
+    return read(config["model"], config["load"])
+
+
 def make(config) -> Objective:
     """The objective that `config.objective` names, with the adapters of `config.lora`."""
     family = plugins.load("objectives", config.objective).make(config)

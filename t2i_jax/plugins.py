@@ -34,6 +34,20 @@ def network(kind, *, where: str, options):
     return net
 
 
+def check_nets(model, nets, *, where: str = "config.model") -> None:
+    """ConfigError unless every key of `model` is one of `nets`, those that are described there."""
+    for name, value in model.items():
+        if name in nets:
+            continue
+        if hasattr(value, "items"):
+            raise errors.unknown("net", name, nets, where=where)
+        raise errors.ConfigError(
+            f"{name!r} is no net but a size of one",
+            where=where,
+            fix=f"set {' or '.join(f'{where}.{net}.{name}' for net in nets)}",
+        )
+
+
 @contextlib.contextmanager
 def hidden(module: str):
     """Libraries that the body imports do not find this module, unless it is there already."""

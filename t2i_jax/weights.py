@@ -122,6 +122,8 @@ def config_of(values: dict) -> ml_collections.ConfigDict:
     younger |= {"minutes": 0.0, "save_minutes": 0.0}
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
+    if values.keys() >= {"objective", "model", "load"}:
+        values["model"] = objective.model_by_net(values)
     return ml_collections.ConfigDict(values)
 
 

@@ -59,7 +59,7 @@ class Case:
         config = shapes_transformer.get_config("debug")
         config.lora = lora or {}
         config.batch_size = batch_size
-        config.model.update({**dict(width=32, heads=4, mlp_ratio=2.0), **model})
+        config.model.model.update({**dict(width=32, heads=4, mlp_ratio=2.0), **model})
         config.optim = {"model": {"name": "adamw", "learning_rate": 1e-3}}
         config.loss.time_std = 0.5
         family = objective.make(config)

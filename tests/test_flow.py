@@ -123,7 +123,7 @@ def test_an_x_prediction_is_judged_by_the_picture_over_t_down_to_the_floor(made,
     one, key = batch(config), jax.random.key(0)
     values = jax.jit(family.predict["loss_at_times"])(nets, one, key)
     noise = randomness.normal_each(randomness.per_example(key, one["index"]), (16, 16, 3))
-    sizes = dict(config.model)
+    sizes = dict(config.model.model)
     model = plugins.load("models", sizes.pop("backbone")).Backbone(**sizes)
     cond = family.predict["encode"](nets, one)
     for t, value in zip(flow.HELD_OUT_TIMES[::4], values[::4], strict=True):

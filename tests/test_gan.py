@@ -582,7 +582,7 @@ def test_spectral_norm_and_augmentation_train(config, batch):
 
 def from_flow():
     config = shapes_gan_from_flow.get_config("debug")
-    net = dict(runs.config().model)
+    net = dict(runs.config().model.model)
     config.model = dict(gen=dict(net, prediction="v"), disc=dict(width=16))
     config.loss.update(clip=0.0, distil=0.0)
     return config

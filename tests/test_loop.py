@@ -107,6 +107,19 @@ def test_another_config_is_refused_though_config_json_is_gone(run, tmp_path):
         rundir._config_before(tmp_path / "run", {"data": "of an older version"})
 
 
+def test_a_run_whose_sizes_were_written_without_a_net_goes_on(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    path = tmp_path / "run/config.json"
+    saved = json.loads(path.read_text())
+    saved["model"] = saved["model"]["model"]
+    path.write_text(json.dumps(saved))
+    loop.Run(config(), tmp_path / "run")
+    other = config()
+    other.model.model.width *= 2
+    with pytest.raises(errors.ConfigError, match=r"model\.model\.width: 16 → 32"):
+        loop.Run(other, tmp_path / "run")
+
+
 def test_a_death_counts_against_a_checkpoint_only_in_the_first_step(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
     longer = config(steps=config().steps + 2, prompts=())
@@ -191,7 +204,7 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"objective": "flwo"}, "did you mean 'flow'"),
         ({"data": {"source": "shape"}}, "did you mean 'shapes"),
         ({"data": {"source": "shapes", "sise": 3}}, "unknown option 'sise'"),
-        ({"model": {"backbone": "unett"}}, "did you mean 'unet'"),
+        ({"model": {"model": {"backbone": "unett"}}}, "did you mean 'unet'"),
         ({"loss": {"predicton": "v"}}, "prediction"),
         ({"ema": {"modle": 0.9}}, "trained nets are"),
         ({"ema": {"model": 1.5}}, "model is 1.5 .at config.ema.model"),
@@ -205,8 +218,9 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"evaluators": {"shapes": {"num_imagse": 3}}}, "did you mean 'num_images'"),
         ({"evaluators": {"shapes": {"sample": {"steps": 0}}}}, "steps is 0"),
         ({"res": 18}, "use 16 or 20"),
-        ({"model": {"backbone": "unet", "width": 18, "heads": 2}}, "use 16 or 20"),
-        ({"model": {"backbone": "layers"}}, "no models named 'layers'"),
+        ({"model": {"model": {"backbone": "unet", "width": 18, "heads": 2}}}, "use 16 or 20"),
+        ({"model": {"model": {"backbone": "layers"}}}, "no models named 'layers'"),
+        ({"model": {"width": 16}}, "set config.model.model.width"),
         ({"data": {"source": "loader"}}, "no data named 'loader'"),
         ({"init_from": "nowhere"}, "no such folder"),
         ({"load": {"model": "nowhere#model"}}, "no such folder"),

@@ -87,7 +87,7 @@ def test_a_damaged_export_says_what_to_do(exported, tmp_path):
         pipeline.Pipeline.load(str(tmp_path))
     file.write_bytes((exported / weights.EXPORTED).read_bytes())
     changed = json.loads((tmp_path / "config.json").read_text())
-    changed["model"]["width"] = 24
+    changed["model"]["model"]["width"] = 24
     (tmp_path / "config.json").write_text(json.dumps(changed))
     with pytest.raises(errors.DataError, match="tensors do not fit"):
         pipeline.Pipeline.load(str(tmp_path))

@@ -33,15 +33,16 @@ PROCESSES = cli.process_flags()
 
 
 def main():
-    from t2i_jax import loop
+    from t2i_jax import loop, objective
     from t2i_jax.commands import plan
 
     distributed.start(**cli.given(PROCESSES))
-    asked = cli.given(PLAN)
+    asked, config = cli.given(PLAN), CONFIG.value
+    config.model = objective.model_by_net(config)  # a file for an older version still trains
     if DRY_RUN.value or asked:
-        plan.check_fits(plan.show(CONFIG.value, WORKDIR.value, **asked))
+        plan.check_fits(plan.show(config, WORKDIR.value, **asked))
     else:
-        loop.train(CONFIG.value, WORKDIR.value, restart=RESTART.value)
+        loop.train(config, WORKDIR.value, restart=RESTART.value)
     distributed.wait_for_first()
 
 

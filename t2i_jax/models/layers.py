@@ -61,7 +61,7 @@ def remat(module, policy: str, *, scanned: bool = False):
     from merging the two computations.
     """
     if policy not in REMAT:
-        raise errors.unknown("remat policy", policy, REMAT, where="config.model.remat")
+        raise errors.unknown("remat policy", policy, REMAT, where="config.model.<net>.remat")
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT[policy], prevent_cse=not scanned)

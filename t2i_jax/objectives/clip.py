@@ -20,6 +20,7 @@ from t2i_jax.pretrained import clip as pretrained_clip
 from t2i_jax.pretrained import opener
 from t2i_jax.text import conditioner
 
+NETS = ("image", "caption")  # that config.model describes
 LOSSES = ("contrastive", "sigmoid")
 TOWERS = {"convolutional": clip.Convolutional, "vit": pretrained_clip.ClipImage}
 
@@ -93,8 +94,7 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
         pretrained checkpoint.
     """
     sizes = {"image": {}, "caption": {}, **model}
-    if unknown := sorted(sizes.keys() - {"image", "caption"}):
-        raise errors.unknown("option", unknown[0], ("image", "caption"), where=where)
+    plugins.check_nets(sizes, NETS, where=where)
     learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
     if source and not sizes["image"]:
         net = opener.open(source).module(Features)

@@ -11,7 +11,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import fields, losses, randomness
+from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax.models import backbone
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
@@ -19,6 +19,7 @@ from t2i_jax.sampling import ode, prediction
 from t2i_jax.text import condition, conditioner
 
 TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
+NETS = ("model",)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
@@ -47,12 +48,22 @@ class Options(NamedTuple):
     train_text: bool = False
 
 
+def model_by_net(model, load):
+    """`config.model`, whose sizes older versions wrote without the net's name."""
+    flat = any(not hasattr(value, "items") for value in model.values())
+    return {"model": model} if flat else model
+
+
 def make(config) -> Objective:
     """Nets "model" and "text", the latter frozen or trained, too; predictions sample, img2img,
     encode, loss_at_times.
+
+    `config.model.model`: `backbone`, a file of `t2i_jax/models/`, and its sizes.
     """
     options = fields.build(Options, config.loss, where="config.loss")
-    model = backbone.build(config.model, res=config.res, where="config.model")
+    plugins.check_nets(config.model, NETS)
+    sizes = config.model.get("model", {})
+    model = backbone.build(sizes, res=config.res, where="config.model.model")
     text = conditioner.Conditioner(
         config, text_dropout=options.text_dropout, train_text=options.train_text
     )

@@ -7,7 +7,6 @@ contrastive losses of pictures and captions over the global batch (XMC-GAN, arXi
 B batch · H W pixels · C channels · T regions · L words · Z noise · D width
 """
 
-import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -84,6 +83,11 @@ class Options(NamedTuple):
     spectral_norm: bool = False
 
 
+def model_by_net(model, load):
+    """`config.model`, where older versions wrote sizes of both nets without their names."""
+    return networks.by_net(model, load)
+
+
 def make(config) -> Objective:
     """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, between, encode,
     score, gap.
@@ -112,13 +116,10 @@ def build(config) -> "GAN":
     """The parts that a config describes, checked."""
     options = fields.build(Options, config.loss, where="config.loss")
     _check(options)
-    own = copy.deepcopy(config)
-    own.model = networks.by_net(config.model, config.load)
-    if unknown := [name for name in own.model if name not in NETS]:
-        raise errors.unknown("net", unknown[0], NETS, where="config.model")
-    generator = networks.generator(own)
+    plugins.check_nets(config.model, NETS)
+    generator = networks.generator(config)
     trained_critic = critic.make(
-        own,
+        config,
         augment=options.augment,
         augment_share=options.augment_share,
         spectral_norm=options.spectral_norm,
@@ -128,7 +129,7 @@ def build(config) -> "GAN":
         conditioner.Conditioner(config),
         generator,
         trained_critic,
-        _terms(own, options, generator, trained_critic),
+        _terms(config, options, generator, trained_critic),
         config.batch_size,
         config.steps,
     )

@@ -23,7 +23,7 @@ FREE_TO_CHANGE = (
 ROLLBACKS = "rollbacks.jsonl"
 WHERE_DATA_LIES = ("data.path", "data.data_dir")  # free: the fingerprint tells the data apart
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
-FREE_OF_MODEL = ("remat",)  # config.model.<these>: another program, the same numbers
+FREE_OF_MODEL = ("remat",)  # config.model.<net>.<these>: another program, the same numbers
 
 
 def describe(path: pathlib.Path, config, source) -> None:

@@ -110,10 +110,10 @@ for _id, (_promise, *_names) in TESTS.items():
 def t5(lab):
     before = steps(lab.oracle)
     for flag, text in {
-        "--config.model.width=32": "model.width: 16 → 32",
+        "--config.model.model.width=32": "model.model.width: 16 → 32",
         "--config.optim.model.weight_decay=0.5": "optim.model.weight_decay",
         "--config.ema.model=0.5": "ema.model",
-        "--config.model.dtype=bfloat16": "model.dtype",
+        "--config.model.model.dtype=bfloat16": "model.model.dtype",
         "--config.batch_size=16": "batch_size: 8 → 16",
         "--config.seed=4": "seed: 0 → 4",
     }.items():

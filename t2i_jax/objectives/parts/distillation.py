@@ -77,5 +77,5 @@ def teacher(config):
     """The flow model that `config.model.teacher` describes, as an objective."""
     sizes = dict(config.model.get("teacher", {}))
     own = copy.deepcopy(config)
-    own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), sizes
+    own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), dict(model=sizes)
     return flow.make(own)

@@ -77,9 +77,9 @@ def features(config) -> FeatureNetwork | None:
 
 
 def by_net(model, load) -> dict:
-    """`config.model` by net, of a config of an older version, too.
+    """`config.model` keyed by net.
 
-    There, sizes beside the nets' were those of both nets, as far as each has such a size.
+    Older versions wrote sizes beside the nets', too: "gen" and "disc" take those that they have.
     """
     nets = {name: value for name, value in model.items() if hasattr(value, "items")}
     shared = {name: value for name, value in model.items() if name not in nets}
