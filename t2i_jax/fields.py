@@ -85,7 +85,7 @@ def one_of(names) -> Rule:
 
 def ascending() -> Rule:
     """Of a tuple."""
-    return Rule(lambda v: list(v) == sorted(v), ", the largest last", whole=True)
+    return Rule(lambda v: list(v) == sorted(v), " with the largest last", whole=True)
 
 
 def pattern() -> Rule:

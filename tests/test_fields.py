@@ -61,7 +61,7 @@ def built(**options):
         ("pair", (0.5,), "give 2 finite numbers, 0 or more"),
         ("pair", 0.5, "give 2 finite numbers"),
         ("pair", (0.5, float("nan")), "pair is (0.5, nan)"),
-        ("times", (0.9, 0.5), "from 0 to 1 and, the largest last"),
+        ("times", (0.9, 0.5), "from 0 to 1 and with the largest last"),
         ("shares", (0.5, 1.5), "a finite number or finite numbers from 0 to 1"),
         ("steps", 0, "a whole number from 1 to 10,000"),
         ("steps", 2.5, "steps is 2.5"),

@@ -442,8 +442,8 @@ WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
         ({"loss": {"penalty": "exakt"}}, "did you mean 'exact'"),
         ({"loss": {"penalty_stride": 0}}, "penalty_stride is 0"),
         ({"loss": {"gamma": 1.0}}, "gamma is 1.0"),
-        ({"loss": {"distil_times": (0.9, 0.5)}}, "the larger last"),
-        ({"loss": {"temperature": 0.0}}, "positive number"),
+        ({"loss": {"distil_times": (0.9, 0.5)}}, "from 0 to 1 and with the largest last"),
+        ({"loss": {"temperature": 0.0}}, "number above 0"),
         *(({"loss": {name: -1}}, f"{name} is -1") for name in WEIGHTS),
         ({"loss": {"gamma": (0.5, np.nan)}}, "gamma is"),
         ({"loss": {"adversarial": "high"}}, "adversarial is .high. .at config.loss"),
@@ -455,6 +455,11 @@ WEIGHTS = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
         ({"model": {"disc": {"res": 64}}}, "config.model.disc.res"),
         ({"load": {"eye": "builtin:shapes-clip#image"}}, "describe it in config.model.eye"),
         ({"loss": {"augment": ("cutuot",)}}, "did you mean 'cutout'"),
+        ({"loss": {"augment_share": (0.0, 1.5)}}, "from 0 to 1"),
+        ({"loss": {"sigma": 0.0}}, "number above 0"),
+        ({"loss": {"distance": "angle"}}, "unknown distance 'angle'"),
+        ({"loss": {"teacher": 3}}, "give a dictionary"),
+        ({"model": {"width": 16}}, "set config.model.gen.width or config.model.disc.width"),
         ({"model": {"gen": {"network": "mpl"}}}, "did you mean 'mlp'"),
         ({"res": 24}, "res is 24"),
         ({"model": {"gen": {"widht": 3}}}, "did you mean 'width'"),
@@ -468,10 +473,21 @@ def test_what_no_gan_can_be_is_said(changes, message):
         objective.make(config)
 
 
-def test_a_teachers_sampler_is_known():
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sampler": "huen"}, r"'huen' .at config.loss.teacher.*'heun'"),
+        ({"guidance": -1}, r"guidance is -1.* .at config.loss.teacher.guidance"),
+        ({"steps": 0}, "steps is 0"),
+        ({"stpes": 3}, "did you mean 'steps'"),
+        ({"strength": 0.5}, "set config.loss.distil_times"),
+    ],
+)
+def test_a_teachers_options_are_those_of_its_prediction(changes, message):
     config = shapes_gan_from_flow.get_config("debug")
-    config.loss.teacher.sampler = "huen"
-    with pytest.raises(errors.ConfigError, match=r"'huen' .at config.loss.teacher.*'heun'"):
+    with config.ignore_type():
+        config.loss.teacher.update(changes)
+    with pytest.raises(errors.ConfigError, match=message):
         objective.make(config)
 
 

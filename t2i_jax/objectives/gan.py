@@ -8,15 +8,14 @@ B batch · H W pixels · C channels · T regions · L words · Z noise · D widt
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from t2i_jax import errors, fields, losses, optim, randomness
-from t2i_jax.models import augment
+from t2i_jax import fields, losses, optim, plugins, randomness
+from t2i_jax.models import augment as augmentation
 from t2i_jax.models.types import Cond
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.objectives.parts import critic, distillation, games, guidance, networks, terms
@@ -29,57 +28,59 @@ NETS = ("gen", "disc", "eye", "clip", "teacher")  # that config.model describes
 KEYS = ("text", "gen", "disc", "eye", "clip_image", "clip_caption", "teacher", "spectral")
 
 
+Positive = Annotated[float, fields.above(0)]
+Shares = Annotated[tuple[float, float], fields.between(0, 1)]
+
+
 class Options(NamedTuple):
     """config.loss.
 
-    game: one of GAMES.
-    penalty: of the discriminator's slope at real (R1) and at drawn (R2) pictures: "exact", its
-      gradient, or "estimate", the first-order ‖D(x) − D(x + σε)‖²/σ² (arXiv:2501.08316), or "none".
-    gamma: the penalties' weight at the first step and at the last, half the squared slope's; on a
-      cosine between, as `augment_share`.
-    penalty_stride: every n-th example of a batch is penalised, and counts n-fold: as lazy as a
-      penalty of all at every n-th step, but of one program. XLA:CPU runs convolutions within a
-      conditional through naive code, thirty times as slow.
+    game: which adversarial game, one of `games.GAMES`.
+    penalty: of the discriminator's slope at real (R1) and at drawn images (R2), see `games.slopes`;
+      "none" leaves it out.
+    gamma: weight of half the squared slope at the first step and at the last, on a cosine between.
+    penalty_stride: every n-th example of a batch is penalised, and counts n-fold. That is as lazy
+      as a penalty of all at every n-th step, but of one program: XLA:CPU runs convolutions within
+      a conditional through naive code, thirty times as slow.
     sigma: of the estimate.
-    mismatch: weight of real pictures beside captions of others.
-    sentence, word: weights of the contrastive losses, in both nets' losses beside the game. These
-      and `mismatch` compare the examples of a batch, which is not cut then: `Loss.compares`.
-    temperature: of these.
-    adversarial: weight of all of these in the generator's loss, the λ of L_CLIP + λ·L_GAN.
-    clip: weight there of how far the picture's embedding by a frozen dual encoder lies from its
-      caption's.
-    distance: "spherical", the squared angle, as guides of CLIP use it (StyleGAN-T,
-      arXiv:2301.09515, section 3.3), or "cosine", 1 − cos, a plain text term beside the image's.
-    distil: weight there of how far pictures lie from what a trained flow model makes of them: it
-      goes on from a point on the straight line between noise and picture. The squared error of
-      pixels is added to that of the maps of a frozen network, the one the discriminator sees
-      through or else the one that guides, if there is one.
+    mismatch: weight of real images beside captions of others.
+    sentence, word: weights of the contrastive losses, in both nets' losses. These and `mismatch`
+      compare the examples of a batch, which is not cut then: `Loss.compares`.
+    temperature: that scores of the contrastive losses are divided by.
+    adversarial: weight of the game and of the contrastive losses in the generator's loss, the λ of
+      L_CLIP + λ·L_GAN.
+    clip: weight in the generator's loss of images' distance from their captions by a frozen dual
+      encoder, see `parts.guidance`.
+    distance: which distance, one of `guidance.DISTANCES`.
+    distil: weight in the generator's loss of images' distance from those that a trained flow model
+      goes on to, see `parts.distillation`. Pixels are compared, and feature maps where there is a
+      frozen network: the one that the discriminator reads, or else the one that guides.
     distil_stride: every n-th example of a batch is compared.
-    distil_times: where the point lies, a time between these for each batch, 1 is noise.
+    distil_times: the times between which the flow model starts, 1 is noise.
     teacher: options of the flow model's `img2img`.
-    augment: what is done to pictures before the discriminator sees them, of `augment.KINDS`.
-    augment_share: how many of them each of these changes, at the first step and at the last.
+    augment: what is done to images before the discriminator reads them, of `models.augment.KINDS`.
+    augment_share: share of the images that each of these changes, as `gamma` over the steps.
     spectral_norm: kernels of the discriminator keep their largest singular value at 1 at most.
     """
 
-    game: str = "relativistic"
-    penalty: str = "exact"
-    gamma: tuple[float, float] = (0.5, 0.05)
-    penalty_stride: int = 4
-    sigma: float = 0.01
-    mismatch: float = 0.5
-    sentence: float = 0.1
-    word: float = 0.1
-    temperature: float = 0.1
-    adversarial: float = 1.0
-    clip: float = 0.0
-    distance: str = "spherical"
-    distil: float = 0.0
-    distil_stride: int = 4
-    distil_times: tuple[float, float] = (0.5, 0.9)
-    teacher: Mapping[str, Any] = {}
-    augment: tuple[str, ...] = ()
-    augment_share: tuple[float, float] = (0.0, 0.3)
+    game: Annotated[str, fields.one_of(games.GAMES)] = "relativistic"
+    penalty: Annotated[str, fields.one_of(games.PENALTIES)] = "exact"
+    gamma: Annotated[tuple[float, float], fields.at_least(0)] = (0.5, 0.05)
+    penalty_stride: fields.Size = 4
+    sigma: Positive = 0.01
+    mismatch: fields.Weight = 0.5
+    sentence: fields.Weight = 0.1
+    word: fields.Weight = 0.1
+    temperature: Positive = 0.1
+    adversarial: fields.Weight = 1.0
+    clip: fields.Weight = 0.0
+    distance: Annotated[str, fields.one_of(guidance.DISTANCES)] = "spherical"
+    distil: fields.Weight = 0.0
+    distil_stride: fields.Size = 4
+    distil_times: Annotated[Shares, fields.ascending()] = (0.5, 0.9)
+    teacher: Mapping = {}
+    augment: Annotated[tuple[str, ...], fields.one_of(augmentation.KINDS)] = ()
+    augment_share: Shares = (0.0, 0.3)
     spectral_norm: bool = False
 
 
@@ -115,35 +116,28 @@ def make(config) -> Objective:
 def build(config) -> "GAN":
     """The parts that a config describes, checked."""
     options = fields.build(Options, config.loss, where="config.loss")
-    _check(options)
     plugins.check_nets(config.model, NETS)
     generator = networks.generator(config)
-    trained_critic = critic.make(
+    own_critic = critic.make(
         config,
         augment=options.augment,
         augment_share=options.augment_share,
         spectral_norm=options.spectral_norm,
     )
-    return GAN(
-        options,
-        conditioner.Conditioner(config),
-        generator,
-        trained_critic,
-        _terms(config, options, generator, trained_critic),
-        config.batch_size,
-        config.steps,
-    )
+    text = conditioner.Conditioner(config)
+    added = _terms(config, options, generator, own_critic)
+    return GAN(options, text, generator, own_critic, added, config.batch_size, config.steps)
 
 
 def _terms(config, options, generator, critic: Critic) -> dict[str, Term]:
-    """The generator's terms beside the game, by the names of their metrics; those with a weight."""
-    found, maps = {}, critic.maps if critic.features else None
+    """The terms of the generator's loss that have a weight, by the names of their metrics."""
+    added, maps = {}, critic.maps if critic.features else None
     if options.clip:
         guide = guidance.make(config)
-        found["clip"] = guide.term(options.clip, options.distance)
+        added["clip"] = guide.term(options.clip, options.distance)
         maps = maps or guide.maps
     if options.distil:
-        found["distil"] = distillation.term(
+        added["distil"] = distillation.term(
             config,
             weight=options.distil,
             stride=options.distil_stride,
@@ -152,7 +146,7 @@ def _terms(config, options, generator, critic: Critic) -> dict[str, Term]:
             noise_shape=generator.z_shape,
             maps=maps,
         )
-    return found
+    return added
 
 
 class Drawn(NamedTuple):
@@ -341,40 +335,3 @@ class GAN(NamedTuple):
 
     def _render(self, nets, style_B, cond):
         return jnp.clip(self.generator.apply(nets["gen"], style_B, cond, method="draw"), -1, 1)
-
-
-def _check(options: Options) -> None:
-    for name, known in (
-        ("game", games.GAMES),
-        ("penalty", games.PENALTIES),
-        ("distance", guidance.DISTANCES),
-    ):
-        if getattr(options, name) not in known:
-            raise errors.unknown(name, getattr(options, name), known, where="config.loss")
-    for name in options.augment:
-        if name not in augment.KINDS:
-            raise errors.unknown("augmentation", name, augment.KINDS, where="config.loss.augment")
-    number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and np.isfinite(v)
-    weight = lambda v: number(v) and v >= 0
-    pair = lambda v: isinstance(v, tuple | list) and len(v) == 2 and all(map(weight, v))
-    shares = lambda v: pair(v) and max(v) <= 1
-    times = lambda v: shares(v) and v[0] <= v[1]
-    summed = ("mismatch", "sentence", "word", "adversarial", "clip", "distil")
-    checks = {
-        "gamma": (pair, "two weights, 0 or more, such as (0.5, 0.05)"),
-        **dict.fromkeys(summed, (weight, "a number, 0 or more")),
-        "augment_share": (shares, "two shares of 1"),
-        "distil_times": (times, "two times of 1, the larger last"),
-        **dict.fromkeys(
-            ("sigma", "temperature"), (lambda v: number(v) and v > 0, "a positive number")
-        ),
-        **dict.fromkeys(
-            ("penalty_stride", "distil_stride"),
-            (lambda v: isinstance(v, int) and v >= 1, "a whole number, 1 for every example"),
-        ),
-    }
-    for name, (fits, wanted) in checks.items():
-        if not fits(getattr(options, name)):
-            raise errors.ConfigError(
-                f"{name} is {getattr(options, name)!r}", where="config.loss", fix=f"give {wanted}"
-            )

@@ -37,7 +37,7 @@ def term(config, *, weight, stride, times, options, noise_shape, maps=None) -> T
             fix="describe a flow network in config.model.gen, as configs/shapes_gan_from_flow.py",
         )
     family = teacher(config)
-    fields.check(family.predict["img2img"], options, where=WHERE, given=3)
+    options = fields.check(family.predict["img2img"], options, where=WHERE, given=3)
     if "strength" in options:
         raise errors.ConfigError(
             "strength is drawn for each batch", where=WHERE, fix="set config.loss.distil_times"
