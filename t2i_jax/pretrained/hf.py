@@ -144,14 +144,19 @@ def _minilm() -> pathlib.Path:
             where=str(folder or "Python's installed packages"),
             fix=MINILM_INSTALL,
         )
-    stat = (folder / WEIGHTS).stat()
-    if _sha256(folder / WEIGHTS, stat.st_size, stat.st_mtime_ns) != MINILM_SHA256:
+    if sha256(folder / WEIGHTS) != MINILM_SHA256:
         raise errors.DataError(
             "the weights of MiniLM are not the published ones: their SHA-256 differs",
             where=str(folder / WEIGHTS),
             fix=MINILM_INSTALL.replace("install", "install --force-reinstall"),
         )
     return folder
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file's bytes, which are read again only where its size or time changed."""
+    stat = path.stat()
+    return _sha256(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.cache
