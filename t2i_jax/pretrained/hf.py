@@ -227,40 +227,32 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
 def _check(whole: pathlib.Path, part: str) -> pathlib.Path:
     """The folder itself or that of its part, where a checkpoint lies there."""
     folder = whole / part
-    index = read_json(whole / PIPELINE) if (whole / PIPELINE).is_file() else {}
-    parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
-    if not folder.is_dir():
-        fix = "give minilm, a folder that save_pretrained wrote, hf:org/name, or a run's workdir"
-        known = parts if part else ("minilm", *CONVERTED)
-        raise errors.DataError(
-            f"no such folder; looked for {CONFIG} and {WEIGHTS} or {INDEX} in it",
-            where=str(folder),
-            fix=errors.nearest(part or whole, known, else_say="" if parts and part else fix),
-        )
-    if parts and not part:
-        raise errors.DataError(
-            "a pipeline of several networks, not one",
-            where=str(whole),
-            fix=f"name one behind a #, as in {whole}#{parts[0]}: {', '.join(parts)}",
-        )
     found, has_config = weights(folder), (folder / CONFIG).is_file()
     if found and has_config:
         return folder
+    index = read_json(whole / PIPELINE) if (whole / PIPELINE).is_file() else {}
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]
     pickles = sorted(p.name for pattern in EXECUTABLE for p in folder.glob(pattern))
-    if pickles and not found:
-        library, classes = ("transformers", "(t.AutoModel, t.AutoTokenizer)")
-        if pickles[0].startswith(STEMS[1]):
-            library, classes = ("diffusers", "(t.AutoModel,)")
-        raise errors.DataError(
-            f"no {WEIGHTS} or {INDEX}; {', '.join(pickles[:SHOWN])} can run code and is not opened",
-            where=str(folder),
-            fix=f'convert it, in a sandbox that has torch: python -c "import {library} as t; '
-            f"[x.from_pretrained('OLD').save_pretrained('NEW') for x in {classes}]\"",
+    fix = "give the folder that save_pretrained wrote"
+    if not folder.is_dir():
+        what = f"no such folder; looked for {CONFIG} and {WEIGHTS} or {INDEX} in it"
+        fix = "give minilm, a folder that save_pretrained wrote, hf:org/name, or a run's workdir"
+        fix = errors.nearest(part, parts) if parts else errors.nearest(whole, CONVERTED, fix)
+    elif parts and not part:
+        what = "a pipeline of several networks, not one"
+        fix = f"name one behind a #, as in {whole}#{parts[0]}: {', '.join(parts)}"
+    elif pickles and not found:
+        what = (
+            f"no {WEIGHTS} or {INDEX}; {', '.join(pickles[:SHOWN])} can run code and is not opened"
         )
-    lacking = CONFIG if found else f"{WEIGHTS} or {INDEX}"
-    raise errors.DataError(
-        f"no {lacking}", where=str(folder), fix="give the folder that save_pretrained wrote"
-    )
+        library, classes = "transformers", "(t.AutoModel, t.AutoTokenizer)"
+        if pickles[0].startswith(STEMS[1]):
+            library, classes = "diffusers", "(t.AutoModel,)"
+        save = f"[x.from_pretrained('OLD').save_pretrained('NEW') for x in {classes}]"
+        fix = f'convert it, in a sandbox with torch: python -c "import {library} as t; {save}"'
+    else:
+        what = f"no {CONFIG if found else f'{WEIGHTS} or {INDEX}'}"
+    raise errors.DataError(what, where=str(folder), fix=fix)
 
 
 def _converted(name: str) -> pathlib.Path:
