@@ -214,9 +214,20 @@ def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(
       shapes: as of `frozen_shapes`.
     """
     shapes = frozen_shapes(family, config, except_nets=except_nets, shapes=shapes)
-    given = sources(config)
-    targets = _placed({name: s for name, s in shapes.items() if name not in except_nets}, shardings)
-    nets = {}
+    wanted = {name: shape for name, shape in shapes.items() if name not in except_nets}
+    return _filled(family, config, wanted, shardings)
+
+
+def pretrained(family: objective.Objective, config, shardings=None):
+    """The trained nets that `config.load` names, as they are there; `shardings` as in `frozen`."""
+    shapes = abstract_nets(family, config)
+    named = sources(config).keys() & set(family.trained)
+    return _filled(family, config, {name: shapes[name] for name in sorted(named)}, shardings)
+
+
+def _filled(family, config, shapes, shardings):
+    """Nets of these shapes, of `config.load` where it names them, else random."""
+    given, targets, nets = sources(config), _placed(shapes, shardings), {}
     for name, target in targets.items():
         if name in given:
             nets[name] = load_net(given[name], name, target)
@@ -225,16 +236,6 @@ def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(
             batch = abstract_batch(config, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
-
-
-def pretrained(family: objective.Objective, config, shardings=None):
-    """The trained nets that `config.load` names, as they are there; `shardings` as in `frozen`."""
-    shapes = abstract_nets(family, config)
-    given = sources(config)
-    named = {name: shapes[name] for name in family.trained if name in given}
-    targets = _placed(named, shardings)
-    nets = {name: load_net(given[name], name, targets[name]) for name in named}
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
 
 

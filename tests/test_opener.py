@@ -11,7 +11,8 @@ import safetensors.numpy
 
 from t2i_jax import errors, weights
 from t2i_jax.models.types import Cond, Features
-from t2i_jax.pretrained import hf, opener
+from t2i_jax.pretrained import hf, opener, text_encoder
+from tests import test_conditioning
 from tests import test_text_families as texts
 from tests import test_vits as pictures
 
@@ -150,6 +151,17 @@ def test_a_run_is_known_by_its_config_alone(tmp_path):
     assert not weights.is_ours("hf:org/name#vae")
 
 
+def test_the_tokenizer_of_a_pipelines_encoder_lies_beside_it(pipeline, encoder):
+    captions = ["a red circle on the left", ""]
+    test_conditioning.small_tokenizer(encoder)
+    (pipeline / "tokenizer").mkdir()
+    test_conditioning.small_tokenizer(pipeline / "tokenizer")
+    want = text_encoder.tokenizer(str(encoder), 9)
+    got = text_encoder.tokenizer(f"{pipeline}#text_encoder", 9)
+    same(got(captions)[:2], want(captions)[:2])
+    assert got.fingerprint == want.fingerprint
+
+
 # --- files of weights ---
 
 
@@ -239,8 +251,11 @@ def test_of_a_pipeline_one_part_is_fetched(hub, pipeline):
     (pipeline / "text_encoder" / "pytorch_model.bin").write_bytes(b"of no use")
     (pipeline / "text_encoder" / "more").mkdir()
     (pipeline / "text_encoder" / "more" / "config.json").write_text("{}")
+    (pipeline / "tokenizer").mkdir()
+    (pipeline / "tokenizer" / "tokenizer.json").write_text("{}")
     opener.open("hf:pipeline@1#text_encoder").module(Cond)
-    assert sorted(hub) == ["text_encoder/config.json", "text_encoder/model.safetensors"]
+    files = ["text_encoder/config.json", "text_encoder/model.safetensors"]
+    assert sorted(hub) == [*files, "tokenizer/tokenizer.json"]
     with pytest.raises(errors.DataError, match=r"several networks.*#text_encoder"):
         opener.open("hf:pipeline@1")
 

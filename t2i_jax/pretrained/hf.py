@@ -33,6 +33,7 @@ STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
 ENDINGS = ("{}.safetensors", ".safetensors.index{}.json", "{}.safetensors.index.json")
 VARIANTS = (".fp16", ".bf16")  # fetched and read only where there is no file without one
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+TEXTS = ("*.json", "*.txt", "*.model")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 # What a config.json may ask for at most: far more than any checkpoint has, and built in seconds.
 LARGEST = {"vocab": 2**22, "end": 2**22, "depth": 128, "res": 4096, "learned": 4096, "epsilon": 1.0}
@@ -83,6 +84,16 @@ def weights(folder: pathlib.Path) -> pathlib.Path | None:
     names = itertools.product(("", *VARIANTS), STEMS, ENDINGS)
     paths = (folder / f"{stem}{ending.format(variant)}" for variant, stem, ending in names)
     return next((path for path in paths if path.is_file()), None)
+
+
+def tokenizer(folder: pathlib.Path) -> pathlib.Path:
+    """Where the tokenizer of a checkpoint lies: with it, or in a pipeline beside it."""
+    beside = folder.parent / _beside(folder.name)
+    return beside if beside.is_dir() else folder
+
+
+def _beside(part: str) -> str:
+    return part.replace("text_encoder", "tokenizer")  # as diffusers calls the two folders
 
 
 def read_json(path: pathlib.Path) -> dict:
@@ -193,8 +204,8 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
     local = _allowed.get() is not None and f"hf:{name}" not in _allowed.get()
     if not revision and not local:
         logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
-    within = f"{glob.escape(part)}/" if part else ""
-    texts = ("*.json", "*.txt", "*.model")
+    within, beside = (f"{glob.escape(name)}/" if part else "" for name in (part, _beside(part)))
+    texts = [folder + name for folder in {within, beside} for name in TEXTS]
     weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
     plain = weights_of(".safetensors") + weights_of("-*.safetensors")
     try:
@@ -204,7 +215,7 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
                 repo_id=repo,
                 revision=revision or None,
                 local_files_only=local,
-                allow_patterns=[within + pattern for pattern in (*patterns, *texts)],
+                allow_patterns=[*texts, *(within + pattern for pattern in patterns)],
                 ignore_patterns=f"{within}*/*",
             )
             if weights(pathlib.Path(folder) / part):

@@ -41,7 +41,9 @@ def open(folder):
     own = hf.read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if "added_tokens_decoder" not in own and (folder / SPECIAL).is_file():
         own |= hf.read_json(folder / SPECIAL)
-    name = _class(own, hf.read_json(folder / hf.CONFIG))
+    # In a pipeline the network's config.json lies elsewhere.
+    config = hf.read_json(folder / hf.CONFIG) if (folder / hf.CONFIG).is_file() else {}
+    name = _class(own, config)
     if name not in (*_AS_IT_IS, *_CLASSES) or own.get("split_special_tokens"):
         return None
     if any(own.get(key) is not None for key in ("add_bos_token", "add_eos_token")):

@@ -123,7 +123,7 @@ def open(name: str, length: int) -> Tokenizer:
             vocab_size=BYTES_VOCAB,
             fingerprint=hashlib.sha256(b"bytes").hexdigest(),
         )
-    folder = hf.locate(name)
+    folder = hf.tokenizer(hf.locate(name))
     _check_sizes(folder)
     with _of_library(folder):
         opened, pad, end = fast.open(folder) or _by_transformers(folder)
