@@ -95,6 +95,7 @@ def pattern() -> Rule:
 Size = Annotated[int, at_least(1)]
 Seed = Annotated[int, between(0, 2**32 - 1)]
 Share = Annotated[float, between(0, 1)]
+Dtype = Annotated[str, one_of(("float32", "bfloat16", "float16"))]  # what a network computes in
 Weight = Annotated[float, at_least(0)]
 
 

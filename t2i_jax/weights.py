@@ -241,19 +241,14 @@ def _filled(family, config, shapes, shardings):
 
 def sources(config) -> dict:
     """net -> where its weights come from, of `config.load`, without empty entries."""
-    found = {name: text_encoder.given(source) for name, source in config.load.items()}
+    found = {name: opener.parse(source) for name, source in config.load.items()}
     return {name: source for name, source in found.items() if source}
 
 
 def named(load) -> list[str]:
     """All sources of `net -> source or sources`."""
-    each = [text_encoder.given(source) for source in (load or {}).values()]
-    return [
-        one
-        for source in each
-        if source
-        for one in ([source] if isinstance(source, str) else source)
-    ]
+    parsed = map(opener.parse, (load or {}).values())
+    return [one for source in parsed for one in opener.each(source)]
 
 
 def override(config, given) -> None:
@@ -311,7 +306,7 @@ def load_net(source, name: str, target):
 
 def _check_there(name: str, source) -> None:
     """Raises ConfigError for a path that is no folder, which may have been a run's."""
-    for one in (source,) if isinstance(source, str) else source:
+    for one in opener.each(source):
         path, _ = hf.split(one)
         if one.startswith("hf:") or len(path.parts) < 2 or path.is_dir():
             continue

@@ -81,13 +81,11 @@ def test_several_encoders_are_each_of_them_side_by_side(pair):
 
 
 def test_a_string_names_several_by_commas_unless_it_is_a_folder(tmp_path):
-    assert text_encoder.given("a/clip, b/t5") == ("a/clip", "b/t5")
-    assert text_encoder.given("") is text_encoder.given(None) is None
-    assert text_encoder.given(["a", "b"]) == ("a", "b")
+    assert opener.parse("a/clip, b/t5") == ("a/clip", "b/t5")
+    assert opener.parse("") is opener.parse(None) is None
+    assert opener.parse(["a", "b"]) == ("a", "b")
     (tmp_path / "clip, projected").mkdir()
-    assert text_encoder.given(str(tmp_path / "clip, projected")) == str(
-        tmp_path / "clip, projected"
-    )
+    assert opener.parse(str(tmp_path / "clip, projected")) == str(tmp_path / "clip, projected")
 
 
 def test_a_comma_in_a_path_that_is_not_there_is_told(tmp_path):
@@ -159,7 +157,7 @@ def test_clip_reads_the_penultimate_layer_on_request(pair):
         (dict(clip=dict(layer=2)), "unknown option 'layer'"),
         (dict(klip=dict()), "did you mean 'clip'"),
         (dict(t5=dict()), "no encoder of the family 't5'"),
-        (dict(clip=3), "give dict"),
+        (dict(clip=3), "give a dictionary"),
         (dict(dtype="bf16"), "did you mean 'bfloat16'"),
         (dict(clip=dict(skip=0.5)), "skip is 0.5"),
     ):

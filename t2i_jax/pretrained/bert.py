@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import hf, tensors
@@ -132,7 +132,7 @@ class Bert(nn.Module):
         return condition.of_states(self.states(text_BL, mask_BL)[-1], mask_BL)
 
 
-def from_config(config: dict, *, dtype: str = "float32") -> Bert:
+def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Bert:
     """The encoder that a checkpoint's config.json describes.
 
     Raises:

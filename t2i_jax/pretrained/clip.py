@@ -200,7 +200,7 @@ class ClipImage(nn.Module):
 
 
 def from_config(
-    config: dict, *, dtype: str = "float32", skip: Annotated[int, fields.at_least(0)] = 0
+    config: dict, *, dtype: fields.Dtype = "float32", skip: Annotated[int, fields.at_least(0)] = 0
 ) -> ClipText | ClipImage:
     """The tower that a config.json describes, or one of `towers`.
 

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Features
 from t2i_jax.pretrained import hf, tensors, vit
@@ -130,7 +130,7 @@ class Dino(nn.Module):
         return Features(last_BLD[:, 0], maps=(grid_BHWD,))
 
 
-def from_config(config: dict, *, dtype: str = "float32", res: int | None = None) -> Dino:
+def from_config(config: dict, *, dtype: fields.Dtype = "float32", res: int | None = None) -> Dino:
     """The network that a checkpoint's config.json describes.
 
     Args:

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models import blocks
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import hf, tensors
@@ -187,7 +187,7 @@ def _keep(logits_BV, top_k: int, top_p: float):
     return jnp.where(logits_BV >= jnp.maximum(floor_B1, nucleus_B1), logits_BV, -jnp.inf)
 
 
-def from_config(config: dict, *, dtype: str = "float32") -> Gpt2:
+def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Gpt2:
     """The network that a checkpoint's config.json describes.
 
     Raises:

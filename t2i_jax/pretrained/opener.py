@@ -89,6 +89,22 @@ class Checkpoint(NamedTuple):
         return tensors.match(self.folder, shapes["params"], names)
 
 
+def parse(source):
+    """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
+    a string that is no folder names with commas between.
+    """
+    if isinstance(source, str) and "," in source and not pathlib.Path(source).is_dir():
+        source = [one.strip() for one in source.split(",")]
+    if source is None or isinstance(source, str):
+        return source or None
+    return tuple(source)
+
+
+def each(source) -> tuple[str, ...]:
+    """The sources that one names, which `parse` gave."""
+    return () if source is None else (source,) if isinstance(source, str) else source
+
+
 def open(source: str) -> Checkpoint:
     """The pretrained checkpoint that `hf.locate` finds.
 

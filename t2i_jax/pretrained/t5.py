@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models import attention, blocks
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import hf, tensors
@@ -153,7 +153,7 @@ class T5(nn.Module):
         return condition.of_states(self.states(text_BL, mask_BL)[-1], mask_BL)
 
 
-def from_config(config: dict, *, dtype: str = "float32") -> T5:
+def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> T5:
     """The encoder that a checkpoint's config.json describes.
 
     Raises:

@@ -4,17 +4,15 @@ B batch · L text length · D width
 """
 
 import contextlib
-import pathlib
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import bert, hf, opener
 from t2i_jax.text import tokenize
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Joined(nn.Module):
@@ -43,30 +41,28 @@ class Joined(nn.Module):
         )
 
 
-def given(source):
-    """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
-    a string that is no folder names with commas between.
-    """
-    if isinstance(source, str) and "," in source and not pathlib.Path(source).is_dir():
-        source = [one.strip() for one in source.split(",")]
-    if source is None or isinstance(source, str):
-        return source or None
-    return tuple(source)
-
-
 def make(source, *, dtype: str = "float32", **options) -> nn.Module:
     """A module `(ids_BL, mask_BL) -> Cond` for `source`, or of several `(name -> Tokens) -> Cond`,
     still without weights.
 
     Args:
       source: a checkpoint (see hf.locate), several that read each caption together, or None for the
-        small random encoder of bytes that debug configs use; see `given`.
+        small random encoder of bytes that debug configs use; see `opener.parse`.
       dtype: what it computes in.
       options: family -> more options of its `from_config`, such as clip={"skip": 1}.
     """
-    source = given(source)
+    source = opener.parse(source)
     checkpoints = _opened(source)
-    _check_options({checkpoint.name for checkpoint in checkpoints}, dtype, options)
+    fields.checked(fields.Dtype, "dtype", dtype, where="config.text")
+    families = {checkpoint.name for checkpoint in checkpoints}
+    for name, own in options.items():
+        if name not in families:
+            raise errors.ConfigError(
+                f"no encoder of the family {name!r} is loaded",
+                where="config.text",
+                fix=errors.nearest(name, families | {"dtype"}),
+            )
+        fields.checked(Mapping, name, own, where="config.text")
     if source is None:
         return bert.Bert(
             vocab=tokenize.BYTES_VOCAB, width=32, depth=1, heads=2, mlp_width=64, dtype=dtype
@@ -82,7 +78,7 @@ def tokenizer(source, length: int):
     """The tokenizer of `make(source)`, of `length` tokens; of several encoders a dict, encoder's
     name -> tokenizer, none of more tokens than its encoder has positions.
     """
-    source = given(source)
+    source = opener.parse(source)
     if source is None:
         return tokenize.open("bytes", length)
     checkpoints = _opened(source)
@@ -114,7 +110,7 @@ def origin(source: str) -> str:
     config = hf.read_json(path) if path.is_file() else {}
     if "objective" not in config:
         return source
-    began = given(config.get("load", {}).get(net or "text"))
+    began = opener.parse(config.get("load", {}).get(net or "text"))
     if not isinstance(began, str):
         raise errors.ConfigError(
             f"the run's text encoder began with {began!r}; only what began with one pretrained "
@@ -125,28 +121,10 @@ def origin(source: str) -> str:
     return origin(began)
 
 
-def _check_options(here: set[str], dtype, options) -> None:
-    """Options of families that are not `here`, or that are none, are errors."""
-    for name, given in options.items():
-        if name not in here:
-            raise errors.ConfigError(
-                f"no encoder of the family {name!r} is loaded",
-                where="config.text",
-                fix=errors.nearest(name, here | {"dtype"}),
-            )
-        if not hasattr(given, "items"):
-            raise errors.ConfigError(
-                f"it is {given!r}", where=f"config.text.{name}", fix="give dict(…) of options"
-            )
-    for value in (dtype, *(given.get("dtype", dtype) for given in options.values())):
-        if value not in DTYPES:
-            raise errors.unknown("dtype", value, DTYPES, where="config.text")
-
-
 def _opened(source) -> list[opener.Checkpoint]:
     """The pretrained checkpoints that a source names, or that runs of ours began with."""
     checkpoints = []
-    for one in () if source is None else (source,) if isinstance(source, str) else source:
+    for one in opener.each(source):
         began = origin(one)
         # What a run's config.json names is no choice of the user.
         network = contextlib.nullcontext() if began == one else hf.offline_except()
