@@ -37,6 +37,8 @@ def spherical(a_BP, b_BP):
 def different_captions(tokens):
     """Whether the captions of each pair of examples differ in their tokens.   -> bool BB
 
+    tokens: a tree of numbers BL and masks BL, one pair for each tokenizer.
+
     Hashes of 64 bits are compared, as the tokens of all pairs would be B²·L numbers. Two different
     captions count as equal with a chance of 2⁻⁶⁴; among 2,048 captions this happens with a chance
     of 10⁻¹³. In that step the two are no negatives of each other.

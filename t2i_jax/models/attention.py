@@ -7,12 +7,16 @@ import jax.numpy as jnp
 def attention(
     q_BTNH, k_BSNH, v_BSNH, *, mask_BS=None, mask_BTS=None, bias_NTS=None, causal=False, scale=None
 ):
-    """softmax(scale·q·k + bias)·v, softmax in float32.   -> BTNH
+    """softmax(scale·q·k + bias)·v, with the softmax in float32.   -> BTNH
 
-    Keys where a mask is False are not seen, nor, if causal, those behind the query; scale is 1/√H.
+    Args:
+      mask_BS, mask_BTS: False hides a key, from all queries or from a single one.
+      bias_NTS: added to the scaled products.
+      causal: also hides the keys behind the query.
+      scale: by default 1/√H.
     """
     dtype = q_BTNH.dtype
-    if dtype == jnp.float16:  # XLA for CPUs has no products of these with float32 sums
+    if dtype == jnp.float16:  # XLA:CPU has no products of float16 that sum in float32
         q_BTNH, k_BSNH, v_BSNH = (x.astype(jnp.float32) for x in (q_BTNH, k_BSNH, v_BSNH))
     mask = None if mask_BS is None else mask_BS[:, None, None, :]
     mask = mask if mask_BTS is None else mask_BTS[:, None]

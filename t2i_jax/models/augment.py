@@ -1,4 +1,4 @@
-"""Differentiable augmentation of what a discriminator sees (DiffAugment, arXiv:2006.10738).
+"""Differentiable augmentation of a discriminator's input (DiffAugment, arXiv:2006.10738).
 
 H W pixels · C channels · B batch
 """
@@ -11,18 +11,20 @@ HOLE = 1 / 2  # of the side
 
 
 def augmented(names, image_BHWC, keys_B, share):
-    """Pictures of which each kind of KINDS changes a share, each example by its own key.
+    """Images, of which each named kind changes a share. Each example has its own key.   -> BHWC
 
-    Every change is differentiable by the pictures: a generator learns through it, and does not
-    learn it, for real pictures are changed as often.
+    Every change is differentiable by the images, so a generator learns through it. It does not
+    learn to draw the changes themselves, as real images are changed as often.
 
     Args:
-      names: of KINDS, in this order.
-      share: 0 … 1.
+      names: kinds of KINDS, applied in this order.
+      keys_B: one key for each example.
+      share: of the examples that each kind changes, 0 … 1.
     """
 
     def one(image_HWC, key):
         for name in names:
+            # Both branches are computed: under vmap a conditional would compute both anyway.
             key, coin, draw = jax.random.split(key, 3)
             changed_HWC = KINDS[name](image_HWC, draw)
             image_HWC = jnp.where(jax.random.uniform(coin) < share, changed_HWC, image_HWC)
@@ -41,15 +43,15 @@ def colour(image_HWC, key):
 
 
 def translation(image_HWC, key):
-    """Up to an eighth of the side along both axes; what comes in is as the nearest pixel."""
+    """Moves an image by up to an eighth of its side along both axes. The border repeats."""
     h, w, _ = image_HWC.shape
     down, right = jax.random.uniform(key, (2,), minval=-SHIFT, maxval=SHIFT)
-    # as products with matrices of ones and zeros: XLA:CPU's gathers and scatters are slow
+    # Products with matrices of ones and zeros, as XLA:CPU's gathers and scatters are slow.
     return jnp.einsum("yh,xw,hwc->yxc", _moves(h, down * h), _moves(w, right * w), image_HWC)
 
 
 def cutout(image_HWC, key):
-    """A square of half the side, anywhere, is grey."""
+    """Greys a square of half the side, centred anywhere in the image."""
     h, w, _ = image_HWC.shape
     y, x = jax.random.uniform(key, (2,))
     inside = lambda n, at: jnp.abs(jnp.arange(n) + 0.5 - at * n) < HOLE * n / 2
@@ -57,7 +59,7 @@ def cutout(image_HWC, key):
 
 
 def _moves(n: int, by):
-    """The matrix that moves n pixels by a whole number of them."""
+    """The matrix that moves n pixels by `by`, rounded to a whole number of pixels."""
     source_N = jnp.clip(jnp.arange(n) - jnp.round(by), 0, n - 1)
     return (source_N[:, None] == jnp.arange(n)).astype(jnp.float32)
 

@@ -1,4 +1,4 @@
-"""What the pretrained transformers of texts and pictures are made of.
+"""Layers of pretrained transformers, for text and for images.
 
 B batch · L length · N = B·L tokens · D width · H head width · M width within the MLP
 """
@@ -23,7 +23,7 @@ ACTIVATIONS = {
 
 
 class Value(nn.Module):
-    """A parameter that is no weight of a product: a token, a scale."""
+    """A single parameter that is no kernel, such as a token or a scale."""
 
     shape: tuple[int, ...]
     init: nn.initializers.Initializer = nn.initializers.normal(0.02)
@@ -34,12 +34,14 @@ class Value(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and MLP on flattened tokens: products of ND are faster than those of BLD.
+    """A transformer layer: attention and MLP.
+
+    It works on flattened tokens ND, as XLA:CPU is faster at their products than at those of BLD.
 
     normed: "after" each sum, as in BERT, or "before" attention and MLP, as in GPT-2.
-    gated: `up` makes two halves, the activated first of which multiplies the second, as in SwiGLU
+    gated: `up` makes two halves. The activated first one multiplies the second, as in SwiGLU
       (arXiv:2002.05202).
-    scaled: what attention and MLP add is multiplied channel by channel (arXiv:2103.17239).
+    scaled: the outputs of attention and MLP have a learned scale per channel (arXiv:2103.17239).
     """
 
     heads: int
@@ -54,9 +56,12 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x_ND, mask_BL, cache=None, place_BL=None):
-        """Tokens after the block; with a cache of keys and values (each BSNH), what it became, too.
+        """The tokens after the layer; with a cache also the new cache.
 
-        With a cache the tokens come to stand at place_BL, and see what stands at no later place.
+        Args:
+          mask_BL: True for real tokens; read without a cache alone.
+          cache: keys and values of earlier tokens, each BSNH, S places.
+          place_BL: the places of these tokens in the cache. A token sees no later place.
         """
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         attention_norm, mlp_norm = (
@@ -103,9 +108,9 @@ class Layer(nn.Module):
 
 
 class Causal(nn.Module):
-    """A stack of layers in which a token sees those before it: CLIP's text tower and GPT-2.
+    """A stack of causal layers: CLIP's text tower and GPT-2.
 
-    `dtype` computes, parameters stay float32.
+    `dtype` is the type of computation. Parameters stay float32.
     """
 
     vocab: int
@@ -131,8 +136,9 @@ class Causal(nn.Module):
         self.norm = nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False)
 
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
-        """BLD after the embeddings and after every layer, not normed but for one more: the last
-        layer's, normed.
+        """The hidden states BLD after the embeddings and after every layer.
+
+        These are not normed. One more entry at the end is the last of them, normed.
         """
         place_L = positions(text_BL, self.max_length)
         x_BLD = self.word(text_BL) + self.position(place_L)
@@ -144,7 +150,7 @@ class Causal(nn.Module):
 
 
 def positions(text_BL, max_length: int):
-    """0 … L − 1. Raises ConfigError where the encoder has fewer positions."""
+    """The positions 0 … L − 1. Raises ConfigError where the encoder has fewer."""
     length = text_BL.shape[1]
     if length > max_length:
         raise errors.ConfigError(

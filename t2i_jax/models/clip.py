@@ -1,4 +1,4 @@
-"""The two towers of a dual encoder (CLIP, arXiv:2103.00020): pictures and captions to one space.
+"""The two towers of a dual encoder (CLIP, arXiv:2103.00020): images and captions to one space.
 
 B batch · H W pixels · C channels · S = 1 + L tokens · D width · P embedding
 """
@@ -20,9 +20,13 @@ SCALE_LIMIT = math.log(100)  # and where it ends
 class Convolutional(nn.Module):
     """image_BHWC -> Features: an image tower without attention.
 
-    Fields: `width` channels at 8 pixels a side and fewer at more, `least` at the picture's own;
-    `depth` blocks at each size; `projected`: width of the embedding.
-    maps: after the blocks of every size, from fine to coarse.
+    Its `maps` are taken after the blocks of every size, from fine to coarse.
+
+    res: pixels a side.
+    width: channels at 8 pixels a side. Each doubling of the side halves them.
+    least: the smallest number of channels.
+    depth: blocks at each size.
+    projected: width of the embedding.
     """
 
     res: fields.Size = 32
@@ -46,9 +50,12 @@ class Convolutional(nn.Module):
 
 
 class Image(nn.Module):
-    """An image tower, whose parameters are its own, beside the scale of the logits.
+    """An image tower with the scale of the logits.
 
-    offset: a bias of the logits, too, that begins there: SigLIP's (arXiv:2303.15343), or None.
+    The tower's parameters lie in this module's own scope, so that weights of the tower alone fit.
+
+    scale: the first value of the scale's logarithm.
+    offset: the first value of a bias of the logits, as in SigLIP (arXiv:2303.15343). None: no bias.
     """
 
     tower: nn.Module
@@ -62,19 +69,23 @@ class Image(nn.Module):
             self.logit_bias = blocks.Value((), nn.initializers.constant(self.offset))
 
     def __call__(self, image_BHWC) -> Features:
-        self.temper()
+        self.temper()  # `init` calls this method, and must meet all parameters
         return self.tower(image_BHWC)
 
     def temper(self):
-        """What cosines are multiplied by, at most 100, and what is added."""
+        """The factor of the cosines, at most 100, and the bias that is added to them."""
         scale = self.logit_scale()
-        # beyond the limit its gradient goes on, so that it can come back
+        # Beyond the limit the value is cut off but its gradient is not, so that it can come back.
         scale -= jax.lax.stop_gradient(nn.relu(scale - SCALE_LIMIT))
         return jnp.exp(scale), 0.0 if self.offset is None else self.logit_bias()
 
 
 class Caption(nn.Module):
-    """Caption states -> BP: a few transformer layers over the words and one token for all."""
+    """Caption states -> embedding BP.
+
+    A few transformer layers read the words and one learned token. That token, together with the
+    pooled state, gives the embedding.
+    """
 
     width: fields.Size = 128
     depth: fields.Size = 2

@@ -1,10 +1,10 @@
 """A generator that draws in one pass, and a discriminator that reads the caption, too.
 
-Residual nets without batch statistics: the generator's blocks are modulated by a mapping of noise
-and caption (StyleGAN, arXiv:1812.04948), the discriminator has no normalisation (R3GAN,
-arXiv:2501.05441); words are seen by attention (GigaGAN, arXiv:2303.05511) at the generator's first
-two sizes and one of the discriminator, which reads the caption by projection (arXiv:1802.05637)
-and word by word (AttnGAN, arXiv:1711.10485), too.
+Both are residual nets without batch statistics. A mapping of noise and caption modulates the
+generator's blocks (StyleGAN, arXiv:1812.04948). The discriminator has no normalisation (R3GAN,
+arXiv:2501.05441). Attention to the words (GigaGAN, arXiv:2303.05511) comes at the generator's first
+two sizes and at one of the discriminator. The latter also reads the caption by projection
+(arXiv:1802.05637) and word by word (AttnGAN, arXiv:1711.10485).
 
 B batch · H W pixels · C channels · T regions · L words · Z noise · D width
 """
@@ -20,14 +20,15 @@ from t2i_jax.models import attention, layers, pyramid, unet
 from t2i_jax.models.types import Cond
 from t2i_jax.sampling import prediction
 
-MEAN_OF = 64  # noises
-READ = 2  # sizes at which the generator reads words, the smallest
-BLOCK = 16  # captions that all pictures are compared with at once
+MEAN_OF = 64  # draws of noise for the mean style
+READ = 2  # sizes at which the generator reads words, from the smallest
+BLOCK = 16  # captions that all images are compared with at once
 
 
 class Level(nn.Module):
-    """The generator at one size: `depth` residual blocks, then, `reads` times, a look at the words,
-    before each further one as many blocks again.
+    """The generator at one size: `reads` times `depth` residual blocks and attention to the words.
+
+    With `reads` = 0 there are `depth` blocks and no attention.
     """
 
     width: int
@@ -48,12 +49,15 @@ class Level(nn.Module):
 
 
 class Generator(nn.Module):
-    """(z_BZ, cond) -> image_BHWC, which is not bounded: pictures are its values in [-1, 1].
+    """(z_BZ, cond) -> image_BHWC, not bounded. An image has values in [-1, 1].
 
-    Fields: `res` pixels a side, 4 times a power of two; `width` channels at 8 pixels and fewer
-    beyond, `least` at the end; `depth` blocks at each size; `reads`: how often words are read at 4
-    and at 8 pixels, after `depth` blocks each time; `heads` of that attention; `noise` numbers in
-    z.
+    res: pixels a side, 4 times a power of two.
+    width: channels at 8 pixels a side. Each doubling of the side halves them.
+    least: the smallest number of channels.
+    depth: blocks at each size, and before each attention.
+    reads: how often words are read at 4 and at 8 pixels.
+    heads: of that attention.
+    noise: numbers in z.
     """
 
     res: fields.Size = 32
@@ -79,7 +83,7 @@ class Generator(nn.Module):
         self.leave = unet.Conv(3)
 
     def style(self, z_BZ, cond: Cond):
-        """What the blocks are modulated by: a function of the noise and the caption.   -> BD"""
+        """The style, which modulates the blocks, from noise and pooled caption.   -> BD"""
         enter, *rest = self.mapping
         h_BD = enter(jnp.concatenate([z_BZ, self.text_norm(cond.pooled_BD)], -1))
         for layer in rest:
@@ -87,7 +91,7 @@ class Generator(nn.Module):
         return h_BD
 
     def draw(self, style_BD, cond: Cond):
-        """The picture of a style.   -> image_BHWC"""
+        """The image of a style and the words of a caption.   -> image_BHWC"""
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         c_BD = nn.silu(style_BD)
         x_BHWC = self.base(c_BD).reshape(len(c_BD), pyramid.BASE, pyramid.BASE, -1)
@@ -101,6 +105,7 @@ class Generator(nn.Module):
 
     def mean_style(self, cond: Cond):
         """The mean style of a caption over noise.   -> BD"""
+        # A fixed key: the mean must be the same in every batch and in every program.
         z_MZ = jax.random.normal(jax.random.key(0), (MEAN_OF, self.noise))
         b = len(cond.pooled_BD)
         many = cond._replace(pooled_BD=jnp.tile(cond.pooled_BD, (MEAN_OF, 1)))
@@ -108,7 +113,7 @@ class Generator(nn.Module):
 
     @staticmethod
     def between(a_BD, b_BD, share):
-        """A style on the way from one to another."""
+        """The style at `share` of the way from the first to the second."""
         return (1 - share) * a_BD + share * b_BD
 
     @property
@@ -117,12 +122,13 @@ class Generator(nn.Module):
 
 
 class OneStep(nn.Module):
-    """A flow network as a generator: the picture that it sees in pure noise.
+    """A flow network as a generator: its prediction of the image from pure noise, in one step.
 
-    Its parameters are the flow network's own, so that it can begin with trained ones, as in
+    It has the same parameters as the flow network. So it can start from a trained one, as in
     adversarial post-training (arXiv:2501.08316).
 
-    Fields: `prediction`: what the network puts out, see `sampling.prediction`; `res`.
+    prediction: the kind of the network's output, see `sampling.prediction`.
+    res: pixels a side.
     """
 
     flow: nn.Module
@@ -139,7 +145,7 @@ class OneStep(nn.Module):
         return jnp.zeros((len(cond.pooled_BD), *self.z_shape))
 
     def draw(self, z_BHWC, cond: Cond):
-        t_B = jnp.ones(len(z_BHWC))
+        t_B = jnp.ones(len(z_BHWC))  # one Euler step from t = 1 to t = 0
         out_BHWC = self.flow(z_BHWC, t_B, cond)
         return z_BHWC - prediction.velocity(self.prediction, out_BHWC, z_BHWC, t_B)
 
@@ -148,7 +154,7 @@ class OneStep(nn.Module):
 
     @staticmethod
     def between(a_BHWC, b_BHWC, share):
-        """Noise on the way from one to another, of the same variance all along."""
+        """Noise at `share` of the way from the first to the second, with constant variance."""
         mixed_BHWC = (1 - share) * a_BHWC + share * b_BHWC
         return mixed_BHWC * jax.lax.rsqrt((1 - share) ** 2 + share**2)
 
@@ -158,10 +164,11 @@ class OneStep(nn.Module):
 
 
 class Judgement(NamedTuple):
-    """What the discriminator makes of pictures and captions.
+    """The discriminator's output for images with captions.
 
-    logit_B: how real the picture is, and how well the caption fits.
-    image_BD, regions_BTD: of the picture, of length 1; text_BD, words_BLD: of the caption.
+    logit_B: how real the image is, and how well the caption fits. Larger is better.
+    image_BD, regions_BTD: embeddings of the image and of its regions, of length 1.
+    text_BD, words_BLD: embeddings of the caption and of its words, of length 1.
     """
 
     logit_B: jax.Array
@@ -172,7 +179,7 @@ class Judgement(NamedTuple):
 
 
 class Head(nn.Module):
-    """What comes of a picture's vector h_BD and regions, and the caption's vector and words."""
+    """A Judgement from an image's vector h_BD and regions, and a caption's vector and words."""
 
     width: int
     embedding: int
@@ -186,6 +193,7 @@ class Head(nn.Module):
         )
         image_BD, regions_BTD = embed(h_BD, "image"), embed(regions_BTD, "region")
         text_BD, words_BLD = embed(text_BE, "text"), embed(words_BLE, "word")
+        # Projection (arXiv:1802.05637). The root keeps its variance near that of one feature.
         fits_B = (layers.Dense(self.width, name="fits")(text_BE) * h_BD).sum(-1) / self.width**0.5
         weight = self.param("word_weight", nn.initializers.ones, ())
         logit_B = nn.Dense(1, name="real")(h_BD)[:, 0] + fits_B
@@ -194,10 +202,10 @@ class Head(nn.Module):
 
 
 class Projected(nn.Module):
-    """(maps BHWC of a frozen network, *conds) -> a Judgement each: a head on each map, as in
-    projected GANs (arXiv:2111.01007) and latent adversarial distillation (arXiv:2403.12015).
+    """(maps BHWC of a frozen network, *conds) -> a Judgement for each cond.
 
-    Fields as of `Discriminator`.
+    A head on each map reads it, as in projected GANs (arXiv:2111.01007) and latent adversarial
+    distillation (arXiv:2403.12015). The fields are those of `Discriminator`.
     """
 
     width: fields.Size = 128
@@ -207,9 +215,10 @@ class Projected(nn.Module):
     def __call__(self, maps, *conds: Cond) -> tuple[Judgement, ...]:
         text, words = layers.Dense(self.width, name="text"), layers.Dense(self.width, name="words")
         text_norm, words_norm = layers.RMSNorm(), layers.RMSNorm()
-        head = Head(self.width, self.embedding, name="Verdict_0")  # as in saved files
+        head = Head(self.width, self.embedding, name="Verdict_0")  # its name in checkpoints
         h_BD = 0.0
         for i, map_BHWC in enumerate(maps):
+            # The maps of a frozen network differ in scale from layer to layer.
             x = layers.RMSNorm(scale=False)(map_BHWC)
             while x.shape[1] >= 4 * pyramid.BASE and x.shape[1] % 2 == 0:
                 x = pyramid.Shrink(self.width, name=f"shrink_{i}_{x.shape[1]}")(x)
@@ -228,10 +237,10 @@ class Projected(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, *conds) -> a Judgement each: one trunk sees the pictures down to 8 pixels a
-    side, where each condition is read.
+    """(image_BHWC, *conds) -> a Judgement for each cond.
 
-    Fields as of `Generator`; `embedding`: width of Judgement's.
+    One trunk reads the images down to 8 pixels a side, once for all conds. Below, each cond is
+    read. The fields are those of `Generator`; `embedding` is the width of a Judgement's embeddings.
     """
 
     res: fields.Size = 32
@@ -253,7 +262,7 @@ class Discriminator(nn.Module):
         self.keys = layers.KeysValues(self.width, self.heads)
         self.out = layers.Dense(self.width)
         self.mix = pyramid.Flat(self.width)
-        self.head = Head(self.width, self.embedding, name="verdict")  # as in saved files
+        self.head = Head(self.width, self.embedding, name="verdict")  # its name in checkpoints
 
     def __call__(self, image_BHWC, *conds: Cond) -> tuple[Judgement, ...]:
         x_BHWC, last = self.enter(image_BHWC), len(self.shrink)
@@ -275,7 +284,7 @@ class Discriminator(nn.Module):
         return x_BHWC
 
     def _read(self, x_BHWC, tokens_BSD, mask_BS):
-        """What regions learn from the words."""
+        """Attention of the regions to the words.   -> BHWD"""
         b, h, w, d = x_BHWC.shape
         q_BTNH = self.query(x_BHWC.reshape(b, h * w, d))
         k_BSNH, v_BSNH = self.keys(tokens_BSD)
@@ -284,33 +293,33 @@ class Discriminator(nn.Module):
 
 
 def word_scores(regions, words, mask, temperature: float = 0.2):
-    """How well the regions of a picture answer the words of a caption, -1 … 1.
+    """How well the regions of an image match the words of a caption, -1 … 1.
 
-    Each word looks at the regions most like it (as in XMC-GAN, arXiv:2101.04702); the score is the
-    mean of the words' cosines with what they found. A caption without words scores 0.
+    Each word attends to the regions most like it (XMC-GAN, arXiv:2101.04702). The score is the mean
+    cosine of the words with their attended regions. A caption without words scores 0.
 
     Args:
       regions: (…, T, D) of length 1.   words: (…, L, D) of length 1.   mask: (…, L).
+      temperature: of the softmax over regions.
     Returns:
-      Scores of the shape that the leading axes have together.
+      Scores, in the broadcast shape of the leading axes.
     """
     cosine = jnp.einsum("...td,...ld->...lt", regions, words)
     share = jax.nn.softmax(cosine / temperature, -1)
-    found = jnp.einsum("...lt,...td->...ld", share, regions)
-    fit = (found * words).sum(-1) * jax.lax.rsqrt(jnp.square(found).sum(-1) + 1e-6)
+    attended = jnp.einsum("...lt,...td->...ld", share, regions)
+    fit = (attended * words).sum(-1) * jax.lax.rsqrt(jnp.square(attended).sum(-1) + 1e-6)
     return (fit * mask).sum(-1) / jnp.maximum(mask.sum(-1), 1)
 
 
 def pairs_word_scores(regions_BTD, words_BLD, mask_BL):
-    """The word scores of every picture with every caption.   -> BB
-
-    Block by block, and again in the backward pass: all at once are some arrays of B²·T·L numbers.
-    """
+    """The word scores of every image with every caption.   -> BB"""
+    # Block by block, and computed again in the backward pass. At once these would be several arrays
+    # of B²·T·L numbers.
 
     @jax.checkpoint
     def of_caption(words_LD, mask_L):
         return word_scores(regions_BTD, words_LD[None], mask_L[None])
 
-    # Blocks of captions, not of pictures, which may be split over devices.
+    # Blocks of captions, not of images: those may be split over devices.
     captions = (words_BLD, mask_BL)
     return jax.lax.map(lambda caption: of_caption(*caption), captions, batch_size=BLOCK).T

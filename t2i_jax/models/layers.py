@@ -1,4 +1,4 @@
-"""Parts that several networks share.   B batch · T tokens · D width · H W pixels · C channels"""
+"""Layers that several networks share.   B batch · T tokens · D width · H W pixels · C channels"""
 
 import flax.linen as nn
 import jax
@@ -10,12 +10,12 @@ from t2i_jax.models import attention
 
 
 def flat(fn, x):
-    """Applies fn to all leading axes as one: XLA:CPU runs products on (N, D) much faster."""
+    """Applies fn with all leading axes as one. XLA:CPU runs products on (N, D) much faster."""
     return fn(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
 
 
 class Dense(nn.Module):
-    """x·W + b on flattened leading axes; params float32, computes in `dtype`."""
+    """x·W + b on flattened leading axes. Parameters are float32, `dtype` is that of computation."""
 
     features: int
     use_bias: bool = True
@@ -36,14 +36,14 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        wide = x.astype(jnp.float32)
+        wide = x.astype(jnp.float32)  # squares in half precision lose digits, or overflow
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
         if self.scale:
             wide = wide * self.param("scale", nn.initializers.ones, (x.shape[-1],))
         return wide.astype(x.dtype)
 
 
-POSITIONS = 2**27  # numbers, half a GiB
+POSITIONS = 2**27  # numbers of a table of positions: half a GiB
 REMAT = {
     "none": None,
     "weights": jax.checkpoint_policies.save_anything_except_these_names(sharding.GATHERED),
@@ -53,12 +53,17 @@ REMAT = {
 
 
 def remat(module, policy: str, *, scanned: bool = False):
-    """A module whose backward pass computes again what the named policy of REMAT does not save.
+    """A module whose backward pass computes again what a policy does not save (arXiv:1604.06174).
 
-    "none" saves everything, "weights" all but parameters that were gathered from other devices,
-    "dots" the products with weights, "full" only the module's inputs (Chen et al. 2016,
-    arXiv:1604.06174). `scanned`: the module will be a loop's body, where nothing else need keep XLA
-    from merging the two computations.
+    Args:
+      policy: a name of REMAT.
+
+        - "none" saves everything.
+        - "weights" saves all but parameters that were gathered from other devices.
+        - "dots" saves the products with weights.
+        - "full" saves the module's inputs alone.
+      scanned: the module will be the body of a loop. XLA cannot merge the two computations there,
+        so it need not be kept from doing so.
     """
     if policy not in REMAT:
         raise errors.unknown("remat policy", policy, REMAT, where="config.model.<net>.remat")
@@ -78,7 +83,7 @@ def gate(x, gate_BD):
 
 
 class TimeText(nn.Module):
-    """Time and pooled text as one vector: sinusoids of t in [0, 1], two layers each.   -> BD"""
+    """One vector from time and pooled text. Time enters as sinusoids of t in [0, 1].   -> BD"""
 
     width: int
     frequencies: int = 128
@@ -95,10 +100,10 @@ class TimeText(nn.Module):
 
 
 class TextTokens(nn.Module):
-    """Caption states at the network's width, behind one learned null token that is always valid.
+    """Caption states at the network's width, after one learned null token that is always valid.
 
-    (seq_BLE, mask_BL) -> (tokens_BSD, mask_BS), S = L + 1. A caption whose mask is all False is
-    thereby the learned null condition.
+    (seq_BLE, mask_BL) -> (tokens_BSD, mask_BS), S = L + 1. So a caption whose mask is all False is
+    the learned null condition, and a softmax over it has one valid key.
     """
 
     width: int
@@ -136,21 +141,21 @@ class KeysValues(nn.Module):
 
     @nn.compact
     def __call__(self, x_BSD):
-        # Head by head, key before value: so a device that holds some heads has both.
+        # Head by head, key before value. So a device with some heads has both of them (ADR 7).
         kv_BSD = Dense(2 * self.width, use_bias=False, dtype=self.dtype, name="kv")(x_BSD)
         k_BSNH, v_BSNH = jnp.split(attention.split_heads(kv_BSD, self.heads), 2, -1)
         return RMSNorm(name="k_norm")(k_BSNH), v_BSNH
 
 
 def space_to_depth(x_BHWC, n: int = 2):
-    """n × n pixels become channels."""
+    """Each block of n × n pixels becomes one pixel with n²·C channels."""
     b, h, w, c = x_BHWC.shape
     x = x_BHWC.reshape(b, h // n, n, w // n, n, c).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h // n, w // n, n * n * c)
 
 
 def depth_to_space(x_BHWC, n: int = 2):
-    """The inverse of space_to_depth."""
+    """The inverse of `space_to_depth`."""
     b, h, w, c = x_BHWC.shape
     x = x_BHWC.reshape(b, h, w, n, n, c // (n * n)).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h * n, w * n, c // (n * n))
@@ -160,7 +165,7 @@ def positions_2d(h: int, w: int, width: int):
     """Fixed sines and cosines of row and column, both mapped to [0, 1].   -> (h·w, width) numpy
 
     Raises:
-      ConfigError: more numbers than a constant of a program should have.
+      ConfigError: more numbers than a constant of a compiled program should have.
     """
     if h * w * width > POSITIONS:
         raise errors.ConfigError(

@@ -1,4 +1,4 @@
-"""The first GANs' networks (arXiv:1406.2661): pixels are a vector, layers are dense.
+"""The networks of the first GANs (arXiv:1406.2661): pixels are a vector, layers are dense.
 
 B batch · H W pixels · C channels · Z noise · D width
 """
@@ -14,8 +14,11 @@ from t2i_jax.models.types import Cond
 class Generator(nn.Module):
     """(z_BZ, cond) -> image_BHWC in [-1, 1].
 
-    Fields: `res` pixels a side; `width` of the first of `depth` layers, doubled at each; `noise`
-    numbers in z; `grey`: all channels are alike.
+    res: pixels a side.
+    width: of the first layer. Each further one doubles it.
+    depth: layers.
+    noise: numbers in z.
+    grey: all three channels are equal.
     """
 
     res: fields.Size = 28
@@ -31,11 +34,11 @@ class Generator(nn.Module):
         self.leave = layers.Dense(self.res * self.res * (1 if self.grey else 3))
 
     def style(self, z_BZ, cond: Cond):
-        """The first layer's output: noise and caption together.   -> BD"""
+        """The first layer's output, from noise and caption.   -> BD"""
         return self.enter(jnp.concatenate([z_BZ, self.text_norm(cond.pooled_BD)], -1))
 
     def draw(self, style_BD, cond: Cond):
-        """The picture of a style.   -> image_BHWC"""
+        """The image of a style.   -> image_BHWC"""
         h_BD = nn.leaky_relu(style_BD, pyramid.SLOPE)
         for layer in self.hidden:
             h_BD = nn.leaky_relu(layer(h_BD), pyramid.SLOPE)
@@ -54,10 +57,12 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """(image_BHWC, *conds) -> a Judgement each, whose one region is the whole picture.
+    """(image_BHWC, *conds) -> a Judgement for each cond, whose one region is the whole image.
 
-    Fields: `res`; `width` of the last of `depth` layers, each half of the one before; `embedding`:
-    width of Judgement's.
+    res: pixels a side.
+    width: of the last layer. Each layer before it is twice as wide as the next.
+    depth: layers.
+    embedding: width of a Judgement's embeddings.
     """
 
     res: fields.Size = 28
@@ -68,11 +73,11 @@ class Discriminator(nn.Module):
     @nn.compact
     def __call__(self, image_BHWC, *conds: Cond) -> tuple[gan.Judgement, ...]:
         h_BD = image_BHWC.reshape(len(image_BHWC), -1)
-        for i in reversed(range(self.depth)):  # the head begins with a leaky ReLU
+        for i in reversed(range(self.depth)):  # the last has no activation: the head begins with it
             h_BD = layers.Dense(self.width * 2**i)(h_BD)
             h_BD = nn.leaky_relu(h_BD, pyramid.SLOPE) if i else h_BD
         text_norm, words_norm = layers.RMSNorm(name="text_norm"), layers.RMSNorm(name="words_norm")
-        head = gan.Head(self.width, self.embedding, name="Verdict_0")  # as in saved files
+        head = gan.Head(self.width, self.embedding, name="Verdict_0")  # its name in checkpoints
 
         def beside(cond):
             text_BE, words_BLE = text_norm(cond.pooled_BD), words_norm(cond.seq_BLD)

@@ -1,4 +1,4 @@
-"""Convolutional networks that halve a picture's side again and again.
+"""Parts of convolutional networks that halve an image's side again and again.
 
 B batch · H W pixels · C channels · D width
 """
@@ -8,12 +8,15 @@ import flax.linen as nn
 from t2i_jax import errors
 from t2i_jax.models import layers, unet
 
-BASE = 4  # side where pictures end
-SLOPE = 0.2  # of leaky ReLUs
+BASE = 4  # pixels a side of the coarsest map
+SLOPE = 0.2  # of all leaky ReLUs
 
 
 def widths(res: int, width: int, least: int) -> tuple[int, ...]:
-    """Channels at BASE, 2·BASE, … res: `width` up to 8 pixels a side, half at each doubling."""
+    """Channels at BASE, 2·BASE, … res pixels a side.
+
+    There are `width` up to 8 pixels, half as many at each doubling, and never fewer than `least`.
+    """
     sizes, side = [], BASE
     while side <= res:
         sizes.append(max(width * 8 // max(side, 8), min(least, width)))
@@ -40,7 +43,7 @@ class Plain(nn.Module):
 
 
 class Shrink(nn.Module):
-    """Half the side, `width` channels."""
+    """Halves the side and changes the channels to `width`."""
 
     width: int
 
@@ -50,7 +53,7 @@ class Shrink(nn.Module):
 
 
 class Flat(nn.Module):
-    """All places of a map as one vector of `width`.   -> BD"""
+    """One vector of `width` from all places of a map.   -> BD"""
 
     width: int
 

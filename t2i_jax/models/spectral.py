@@ -1,7 +1,7 @@
 """Spectral norm as a function of parameters (Miyato et al. 2018, arXiv:1802.05957).
 
-A kernel is a matrix from all its inputs to its outputs. Where its largest singular value exceeds 1,
-it is divided by that; smaller ones stay, so that kernels may begin at zero.
+A kernel is a matrix from all its inputs to its outputs. It is divided by its largest singular value
+where that exceeds 1. Smaller kernels stay as they are, so a kernel may begin at zero.
 """
 
 import jax
@@ -12,11 +12,11 @@ from flax.core import meta
 from t2i_jax import losses
 
 COLLECTION = "spectral"
-TINY = 1e-20  # shorter vectors have no direction
+TINY = 1e-20  # a shorter vector has no direction: its kernel is zero
 
 
 def start(params, key):
-    """For every kernel a unit vector of its outputs, to become its singular one."""
+    """A random unit vector over the outputs of every kernel, from which power iteration starts."""
     kernels = _kernels(params)
     keys = jax.random.split(key, len(kernels))
     return traverse_util.unflatten_dict(
@@ -28,7 +28,7 @@ def start(params, key):
 
 
 def advanced(params, vectors):
-    """The vectors after one power iteration; that of a kernel of zeros stays."""
+    """The vectors after one power iteration. The vector of a zero kernel stays."""
 
     def iterated(m, u):
         v = m.T @ (m @ u)
@@ -39,9 +39,10 @@ def advanced(params, vectors):
 
 
 def bounded(params, vectors):
-    """Parameters whose kernels have no singular value above 1, as far as the vectors know."""
+    """Parameters whose kernels have no singular value above 1, by the estimates of the vectors."""
 
     def kernel(m, u):
+        # The gradient treats both singular vectors as constants.
         v = jax.lax.stop_gradient(m) @ u
         left = v / jnp.maximum(jnp.linalg.norm(v), TINY)
         return m / jnp.maximum(left @ m @ u, 1)
@@ -54,7 +55,7 @@ def bounded(params, vectors):
 
 
 def _of_each(fn, params, vectors):
-    """fn(matrix, vector) of every kernel."""
+    """Path -> fn(matrix, vector), for every kernel."""
     vectors = traverse_util.flatten_dict(meta.unbox(dict(vectors)))
     return traverse_util.unflatten_dict(
         {
@@ -65,6 +66,6 @@ def _of_each(fn, params, vectors):
 
 
 def _kernels(params):
-    """path -> kernel, whole where it is split over devices (a box that Linen would open)."""
+    """Path -> kernel. A kernel that is split over devices is gathered, as Linen does on reading."""
     flat = traverse_util.flatten_dict(meta.unbox(dict(params)))
     return {path: x for path, x in flat.items() if path[-1] == "kernel" and x.ndim >= 2}

@@ -14,10 +14,10 @@ from t2i_jax.models.types import Cond
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, SwiGLU; each modulated by time and text.
+    """Self-attention, cross-attention to the text and SwiGLU, each modulated by time and text.
 
-    The stream x_BTD and its modulation are float32 whatever `dtype` the products are computed in.
-    Returns (x_BTD, None), as a scan over layers wants it.
+    The stream x_BTD and its modulation are float32. `dtype` is that of the products alone. It
+    returns (x_BTD, None), the form that a scan over layers needs.
     """
 
     width: int
@@ -28,6 +28,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_BTD, text_kv, c_BD, mask_BS):
         d, kind = self.width, dict(dtype=self.dtype)
+        # Shift, scale and gate of three parts. They start at zero, so each block starts as the
+        # identity (adaLN-zero).
         mod_B9D = layers.Dense(9 * d, zero=True, name="modulation")(c_BD)
         mods = jnp.split(mod_B9D, 9, -1)
 
@@ -47,6 +49,7 @@ class Block(nn.Module):
         )
 
         h = enter(x_BTD, 6)
+        # Two products: the halves of a single one would lie on different devices (ADR 7).
         a = layers.Dense(self.hidden, use_bias=False, name="mlp_gate", **kind)(h)
         b = layers.Dense(self.hidden, use_bias=False, name="mlp_up", **kind)(h)
         h = layers.Dense(d, use_bias=False, name="mlp_leave", **kind)(nn.silu(a) * b)
@@ -54,12 +57,13 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """x_BHWC in, C channels of the same size out; H and W divisible by `patch`.
+    """(x_BHWC, t_B, cond) -> C channels of the same size. `patch` divides H and W.
 
-    dtype: of the products inside the blocks. All that is added up over blocks, their modulation,
-      and the first and last layer are float32, which halves the error of bfloat16.
-    remat: what the backward pass of a block computes again, see `layers.REMAT`.
-    scan: one compiled block run `depth` times, its parameters stacked: compiles fast when deep.
+    dtype: of the products inside the blocks. The sum over blocks, their modulation, and the first
+      and last layer are float32. This halves the error of bfloat16.
+    remat: what the backward pass of a block computes again, see `layers.remat`.
+    scan: runs one compiled block `depth` times, with stacked parameters. Deep networks compile
+      faster.
     """
 
     channels: fields.Size = 3
@@ -74,7 +78,7 @@ class Backbone(nn.Module):
 
     @property
     def unit(self) -> int:
-        """What H and W are multiples of."""
+        """H and W must be multiples of it."""
         return self.patch
 
     def setup(self):
@@ -97,7 +101,10 @@ class Backbone(nn.Module):
         self.leave = layers.Dense(self.patch**2 * self.channels, zero=True)
 
     def text_kv(self, cond: Cond):
-        """Keys and values of the text for every block, and the mask they share."""
+        """Keys and values of the text for every block, and their mask.
+
+        They do not depend on time, so a sampler computes them once for all its steps.
+        """
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 

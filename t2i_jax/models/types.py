@@ -1,4 +1,4 @@
-"""What encoders read and hand on: tokens; captions as conditions, pictures as features.
+"""The inputs and outputs of encoders: tokens, captions as conditions, images as features.
 
 B batch · H W pixels · C channels · L text length · D width · K classes
 """
@@ -9,9 +9,9 @@ import jax
 
 
 class Tokens(NamedTuple):
-    """Captions as a tokenizer's numbers: ids_BL int32, mask_BL bool (True = a real token).
+    """The tokens of captions: ids_BL int32, mask_BL bool (True for a real token).
 
-    An empty caption has no token at all, which means no condition.
+    An empty caption has no real token, which means no condition.
     """
 
     ids_BL: jax.Array
@@ -19,7 +19,10 @@ class Tokens(NamedTuple):
 
 
 class Cond(NamedTuple):
-    """Encoded captions: token states seq_BLD, mask_BL (True = a real token), pooled_BD."""
+    """Encoded captions.
+
+    seq_BLD: states of the tokens.   mask_BL: True for a real token.   pooled_BD: one state for all.
+    """
 
     seq_BLD: jax.Array
     mask_BL: jax.Array
@@ -27,12 +30,12 @@ class Cond(NamedTuple):
 
 
 class Features(NamedTuple):
-    """Of each picture; None where the network has no such thing.
+    """Features of images. A field is None where the network does not have it.
 
-    pooled_BD: what distances between sets of pictures are measured in.
-    logits_BK: of its classes.
-    spatial_BD: with their places, for the spatial Fréchet distance.
-    maps: BHWC after some of its layers, from fine to coarse.
+    pooled_BD: for distances between sets of images.
+    logits_BK: of the classes.
+    spatial_BD: flattened with their places, for the spatial Fréchet distance.
+    maps: BHWC after some of the layers, from fine to coarse.
     """
 
     pooled_BD: jax.Array

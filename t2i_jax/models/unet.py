@@ -1,6 +1,6 @@
-"""A U-shaped hybrid: convolutions at two scales, attention over picture and text at the lower one.
+"""A U-shaped hybrid: convolutions at two scales, attention over image and text at the lower one.
 
-B batch · H W pixels · C channels · T picture tokens · S text tokens · D width · N heads
+B batch · H W pixels · C channels · T image tokens · S text tokens · D width · N heads
 """
 
 import flax.linen as nn
@@ -12,7 +12,7 @@ from t2i_jax.models.types import Cond
 
 
 class Conv(nn.Module):
-    """3 × 3 or 1 × 1, stride 1, NHWC: what XLA:CPU runs fast, also inside loops and backwards."""
+    """A convolution of NHWC, 3 × 3 or 1 × 1, with stride 1. XLA:CPU is fast at these alone."""
 
     features: int
     size: fields.Size = 3
@@ -28,7 +28,7 @@ class Conv(nn.Module):
 
 
 class Residual(nn.Module):
-    """norm, modulate, conv, norm, conv, gated by time and text."""
+    """A residual block of two convolutions, modulated by time and text."""
 
     width: int
     dtype: str = "float32"
@@ -45,9 +45,9 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Picture tokens look at picture and text tokens in one softmax; qk-norm.
+    """Attention of image tokens to image and text tokens in one softmax, with qk-norm.
 
-    The text's keys and values come in ready, so that a sampler computes them once.
+    The keys and values of the text are arguments, so that a sampler computes them once.
     """
 
     width: int
@@ -78,10 +78,12 @@ class Attention(nn.Module):
 
 
 class Backbone(nn.Module):
-    """x_BHWC in, C channels of the same size out; H and W divisible by 4.
+    """(x_BHWC, t_B, cond) -> C channels of the same size. 4 divides H and W.
 
-    Fields: `stem` channels at half size, `width` at quarter size, `depth` blocks on each side;
-    `dtype` of the products inside the blocks, all else is float32, see `transformer.Backbone`.
+    stem: channels at half size.
+    width: channels at quarter size.
+    depth: blocks on the way down and on the way up, at each size.
+    dtype: of the products inside the blocks. All else is float32, see `transformer.Backbone`.
     """
 
     channels: fields.Size = 3
@@ -93,7 +95,7 @@ class Backbone(nn.Module):
 
     @property
     def unit(self) -> int:
-        """What H and W are multiples of."""
+        """H and W must be multiples of it."""
         return 4
 
     def setup(self):
@@ -112,7 +114,7 @@ class Backbone(nn.Module):
         self.leave = Conv(4 * self.channels, zero=True)
 
     def text_kv(self, cond: Cond):
-        """Keys and values of the text for every attention, and the mask they share."""
+        """Keys and values of the text for every attention, and their mask."""
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 
@@ -129,6 +131,7 @@ class Backbone(nn.Module):
         h = h + layers.positions_2d(rows, columns, d).reshape(rows, columns, d)
         inner = []
         for i, (block, attend) in enumerate(zip(self.blocks, self.attentions, strict=True)):
+            # These skips are added, so that all blocks at this size keep one width.
             if i >= self.depth:
                 h = h + inner.pop()
             h = attend(block(h, c_BD), c_BD, kvs[i], mask_BS)
