@@ -1,7 +1,7 @@
-"""Handwritten digits with captions: scikit-learn's 1,797 of 8 × 8 pixels, enlarged.
+"""Handwritten digits with captions: 1,797 images of 8 × 8 pixels, enlarged.
 
-The digits are the test set of Alpaydin and Kaynak's Optical Recognition of Handwritten Digits (UCI
-Machine Learning Repository, CC BY 4.0), which comes with scikit-learn.
+They come with scikit-learn. They are the test set of Alpaydin and Kaynak's Optical Recognition of
+Handwritten Digits (UCI Machine Learning Repository, CC BY 4.0).
 """
 
 import functools
@@ -14,13 +14,13 @@ from PIL import Image
 from t2i_jax import errors
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-SIDE, BRIGHTEST = 8, 16  # of the data
-TEST_EVERY = 5  # every fifth digit is of the test split
+SIDE, BRIGHTEST = 8, 16  # pixels a side and largest value in the files
+TEST_EVERY = 5  # every fifth digit is in the test split
 SPLITS = ("train", "test")
 
 
 class Source:
-    """Examples {"image": uint8 (res, res, 3), "caption": str}; arguments as in `make`."""
+    """Examples {"image": uint8 (res, res, 3), "caption": str}. For the arguments see `make`."""
 
     def __init__(self, split: str, res: int):
         self._images_NHW, self._labels_N = read(split)
@@ -39,12 +39,12 @@ class Source:
         return {"image": image_HWC, "caption": caption(self._labels_N[index])}
 
     def captions(self) -> list[str]:
-        """All captions, without enlarging a picture."""
+        """All captions. No image is enlarged."""
         return [caption(label) for label in self._labels_N]
 
 
 def caption(label: int) -> str:
-    """Such as "a handwritten three"."""
+    """The caption of a digit, such as "a handwritten three"."""
     return f"a handwritten {NAMES[label]}"
 
 
@@ -58,12 +58,12 @@ def _data():
         )
     from sklearn import datasets
 
-    found = datasets.load_digits()
-    return found.images.astype(np.float32), found.target.astype(np.int64)
+    data = datasets.load_digits()
+    return data.images.astype(np.float32), data.target.astype(np.int64)
 
 
 def read(split: str):
-    """The digits themselves.   -> float32 (N, 8, 8) from 0 to 16, int64 N"""
+    """The images and labels of a split.   -> float32 (N, 8, 8) in 0 … 16, int64 N"""
     images_NHW, labels_N = _data()
     test_N = np.arange(len(labels_N)) % TEST_EVERY == TEST_EVERY - 1
     chosen_N = test_N if split == "test" else ~test_N
@@ -71,12 +71,13 @@ def read(split: str):
 
 
 def make(*, split: str = "train", res: int = 28) -> Source:
-    """White digits on black.
+    """The data set of handwritten digits, white on black.
 
     Args:
-      split: "train", or "test", every fifth.
+      split: "train", or "test" with every fifth digit.
       res: pixels a side.
     Raises:
+      ConfigError: an unknown split.
       DataError: scikit-learn is missing.
     """
     if split not in SPLITS:

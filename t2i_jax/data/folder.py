@@ -1,4 +1,4 @@
-"""Pictures in a folder, captioned by metadata.jsonl, metadata.csv or a .txt beside each."""
+"""Images in a folder, with captions from metadata.jsonl, metadata.csv or a .txt for each."""
 
 import collections
 import csv
@@ -15,13 +15,13 @@ from t2i_jax.data import transforms
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 METADATA = ("metadata.jsonl", "metadata.csv")
-CAPTION_LIMIT = 65_536  # characters read of a caption's file
+CAPTION_LIMIT = 65_536  # characters that are read of a .txt file
 SPLITS = ("train", "test")
 EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a red sofa"}'
 
 
 class Source:
-    """Examples {"image": uint8 HWC, "caption": str}, read when asked for."""
+    """Examples {"image": uint8 HWC, "caption": str}, read on access."""
 
     def __init__(self, root: pathlib.Path, examples: list, fingerprint: str, res: int, pad: bool):
         self._root, self._examples, self._res, self._pad = root, examples, res, pad
@@ -48,31 +48,35 @@ class Source:
         return printable(self._root / self._examples[index][0])
 
     def captions(self) -> list[str]:
-        """All captions, without opening a picture; "" where one is no text."""
+        """All captions, "" where one is no text. No image is opened."""
         return [caption if isinstance(caption, str) else "" for _, caption in self._examples]
 
 
 def make(
     path, *, split: str = "train", res: int = 32, holdout: float = 0.0, pad: bool = False
 ) -> Source:
-    """The PNG, JPEG and WebP pictures below a folder, in the order of their names.
+    """The PNG, JPEG and WebP images below a folder, in the order of their names.
 
-    A picture's captions are its rows in metadata files of its own folder or one above, with keys
-    file_name (relative to the metadata file) and text, each row an example; without any, the first
-    line of the .txt file of the same name. Beside a metadata.jsonl, a metadata.csv is not read. An
-    empty caption means no condition. Pictures without a caption are left out. Hidden files are not
-    looked at. A line of the log says how many pictures and other files there are and how many are
-    used; warnings name the first of those that are not.
+    - A metadata file in the image's folder, or in one above, holds captions. Its rows have the keys
+      file_name (relative to the metadata file) and text. Each row is an example.
+    - Without a row, the first line of the .txt file of the same name is the caption.
+    - A metadata.csv is not read where its folder has a metadata.jsonl.
+    - An empty caption means no condition. Images without a caption and hidden files are left out.
+
+    The log says how many images and other files there are, and how many are used. Warnings name the
+    first of those that are not used.
 
     Args:
       path: the folder.
       split: "train" or "test".
-      res: side of the squares wanted in the end; large photographs are decoded near it.
-      holdout: share of the pictures, chosen by a hash of their names, that only "test" has.
-      pad: white bars instead of cutting off what lies beyond the middle square.
+      res: pixels a side of the final squares. Large photographs are decoded near it.
+      holdout: share of the images that only "test" has. A hash of the name decides.
+      pad: adds white bars instead of cutting out the middle square.
     Raises:
-      DataError: no pictures, no captions, a metadata file that does not read, or a name or link
-        that leaves the folder.
+      ConfigError: an unknown split, or a holdout outside [0, 1).
+      DataError: no images, no captions, a broken metadata file, or a name or link that leads out of
+        the folder.
+      StorageError: a folder in it cannot be listed.
     """
     if split not in SPLITS or not 0 <= holdout < 1:
         raise errors.ConfigError(
@@ -92,6 +96,7 @@ def make(
         )
     if holdout:
         logging.info("%s: %d of %d examples in %r", root, len(chosen), len(examples), split)
+    # Names, sizes and captions, but not contents: hashing those would read the whole data set.
     digest = hashlib.sha256()
     for name, caption in chosen:
         digest.update(json.dumps([name, sizes[name], caption]).encode() + b"\n")
@@ -99,12 +104,13 @@ def make(
 
 
 def scan(path) -> tuple[pathlib.Path, dict[str, int], list[str]]:
-    """A folder, the sizes of its visible files by name, and which of them are pictures.
+    """Looks for images below a folder. Hidden files and folders are left out.
 
-    The size of what is no file, such as a link to nothing, is −1.
-
+    Returns:
+      The resolved folder; name -> bytes of each file in it, −1 for what is no file, such as a
+      broken link; and the names of the images.
     Raises:
-      DataError: no folder, no picture in it, or a link that leaves it.
+      DataError: no folder, no image in it, or a link that leads out of it.
       StorageError: a folder in it cannot be listed.
     """
     root = pathlib.Path(path).expanduser().resolve()
@@ -134,20 +140,21 @@ def scan(path) -> tuple[pathlib.Path, dict[str, int], list[str]]:
 
 
 def _scan(root, folder):
-    """(name relative to root, size) of each visible file."""
+    """Yields (name relative to root, size) of each visible file."""
     with os.scandir(folder) as entries:
         for entry in entries:
             name = pathlib.Path(entry.path).relative_to(root).as_posix()
             if entry.name.startswith("."):
                 continue
             if entry.is_symlink():
+                # A folder from a stranger must not bring files of this machine into the training.
                 if not pathlib.Path(os.path.realpath(entry.path)).is_relative_to(root):
                     raise _leaves(name, root)
-                if not os.path.exists(entry.path):  # a loop of links, too
+                if not os.path.exists(entry.path):  # also a loop of links
                     yield name, -1
                     continue
                 if entry.is_dir():
-                    continue  # what it points to is met at its own place
+                    continue  # its files are found at their own place, and not twice
             if entry.is_dir():
                 yield from _scan(root, entry.path)
             else:
@@ -155,35 +162,43 @@ def _scan(root, folder):
 
 
 def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
-    """[(picture, caption), …] in the order of names; tells what there is and what is left out.
+    """The examples of a folder: [(image, caption), …] in the order of names.
 
+    Args:
+      root, sizes, pictures: the result of `scan`.
+      warn: logs how many files there are, and which are left out.
     Raises:
-      DataError: no captions, or a metadata file that does not read.
+      DataError: no captions, or a broken metadata file.
     """
+    # ---- Metadata files ----
     captions, absent, unread, cut, read = {}, [], [], [], set()
+    # macOS decomposes letters in file names, metadata files mostly do not: "é" is one character or
+    # two. Names that differ in this alone are taken for one.
     names = {unicodedata.normalize("NFC", name): name for name in sizes}
-    known = set(pictures)
+    is_picture = set(pictures)
     for metadata in [n for n in sizes if pathlib.PurePosixPath(n).name.lower() in METADATA]:
-        if f"{metadata[:-3]}jsonl" in sizes:  # of a metadata.csv
+        if f"{metadata[:-3]}jsonl" in sizes:  # a metadata.csv with a metadata.jsonl
             continue
         read.add(metadata)
         for name, caption in _rows(root, metadata):
             name = name if name in sizes else names.get(unicodedata.normalize("NFC", name), name)
-            if name in known:
+            if name in is_picture:
                 captions.setdefault(name, []).append(caption)
             else:
                 (unread if sizes.get(name, -1) >= 0 else absent).append(name)
+    # ---- A .txt file for each image that has no row ----
     texts = {n[:-4]: n for n, size in sizes.items() if n.lower().endswith(".txt") and size >= 0}
     for picture in pictures:
-        beside = texts.get(picture.rpartition(".")[0])
-        if picture in captions or not beside:
+        text = texts.get(picture.rpartition(".")[0])
+        if picture in captions or not text:
             continue
-        read.add(beside)
-        with open(root / beside, encoding="utf-8-sig", errors="replace") as f:
+        read.add(text)
+        with open(root / text, encoding="utf-8-sig", errors="replace") as f:
             caption, _, more = f.read(CAPTION_LIMIT).strip().partition("\n")
         captions[picture] = [caption.strip()]
         if more.strip():
-            cut.append(beside)
+            cut.append(text)
+    # ---- Examples, and warnings ----
     bare = [picture for picture in pictures if picture not in captions]
     examples = [
         (p, "" if isinstance(caption, str) and not caption.strip() else caption)
@@ -191,7 +206,7 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
         if p in captions
         for caption in captions[p]
     ]
-    others = _by_kind({n for n, size in sizes.items() if size >= 0} - known - read)
+    others = _by_kind({n for n, size in sizes.items() if size >= 0} - is_picture - read)
     if not examples:
         raise errors.DataError(
             f"no captions for {len(pictures)} pictures: looked for {', '.join(METADATA)} and a "
@@ -230,7 +245,7 @@ def _warn(root, names, what: str) -> None:
 
 
 def _by_kind(names) -> str:
-    """How many files of each extension, such as "2 .gif, 1 .svg"."""
+    """The number of files of each extension, such as "2 .gif, 1 .svg"."""
     kinds = collections.Counter(
         pathlib.PurePosixPath(name).suffix.lower() or pathlib.PurePosixPath(name).name
         for name in names
@@ -241,12 +256,12 @@ def _by_kind(names) -> str:
 
 
 def printable(path) -> str:
-    """A path with what is not UTF-8 in it escaped."""
+    """A path as text for messages. Bytes that are not UTF-8 are escaped."""
     return os.fsencode(path).decode(errors="backslashreplace")
 
 
 def _rows(root, metadata: str):
-    """(picture relative to root, caption) of each row of a metadata file."""
+    """Yields (image relative to root, caption) of each row of a metadata file."""
     folder, line = pathlib.PurePosixPath(metadata).parent, 0
     read = _json_rows if metadata.lower().endswith("jsonl") else _csv_rows
     with open(root / metadata, encoding="utf-8-sig", errors="replace", newline="") as f:
@@ -287,5 +302,6 @@ def _leaves(name, where) -> errors.DataError:
 
 
 def _share(name: str) -> float:
-    """A number in [0, 1) for a name, the same everywhere."""
+    """A number in [0, 1) for a name, the same on every machine."""
+    # By the name alone: new files do not move old ones from one split to the other.
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8]) / 2**64

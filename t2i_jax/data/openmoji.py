@@ -14,11 +14,12 @@ def make(*, split: str = "train", res: int = 32, data_dir: str | None = None) ->
     """The drawings and their English names (CC BY-SA 4.0), 64 px on white.
 
     Args:
-      split: "train"; "test", one in twenty emoji, of no gender or skin tone seen in training.
-      res: side of the squares wanted in the end.
-      data_dir: where TFDS keeps its data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
+      split: "train" or "test". "test" has one in twenty emoji, with all their genders and skin
+        tones, so that training has seen no variant of them.
+      res: pixels a side of the final squares.
+      data_dir: the folder of TFDS's data, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
     Raises:
-      DataError: not built yet and the packages to build it from are missing.
+      DataError: it is not built yet, and the packages to build it from are missing.
     """
     builder = openmoji_tfds.Openmoji(data_dir=data_dir, file_format="array_record")
     if not builder.data_path.exists():

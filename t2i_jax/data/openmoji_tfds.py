@@ -1,4 +1,4 @@
-"""The TFDS builder of OpenMoji's drawings with their Unicode names, out of installed packages."""
+"""The TFDS builder of OpenMoji's drawings with their Unicode names, from installed packages."""
 
 import collections
 import hashlib
@@ -16,10 +16,10 @@ GROUP = re.compile(r"(kiss|couple with heart|family) ((man|woman|adult|boy|girl|
 
 
 class Openmoji(tfds.core.GeneratorBasedBuilder):
-    """Every OpenMoji drawing with a Unicode name: 64 px on white, with an English caption."""
+    """Every OpenMoji drawing that has a Unicode name: 64 px on white, with an English caption."""
 
     VERSION = tfds.core.Version("1.0.0")
-    code_path = None  # TFDS would look it up with importlib_resources, which it does not require
+    code_path = None  # TFDS would look it up with importlib_resources, which may be missing
 
     def _info(self):
         return tfds.core.DatasetInfo(
@@ -57,12 +57,14 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
                 width=RES,
                 height=RES,
                 background="white",
-                skip_system_fonts=True,
+                skip_system_fonts=True,  # drawings must not depend on the fonts of the machine
             )
             text, tones = _words(symbol["en"])
             drawn[text, png].append((len(tones), code, symbol["en"]))
         for (_, png), symbols in drawn.items():
-            _, code, name = min(symbols)  # one drawing for several skin tones shows none of them
+            # Several skin tones with one drawing: it shows none of them. The name with the fewest
+            # tones fits it.
+            _, code, name = min(symbols)
             yield (
                 code,
                 {
@@ -75,7 +77,12 @@ class Openmoji(tfds.core.GeneratorBasedBuilder):
 
 
 def caption(code: str, name: str) -> str:
-    """ ":woman_astronaut_dark_skin_tone:" -> "woman astronaut with dark skin tone"."""
+    """The caption of an emoji, such as "woman astronaut with dark skin tone".
+
+    Args:
+      code: its code points, such as "1F469-1F3FF-200D-1F680".
+      name: its Unicode name, such as ":woman_astronaut_dark_skin_tone:".
+    """
     text, tones = _words(name)
     if re.fullmatch(r"(1F1[EF].)-(1F1[EF].)|1F3F4-E0.*", code):
         text = f"flag of {text}"
@@ -96,18 +103,18 @@ def caption(code: str, name: str) -> str:
 
 
 def family(name: str) -> str:
-    """What alike drawings share: the name without skin tones, genders and the side they face."""
+    """The name that similar drawings share: without skin tones, genders and direction."""
     return " ".join(PEOPLE.sub("", _words(name)[0]).split())
 
 
 def in_test(name: str) -> bool:
-    """Whether an emoji's whole family belongs to the test split."""
+    """Whether an emoji belongs to the test split. Its whole family does, or none of it."""
     digest = hashlib.sha256(family(name).encode()).digest()
     return int.from_bytes(digest[:8]) < TEST_SHARE * 2**64
 
 
 def _words(name: str):
-    """The name's words without skin tones, and these."""
+    """The words of a name without skin tones, and the skin tones."""
     text = name.strip(":").replace("_", " ").replace("’", "'").replace("&", "and")
     tones = TONE.findall(text)
     return TONE.sub("", text).replace(" person person", ""), tones

@@ -1,4 +1,4 @@
-"""Pictures of any origin in a folder, at their own sizes, to be judged; captions where there are.
+"""Images of any origin in a folder, at their own sizes, for evaluation. Captions are optional.
 
 H W pixels · C channels
 """
@@ -14,15 +14,20 @@ from t2i_jax.data import folder, transforms
 
 
 class Pictures:
-    """The PNG, JPEG and WebP files of a folder in the order of their names.
+    """The PNG, JPEG and WebP files of a folder, in the order of their names.
 
-    Captions are looked for as by `data.folder`, else in the prompts that our PNG files hold. Files
-    that are no whole picture are left out, counted in `broken`, and named in a warning.
+    Captions come from the files that `data.folder` reads, else from the prompts in our own PNG
+    files. A broken image is left out, and a warning names it.
+
+    Attributes:
+      broken: name -> reason, of the broken images that `batches` has met.
+    Raises:
+      DataError, StorageError: as of `data.folder.scan`.
     """
 
     def __init__(self, path):
         self._root, sizes, self._names = folder.scan(path)
-        self._captions = self._found_captions(sizes)
+        self._captions = self._read_captions(sizes)
         self.broken: dict[str, str] = {}
 
     def __len__(self) -> int:
@@ -30,11 +35,12 @@ class Pictures:
 
     @property
     def captions(self) -> dict[str, str | None]:
-        """Picture -> its caption; None where it has none, or an empty one."""
+        """Image -> its caption; None where it has none, or an empty one."""
         return dict(zip(self._names, self._captions, strict=True))
 
     @property
     def captioned(self) -> bool:
+        """Whether every image has a caption."""
         return None not in self._captions
 
     @property
@@ -47,14 +53,18 @@ class Pictures:
             except OSError as e:  # `batches` counts it as broken
                 content = type(e).__name__
             row = f"{name} {content} {caption}\n"
-            digest.update(row.encode(errors="surrogatepass"))  # names need not be UTF-8
+            digest.update(row.encode(errors="surrogatepass"))  # a file name may not be UTF-8
         return digest.hexdigest()
 
     def batches(self, size: int) -> Iterator[tuple[list[np.ndarray], list[str] | None]]:
-        """(uint8 pictures HWC, their captions or None) of all whole files.
+        """Yields (uint8 images HWC, their captions or None) of all images that are not broken.
 
+        Captions are None unless every image has one.
+
+        Args:
+          size: images of a batch. The last batch may have fewer.
         Raises:
-          DataError: not one file is a whole picture.
+          DataError: all images are broken.
         """
         pictures, captions = [], []
         for name, caption in zip(self._names, self._captions, strict=True):
@@ -76,16 +86,16 @@ class Pictures:
                 fix=f"the first: {next(iter(self.broken.values()))}",
             )
 
-    def _found_captions(self, sizes) -> list[str | None]:
-        beside = any(not name.lower().endswith(folder.PICTURES) for name in sizes)
+    def _read_captions(self, sizes) -> list[str | None]:
+        others = any(not name.lower().endswith(folder.PICTURES) for name in sizes)
         try:
-            pairs = folder.captioned(self._root, sizes, self._names, warn=False) if beside else []
+            pairs = folder.captioned(self._root, sizes, self._names, warn=False) if others else []
         except errors.DataError as e:
-            if "no captions" not in e.what:
+            if "no captions" not in e.what:  # a broken metadata file must not pass for none
                 raise
             pairs = []
-        found = dict(pairs)
-        return [found.get(name) or self._prompt(name) for name in self._names]
+        captions = dict(pairs)
+        return [captions.get(name) or self._prompt(name) for name in self._names]
 
     def _prompt(self, name: str) -> str | None:
         if not name.lower().endswith(".png"):

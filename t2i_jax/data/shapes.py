@@ -1,8 +1,8 @@
 """Coloured shapes with captions: a small world in which every word of a caption can be checked.
 
-One or two objects out of 8 colours × 6 shapes × 2 sizes × 9 places on 3 backgrounds; two objects
-stand in a relation. Pictures are coverages of signed distances, so any resolution is anti-aliased
-alike, and an example is a function of (seed, split, index) alone.
+An image shows one or two objects of 8 colours × 6 shapes × 2 sizes × 9 places on 3 backgrounds. Two
+objects stand in a relation. Images are computed from signed distances, so edges are equally soft at
+any resolution. An example depends on (seed, split, index) alone.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ import numpy as np
 from t2i_jax import errors
 from t2i_jax.text import words
 
-VERSION = 1  # of pictures and captions: part of the fingerprint
+VERSION = 1  # of images and captions, part of the fingerprint
 COLOURS = {
     "red": (220, 30, 30),
     "green": (30, 150, 50),
@@ -26,9 +26,9 @@ COLOURS = {
     "cyan": (40, 200, 220),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-SIZES = {"small": 0.26, "large": 0.40}  # diameter, as a share of the picture's side
-CENTRES = (0.22, 0.5, 0.78)  # of the three rows and columns
-JITTER = 0.02
+SIZES = {"small": 0.26, "large": 0.40}  # diameter, as a share of the image's side
+CENTRES = (0.22, 0.5, 0.78)  # of the three rows and columns, as shares of the side
+JITTER = 0.02  # largest offset from a centre, as a share of the side
 POSITIONS = (
     *("top left", "top", "top right"),
     *("left", "center", "right"),
@@ -41,12 +41,12 @@ HELD_OUT = frozenset(
         *(("red", "triangle"), ("green", "ring"), ("blue", "star"), ("yellow", "square")),
         *(("orange", "circle"), ("purple", "cross"), ("pink", "star"), ("cyan", "triangle")),
     }
-)  # colour–shape pairs that training never shows
+)  # pairs of colour and shape that training never shows
 SPLITS = {"train": 65_536, "test": 4096, "heldout": 4096}
 
 
 class Object(NamedTuple):
-    """One shape; size, row and column are None where a caption does not say them."""
+    """One object. Size and cell are None where a caption does not say them."""
 
     colour: str
     shape: str
@@ -56,7 +56,7 @@ class Object(NamedTuple):
 
     @property
     def centre(self) -> tuple[float, float]:
-        """x, y as shares of the picture's side."""
+        """x and y as shares of the image's side."""
         return (
             CENTRES[self.cell % 3] + self.offset[0],
             CENTRES[self.cell // 3] + self.offset[1],
@@ -64,7 +64,7 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is in a picture, or what a caption says of it (None: not said)."""
+    """The content of an image, or of a caption. A field that it does not say is None."""
 
     objects: tuple[Object, ...]
     background: str | None = None
@@ -77,12 +77,15 @@ def scene(split: str, seed: int, index: int) -> Scene:
 
 
 def _generator(split, seed, index):
+    # A counter-based generator: any example is drawn without those before it. The key holds 64 bits
+    # for the seed, 16 for the split and 48 for the index.
     return np.random.Generator(
         np.random.Philox(key=[seed, (list(SPLITS).index(split) << 48) + index])
     )
 
 
 def _scene(rng, split) -> Scene:
+    # The order of draws is part of VERSION: another order would draw other scenes.
     background = _pick(rng, tuple(BACKGROUNDS))
     kinds, cells, relation = [_pair(rng, held_out=split == "heldout")], [int(rng.integers(9))], None
     if rng.random() < 0.5:
@@ -112,8 +115,8 @@ def _pair(rng, *, held_out: bool):
 def _related_cells(rng):
     """Two cells and the relation of the first to the second.
 
-    They are two cells apart along the relation's axis and at most one across it, so that the
-    relation is never in doubt and nothing overlaps.
+    They are two cells apart along the relation's axis and at most one across it. So the relation is
+    never in doubt, and nothing overlaps.
     """
     relation = _pick(rng, RELATIONS)
     along = (0, 2) if relation in ("above", "left of") else (2, 0)
@@ -125,7 +128,7 @@ def _related_cells(rng):
     return [row * 3 + column for column, row in pairs], relation
 
 
-# --- pictures -------------------------------------------------------------------------------------
+# ---- Images ----
 
 
 def render(scene: Scene, res: int) -> np.ndarray:
@@ -139,10 +142,20 @@ def render(scene: Scene, res: int) -> np.ndarray:
 
 
 def coverage(shape: str, centre, diameter: float, res: int) -> np.ndarray:
-    """Share of each pixel that a shape covers.   -> float32 (res, res) in [0, 1]"""
+    """The share of each pixel that a shape covers.   -> float32 (res, res) in [0, 1]
+
+    Args:
+      shape: one of SHAPES.
+      centre, diameter: as shares of the image's side.
+      res: pixels a side.
+    """
     grid = (np.arange(res, dtype=np.float32) + 0.5) / res
     x, y = np.meshgrid(grid - centre[0], grid - centre[1])
     return np.clip(0.5 - _DISTANCES[shape](x, y, diameter / 2) * res, 0, 1)
+
+
+# Each takes coordinates from the centre and a radius, and gives the signed distance to the edge,
+# negative inside. Some are distances to the nearest line alone, which is exact near an edge.
 
 
 def _circle(x, y, r):
@@ -154,12 +167,13 @@ def _square(x, y, r):
 
 
 def _triangle(x, y, r):
-    side = (2 * np.abs(x) - y - r) / np.sqrt(5, dtype=np.float32)  # as high as it is wide, tip up
+    side = (2 * np.abs(x) - y - r) / np.sqrt(5, dtype=np.float32)  # as high as wide, the tip up
     return np.maximum(side, np.abs(y) - r)
 
 
 def _star(x, y, r):
-    """Five points, one up: the distance to the line of the nearest edge."""
+    """Five points, one of them up."""
+    # Folding the plane into half a sector leaves one edge, from a tip to the next inner corner.
     sector = 2 * np.pi / 5
     angle = np.arctan2(x, -y)  # 0 at the upper point
     angle = np.abs((angle + sector / 2) % sector - sector / 2)
@@ -189,7 +203,7 @@ _DISTANCES = {
     "ring": _ring,
 }
 
-# --- captions -------------------------------------------------------------------------------------
+# ---- Captions ----
 
 _PLACES = {p: f"in the {p} corner" if " " in p else f"at the {p}" for p in POSITIONS}
 _PLACES["center"] = "in the center"
@@ -202,10 +216,10 @@ _LINKS = {
 
 
 def caption(scene: Scene, rng) -> str:
-    """A natural caption: colours, shapes and relation always, sizes and place at times.
+    """A natural caption of a scene.
 
-    The background is said in about 70 % of captions, a size in half, a single object's place in
-    half.
+    It always says colours, shapes and relation. It says each size in half of the cases, the place
+    of a single object in half, and the background in 70 %.
     """
     things = []
     for thing in scene.objects:
@@ -238,6 +252,7 @@ def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
+# The grammar of `caption` as one regular expression. {0} is the number of the object.
 _NOUN = (
     rf"an? (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?"
     rf"(?:(?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
@@ -255,10 +270,12 @@ _GRAMMAR = re.compile(
 
 
 def parse(caption: str) -> Scene:
-    """What a caption of this world says; the inverse of `caption`, None for what is not said.
+    """The scene that a caption describes, with None for what it does not say.
+
+    It is the inverse of `caption`, without regard to case and white space.
 
     Raises:
-      ConfigError: the caption is not of this world.
+      ConfigError: the caption does not follow the grammar of `caption`.
     """
     match = _GRAMMAR.fullmatch(" ".join(caption.lower().split()))
     if not match or (match["ground1"] and match["ground2"]):
@@ -283,11 +300,11 @@ def parse(caption: str) -> Scene:
     return Scene(tuple(objects), said["ground1"] or said["ground2"], relation)
 
 
-# --- the source -----------------------------------------------------------------------------------
+# ---- The source ----
 
 
 class Source:
-    """Examples {"image": uint8 (res, res, 3), "caption": str}, drawn when asked for."""
+    """Examples {"image": uint8 (res, res, 3), "caption": str}, drawn on access."""
 
     def __init__(self, split: str, res: int, size: int, seed: int):
         self._split, self._res, self._size, self._seed = split, res, size, seed
@@ -304,11 +321,11 @@ class Source:
         return {"image": render(drawn, self._res), "caption": text}
 
     def captions(self) -> list[str]:
-        """All captions, without drawing a picture."""
+        """All captions. No image is drawn."""
         return [self._example(index)[1] for index in range(self._size)]
 
     def words(self) -> set[str]:
-        """All words of captions: a few hundred captions have each of them."""
+        """All words of the captions. A few hundred captions hold each of them."""
         return {w for i in range(min(self._size, 2048)) for w in words.of(self._example(i)[1])}
 
     def _example(self, index) -> tuple[Scene, str]:
@@ -318,14 +335,16 @@ class Source:
 
 
 def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: int = 0) -> Source:
-    """The data set.
+    """The data set of coloured shapes.
 
     Args:
-      split: "train"; "test", the same pairs of colour and shape; "heldout", one object of a pair
-        that training never shows.
-      res: pixels a side.
-      size: number of examples (65,536 in "train", 4,096 in the others).
-      seed: another seed, another data set.
+      split: "train", "test" or "heldout". "test" has the same pairs of colour and shape as "train".
+        In "heldout" one object has a pair that training never shows.
+      res: pixels a side, at least 8.
+      size: number of examples, by default 65,536 in "train" and 4,096 in the others.
+      seed: each seed gives another data set.
+    Raises:
+      ConfigError: an unknown split, or a number out of range.
     """
     if split not in SPLITS:
         raise errors.unknown("split", split, SPLITS, where="data source shapes")

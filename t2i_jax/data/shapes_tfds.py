@@ -1,4 +1,4 @@
-"""Coloured shapes as a TFDS data set: what `tfds` reads from disk is what `shapes` draws.
+"""Coloured shapes as a TFDS data set, with the same examples as `data.shapes`.
 
 shapes_tfds.Shapes(config="res64", file_format="array_record").download_and_prepare()
 config.data = dict(source="tfds", name="shapes/res64")
@@ -15,7 +15,7 @@ from t2i_jax.data import shapes
 
 @dataclasses.dataclass(eq=False)
 class Config(tfds.core.BuilderConfig):
-    """res, size and seed as in `shapes.make`; None is the whole size of each split."""
+    """res, size and seed as in `shapes.make`. A size of None is the full size of each split."""
 
     res: int = 32
     size: int | None = None
@@ -23,11 +23,11 @@ class Config(tfds.core.BuilderConfig):
 
 
 class Shapes(tfds.core.GeneratorBasedBuilder):
-    """Every split of the shapes, as PNG files and captions; needs no download."""
+    """Every split of the shapes, as PNG files and captions. It needs no download."""
 
     VERSION = tfds.core.Version(f"{shapes.VERSION}.0.0")
     BUILDER_CONFIGS = tuple(Config(name=f"res{res}", res=res) for res in (32, 64, 128))
-    code_path = None  # TFDS would look it up with importlib_resources, which it does not require
+    code_path = None  # TFDS would look it up with importlib_resources, which may be missing
 
     def _info(self):
         res = self.builder_config.res
@@ -50,7 +50,7 @@ class Shapes(tfds.core.GeneratorBasedBuilder):
         config = self.builder_config
         source = shapes.make(split=split, res=config.res, size=config.size, seed=config.seed)
         for index, example in enumerate(source):
-            png = io.BytesIO()  # a file's bytes: TFDS encodes arrays with TensorFlow alone
+            png = io.BytesIO()  # a finished file: TFDS needs TensorFlow to encode an array
             Image.fromarray(example["image"]).save(png, "PNG")
             png.seek(0)
             yield index, {"image": png, "caption": example["caption"]}

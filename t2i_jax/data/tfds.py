@@ -17,9 +17,9 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "description", "prompt"
 
 
 class Source:
-    """Examples {"image": uint8 HWC, "caption": str} of a prepared builder, read when asked for.
+    """Examples {"image": uint8 HWC, "caption": str} of a prepared builder, read on access.
 
-    Opening it compares every shard with the builder's books; arguments and errors as in `make`.
+    Opening it checks the number of records in every shard. For the arguments and errors see `make`.
     """
 
     def __init__(self, builder, *, split, res, image_key="", caption_key="", captions=1, pad=False):
@@ -52,6 +52,7 @@ class Source:
                 fix="where TensorFlow is installed, run: tfds convert_format "
                 f"--dataset_version_dir={builder.data_dir} --out_file_format=array_record",
             ) from e
+        # A shard that a full disk or a broken copy has cut would fail in the middle of a training.
         for shard in shards:
             _check(shard)
         files = [(os.path.basename(s.filename), s.skip, s.take) for s in shards]
@@ -68,7 +69,7 @@ class Source:
         return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
 
     def captions(self):
-        """All captions in order, without decoding a picture; "" for a broken record."""
+        """Yields all captions in order, "" for a broken record. No image is decoded."""
         for index in range(len(self)):
             try:
                 yield self._read(index)[1]
@@ -79,7 +80,7 @@ class Source:
         record, which = divmod(index, self._captions)
         try:
             example = self._records[record]
-        except RuntimeError as e:  # array_record's, where a checksum does not fit
+        except RuntimeError as e:  # array_record raises it for a wrong checksum
             raise transforms.BadExample(f"unreadable record: {e}") from e
         texts = _at(example, self._caption)
         texts = [texts] if isinstance(texts, bytes) else texts
@@ -100,19 +101,20 @@ def make(
     captions: int = 1,
     pad: bool = False,
 ) -> Source:
-    """A data set that TFDS has prepared as array_record; its own code is not needed.
+    """A data set that TFDS has prepared as array_record. Its own code is not needed.
 
     Args:
       name: "name", "name/config" or "name/config:1.0.0".
       split: in TFDS's notation: "train", "train[:90%]", "train+test".
-      res: side of the squares wanted in the end; large photographs are decoded near it.
-      holdout: share of the split "train", its first pictures, that "test" then is, and "train" not.
-      data_dir: where TFDS keeps its data; TFDS_DATA_DIR or ~/tensorflow_datasets by default.
-      image_key: the image feature, "a" or "a/b"; by default the only one, or the one called image.
-      caption_key: the text or list of texts; by default the one with a name of CAPTION_NAMES.
-      captions: examples made of each picture, with its captions in turn.
-      pad: white bars instead of cutting off what lies beyond the middle square.
+      res: pixels a side of the final squares. Large photographs are decoded near it.
+      holdout: share of the split "train" that becomes "test". These are its first examples.
+      data_dir: the folder of TFDS's data, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
+      image_key: the image feature, "a" or "a/b". By default the only one, or the one called image.
+      caption_key: the text, or list of texts. By default the one with a name of CAPTION_NAMES.
+      captions: examples for each image, which take its captions in turn.
+      pad: adds white bars instead of cutting out the middle square.
     Raises:
+      ConfigError: a holdout out of range, or a split that does not go with one.
       DataError: not prepared, another format, no such split or feature, or damaged shards.
     """
     if holdout:
@@ -127,13 +129,13 @@ def make(
         split = parts[split]
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir or None)
-    except ValueError as e:  # no such name, or no name
-        there = f", data_dir={data_dir!r}" if data_dir else ""
+    except ValueError as e:  # an unknown name, or an empty one
+        option = f", data_dir={data_dir!r}" if data_dir else ""
         raise errors.DataError(
             f"no prepared data set {name!r}",
             where=data_dir or "the data directory of TFDS",
             fix='prepare it, python -c "import tensorflow_datasets as tfds; tfds.builder('
-            f"{name!r}, file_format='array_record'{there}).download_and_prepare()\", which needs "
+            f"{name!r}, file_format='array_record'{option}).download_and_prepare()\", which needs "
             "TensorFlow for some data sets; or set config.data.data_dir",
         ) from e
     return Source(
@@ -148,7 +150,7 @@ def make(
 
 
 def _leaves(feature, path=(), listed=False):
-    """(path, feature, whether it is in a list) of everything below a feature."""
+    """Yields (path, feature, whether it is in a list) for every leaf below a feature."""
     if isinstance(feature, tfds.features.FeaturesDict):
         for name, child in feature.items():
             yield from _leaves(child, (*path, name), listed)
@@ -159,7 +161,7 @@ def _leaves(feature, path=(), listed=False):
 
 
 def _is_image(feature, listed) -> bool:
-    kinds = (np.uint8, np.uint16)  # TFDS keeps float32 as the bytes of an RGBA picture
+    kinds = (np.uint8, np.uint16)  # not float32: TFDS stores it as the bytes of an RGBA image
     return isinstance(feature, tfds.features.Image) and feature.np_dtype in kinds and not listed
 
 
@@ -167,21 +169,21 @@ def _is_text(feature, listed) -> bool:
     return isinstance(feature, tfds.features.Tensor) and feature.np_dtype in (object, str)
 
 
-def _choose(kind: str, given: str, found: list, usual: tuple, leaves, where: str) -> str:
-    """The given key; without one, the only feature with a usual name, or the only image at all."""
-    named = [name for name in found if leaves[name][0][-1] in usual]
-    choices = [given] if given else named or (found if kind == "image" else [])
-    if len(choices) == 1 and choices[0] in found:
+def _choose(kind: str, key: str, features: list, usual: tuple, leaves, where: str) -> str:
+    """The key, if set, else the only feature with a usual name, else the only image at all."""
+    named = [name for name in features if leaves[name][0][-1] in usual]
+    choices = [key] if key else named or (features if kind == "image" else [])
+    if len(choices) == 1 and choices[0] in features:
         return choices[0]
     raise errors.DataError(
-        f"no {kind} feature {given!r}" if given else f"{len(choices)} features look like a {kind}",
+        f"no {kind} feature {key!r}" if key else f"{len(choices)} features look like a {kind}",
         where=where,
-        fix=f"set config.data.{kind}_key to one of {sorted(found)}; there are {sorted(leaves)}",
+        fix=f"set config.data.{kind}_key to one of {sorted(features)}; there are {sorted(leaves)}",
     )
 
 
 def _undecoded(feature):
-    """TFDS decoders that leave pictures as bytes, for `transforms.decode` alone."""
+    """TFDS decoders that leave images as bytes. TFDS itself would decode without our limits."""
     if isinstance(feature, tfds.features.FeaturesDict):
         below = {name: _undecoded(child) for name, child in feature.items()}
         return {name: decoder for name, decoder in below.items() if decoder}
@@ -189,7 +191,7 @@ def _undecoded(feature):
 
 
 def _check(shard) -> None:
-    """DataError unless a shard opens and holds as many records as it should."""
+    """Raises DataError unless a shard opens and holds as many records as it should."""
     try:
         reader = array_record_module.ArrayRecordReader(shard.filename)
         count = reader.num_records()

@@ -1,4 +1,4 @@
-"""Pictures from bytes to arrays, in numpy and Pillow: safe decoding, squares, augmentation.
+"""Images from bytes to arrays, in numpy and Pillow: safe decoding, squares, augmentation.
 
 H W pixels · C channels
 """
@@ -9,37 +9,39 @@ import numpy as np
 from PIL import Image, ImageOps
 
 FORMATS = ("PNG", "JPEG", "WEBP")
-PIXEL_LIMIT = 64_000_000
+PIXEL_LIMIT = 64_000_000  # 256 MB as RGBA: a file of a few kilobytes may claim far more
 SIDE_LIMIT = 20_000
 
 
 class BadExample(ValueError):
-    """A picture or caption that cannot be used; the loader gives its slot weight 0.
+    """An image or caption that cannot be used. The loader gives its slot weight 0.
 
-    Reasons read "<kind>: <detail>", so that they can be counted by kind.
+    Its text reads "<kind>: <detail>", so that failures can be counted by kind.
     """
 
 
 def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
     """PNG, JPEG or WebP -> uint8 RGB HWC.
 
-    The first frame, upright by its EXIF orientation; transparency over white; grey, palette and
-    CMYK as RGB; 16-bit grey divided by 257 and rounded, 16-bit colours by their upper byte; colour
-    profiles are ignored. The size is read from the header before any pixel is.
+    - Of an animation the first frame is taken. EXIF's orientation is applied.
+    - Transparency is composited over white. Grey, palettes and CMYK become RGB.
+    - 16-bit grey is divided by 257 and rounded. 16-bit colours keep their upper byte.
+    - Colour profiles are ignored.
 
     Args:
-      data: the file.
-      res: the side wanted in the end. A JPEG of several times that is decoded at a half, a quarter
-        or an eighth, but no side below 2 × res: five times as fast for a photograph.
+      data: the content of the file.
+      res: pixels a side of the final square. A much larger JPEG is decoded at a half, a quarter or
+        an eighth of its size, but no side below 2 × res. For a photograph this is five times as
+        fast.
     Raises:
       BadExample: another format, a broken file, or more than 64 million pixels.
     """
-    # What Pillow warns of is let through: a filter for it would be one for all threads.
+    # Warnings of Pillow are let through: a filter for them would act on all threads.
     if not data:
         raise BadExample("empty file: 0 bytes")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            w, h = image.size
+            w, h = image.size  # from the header: no pixel is decoded before the check
             if w * h > PIXEL_LIMIT or max(w, h) > SIDE_LIMIT:
                 raise BadExample(f"too many pixels: {w} × {h}")
             image.draft(None, (2 * res, 2 * res))
@@ -55,6 +57,7 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
 
 
 def _rgb(image: Image.Image) -> np.ndarray:
+    # Pillow's own conversion of 16-bit grey clips it at 255.
     if image.mode.startswith("I"):
         grey_HW1 = np.round(np.asarray(image) / 257).astype(np.uint8)[..., None]
         return np.repeat(grey_HW1, 3, axis=-1)
@@ -77,7 +80,7 @@ def square(image_HWC: np.ndarray, res: int) -> np.ndarray:
 
 
 def pad(image_HWC: np.ndarray) -> np.ndarray:
-    """White bars make it a square, so that nothing is cut off.   -> uint8 HWC, H = W"""
+    """The image made square with white bars, so that nothing is cut off.   -> uint8 HWC, H = W"""
     h, w, _ = image_HWC.shape
     side = max(h, w)
     top, left = (side - h) // 2, (side - w) // 2
@@ -92,7 +95,7 @@ def to_float(image_HWC: np.ndarray) -> np.ndarray:
 
 
 def flip(image_HWC: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Mirrors half of the pictures; not for captions that say left and right, nor for letters."""
+    """Mirrors half of the images. Not for captions that say left or right, nor for letters."""
     return image_HWC[:, ::-1] if rng.random() < 0.5 else image_HWC
 
 

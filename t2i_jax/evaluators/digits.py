@@ -1,4 +1,4 @@
-"""Which digit a picture shows, as its nearest neighbours among the real ones say."""
+"""Which digit an image shows, judged by its nearest neighbours among real digits."""
 
 import functools
 
@@ -12,19 +12,22 @@ NEIGHBOURS = 5
 
 
 def make(predict, *, num_images: int = 200, batch_size: int = 64, seed: int = 0, sample=None):
-    """The evaluator: draws every digit equally often.
+    """The evaluator of digits. It draws every digit equally often.
 
     Args:
-      predict: name -> host function; "sample" draws uint8 pictures for captions.
+      predict: name -> host function; "sample" draws uint8 images for captions.
       num_images: in all.
-      batch_size: pictures drawn together.
+      batch_size: images drawn together.
       seed: of the noise.
-      sample: options for the sampler; the model's own by default.
+      sample: options of the sampler, by default the model's own.
     Returns:
-      run(nets, step) -> a function that gives "accuracy", the share of pictures that show what
-      their caption says; "distance", by how much an 8 × 8 pixel differs from that of the nearest
-      digit of the test split (root mean square, of 1); "diversity" among the pictures of a caption
-      (`quality.pixels.diversity`); and "num_images".
+      run(nets, step) -> a function that gives these metrics:
+
+        - "accuracy": the share of images that show the digit of their caption.
+        - "distance": the root mean square difference of 8 × 8 pixels from the nearest digit of the
+          test split, as a share of full brightness.
+        - "diversity" of the images of a caption, see `quality.pixels.diversity`.
+        - "num_images".
     """
     labels_N = np.arange(num_images) % len(digits.NAMES)
     captions = [digits.caption(label) for label in labels_N]
@@ -39,7 +42,8 @@ def make(predict, *, num_images: int = 200, batch_size: int = 64, seed: int = 0,
 
 
 def judged(images_NHWC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
-    """What `make` promises, of uint8 pictures."""
+    """The metrics of `make`, from uint8 images and the digits of their captions."""
+    # The distance is that from the test digits, so that copies of training images are not at 0.
     small_NP = _small(images_NHWC)
     train, test = (_real(split, images_NHWC.shape[1]) for split in digits.SPLITS)
     distance_N1, _ = test.kneighbors(small_NP, 1)
@@ -54,7 +58,7 @@ def judged(images_NHWC: np.ndarray, labels_N: np.ndarray) -> dict[str, float]:
 
 
 def _small(images_NHWC) -> np.ndarray:
-    """Pictures as small as the data.   -> N, 64 numbers from 0 to 1"""
+    """The images at the size of the data, 8 × 8.   -> (N, 64) in 0 … 1"""
     size = (digits.SIDE, digits.SIDE)
     resized = lambda image: image.convert("L").resize(size, Image.Resampling.BOX)
     small_NHW = np.stack([resized(Image.fromarray(image_HWC)) for image_HWC in images_NHWC])
@@ -63,7 +67,10 @@ def _small(images_NHWC) -> np.ndarray:
 
 @functools.cache
 def _real(split: str, res: int):
-    """The neighbours among the digits of a split, enlarged and made small as drawn ones are."""
+    """The search for neighbours among the digits of a split.
+
+    The real digits are enlarged and reduced in the same way as drawn ones.
+    """
     from sklearn import neighbors
 
     source = digits.make(split=split, res=res)

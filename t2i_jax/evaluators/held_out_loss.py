@@ -1,6 +1,6 @@
-"""The training loss of pictures that training never shows, by a prediction of the family.
+"""The loss on images that training never shows, by a prediction of the family.
 
-T values of a prediction, such as losses at fixed times
+T values of the prediction, such as losses at fixed times
 """
 
 import itertools
@@ -22,21 +22,23 @@ def make(
     batch_size: int = 64,
     seed: int = 0,
 ):
-    """The evaluator.
+    """The evaluator of the held-out loss.
 
     Args:
-      predict: name -> host function; `prediction` gives the mean losses (T,) of a batch, "batch"
-        makes it.
-      data: a source's options, such as {"source": "shapes", "split": "test"}; by default the
-        training data's split "test".
-      num_images: its first ones, without broken ones; whole batches are used alone.
-      batch_size: pictures at once.
+      predict: name -> host function. "batch" makes a batch, and `prediction` gives its mean losses
+        (T,).
+      data: options of a source, such as {"source": "shapes", "split": "test"}. By default the split
+        "test" of the training data.
+      prediction: the name of the prediction.
+      num_images: how many images are tried, from the first. Broken ones are left out, and an
+        incomplete last batch as well.
+      batch_size: images at once.
       seed: of the noise.
     Returns:
-      run(nets, step) -> a function that gives "0" … "T − 1", and "mean" of them.
+      run(nets, step) -> a function that gives the losses "0" … "T − 1" and their "mean".
     Raises:
-      ConfigError: the family lacks the prediction, or there are no pictures.
-      DataError: all pictures are broken; raised by `run`.
+      ConfigError: the family lacks the prediction, or there are no images.
+      DataError: all images are broken. `run` raises it.
     """
     if prediction not in predict:
         raise errors.ConfigError(
@@ -60,7 +62,7 @@ def make(
             if values and len(found) < batch_size:
                 break
             batch = predict["batch"]([e["image"] for e in found], [e["caption"] for e in found])
-            batch["index"] += len(values) * batch_size
+            batch["index"] += len(values) * batch_size  # noise of its own for each image
             values.append(predict[prediction](nets, batch, seed=seed))
         if not values:
             raise errors.DataError(

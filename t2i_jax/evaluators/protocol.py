@@ -1,6 +1,6 @@
-"""Judges a model, or pictures of any origin, by a protocol file: see `quality.protocol`.
+"""Evaluates a model, or images of any origin, by a protocol file: see `quality.protocol`.
 
-N M pictures, drawn and real
+N drawn images · M real images
 """
 
 import concurrent.futures
@@ -33,16 +33,16 @@ from t2i_jax.quality import protocol as protocols
 from t2i_jax.quality.protocol import Protocol
 from t2i_jax.run import distributed
 
-CACHE = "T2I_JAX_CACHE"  # environment variable: where features of real pictures are kept
-BATCH = 64  # pictures drawn, or read, together
-JUDGED = 128  # pixels a side that the judge of shapes looks at: its time grows with the square
+CACHE = "T2I_JAX_CACHE"  # environment variable: the folder of stored features of real images
+BATCH = 64  # images drawn, or read, together
+JUDGED = 128  # pixels a side for the judge of shapes, whose time grows with their square
 INCEPTION = "inception"
-OTHERWISE = {"fid": "fd", "spatial_fid": "spatial_fd", "kid": "kd"}  # not of Inception
-CMMD = "clip-vit-large-patch14-336"  # the network that the name means
+OTHERWISE = {"fid": "fd", "spatial_fid": "spatial_fd", "kid": "kd"}  # names for other extractors
+CMMD = "clip-vit-large-patch14-336"  # the network that the name CMMD stands for
 
 
 class Metric(NamedTuple):
-    """drawn, real: the columns it needs of either set. fn(drawn, real, **options) -> values."""
+    """drawn, real: the columns it needs of each set.   fn(drawn, real, **options) -> values."""
 
     drawn: tuple[str, ...]
     real: tuple[str, ...]
@@ -72,13 +72,12 @@ def _inception_score(drawn, real, *, splits=10):
 
 
 def _manifold(drawn, real, *, k=3, density_k=5):
-    found = manifold.compare(real["pooled"], drawn["pooled"], k=k, density_k=density_k)
-    return found._asdict()
+    return manifold.compare(real["pooled"], drawn["pooled"], k=k, density_k=density_k)._asdict()
 
 
 def _memorised(drawn, real, *, ratio=1 / 3):
-    found = manifold.memorised(real["trained"], drawn["pooled"], ratio=ratio)
-    return {"memorised": found.share, "memorised_distance": float(np.median(found.distance_M))}
+    copies = manifold.memorised(real["trained"], drawn["pooled"], ratio=ratio)
+    return {"memorised": copies.share, "memorised_distance": float(np.median(copies.distance_M))}
 
 
 def _clip_score(drawn, real):
@@ -91,12 +90,11 @@ def _r_precision(drawn, real, *, candidates=100, seed=0):
 
 
 def _cmmd(drawn, real):
-    sides = (_unit(side["image_emb"]) for side in (real, drawn))
-    return {"cmmd": kernel.cmmd(*sides)}
+    return {"cmmd": kernel.cmmd(_unit(real["image_emb"]), _unit(drawn["image_emb"]))}
 
 
 def _mean(name: str) -> Metric:
-    """Of a column of one number a picture, or a caption."""
+    """The mean of a column that has one number for each image, or for each caption."""
     return Metric((name,), (), lambda drawn, real: {name: float(drawn[name].mean())})
 
 
@@ -120,13 +118,13 @@ METRICS = {
     "r_precision": Metric(("image_emb", "text_emb"), (), _r_precision),
     "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd),
     "shapes": Metric(("captions", "shapes"), (), _shapes),
-    "lpips_diversity": _mean("lpips_diversity"),  # among the pictures of a caption
-    "diversity": _mean("diversity"),  # the same, of pixels
-    "lpips": _mean("lpips"),  # of drawn pictures from their captions' own
+    "lpips_diversity": _mean("lpips_diversity"),  # among the images of a caption
+    "diversity": _mean("diversity"),  # the same, by pixels
+    "lpips": _mean("lpips"),  # of drawn images from the real images of their captions
     "psnr": _mean("psnr"),
     "ssim": _mean("ssim"),
 }
-LEAST = {  # an option that needs as many pictures, and its default
+LEAST = {  # the option that may not exceed the number of images, and its default
     "kid": ("subset_size", 1000),
     "inception_score": ("splits", 10),
     "r_precision": ("candidates", 100),
@@ -137,22 +135,20 @@ OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
 
 
 def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None, **changes):
-    """The evaluator: draws what a protocol says and measures it.
+    """The evaluator of protocols. It draws the protocol's captions and measures the images.
 
     Args:
-      predict: name -> host function; "sample" draws uint8 pictures for captions.
+      predict: name -> host function; "sample" draws uint8 images for captions.
       protocol: a name of evaluators/protocols, the path of a file, or a `Protocol`.
-      batch_size: pictures drawn together.
-      reference: an .npz with mu and sigma, in place of the real pictures' features.
+      batch_size: images drawn together.
+      reference: an .npz with mu and sigma, in place of the features of real images.
       changes: other values for fields of the protocol, and `path`, see `quality.protocol.read`.
     Returns:
-      run(nets, step) -> a function that gives the metrics by name, and as `definition` the hash of
-        what was measured. `run` needs all processes, the
-        function only the first, in whatever thread. What is not measured with Inception is called
-        after its extractor, "fd-…" in place of "fid".
+      run(nets, step) -> a function that gives the metrics by name. Its `definition` is a hash of
+      the protocol. All processes must call `run`. The first alone calls the function, in any
+      thread. A metric of another network than Inception has its name: "fd-…" in place of "fid".
     Raises:
-      ConfigError, DataError: unknown metrics or options, or networks that are not there: before
-        anything is drawn.
+      ConfigError, DataError: unknown metrics or options, or missing networks. Nothing is drawn yet.
     """
     ours = protocol if isinstance(protocol, Protocol) else protocols.read(protocol, **changes)
     nets = Networks(ours)
@@ -167,9 +163,10 @@ def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None,
 
 
 def drawn(predict, model, ours: Protocol, texts, batch_size: int):
-    """Batches (pictures, their captions) of a model, all by one program."""
+    """Yields batches (images, their captions) of a model."""
     batch_size = min(whole_captions(ours, batch_size), len(texts))
     for start in range(0, len(texts), batch_size):
+        # A short last batch repeats the last caption: one shape is one compilation.
         index = np.minimum(np.arange(start, start + batch_size), len(texts) - 1)
         options = {"seed": ours.seed, "index": index, "batch_size": batch_size, **ours.sample}
         pictures = predict["sample"](model, [texts[i] for i in index], **options)
@@ -178,12 +175,19 @@ def drawn(predict, model, ours: Protocol, texts, batch_size: int):
 
 
 def whole_captions(ours: Protocol, batch_size: int) -> int:
-    """A batch size near the given one, so that no caption's pictures are torn apart."""
+    """A batch size near `batch_size` that keeps the images of a caption in one batch."""
     return max(batch_size // ours.per_caption, 1) * ours.per_caption
 
 
 class Networks:
-    """The networks that a protocol's metrics need, with the columns they are asked for."""
+    """The networks of a protocol's metrics.
+
+    Attributes:
+      drawn, real: the columns that the metrics need of drawn and of real images.
+      extract, dual, perceptual: the networks, None where no metric needs them.
+    Raises:
+      ConfigError, DataError: as of `make`.
+    """
 
     def __init__(self, protocol: Protocol):
         where = f"protocol {protocol.name}"
@@ -225,17 +229,17 @@ class Networks:
             self.perceptual = extractor.Perceptual()
 
     def columns(self, names, pictures, texts=None) -> dict[str, np.ndarray]:
-        """Those of the columns that networks give, for pictures and their captions."""
+        """The named columns that networks compute, for images and their captions."""
         own = sorted(names & extractor.COLUMNS.keys())
-        found = self.extract(pictures, own) if own else {}
+        columns = self.extract(pictures, own) if own else {}
         if "image_emb" in names:
-            found["image_emb"] = self.dual.images(pictures)
+            columns["image_emb"] = self.dual.images(pictures)
         if "text_emb" in names:
-            found["text_emb"] = self.dual.texts(texts)
-        return found
+            columns["text_emb"] = self.dual.texts(texts)
+        return columns
 
     def of_groups(self, name: str, pictures, per_caption: int) -> np.ndarray:
-        """One of OF_GROUPS, of each caption's pictures, which lie together.   -> G"""
+        """A metric of OF_GROUPS, for each group of `per_caption` images in a row.   -> G"""
         x_NHWC = _stacked(pictures)
         if len(x_NHWC) % per_caption:
             raise errors.DataError(
@@ -247,15 +251,15 @@ class Networks:
         return fn(x_NHWC.reshape(-1, per_caption, *x_NHWC.shape[1:]))
 
     def of_pairs(self, name: str, pictures, own) -> np.ndarray:
-        """One of OF_PAIRS, of pictures and those that their captions belong to.   -> N"""
+        """A metric of OF_PAIRS, of images and the real images of their captions.   -> N"""
         return self._function(OF_PAIRS[name])(_stacked(pictures), np.stack(own))
 
     def _function(self, fn):
-        """It, or the perceptual network's of that name."""
+        """The function itself, or the method of the perceptual network with that name."""
         return fn if callable(fn) else getattr(self.perceptual, fn)
 
     def provenance(self) -> dict:
-        """The networks by name and hash."""
+        """Role -> name and fingerprint of each network."""
         opened = {"extractor": self.extract, "clip": self.dual, "lpips": self.perceptual}
         return {
             key: {"name": net.label, "fingerprint": net.fingerprint}
@@ -275,7 +279,7 @@ def _stacked(pictures) -> np.ndarray:
 
 
 def check_captions(ours: Protocol, nets: Networks, captions) -> None:
-    """Raises ConfigError where a metric cannot work with captions, picture's name -> caption."""
+    """Raises ConfigError where a metric cannot use the captions (image -> caption)."""
     where = f"protocol {ours.name}"
     bare = [name for name, caption in captions.items() if not caption]
     if bare and nets.drawn & {"captions", "text_emb"}:
@@ -318,21 +322,25 @@ def _opened(kind, protocol, field: str):
 
 
 class Measure:
-    """One evaluation: what networks and judges make of pictures, drawn and real.
+    """One evaluation. It computes the columns of drawn and real images, and then the metrics.
 
-    Needs all processes; `metrics` the first alone, in whatever thread.   provenance: what made the
-    numbers, by hashes.
+    All processes must make it. The first alone calls `metrics`, in any thread.
 
     Args:
-      batches: (uint8 pictures HWC of any size, their captions or None), …
+      protocol, nets: the protocol and its networks.
+      batches: yields (uint8 images HWC of any size, their captions or None).
+      reference: an .npz with mu and sigma, in place of real images.
+    Attributes:
+      provenance: hashes of everything that the numbers depend on.
     Raises:
-      ConfigError: a metric needs captions, and there are none, or more than --reference has.
+      ConfigError: a metric needs captions and there are none, or needs more than `reference` has.
     """
 
     def __init__(self, protocol: Protocol, nets: Networks, batches, reference=None):
         self._protocol, self._nets = protocol, nets
         self._columns, self._res, self._own, self._sizes = {}, 0, None, set()
         self._first = jax.process_index() == 0
+        # The judge of shapes works on the CPU while the devices draw the next batch.
         self._judges = concurrent.futures.ThreadPoolExecutor(1, "judge")
         self.provenance = nets.provenance()
         if reference:
@@ -352,20 +360,20 @@ class Measure:
                 where=f"protocol {self._protocol.name}",
                 fix="write metadata.jsonl beside the pictures, or choose other metrics",
             )
-        found = self._nets.columns(wanted, pictures, texts)
+        columns = self._nets.columns(wanted, pictures, texts)
         for name in wanted & OF_GROUPS.keys():
-            found[name] = self._nets.of_groups(name, pictures, self._protocol.per_caption)
+            columns[name] = self._nets.of_groups(name, pictures, self._protocol.per_caption)
         if pairs := sorted(wanted & OF_PAIRS.keys()):
             self._own = self._own or self._protocol.pictures(self._res)
             own = [
                 transforms.square(next(self._own), self._protocol.res or self._res)
                 for _ in pictures
             ]
-            found |= {name: self._nets.of_pairs(name, pictures, own) for name in pairs}
+            columns |= {name: self._nets.of_pairs(name, pictures, own) for name in pairs}
         if "captions" in wanted and self._first:
-            found["captions"] = list(texts)
-            found["shapes"] = [self._judges.submit(_judge, pictures, texts)]
-        for name, rows in found.items():
+            columns["captions"] = list(texts)
+            columns["shapes"] = [self._judges.submit(_judge, pictures, texts)]
+        for name, rows in columns.items():
             self._columns.setdefault(name, []).append(rows)
 
     def _read(self, reference) -> statistics.Statistics:
@@ -375,19 +383,19 @@ class Measure:
                 where="--reference",
                 fix="leave it out, or choose a protocol without other distances",
             )
-        found = statistics.load_foreign(reference)
+        real = statistics.load_foreign(reference)
         content = pathlib.Path(reference).read_bytes()
         self.provenance["real"] = {"sha256": hashlib.sha256(content).hexdigest()}
-        return found
+        return real
 
     def _real_features(self) -> dict:
-        found, names = {}, self._nets.real
+        columns, names = {}, self._nets.real
         if wanted := names - {"trained"}:
-            found |= self._features("real", self._protocol.sources("data", self._res), wanted)
+            columns |= self._features("real", self._protocol.sources("data", self._res), wanted)
         if "trained" in names:
             sources = self._protocol.sources("train", self._res)
-            found["trained"] = self._features("trained", sources, {"pooled"}).get("pooled")
-        return found
+            columns["trained"] = self._features("trained", sources, {"pooled"}).get("pooled")
+        return columns
 
     def metrics(self) -> dict[str, float]:
         """The protocol's metrics by name."""
@@ -397,12 +405,12 @@ class Measure:
         self._warn(drawn)
         values = {}
         for name, options in self._protocol.metrics.items():
-            found = METRICS[name].fn(drawn, self._real, **options)
-            values |= {self._named(key, METRICS[name]): value for key, value in found.items()}
+            own = METRICS[name].fn(drawn, self._real, **options)
+            values |= {self._named(key, METRICS[name]): value for key, value in own.items()}
         return values
 
     def _warn(self, drawn) -> None:
-        """Of distances that say little: they go with the number and the size of pictures."""
+        """Warns of distances that say little: they depend on the number and size of the images."""
         if len(self._sizes) > 1:
             sizes = " ".join(f"{h}×{w}" for h, w in sorted(self._sizes)[:5])
             logging.warning("pictures of %d sizes, such as %s", len(self._sizes), sizes)
@@ -421,6 +429,7 @@ class Measure:
             )
 
     def _named(self, key: str, metric: Metric) -> str:
+        """The published name where the network is the published one, else with the network's."""
         base = key.removesuffix("_spread")
         if set(metric.drawn) & {*OF_CLIP}:
             label = self._nets.dual.label
@@ -433,7 +442,8 @@ class Measure:
         return f"{OTHERWISE.get(base, base)}{key.removeprefix(base)}-{label}"
 
     def _features(self, role: str, sources, columns) -> dict[str, np.ndarray]:
-        """Columns of real pictures, computed once and kept in a file under their hash."""
+        """Columns of real images, computed once and then stored in a file."""
+        # The file's name is a hash of all that the columns depend on. So no stale file is read.
         nets = self._nets.provenance()
         made_of = {
             "data": [source.fingerprint for source in sources],
@@ -445,22 +455,23 @@ class Measure:
         home = pathlib.Path(os.environ.get(CACHE, "~/.cache/t2i_jax")).expanduser()
         path = home / "features" / f"{key[:32]}.npz"
         if distributed.as_first(path.is_file()):
-            # The others may not see its files, and need not: `metrics` is the first's alone.
-            found = statistics.load_arrays(path, expected={"made_of": key}) if self._first else {}
+            # Other processes may be on hosts without this file. They do not need it, as the first
+            # alone calls `metrics`.
+            arrays = statistics.load_arrays(path, expected={"made_of": key}) if self._first else {}
         else:
             logging.info("features of %d pictures, once …", sum(map(len, sources)))
-            found = self._extracted(sources, made_of["res"], columns)
+            arrays = self._extracted(sources, made_of["res"], columns)
             if self._first:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                statistics.save_arrays(path, found, source={"made_of": key})
+                statistics.save_arrays(path, arrays, source={"made_of": key})
         if not self._first:
-            return found
-        count = len(next(iter(found.values())))
+            return arrays
+        count = len(next(iter(arrays.values())))
         broken = sum(map(len, sources)) - count
         if broken:
             logging.warning("%d of the %s pictures are broken and left out", broken, role)
         self.provenance[role] = {"sha256": key, "pictures": count, "broken": broken}
-        return found
+        return arrays
 
     def _extracted(self, sources, res: int, columns) -> dict[str, np.ndarray]:
         parts, pictures = {}, []

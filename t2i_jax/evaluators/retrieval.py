@@ -1,4 +1,4 @@
-"""How well a dual encoder's pictures and captions find each other.
+"""Retrieval of captions by images, and of images by captions, with a dual encoder.
 
 N pairs · P embedding
 """
@@ -9,7 +9,7 @@ from t2i_jax import errors, fields, plugins
 from t2i_jax.data import loader
 from t2i_jax.quality import retrieval
 
-PLACES = (1, 5, 10)
+PLACES = (1, 5, 10)  # the k of recall at k
 
 
 def make(
@@ -21,21 +21,21 @@ def make(
     candidates: int = 64,
     seed: int = 0,
 ):
-    """The evaluator.
+    """The evaluator of retrieval.
 
     Args:
-      predict: name -> host function; "image_emb" and "text_emb" give unit vectors BP of a batch,
-        "batch" makes it.
-      data: a source's options, such as {"source": "shapes", "split": "test"}; by default the
-        training data's split "test".
-      num_images: its first ones of which no two have the same caption; whole groups of `candidates`
-        are used alone.
-      batch_size: pictures at once.
-      candidates: how many pairs choose among each other.
-      seed: of the choice of R-precision's captions among all.
+      predict: name -> host function. "batch" makes a batch, and "image_emb" and "text_emb" give its
+        unit vectors BP.
+      data: options of a source, such as {"source": "shapes", "split": "test"}. By default the split
+        "test" of the training data.
+      num_images: how many images are tried, from the first. Of several images with one caption the
+        first is used. Only whole groups of `candidates` are used.
+      batch_size: images at once.
+      candidates: pairs in a group, within which recall is measured.
+      seed: of R-precision's candidates, which are drawn from all captions.
     Returns:
-      run(nets, step) -> a function that gives recall as "image_to_text_at_1", …_5, …_10 and the
-      reverse, means over groups, "r_precision" of as many candidates, and "num_images".
+      run(nets, step) -> a function that gives the recall "image_to_text_at_1", …_5, …_10 and the
+      reverse, as means over groups; "r_precision" with as many candidates; and "num_images".
     Raises:
       ConfigError: the family lacks the predictions, or there are not enough captions.
     """
@@ -63,7 +63,7 @@ def make(
     records = list(chosen.values())[: groups * candidates]
 
     def embedded(nets):
-        sides = ([], [])
+        parts = ([], [])  # images, captions
         for start in range(0, len(records), batch_size):
             examples = [
                 source[r] for r in np.resize(records[start : start + batch_size], batch_size)
@@ -71,9 +71,9 @@ def make(
             batch = predict["batch"](
                 [e["image"] for e in examples], [e["caption"] for e in examples]
             )
-            for side, name in zip(sides, ("image_emb", "text_emb"), strict=True):
-                side.append(np.asarray(predict[name](nets, batch)))
-        return [np.concatenate(side)[: len(records)].astype(np.float64) for side in sides]
+            for part, name in zip(parts, ("image_emb", "text_emb"), strict=True):
+                part.append(np.asarray(predict[name](nets, batch)))
+        return [np.concatenate(part)[: len(records)].astype(np.float64) for part in parts]
 
     def run(nets, step):
         image_NP, text_NP = embedded(nets)
@@ -83,8 +83,8 @@ def make(
 
 
 def measured(image_NP, text_NP, candidates: int, seed: int = 0) -> dict[str, float]:
-    """What `make` promises, of unit vectors; pictures belong to captions of the same number."""
-    found, count = {}, len(image_NP) // candidates
+    """The metrics of `make`, from unit vectors. Image i and caption i are a pair."""
+    values, count = {}, len(image_NP) // candidates
     groups = [
         (image_CP @ text_CP.T)
         for image_CP, text_CP in zip(
@@ -94,7 +94,7 @@ def measured(image_NP, text_NP, candidates: int, seed: int = 0) -> dict[str, flo
     for k in PLACES:
         both = [[retrieval.recall_at(g, k), retrieval.recall_at(g.T, k)] for g in groups]
         forth, back = np.mean(both, 0)
-        found |= {f"image_to_text_at_{k}": float(forth), f"text_to_image_at_{k}": float(back)}
+        values |= {f"image_to_text_at_{k}": float(forth), f"text_to_image_at_{k}": float(back)}
     similarity_NN = image_NP @ text_NP.T
     precision = retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)
-    return {**found, "r_precision": precision, "num_images": float(len(image_NP))}
+    return {**values, "r_precision": precision, "num_images": float(len(image_NP))}

@@ -1,8 +1,9 @@
-"""A judge that needs no network: reads coloured shapes out of pictures and checks the captions.
+"""A judge without a network: reads coloured shapes from images and checks the captions.
 
-Classical vision: the ground is the median colour, objects are connected regions that differ from
-it. A region's colour is the one that, mixed with the ground, explains its pixels best; its shape is
-the one that, drawn at its place, as large and as soft, correlates best with that mixture.
+The ground is the median colour. Objects are connected regions that differ from it. The colour of a
+region is the one whose mixtures with the ground explain its pixels best. Its shape is the one that
+correlates best with that mixture, drawn at the same place, as large and as soft.
+
 H W pixels · C channels · N pixels of a region · K colours · S shapes
 """
 
@@ -16,37 +17,37 @@ from t2i_jax import errors
 from t2i_jax.data import shapes
 
 CONTRAST = 45.0  # RGB distance from the ground at which a pixel belongs to an object
-MIN_AREA = 0.006  # share of the picture below which a region is a speck
-MAX_MISFIT = 45.0  # RGB distance from the best mixture, or from a ground, to be any of ours
-MIN_ALPHA = 0.5  # a colour must be that undiluted somewhere
-MIN_MATCH = 0.95  # correlation with the best shape to be one of ours; clear pictures reach 0.99
-BLURS = 2  # passes of a blur of 0.7 pixels that still leave a shape sharp enough
-MAX_RATIO = 1.25  # of a diameter to that of its size; just over half way from one to the other
-MAX_OFFSET = 0.11  # from the centre of a cell, as a share of the side, to be in its place
-MIN_DISTANCE = 0.15  # between centres, as a share of the side, for a relation to hold
+MIN_AREA = 0.006  # share of the image; a smaller region is a speck
+MAX_MISFIT = 45.0  # largest RGB distance from the best mixture, or from a known background
+MIN_ALPHA = 0.5  # a colour must have this share in some pixels of the region
+MIN_MATCH = 0.95  # least correlation with the best shape; clear images reach 0.99
+BLURS = 2  # largest number of blurs (0.7 pixels each) under which a shape still counts
+MAX_RATIO = 1.25  # largest ratio of a diameter to a size's; half way between two sizes is 1.24
+MAX_OFFSET = 0.11  # largest offset from the centre of a cell, as a share of the side
+MIN_DISTANCE = 0.15  # least distance of two centres in a relation, as a share of the side
 FIELDS = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}
 ATTRIBUTES = (*FIELDS, "relation", "background", "count")
 
 
 class Seen(NamedTuple):
-    """An object in a picture; None where it is like nothing of the set."""
+    """An object in an image. A field is None where the object is like nothing in the data set."""
 
     colour: str | None
     shape: str | None
     size: str | None
     cell: int | None  # 0 … 8, row by row
-    centre: tuple[float, float]  # x, y as shares of the picture's side
+    centre: tuple[float, float]  # x, y as shares of the image's side
 
 
 class Reading(NamedTuple):
-    """All that is in a picture."""
+    """The content of an image."""
 
     objects: tuple[Seen, ...]
     background: str | None
 
 
 def read(image_HWC: np.ndarray) -> Reading:
-    """The background and every object of a square uint8 RGB picture."""
+    """Reads the background and every object from a square uint8 RGB image."""
     pixels_HWC = image_HWC.astype(np.float32)
     ground_C = np.median(pixels_HWC.reshape(-1, 3), axis=0)
     from_ground_HWC = pixels_HWC - ground_C
@@ -58,20 +59,24 @@ def read(image_HWC: np.ndarray) -> Reading:
 
 
 def judge(image_HWC: np.ndarray, caption: str) -> dict[str, bool]:
-    """Attribute -> whether the picture shows what the caption says of it, for all it speaks of.
+    """Attribute -> whether the image shows what the caption says. Others are left out.
 
-    An attribute of two objects must be right for both. Objects are matched to the caption as suits
-    it best. `count` fails for an object too many or too few; `full_match` is all of it.
+    An attribute of two objects must be right for both. `count` fails for an object too many or too
+    few. `full_match` is True if all attributes are right.
+
+    Raises:
+      ConfigError: the caption is not of coloured shapes.
     """
     said, seen = shapes.parse(caption), read(image_HWC)
     number = len(said.objects)
+    # Objects have no order. The assignment with the most right attributes counts.
     orders = itertools.permutations([*seen.objects, *[None] * number], number)
     hits = max((_hits(said, order) for order in orders), key=lambda hits: sum(h for _, h in hits))
     hits += [("count", len(seen.objects) == number)]
     if said.background:
         hits += [("background", seen.background == said.background)]
-    found = {name: all(hit for n, hit in hits if n == name) for name, _ in hits}
-    return {**found, "full_match": all(found.values())}
+    right = {name: all(hit for n, hit in hits if n == name) for name, _ in hits}
+    return {**right, "full_match": all(right.values())}
 
 
 def make(
@@ -83,20 +88,24 @@ def make(
     splits=("test", "heldout"),
     sample=None,
 ):
-    """The evaluator: draws captions of the splits, equally many of each, and judges the pictures.
+    """The evaluator of coloured shapes. It draws equally many captions of each split.
 
     Args:
-      predict: name -> host function; "sample" draws uint8 pictures for captions.
+      predict: name -> host function; "sample" draws uint8 images for captions.
       num_images: in all.
-      batch_size: pictures drawn together.
+      batch_size: images drawn together.
       seed: of the captions and the noise.
-      splits: of the data set; "test" holds pairs of colour and shape seen in training.
-      sample: options for the sampler; the model's own by default.
+      splits: of the data set. "test" has the pairs of colour and shape of the training.
+      sample: options of the sampler, by default the model's own.
     Returns:
-      run(nets, step) -> a function that gives `num_images`, and the share of right pictures per
-      attribute and as `full_match`, with the number of captions that speak of the attribute as
-      `num_<attribute>` where not all do: over all, and after "seen/", "heldout/", "single/" and
-      "pair/" over these alone.
+      run(nets, step) -> a function that gives these metrics:
+
+        - <attribute> and "full_match": the share of right images.
+        - "num_images", and "num_<attribute>" where not all captions mention the attribute.
+        - The same with the prefixes "seen/", "heldout/", "single/" and "pair/", over these
+          captions alone.
+    Raises:
+      ConfigError: fewer images than splits, or an unknown split.
     """
     splits = tuple(splits)
     if not splits or num_images < len(splits):
@@ -121,57 +130,63 @@ def make(
     return run
 
 
-def shares(found, captions) -> dict[str, float]:
-    """What `judge` found of pictures of captions as shares of right pictures, see `make`."""
+def shares(results, captions) -> dict[str, float]:
+    """The metrics of `make`, from the results of `judge` and the captions of the images."""
     groups: dict[str, list] = {}
-    for judged, text in zip(found, captions, strict=True):
+    for judged, text in zip(results, captions, strict=True):
         said = shapes.parse(text)
         pairs = {(thing.colour, thing.shape) for thing in said.objects}
         groups.setdefault("heldout" if pairs & shapes.HELD_OUT else "seen", []).append(judged)
         groups.setdefault("pair" if said.relation else "single", []).append(judged)
-    result = _shares(found)
+    result = _shares(results)
     for group, part in sorted(groups.items()):
         result |= {f"{group}/{name}": value for name, value in _shares(part).items()}
     return result
 
 
-def _shares(found) -> dict[str, float]:
-    values = {name: [f[name] for f in found if name in f] for name in ATTRIBUTES}
-    values = {"full_match": [f["full_match"] for f in found], **values}
-    result = {"num_images": float(len(found))}
+def _shares(results) -> dict[str, float]:
+    values = {name: [r[name] for r in results if name in r] for name in ATTRIBUTES}
+    values = {"full_match": [r["full_match"] for r in results], **values}
+    result = {"num_images": float(len(results))}
     for name, right in values.items():
         if right:
             result[name] = float(np.mean(right))
-            if len(right) < len(found):
+            if len(right) < len(results):
                 result[f"num_{name}"] = float(len(right))
     return result
 
 
 def _hits(said: shapes.Scene, objects) -> list[tuple[str, bool]]:
-    """What is said of objects, and whether it holds of the given ones (None: it is not there)."""
+    """(attribute, whether it is right) of everything said. An object that is missing is None."""
     hits = [
-        (name, _shows(there, name, field) == getattr(wanted, field))
-        for wanted, there in zip(said.objects, objects, strict=True)
+        (name, _shows(seen, name, field) == getattr(wanted, field))
+        for wanted, seen in zip(said.objects, objects, strict=True)
         for name, field in FIELDS.items()
         if getattr(wanted, field) is not None
     ]
     if said.relation:
-        known = all(map(_known, objects))
-        hits += [("relation", known and _relation(*objects) == said.relation)]
+        clear = all(map(_is_clear, objects))
+        hits += [("relation", clear and _relation(*objects) == said.relation)]
     return hits
 
 
-def _known(there: Seen | None) -> bool:
-    """Whether it is of our colours and shapes: among fragments, some lie as any caption says."""
-    return there is not None and None not in (there.colour, there.shape)
+def _is_clear(seen: Seen | None) -> bool:
+    """Whether an object has one of our colours and one of our shapes.
+
+    Size, place and relation count for these alone. A noisy image has fragments everywhere, so some
+    of them would lie as any caption says.
+    """
+    return seen is not None and None not in (seen.colour, seen.shape)
 
 
-def _shows(there: Seen | None, name: str, field: str):
-    seen = there is not None if name in ("colour", "shape") else _known(there)
-    return getattr(there, field) if seen else None
+def _shows(seen: Seen | None, name: str, field: str):
+    """The value of an attribute of an object, or None."""
+    counts = seen is not None if name in ("colour", "shape") else _is_clear(seen)
+    return getattr(seen, field) if counts else None
 
 
 def _relation(first: Seen, second: Seen) -> str | None:
+    """The relation of the first to the second; None if their centres are too near."""
     dx, dy = np.subtract(second.centre, first.centre)
     if max(abs(dx), abs(dy)) < MIN_DISTANCE:
         return None
@@ -181,9 +196,12 @@ def _relation(first: Seen, second: Seen) -> str | None:
 
 
 def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
-    """What a region shows, its soft rim included."""
+    """The object that a region with its soft rim shows."""
+    # ---- Colour: the share of it in each pixel of the region and its neighbours ----
     res = len(region_HW)
-    margin = res // 8  # a drawn shape that is larger must count in full against it
+    # A candidate shape that is larger than the region must lose by all of its pixels. So the crop
+    # has a margin for them.
+    margin = res // 8
     crop = tuple(
         slice(max(i.min() - margin, 0), i.max() + margin + 1) for i in np.nonzero(region_HW)
     )
@@ -191,11 +209,12 @@ def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
     colour, alpha_N = _unmixed(from_ground_HWC[crop][near_HW], ground_C)
     alpha_HW = np.zeros(near_HW.shape, np.float32)
     alpha_HW[near_HW] = alpha_N
+    # ---- Shape: each candidate has the region's centre of mass and area ----
     area = alpha_HW.sum()
     y, x = ((np.arange(n) + 0.5) @ alpha_HW.sum(1 - a) / area for a, n in enumerate(near_HW.shape))
     diameter_S = np.sqrt(area / _moments()[:, 1])
     centre_S2 = np.stack([np.full_like(diameter_S, x), y - _moments()[:, 0] * diameter_S], -1)
-    side = max(near_HW.shape)  # shapes.coverage measures in sides of a square
+    side = max(near_HW.shape)  # `shapes.coverage` draws squares
     drawn_SHW = np.stack(
         [
             shapes.coverage(shape, centre / side, diameter / side, side)
@@ -203,6 +222,7 @@ def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
         ]
     )
     match_S = _correlation(alpha_HW, drawn_SHW[:, : len(alpha_HW), : alpha_HW.shape[1]])
+    # ---- Size and place ----
     best = int(match_S.argmax())
     diameter = diameter_S[best] / res
     centre = (centre_S2[best] + [crop[1].start, crop[0].start]) / res
@@ -222,7 +242,8 @@ def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
 def _unmixed(from_ground_NC, ground_C):
     """The colour that explains the pixels best, and its share in each.   -> name | None, alpha_N
 
-    Without one, a pixel's share is its distance from the ground against that of the clearest.
+    If no colour does, a pixel's share is its distance from the ground. The 95th percentile of the
+    distances counts as 1.
     """
     axis_KC = np.array(list(shapes.COLOURS.values()), np.float32) - ground_C
     alpha_NK = np.clip(from_ground_NC @ axis_KC.T / np.square(axis_KC).sum(-1), 0, 1)
@@ -237,7 +258,7 @@ def _unmixed(from_ground_NC, ground_C):
 
 
 def _correlation(alpha_HW, drawn_SHW):
-    """Uncentred correlation of a region with each shape, drawn as soft as suits it best.   -> S"""
+    """Uncentred correlation of a region with each shape, at the best of several blurs.   -> S"""
     matches = []
     for passes in range(BLURS + 1):
         if passes:
@@ -249,20 +270,24 @@ def _correlation(alpha_HW, drawn_SHW):
 
 @functools.cache
 def _moments():
-    """By shape: how far the centre of mass lies below the centre, in diameters; area in their
-    squares.   -> S2
+    """Two numbers of each shape, measured on a large drawing.   -> S2
+
+    They are the offset of its centre of mass below its centre, in diameters, and its area, in
+    squared diameters.
     """
     rows = (np.arange(256) + 0.5) / 256 - 0.5
-    found = []
+    moments = []
     for shape in shapes.SHAPES:
         drawn_HW = shapes.coverage(shape, (0.5, 0.5), 0.8, 256)
         area = drawn_HW.sum()
-        found.append((rows @ drawn_HW.sum(1) / area / 0.8, area / (0.8 * 256) ** 2))
-    return np.array(found)
+        moments.append((rows @ drawn_HW.sum(1) / area / 0.8, area / (0.8 * 256) ** 2))
+    return np.array(moments)
 
 
 def _regions(mask_HW) -> list[np.ndarray]:
-    """Connected regions (eight neighbours) as masks, without specks."""
+    """Connected regions (of eight neighbours) as masks, without specks."""
+    # Every pixel starts with a label of its own, and the largest label spreads until nothing
+    # changes.
     label_HW = np.arange(1, mask_HW.size + 1).reshape(mask_HW.shape) * mask_HW
     while (spread_HW := _spread(label_HW) * mask_HW).sum() != label_HW.sum():
         label_HW = spread_HW
@@ -271,14 +296,14 @@ def _regions(mask_HW) -> list[np.ndarray]:
 
 
 def _spread(array_HW):
-    """The largest of each pixel and its eight neighbours."""
+    """The maximum over each pixel and its eight neighbours."""
     wide = np.pad(array_HW, 1)
     rows = np.maximum(np.maximum(wide[:-2], wide[1:-1]), wide[2:])
     return np.maximum(np.maximum(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
 
 
 def _blurred(array_SHW):
-    """Weights 1 2 1 along height and width."""
+    """A blur with the weights 1 2 1 along height and width, about 0.7 pixels."""
     wide = np.pad(array_SHW, ((0, 0), (1, 1), (1, 1)))
     rows = (wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]) / 4
     return (rows[..., :-2] + 2 * rows[..., 1:-1] + rows[..., 2:]) / 4
