@@ -39,7 +39,7 @@ def ours(case: str, batch: str, folder: pathlib.Path) -> None:
     @jax.jit
     def sample(variables, noise, both, scale):
         cond = jax.tree.map(lambda x: guidance.interleave(*jnp.split(x, 2)), cases.cond(both))
-        text_kv = module.apply(variables, cond, method="text_kv")
+        text_kv = module.apply(variables, cond, method="prepare")
 
         def velocity(z, t):
             return module.apply(variables, z, t, cond, text_kv)

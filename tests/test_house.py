@@ -9,7 +9,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parent.parent / "t2i_jax"
 LAYERS = (  # from bottom to top; a module has its own entry or that of its folder
     ("errors",),
-    ("images", "files", "losses", "plugins", "randomness", "limits", "fields"),
+    ("images", "files", "losses", "plugins", "randomness", "limits", "fields", "space"),
     ("run",),
     ("sharding", "optim", "lora", "objective", "step"),
     ("run.checkpoint",),

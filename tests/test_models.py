@@ -47,7 +47,7 @@ def test_a_fresh_network_predicts_zero():
 def test_text_keys_and_values_computed_before_give_the_same(net):
     module, variables, apply = net
     x, t, cond = inputs()
-    before = module.apply(variables, cond, method="text_kv")
+    before = module.apply(variables, cond, method="prepare")
     np.testing.assert_allclose(
         apply(variables, x, t, cond), apply(variables, x, t, cond, before), atol=1e-5
     )

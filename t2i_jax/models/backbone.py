@@ -1,29 +1,47 @@
 """Flow networks by name, built from a config's `model`."""
 
 import math
+from typing import Any, Protocol
 
-import flax.linen as nn
+import jax
 
 from t2i_jax import errors, plugins
 
 
-def build(sizes, *, res: int, where: str) -> nn.Module:
-    """The `Backbone` of models/<sizes.backbone>.py, by default the U-net.
+class FlowNetwork(Protocol):
+    """What a flow model asks of its network, a Linen module.
 
-    It maps (x_BHWC, t_B, cond) to the shape of x_BHWC.
+    unit: what height and width of its input are multiples of.
+    """
+
+    unit: int
+
+    def prepare(self, cond: Any) -> Any:
+        """What of the conditions is the same at every step, such as keys and values of the text."""
+
+    def __call__(self, x_BHWC, t_B, cond: Any, prepared: Any = None) -> jax.Array:
+        """The output in the shape of x_BHWC, for times from 0, the image, to 1, the noise.
+
+        prepared: what `prepare` gave for `cond`, where it was computed before.
+        """
+
+
+def build(sizes, *, shape_HWC: tuple[int, int, int], where: str) -> FlowNetwork:
+    """The `Backbone` of models/<sizes.backbone>.py, by default the U-net.
 
     Args:
       sizes: the network's fields by name, and `backbone`.
-      res: pixels a side of the images.
+      shape_HWC: of an example; its channels are the default of the network's.
       where: the place of `sizes` in the config, for errors.
     Raises:
-      ConfigError: no such network or size, or sizes that do not fit the images.
+      ConfigError: no such network or size, or one that does not fit the examples.
     """
-    sizes = dict(sizes)
+    *sides, channels = shape_HWC
+    sizes = {"channels": channels, **sizes}
     kind = plugins.load("models", sizes.pop("backbone", "unet"))
     model = plugins.network(kind.Backbone, where=where, options=sizes)
     for name, value, unit in (
-        ("config.res", res, model.unit),
+        *(("config.res", side, model.unit) for side in sides),
         # Sines and cosines of rows and columns are a quarter of the width each.
         (f"{where}.width", model.width, math.lcm(4, model.heads)),
     ):

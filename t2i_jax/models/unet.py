@@ -113,13 +113,13 @@ class Backbone(nn.Module):
         self.leave_norm = layers.RMSNorm()
         self.leave = Conv(4 * self.channels, zero=True)
 
-    def text_kv(self, cond: Cond):
+    def prepare(self, cond: Cond):
         """Keys and values of the text for every attention, and their mask."""
         tokens_BSD, mask_BS = self.text(cond.seq_BLD, cond.mask_BL)
         return tuple(kv(tokens_BSD) for kv in self.kvs), mask_BS
 
-    def __call__(self, x_BHWC, t_B, cond: Cond, text_kv=None):
-        kvs, mask_BS = self.text_kv(cond) if text_kv is None else text_kv
+    def __call__(self, x_BHWC, t_B, cond: Cond, prepared=None):
+        kvs, mask_BS = self.prepare(cond) if prepared is None else prepared
         c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
         h = self.enter(layers.space_to_depth(x_BHWC))
         outer = []

@@ -1,9 +1,10 @@
-"""Flow matching: a network learns the velocity from noise to picture.
+"""Flow matching and diffusion: a network learns the way from noise to images.
 
-Rectified flow z_t = (1 − t)·x + t·ε with velocity v = ε − x (arXiv:2209.03003, 2210.02747), times
-logit-normal (arXiv:2403.03206), text by cross-attention, captions dropped for guidance.
+The way is a `sampling.path`: by default rectified flow, z_t = (1 − t)·x + t·ε with the velocity
+ε − x (arXiv:2209.03003, 2210.02747). What lies on it is of a `space`: by default an image. The
+network reads the caption by cross-attention. Captions are dropped for guidance (arXiv:2207.12598).
 
-B batch · H W pixels · C channels · L text length · D width · S solver steps
+B batch · H W pixels · C channels · S solver steps
 """
 
 from typing import Annotated, NamedTuple
@@ -12,13 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax import fields, losses, plugins, randomness
+from t2i_jax import space as spaces
 from t2i_jax.models import backbone
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.sampling import guidance as guide
-from t2i_jax.sampling import ode, prediction
+from t2i_jax.sampling import ode
+from t2i_jax.sampling import path as paths
 from t2i_jax.text import condition, conditioner
 
-TIME_FLOOR = 0.2  # an x-prediction's loss is weighted by 1/t² down to here
 NETS = ("model",)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
@@ -26,22 +28,22 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
 Interval = Annotated[tuple[float, float], fields.at_least(0), fields.compiled_apart(guide.ALWAYS)]
 Steps = Annotated[int, fields.count()]
-Output = prediction.Kind
 
 
 class Options(NamedTuple):
     """config.loss.
 
-    prediction: what the network puts out, see `sampling.prediction`; the loss is the velocity's
-      squared error, of "x" times min(t/0.2, 1)²: where little noise is left the network would spend
-      most of it on pixels that are right.
-    time_mean, time_std: of the normal whose sigmoid is the training time; 1 is noise.
+    path: from image to noise: "straight", or the discrete schedule of `sampling.path` with that
+      name. It says what the loss compares.
+    prediction: what the network puts out, one of the path's kinds.
+    time_mean, time_std: of the normal that training times come from, see the path.
     text_dropout: share of captions replaced by the null condition, or a share for each encoder,
       see `text.conditioner`.
     train_text: the text encoder learns, too, from its own entry of config.optim.
     """
 
-    prediction: Output = "v"
+    path: Annotated[str, fields.one_of(paths.NAMES)] = "straight"
+    prediction: str = "v"
     time_mean: float = 0.0
     time_std: fields.Weight = 1.0
     text_dropout: Annotated[float | tuple[float, ...], fields.between(0, 1)] = 0.1
@@ -54,64 +56,81 @@ def model_by_net(model, load):
     return {"model": model} if flat else model
 
 
-def make(config) -> Objective:
-    """Nets "model" and "text", the latter frozen or trained, too; predictions sample, img2img,
-    encode, loss_at_times.
+def make(config, space: spaces.Space | None = None) -> Objective:
+    """Nets "model" and "text", the latter frozen or trained, too, and those of the space;
+    predictions sample, img2img, encode, loss_at_times.
 
     `config.model.model`: `backbone`, a file of `t2i_jax/models/`, and its sizes.
+
+    space: by default images of config.res pixels a side.
     """
-    options = fields.build(Options, config.loss, where="config.loss")
-    plugins.check_nets(config.model, NETS)
-    sizes = config.model.get("model", {})
-    model = backbone.build(sizes, res=config.res, where="config.model.model")
-    text = conditioner.Conditioner(
-        config, text_dropout=options.text_dropout, train_text=options.train_text
-    )
-    shape_HWC = (config.res, config.res, 3)
+    flow = Flow(config, space or spaces.pixels(config.res))
+    predict = {"sample": flow.sample, "img2img": flow.img2img, "encode": flow.text.encode}
+    predict["loss_at_times"] = flow.loss_at_times
+    trained = ("model", "text") if flow.options.train_text else ("model",)
+    return Objective(flow.init, (Loss(trained, flow.loss),), predict)
 
-    def init(key, batch):
+
+class Flow:
+    """The parts of the objective, and what is made of them; shapes x are those of the space."""
+
+    def __init__(self, config, space: spaces.Space):
+        self.options = options = fields.build(Options, config.loss, where="config.loss")
+        self.space = space
+        self.path = paths.make(options.path, mean=options.time_mean, std=options.time_std)
+        kind = Annotated[str, fields.one_of(self.path.kinds)]
+        fields.checked(kind, "prediction", options.prediction, where="config.loss")
+        plugins.check_nets(config.model, NETS)
+        sizes = config.model.get("model", {})
+        self.model = backbone.build(sizes, shape_HWC=space.shape, where="config.model.model")
+        self.text = conditioner.Conditioner(
+            config, text_dropout=options.text_dropout, train_text=options.train_text
+        )
+
+    def init(self, key, batch):
         key_model, key_text = jax.random.split(key)
-        text_variables, cond = text.init(key_text, batch)
+        text_variables, cond = self.text.init(key_text, batch)
         t_B = jnp.zeros(len(batch["index"]))
-        image_BHWC = jnp.zeros((t_B.shape[0], *shape_HWC))
-        return {"model": model.init(key_model, image_BHWC, t_B, cond), "text": text_variables}
+        x = jnp.zeros((len(t_B), *self.space.shape))
+        nets = {"model": self.model.init(key_model, x, t_B, cond), "text": text_variables}
+        return nets | {name: init(key, batch) for name, init in self.space.init.items()}
 
-    def velocity(nets, z_BHWC, t_B, cond, text_kv=None):
-        out_BHWC = model.apply(nets["model"], z_BHWC, t_B, cond, text_kv)
-        return prediction.velocity(options.prediction, out_BHWC, z_BHWC, t_B)
+    def output(self, nets, z, t_B, cond, prepared=None):
+        return self.model.apply(nets["model"], z, t_B, cond, prepared)
 
-    def loss_at(nets, batch, cond, noise_BHWC, t_B):
-        t = t_B[:, None, None, None]
-        z_BHWC = (1 - t) * batch["image"] + t * noise_BHWC
-        error_B = losses.squared_error(
-            velocity(nets, z_BHWC, t_B, cond), noise_BHWC - batch["image"]
-        )
-        if options.prediction == "x":
-            error_B *= jnp.minimum(t_B / TIME_FLOOR, 1) ** 2
-        return error_B
+    def loss_at(self, nets, x, cond, noise, t_B):
+        """The path's loss of each example at its time.   -> B"""
+        z = self.path.mix(x, noise, t_B)
+        out = self.output(nets, z, t_B, cond)
+        return self.path.error(self.options.prediction, out, z, x, noise, t_B)
 
-    def loss(nets, batch, key, step):
-        keys = randomness.split_each(randomness.per_example(key, batch["index"]), 3)
-        noise_BHWC = randomness.normal_each(keys[0], shape_HWC)
-        t_B = jax.nn.sigmoid(
-            options.time_mean + options.time_std * randomness.normal_each(keys[1], ())
-        )
-        cond = text.drop(text.encode(nets, batch), batch, keys[2])
-        value_B = loss_at(nets, batch, cond, noise_BHWC, t_B)
+    def loss(self, nets, batch, key, step):
+        keys_B = randomness.per_example(key, batch["index"])
+        keys = randomness.split_each(keys_B, 3)
+        x = self.space.encode(nets, batch, keys_B)
+        noise = randomness.normal_each(keys[0], self.space.shape)
+        t_B = self.path.draw(randomness.normal_each(keys[1], ()))
+        cond = self.text.drop(self.text.encode(nets, batch), batch, keys[2])
+        value_B = self.loss_at(nets, x, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
-    def loss_at_times(nets, batch, key):
+    def loss_at_times(self, nets, batch, key):
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
-        noise_BHWC, cond = randomness.normal_each(keys_B, shape_HWC), text.encode(nets, batch)
+        x = self.space.encode(nets, batch, keys_B)
+        noise, cond = (
+            randomness.normal_each(keys_B, self.space.shape),
+            self.text.encode(nets, batch),
+        )
 
         def at(t):
-            value_B = loss_at(nets, batch, cond, noise_BHWC, jnp.full(keys_B.shape, t))
+            value_B = self.loss_at(nets, x, cond, noise, jnp.full(keys_B.shape, t))
             return losses.weighted_mean(value_B, batch["weight"])
 
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
     def sample(
+        self,
         nets,
         batch,
         key,
@@ -122,21 +141,21 @@ def make(config) -> Objective:
         shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
-        """Pictures for captions.   -> image_BHWC in [-1, 1]
+        """Images for captions.   -> image_BHWC in [-1, 1]
 
         Args:
           guidance: scale of classifier-free guidance, 1 is none.
           steps: solver steps; heun calls the network twice in each.
           sampler: "euler" or "heun".
           shift: above 0; above 1, more of the steps go to noisy times, where the layout is decided.
-          interval: times between which guidance acts, 1 is noise and 0 the picture.
+          interval: times between which guidance acts, 1 is noise and 0 the image.
         """
         keys_B = randomness.per_example(key, batch["index"])
-        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
-        ts_S = ode.times(steps, shift)
-        return solved(nets, batch, noise_BHWC, ts_S, guidance, sampler, interval)
+        z = randomness.normal_each(keys_B, self.space.shape)
+        return self.solved(nets, batch, z, ode.times(steps, shift), guidance, sampler, interval)
 
     def img2img(
+        self,
         nets,
         batch,
         key,
@@ -148,37 +167,40 @@ def make(config) -> Objective:
         shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ):
-        """What becomes of the batch's pictures where noise of time `strength` is put on them and
+        """What becomes of the batch's images where noise of time `strength` is put on them and
         taken off again (SDEdit, arXiv:2108.01073); the noise is that of `sample`.   -> image_BHWC
         in [-1, 1]
 
         Args:
-          strength: 0 … 1; 0 leaves the pictures, 1 draws others.
+          strength: 0 … 1; 0 leaves the images, 1 draws others.
           guidance, steps, sampler, interval: as of `sample`.
           shift: as of `sample`, of the times up to `strength`.
         """
         keys_B = randomness.per_example(key, batch["index"])
-        noise_BHWC = randomness.normal_each(keys_B, shape_HWC)
-        start_BHWC = (1 - strength) * batch["image"] + strength * noise_BHWC
+        noise = randomness.normal_each(keys_B, self.space.shape)
+        z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
         ts_S = strength * ode.times(steps, shift)
-        return solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval)
+        return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)
 
-    def solved(nets, batch, start_BHWC, ts_S, guidance, sampler, interval):
-        """The pictures that guided flow leads to.   -> image_BHWC in [-1, 1]"""
-        cond = text.encode(nets, batch)
+    def solved(self, nets, batch, z, ts_S, guidance, sampler, interval):
+        """The images that guided flow leads to from z at the first time.   -> image_BHWC"""
+        cond, path = self.text.encode(nets, batch), self.path
 
         def under(cond):
-            text_kv = model.apply(nets["model"], cond, method="text_kv")
-            return lambda z_BHWC, t_B: velocity(nets, z_BHWC, t_B, cond, text_kv)
+            prepared = self.model.apply(nets["model"], cond, method="prepare")
 
-        null = text.negative(nets, batch)
+            def velocity(state, t_B):
+                z = path.of_state(state, t_B)
+                out = self.output(nets, z, t_B, cond, prepared)
+                return path.velocity(self.options.prediction, out, z, t_B)
+
+            return velocity
+
+        null = self.text.negative(nets, batch)
         if null is None:
             null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
         pair = under(jax.tree.map(guide.interleave, cond, null))
         field = guide.cfg(pair, under(cond), guidance, interval)
-        return jnp.clip(ode.SOLVERS[sampler](field, start_BHWC, ts_S), -1, 1)
-
-    predict = {"sample": sample, "img2img": img2img, "encode": text.encode}
-    predict["loss_at_times"] = loss_at_times
-    trained = ("model", "text") if options.train_text else ("model",)
-    return Objective(init, (Loss(trained, loss),), predict)
+        state = ode.SOLVERS[sampler](field, path.state(z, ts_S[0]), ts_S, path.clock)
+        # All times end at 0, where a state of every path is the example itself.
+        return jnp.clip(self.space.decode(nets, state), -1, 1)

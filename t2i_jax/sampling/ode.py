@@ -1,4 +1,4 @@
-"""Solvers of dx/dt = velocity(x, t) along a grid of times: functions of functions.
+"""Solvers of dx/dc = velocity(x, t) along times t with a clock c(t): functions of functions.
 
 x_BHWC state · ts_S times from noise (1) to data (0), S − 1 steps
 """
@@ -14,28 +14,29 @@ from t2i_jax import fields
 Shift = Annotated[float, fields.above(0)]
 
 
-def euler(velocity, x_BHWC, ts_S):
+def euler(velocity, x_BHWC, ts_S, clock=lambda t: t):
     """First order: one call of `velocity(x_BHWC, t)` a step; exact where velocity is constant."""
 
     def step(x_BHWC, t_pair):
         t, t_next = t_pair
-        return x_BHWC + (t_next - t) * velocity(x_BHWC, t), None
+        return x_BHWC + (clock(t_next) - clock(t)) * velocity(x_BHWC, t), None
 
     return jax.lax.scan(step, x_BHWC, (ts_S[:-1], ts_S[1:]))[0]
 
 
-def heun(velocity, x_BHWC, ts_S):
+def heun(velocity, x_BHWC, ts_S, clock=lambda t: t):
     """Second order: two calls a step, the last step is Euler's (Karras et al. 2022, alg. 1)."""
 
     def step(x_BHWC, t_pair):
         t, t_next = t_pair
+        length = clock(t_next) - clock(t)
         v_BHWC = velocity(x_BHWC, t)
-        ahead_BHWC = x_BHWC + (t_next - t) * v_BHWC
+        ahead_BHWC = x_BHWC + length * v_BHWC
         mean_BHWC = 0.5 * (v_BHWC + velocity(ahead_BHWC, t_next))
-        return x_BHWC + (t_next - t) * mean_BHWC, None
+        return x_BHWC + length * mean_BHWC, None
 
     x_BHWC, _ = jax.lax.scan(step, x_BHWC, (ts_S[:-2], ts_S[1:-1]))
-    return euler(velocity, x_BHWC, ts_S[-2:])
+    return euler(velocity, x_BHWC, ts_S[-2:], clock)
 
 
 def times(steps: int, shift=1.0):

@@ -27,7 +27,9 @@ def generator(config) -> nn.Module:
     _check_res(sizes, where)
     kind = sizes.pop("prediction", "v")
     fields.checked(prediction.Kind, "prediction", kind, where=where)
-    return gan.OneStep(backbone.build(sizes, res=config.res, where=where), config.res, kind)
+    shape_HWC = (config.res, config.res, 3)
+    flow = backbone.build(sizes, shape_HWC=shape_HWC, where=where)
+    return gan.OneStep(flow, config.res, kind)
 
 
 def discriminator(config, features) -> nn.Module:
