@@ -188,7 +188,8 @@ def _parse(argv, required, arguments) -> list[str]:
             last[:600],
             where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
             fix=f"see {pathlib.Path(argv[0]).name} --help; of a config, flags set the keys that it "
-            "names, others a config file of your own",
+            "names (a network's sizes by net: --config.model.<net>.width), others a config file of "
+            "your own",
         ) from e
     for name in PATHS:
         value = flags.FLAGS[name].value if name in flags.FLAGS else None

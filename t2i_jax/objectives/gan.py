@@ -24,7 +24,8 @@ from t2i_jax.objectives.parts.terms import Term
 from t2i_jax.text import conditioner
 
 NETS = ("gen", "disc", "eye", "clip", "teacher")  # that config.model describes
-# Nets in the order of their random keys, which began before nets could be added: a term's follow.
+# The order of the nets' random keys. In another order, random frozen nets of a run that goes on
+# would be others than it began with. Nets that terms add beside these come after them.
 KEYS = ("text", "gen", "disc", "eye", "clip_image", "clip_caption", "teacher", "spectral")
 
 
@@ -224,16 +225,8 @@ class GAN(NamedTuple):
             real_B = critic.logit(nets, batch["image"], drawn.cond, drawn.augment_B, step)
         value = losses.weighted_mean(game(real_B, fake.logit_B), batch["weight"])
         value = options.adversarial * (value + self._contrast(fake, drawn.cond, batch))
-        value, metrics = terms.add(
-            value,
-            self.terms,
-            nets,
-            drawn.image_BHWC,
-            drawn.cond,
-            batch,
-            drawn.keys,
-            self.batch_size,
-        )
+        drawn = drawn.image_BHWC, drawn.cond, batch, drawn.keys
+        value, metrics = terms.add(value, self.terms, nets, *drawn, self.batch_size)
         return value, Aux(metrics)
 
     def _drawn(self, nets, batch, key) -> Drawn:
@@ -249,11 +242,9 @@ class GAN(NamedTuple):
         return self.generator.apply(nets["gen"], z_B, cond)
 
     def _contrast(self, judgement, cond, batch):
-        sentence, word = self.options.sentence, self.options.word
-        temperature = self.options.temperature
-        return games.contrast(
-            judgement, cond, batch, sentence=sentence, word=word, temperature=temperature
-        )
+        options = self.options
+        weighted = dict(sentence=options.sentence, word=options.word)
+        return games.contrast(judgement, cond, batch, temperature=options.temperature, **weighted)
 
     def _penalties(self, nets, batch, drawn: Drawn, step):
         """The mean squared slope at real (R1) and at drawn (R2) images."""
@@ -277,13 +268,7 @@ class GAN(NamedTuple):
         return self._render(nets, *self._style(nets, batch, key, truncation))
 
     def between(
-        self,
-        nets,
-        batch,
-        key,
-        *,
-        share: fields.Share = 0.0,
-        truncation: fields.Weight = 1.0,
+        self, nets, batch, key, *, share: fields.Share = 0.0, truncation: fields.Weight = 1.0
     ):
         """Images on the way from each example's to the next one's, the last's to the first's.
 

@@ -89,13 +89,14 @@ def by_net(model, load) -> dict:
     if not shared or name not in NETWORKS:
         return dict(model)
     kinds = {"gen": NETWORKS[name].Generator, "disc": NETWORKS[name].Discriminator}
-    if "backbone" in nets.get("gen", {}):
+    if "backbone" in nets.get("gen", {}):  # a flow network has all its sizes with it
         del kinds["gen"]
     if nets.get(FEATURES) or load.get(FEATURES):
         kinds["disc"] = gan.Projected
     for net, kind in kinds.items():
         known = {*kind.__dataclass_fields__, *(() if kind is gan.Projected else ("network",))}
         nets[net] = {k: v for k, v in shared.items() if k in known} | dict(nets.get(net, {}))
+    # What no net has stays where it is: `plugins.check_nets` then names it, as a misspelt size.
     used = {size for net in kinds for size in nets[net]} | {"network"}
     return nets | {size: value for size, value in shared.items() if size not in used}
 
