@@ -17,7 +17,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command that the first argument names, its flags being the others."""
+    """Runs the command that the first argument names. The other arguments are its flags."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help", "help"):
         print(

@@ -20,7 +20,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run that will train with the
 
 
 def main():
-    from t2i_jax import loop  # brings JAX: bad flags should not wait for it
+    from t2i_jax import loop  # imports JAX: errors of flags should not wait for that
 
     run = loop.Run(CONFIG.value, pathlib.Path(WORKDIR.value))
     run.load_frozen()

@@ -1,4 +1,7 @@
-"""Command lines: flags parsed, errors as one line with an exit code, tracebacks on --debug."""
+"""The command line of all commands: flags, and errors as one line with an exit code.
+
+--debug shows tracebacks. Nothing here imports JAX, so that errors of flags come at once.
+"""
 
 import importlib.util
 import pathlib
@@ -17,7 +20,7 @@ PATHS = (  # flags that name a file or folder
     *("input",),
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
-WANTED = {  # type of a flag -> what to give
+WANTED = {  # type of a flag -> its values in words
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
@@ -27,7 +30,7 @@ WANTED = {  # type of a flag -> what to give
 
 
 def sampling_flags() -> dict:
-    """Flags of sampling options; `given` picks those set, and a family refuses what it lacks."""
+    """Flags of sampling options. A family refuses those that its sampler does not have."""
     return {
         "guidance": flags.DEFINE_float("guidance", None, "Guidance scale, 1 is none."),
         "steps": flags.DEFINE_integer("steps", None, "Sampling steps."),
@@ -38,7 +41,7 @@ def sampling_flags() -> dict:
 
 
 def model_flags() -> dict:
-    """Flags that say which model; see `model`."""
+    """Flags that name a model, for `model`."""
     return {
         "workdir": flags.DEFINE_string("workdir", None, "A run of train.py."),
         "checkpoint": flags.DEFINE_string(
@@ -50,28 +53,28 @@ def model_flags() -> dict:
 
 
 def step_flag():
-    """--step: a number, "best" or None."""
+    """The flag --step: a number, "best" or None."""
     text = 'A run\'s checkpoint, a number or "best"; the newest by default.'
     return flags.DEFINE(_Step(), "step", None, text)
 
 
 def load_flag():
-    """--load; see `loads`."""
+    """The flag --load, for `loads`."""
     text = "net=DIR: where a pretrained net lies now, such as text=DIR."
     return flags.DEFINE_multi_string("load", [], text)
 
 
 def loads(flag) -> dict[str, str]:
-    """net -> source, of --load."""
-    found = {}
+    """Net -> source, from --load. Raises ConfigError for another form than net=DIR."""
+    sources = {}
     for text in flag.value:
         name, equals, source = text.partition("=")
         if not (name and equals and source):
             raise errors.ConfigError(
                 f"it is {text!r}", where="--load", fix="give net=DIR, such as text=DIR"
             )
-        found[name] = source
-    return found
+        sources[name] = source
+    return sources
 
 
 class _Step(flags.ArgumentParser):
@@ -85,10 +88,12 @@ class _Step(flags.ArgumentParser):
 
 
 def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
-    """The one model that the flags name, else the default.
+    """The workdir or checkpoint that the flags of `model_flags` name, else the default.
 
+    Args:
+      hint: an addition to the fix of the error for no model.
     Raises:
-      ConfigError: two models are named, or none where there is no default either.
+      ConfigError: two models are named, or none and there is no default.
     """
     named = [options[name].value for name in ("workdir", "checkpoint") if options[name].value]
     if len(named) > 1:
@@ -126,11 +131,16 @@ def given(options: dict) -> dict:
 
 
 def run(main, *, required=(), arguments: str = "", argv=None) -> None:
-    """Parses the flags, runs `main()` and exits with the code the error asks for.
+    """Parses the flags and runs `main()`. An error ends the process with its exit code.
 
-    arguments: what to call the arguments that are no flags, one at least: `main` is given them.
+    Args:
+      required: names of flags that must be set.
+      arguments: the name of arguments without a flag. If set, there must be at least one, and
+        `main` gets the list of them.
+      argv: by default sys.argv.
     """
     argv = sys.argv if argv is None else argv
+    # Before absl parses the flags: that itself can fail.
     debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
     if any(a in ("-h", "--help", "-help") for a in argv[1:]):
         ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
@@ -162,7 +172,7 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
 
 
 def _in_background(args) -> None:
-    """A thread's exception, which its owner learns of as well, as one line."""
+    """Logs the exception of a thread as one line. Code that waits for the thread gets it, too."""
     text = f"{args.exc_type.__name__}: {(str(args.exc_value).splitlines() or [''])[0][:300]}"
     logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
 
@@ -171,7 +181,7 @@ def _parse(argv, required, arguments) -> list[str]:
     argv = _with_config_files(argv)
     try:
         rest = flags.FLAGS(argv)
-        for name in required:  # a config file that failed to load says so only when it is used
+        for name in required:  # a config file that failed to load raises only when it is used
             getattr(flags.FLAGS[name].value, "lock", None)
     except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
@@ -179,6 +189,7 @@ def _parse(argv, required, arguments) -> list[str]:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         if bad := _bad_flag(e):
             raise bad from e
+        # ml_collections gives the key, then perhaps: Did you mean "learning_rate"?
         words = re.findall(r"\w{2,}", str(e.args[0]).replace("\\n", " ")) if e.args else []
         if isinstance(e, KeyError | AttributeError) and words:
             key, *hint = words
@@ -214,20 +225,20 @@ def _parse(argv, required, arguments) -> list[str]:
 
 
 def _bad_flag(e: Exception) -> errors.ConfigError | None:
-    """What absl says of a flag that is unknown, or of its value, in our words."""
+    """The error for an unknown flag or a bad value, from absl's. None for other errors of absl."""
     if isinstance(e, flags.UnrecognizedFlagError):
-        known = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
+        names = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
         return errors.ConfigError(
             f"no flag --{e.flagname}",
             where="the command line",
-            fix=errors.nearest(e.flagname.split(".")[0], known, else_say="see --help for all"),
+            fix=errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
         )
     text = " ".join(str(e).split())
     if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):
         return errors.ConfigError("no value", where=f"--{lacks[1]}", fix=f"write --{lacks[1]}=…")
-    if not (found := re.match(r"flag --([\w.]+)=(.*?): (.*)", text)):
+    if not (parts := re.match(r"flag --([\w.]+)=(.*?): (.*)", text)):
         return None
-    name, value, reason = found.groups()
+    name, value, reason = parts.groups()
     parser = flags.FLAGS[name].parser if name in flags.FLAGS else None
     wanted = WANTED.get(parser.flag_type() if parser else "", "")
     if " as a ConfigDict: " in reason:
@@ -243,13 +254,13 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
 
 
 def configs_folder() -> pathlib.Path:
-    """Where the experiments lie: in an installed package, or beside it in a checkout."""
+    """The folder of experiments: inside an installed package, next to it in a checkout."""
     package = pathlib.Path(__file__).parent.parent
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
 def _with_config_files(argv) -> list[str]:
-    """The arguments with --config=name as the file of that name; makes `configs` importable.
+    """The arguments with the name of a config replaced by its file. Makes `configs` importable.
 
     Raises:
       ConfigError: there is no such file.
@@ -257,6 +268,7 @@ def _with_config_files(argv) -> list[str]:
     if "config" not in flags.FLAGS:
         return argv
     folder = configs_folder()
+    # Config files import `configs.common`. In an installed package `configs` is on no import path.
     if "configs" not in sys.modules and (folder / "__init__.py").is_file():
         spec = importlib.util.spec_from_file_location(
             "configs", folder / "__init__.py", submodule_search_locations=[str(folder)]
@@ -274,7 +286,7 @@ def _with_config_files(argv) -> list[str]:
 
 
 def _config_file(text: str, folder: pathlib.Path) -> str:
-    """ "name:options" or "file.py:options" as "file.py:options"."""
+    """The argument as "file.py:options", from "name:options" or "file.py:options"."""
     name, colon, options = text.partition(":")
     path, ours = pathlib.Path(name), folder / f"{pathlib.Path(name).stem}.py"
     if not path.is_file() and ours.is_file() and str(path.parent) in (".", "configs"):
@@ -285,15 +297,15 @@ def _config_file(text: str, folder: pathlib.Path) -> str:
                 "it has no function get_config", where=str(path), fix="name one of configs/"
             )
         return f"{path}{colon}{options}"
-    there = [*folder.glob("*.py"), *path.parent.glob("*.py")]
-    known = {p.stem for p in there} - {"__init__", "common", "train", "sample", "setup"}
+    files = [*folder.glob("*.py"), *path.parent.glob("*.py")]
+    names = {p.stem for p in files} - {"__init__", "common", "train", "sample", "setup"}
     raise errors.ConfigError(
-        f"no config {name!r}", where="--config", fix=errors.nearest(path.stem, known)
+        f"no config {name!r}", where="--config", fix=errors.nearest(path.stem, names)
     )
 
 
 def _flag_of(message: str, argv) -> str:
-    """The --config.… argument whose key a message quotes, else "the command line"."""
+    """The --config.… argument whose key the message mentions, else "the command line"."""
     for argument in argv[1:]:
         key = argument.partition("=")[0].rpartition(".")[2]
         if argument.startswith("--config.") and re.search(rf"\b{re.escape(key)}\b", message):

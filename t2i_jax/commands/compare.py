@@ -1,9 +1,14 @@
-"""Which run gives most for its cost.   python -m t2i_jax compare runs/flow runs/gan --output=report
+"""Compares runs by quality and cost.
 
-writes report.md and report.html with a table of the newest results by each protocol and of the last
-evaluation, curves over images seen and over core-hours, and the newest pictures side by side; of
-each run also those of its fixed prompts over the training, from left to right.
---into=docs/results.md puts the tables there, too, between lines <!-- runs --> and <!-- /runs -->.
+python -m t2i_jax compare runs/flow runs/gan --output=report
+
+writes report.md and report.html with these parts:
+
+- a table of the newest results by each protocol, and of the last evaluation
+- curves over images seen and over core-hours
+- the newest images of each run, and those of its fixed prompts over the training
+
+--into=docs/results.md also puts the tables there, between lines <!-- runs --> and <!-- /runs -->.
 """
 
 import base64
@@ -43,10 +48,10 @@ SHOWN = (
     "clip_score",
     "mean",
 )
-NO_METRICS = ("step", "seconds", "num_images", "broken")  # numbers of a row that judge nothing
-DIGITS = 4
-ENVIRONMENT = 2**20  # bytes of an env.txt, which names every device
-PROGRESS = 6  # grids side by side
+NO_METRICS = ("step", "seconds", "num_images", "broken")  # numbers of a row that are no metrics
+DIGITS = 4  # significant digits of a metric
+ENVIRONMENT = 2**20  # bytes of the largest env.txt, which names every device
+PROGRESS = 6  # most grids side by side
 TITLE = "Runs compared"
 STYLE = """body{font-family:sans-serif} td,th{padding:.2em .6em;text-align:right}
 figure{display:inline-block;vertical-align:top} figcaption{max-width:400px}
@@ -54,10 +59,14 @@ img:not([alt=curves]){min-width:400px;image-rendering:pixelated}"""
 
 
 class Run(NamedTuple):
-    """What a workdir tells.
+    """The content of a workdir.
 
-    seconds: [(step, seconds of training up to it)]. results: by protocol, the newest. events: rows
-    of evaluations during the training.
+    cores: CPU cores or accelerators, for core-hours.
+    seconds: (step, seconds of training since the row before), from times.jsonl.
+    events: rows of evaluations during the training.
+    results: protocol -> its newest row of results.jsonl.
+    losses: rows of metrics.jsonl.
+    pictures: the files of fixed prompts, by step.
     """
 
     name: str
@@ -74,11 +83,12 @@ class Run(NamedTuple):
         return self.losses[-1]["step"] if self.losses else 0
 
     def images_at(self, step: int) -> int:
-        """Images seen in training."""
+        """The number of images that training has seen by then."""
         return step * self.config["batch_size"]
 
     def hours_at(self, step: int) -> float:
-        """Core-hours of training, without compiling and evaluating."""
+        """Core-hours of training by then, without compiling and evaluating."""
+        # Rows are apart by `log_every` steps. Between two of them time is taken as even.
         before, total = 0, 0.0
         for at, seconds in self.seconds:
             if at >= step:
@@ -88,18 +98,19 @@ class Run(NamedTuple):
         return total * self.cores / 3600
 
     def values(self) -> dict[str, float]:
-        """Metric -> its newest value, by protocol or by evaluator."""
-        found = {k: v for row in self.events for k, v in row.items() if k != "step"}
+        """Metric, as "protocol/name" or "evaluator/name" -> its newest value."""
+        values = {k: v for row in self.events for k, v in row.items() if k != "step"}
         for name, row in self.results.items():
-            found |= {f"{name}/{k}": v for k, v in row.items() if k not in NO_METRICS}
-        return {k: v for k, v in found.items() if type(v) in (int, float)}
+            values |= {f"{name}/{k}": v for k, v in row.items() if k not in NO_METRICS}
+        return {k: v for k, v in values.items() if type(v) in (int, float)}
 
 
 def read(workdirs) -> list[Run]:
-    """Runs by the shortest ends of their paths, results by protocol@definition where it matters.
+    """Reads workdirs. Runs are named by the shortest ends of their paths that differ.
 
     Raises:
-      ConfigError: a folder is given twice or holds no run.
+      ConfigError: a folder is named twice or holds no run.
+      DataError: a file of a run is broken.
     """
     folders = [pathlib.Path(os.path.abspath(workdir)) for workdir in workdirs]
     if len(set(folders)) < len(folders):
@@ -107,6 +118,8 @@ def read(workdirs) -> list[Run]:
             "a run is given twice", where="the command line", fix="name each folder once"
         )
     runs = [_read(folder, _name(folder, folders)) for folder in folders]
+    # Results by one protocol with two definitions, such as other seeds, do not compare. They get
+    # columns of their own, protocol@definition.
     definitions = {key for run in runs for key in run.results}
     count = collections.Counter(name for name, _ in definitions)
     label = {key: "@".join(key) if count[key[0]] > 1 else key[0] for key in definitions}
@@ -114,7 +127,7 @@ def read(workdirs) -> list[Run]:
 
 
 def _name(folder: pathlib.Path, folders) -> str:
-    """The shortest end of its path that no other has."""
+    """The shortest end of a path that no other path has."""
     for n in itertools.count(1):
         end = folder.parts[-n:]
         if [other.parts[-n:] for other in folders].count(end) == 1:
@@ -122,7 +135,7 @@ def _name(folder: pathlib.Path, folders) -> str:
 
 
 def _read(folder: pathlib.Path, name: str) -> Run:
-    """A run whose results are by protocol and its definition's first digits."""
+    """A run. The keys of its results are (protocol, first digits of its definition)."""
     needed = [folder / "config.json", folder / "metrics.jsonl"]
     lacking = next((file.name for file in needed if not file.is_file()), None)
     try:
@@ -150,7 +163,7 @@ def _read(folder: pathlib.Path, name: str) -> Run:
 
 
 def _cores(path: pathlib.Path) -> int:
-    """What an hour of the run counts; 1 where it is not noted."""
+    """The cores of env.txt; 1 where an older version did not note them."""
     try:
         if not path.exists():
             return 1
@@ -166,14 +179,14 @@ def _cores(path: pathlib.Path) -> int:
 
 
 def _definition(row: dict) -> str:
-    """The hash of what a row of results was measured by."""
+    """The hash of the protocol of a row of results."""
     if isinstance(row.get("definition"), dict):
         return protocol.digest(row["definition"])
     return str(row.get("definition_sha256", "?"))
 
 
 def about(runs: list[Run], metric: str, less: bool) -> str:
-    """What ranks the runs, and how many pictures each protocol judged."""
+    """A note on the tables: the ranking metric, the columns, and images judged by protocol."""
     judged = collections.defaultdict(set)
     for run in runs:
         for name, row in run.results.items():
@@ -191,7 +204,7 @@ def about(runs: list[Run], metric: str, less: bool) -> str:
 
 
 def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
-    """Rows of text, the first the head; sorted by the metric, if any, the best first."""
+    """Rows of text, first the head. The best run by `metric` comes first, if there is a metric."""
     names = _columns(runs, metric)
     sign = 1 if less else -1
     shorts = [_short(name) for name in names]
@@ -201,8 +214,8 @@ def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     for run in sorted(runs, key=lambda r: sign * r.values().get(metric, sign * float("inf"))):
         hours, seen = run.hours_at(run.steps), run.images_at(run.steps)
         cost = [_three(hours), _three(seen / hours / 3600)] if hours else ["", ""]
-        found = run.values()
-        values = [f"{found[n]:.{DIGITS}g}" if n in found else "" for n in names]
+        newest = run.values()
+        values = [f"{newest[n]:.{DIGITS}g}" if n in newest else "" for n in names]
         rows.append(
             [run.name, run.config["objective"], f"{run.steps:,}", f"{seen:,}", *cost, *values]
         )
@@ -211,13 +224,13 @@ def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
 
 def _columns(runs: list[Run], metric: str) -> list[str]:
     """The metrics that a table shows, the ranked one first."""
-    known = {name for run in runs for name in run.values()}
-    names = sorted(n for n in known if any(_short(n).startswith(s) for s in SHOWN))
+    measured = {name for run in runs for name in run.values()}
+    names = sorted(n for n in measured if any(_short(n).startswith(s) for s in SHOWN))
     return ([metric] if metric else []) + [name for name in names if name != metric]
 
 
 def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
-    """Core-hours until a run first reaches shares of the best value that any of them reached."""
+    """A table of the core-hours until each run reaches shares of the best value of all runs."""
     reached = {
         run.name: [(run.hours_at(row["step"]), row[metric]) for row in run.events if metric in row]
         for run in runs
@@ -225,7 +238,7 @@ def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     values = [v for points in reached.values() for _, v in points]
     best = (min if less else max)(values, default=0)
     if best <= 0 or min(values) == max(values):
-        return []  # shares of it would say nothing
+        return []  # shares of such a value would say nothing
     shares = (2.0, 1.5, 1.2, 1.0) if less else (0.5, 0.8, 0.9, 1.0)
     sign = "≤" if less else "≥"
     rows = [["core-hours until", *(f"{metric} {sign} {best * s:.3g}" for s in shares)]]
@@ -237,7 +250,11 @@ def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
 
 
 def curves(runs: list[Run], names: list[str]) -> bytes | None:
-    """A PNG: each metric over images seen and over core-hours."""
+    """A PNG of each metric over images seen and over core-hours; None without any points.
+
+    Raises:
+      ConfigError: matplotlib is not installed.
+    """
     try:
         from matplotlib import figure
     except ImportError as e:
@@ -262,8 +279,8 @@ def curves(runs: list[Run], names: list[str]) -> bytes | None:
         points.items(), drawing.subplots(len(points), 2, squeeze=False), strict=True
     ):
         for column, label in enumerate(("images seen", "core-hours")):
-            for run, found in by_run.items():
-                axes[column].plot([p[column] for p in found], [p[2] for p in found], label=run)
+            for run, line in by_run.items():
+                axes[column].plot([p[column] for p in line], [p[2] for p in line], label=run)
             axes[column].set(xlabel=label, ylabel=name)
             axes[column].grid(alpha=0.3)
             if name.endswith("/loss"):
@@ -275,7 +292,7 @@ def curves(runs: list[Run], names: list[str]) -> bytes | None:
 
 
 def _thinned(rows, most: int = 200):
-    """At most so many rows, each the mean of its stretch's last step."""
+    """About `most` rows at even distances, the last of each stretch."""
     step = max(len(rows) // most, 1)
     return rows[step - 1 :: step]
 
@@ -285,7 +302,7 @@ def _short(name: str) -> str:
 
 
 def _three(value: float) -> str:
-    """Three significant digits, or whole numbers."""
+    """A number with three significant digits, or whole from 100 on."""
     return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
@@ -312,7 +329,13 @@ def _unreadable(path: pathlib.Path, e: Exception) -> errors.DataError:
 
 
 def markdown(note, tables, pictures=()) -> str:
-    """A sentence, tables, and pictures, (file beside it, PNG, title, prompts) each."""
+    """The report as Markdown.
+
+    Args:
+      note: a paragraph.
+      tables: lists of rows.
+      pictures: (name of a file in the same folder, its PNG, title, prompts).
+    """
     parts = [f"{note}\n"]
     for head, *rows in filter(None, tables):
         lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
@@ -324,7 +347,7 @@ def markdown(note, tables, pictures=()) -> str:
 
 
 def page(note, tables, pictures) -> str:
-    """The same as one HTML file that holds its pictures."""
+    """The report as one HTML file that holds its images. For the arguments see `markdown`."""
     parts = [
         f'<!doctype html><meta charset="utf-8"><title>{TITLE}</title><style>{STYLE}</style>',
         f"<h1>{TITLE}</h1><p>{html.escape(note)}</p>",
@@ -345,6 +368,7 @@ def page(note, tables, pictures) -> str:
 
 
 def main(workdirs):
+    # ---- Read the runs and check the flags ----
     images.check_folder(OUTPUT.value, "--output")
     runs = read(workdirs)
     asked = METRIC.value or _main_metric(runs)
@@ -354,6 +378,7 @@ def main(workdirs):
     measured = {name for run in runs for row in (*run.losses, *run.events) for name in row}
     _check("--curves", CURVES.value, measured - {"step"})
     into = _marked(INTO.value) if INTO.value else None
+    # ---- Images, notes and tables ----
     losses = sorted({k for run in runs for row in run.losses[-1:] for k in row if "/loss" in k})
     png = curves(runs, CURVES.value or [metric, *losses])
     pictures = [("curves.png", png, "curves", [])] if png else []
@@ -362,6 +387,7 @@ def main(workdirs):
         pictures += filter(None, [run.pictures and _progress(run, f"progress{i}.png")])
     note = about(runs, metric, less)
     tables = [table(runs, metric, less), economy(runs, metric, less)]
+    # ---- Write them ----
     folder = pathlib.Path(OUTPUT.value)
     text = f"# {TITLE}\n\n{markdown(note, tables, pictures)}"
     try:
@@ -380,11 +406,11 @@ def main(workdirs):
     print(folder / "report.md", folder / "report.html")
 
 
-def _check(flag: str, names, known) -> None:
+def _check(flag: str, names, measured) -> None:
     for name in names:
-        if name not in known:
+        if name not in measured:
             raise errors.ConfigError(
-                f"no run has {name!r}", where=flag, fix=errors.nearest(name, known)
+                f"no run has {name!r}", where=flag, fix=errors.nearest(name, measured)
             )
 
 
@@ -402,8 +428,10 @@ def _newest(run: Run, name: str):
 
 
 def _progress(run: Run, name: str):
-    """Grids of the training from left to right, each after about twice as many steps as the one
-    before, as long as the prompts are the newest ones; None of fewer than two.
+    """Grids of fixed prompts over the training, side by side; None of fewer than two.
+
+    Each comes after about twice as many steps as the one before. Grids of other prompts than the
+    newest are left out.
     """
     chosen, grids = [], []
     for picture in reversed(run.pictures):
@@ -423,13 +451,13 @@ def _progress(run: Run, name: str):
 
 
 def _main_metric(runs) -> str:
-    """One that all runs have, or none."""
+    """The first metric of SHOWN that all runs have; "" if there is none."""
     common = sorted(set.intersection(*(set(run.values()) for run in runs)))
     return next((n for s in SHOWN for n in common if _short(n).startswith(s)), "")
 
 
 def _marked(path: str) -> tuple[str, str]:
-    """The text before and after the marks."""
+    """The text of a Markdown file before and after the marks."""
     try:
         text = files.read_text(path)
     except (OSError, ValueError) as e:
@@ -437,8 +465,8 @@ def _marked(path: str) -> tuple[str, str]:
             f"not readable: {errors.reason(e)}", where=path, fix="name a Markdown file"
         ) from e
     before, _, rest = text.partition(MARKS[0])
-    _, found, after = rest.partition(MARKS[1])
-    if not found:
+    _, end, after = rest.partition(MARKS[1])
+    if not end:
         raise errors.ConfigError(
             "no place for the tables", where=path, fix=f"write {MARKS[0]} and {MARKS[1]} into it"
         )

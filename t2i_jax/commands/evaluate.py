@@ -1,12 +1,13 @@
-"""Judges a model, or a folder of pictures.
+"""Evaluates a model, or a folder of images.
 
 python -m t2i_jax evaluate --checkpoint=builtin:shapes --protocol=shapes
 python -m t2i_jax evaluate --images=out/theirs --protocol=coco-fid-30k --data=coco/val2014
 
-prints one row, a JSON object with all that is needed to repeat it, and the metrics as a table to
-standard error. The row is appended to results.jsonl in the --workdir, or wherever --output says.
---evaluators runs files of t2i_jax/evaluators, such as `shapes` or `held_out_loss`, with the options
-of the run's config. --captions=FILE writes the protocol's captions, for other systems to draw.
+prints one row, a JSON object with everything that is needed to repeat it. The metrics are also
+printed as a table, to standard error. The row is appended to results.jsonl in the --workdir, or to
+the file that --output names. --evaluators runs files of t2i_jax/evaluators, such as `shapes` or
+`held_out_loss`, with the options of the run's config. --captions=FILE writes the protocol's
+captions, for other systems to draw.
 """
 
 import datetime
@@ -38,7 +39,7 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", None, "Pictures to draw.", lower
 BATCH_SIZE = flags.DEFINE_integer("batch_size", 64, "Pictures drawn together.", lower_bound=1)
 SEED = flags.DEFINE_integer("seed", None, "Of prompts and noise.", lower_bound=0)
 OPTIONS = cli.sampling_flags()
-NO_METRICS = ("step", "seconds")
+NO_METRICS = ("step", "seconds")  # numbers of a row that are no metrics
 
 
 def main():
@@ -51,12 +52,12 @@ def main():
             fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
         )
     drawing = (*MODEL.values(), *OPTIONS.values(), EVALUATORS, NUM_IMAGES, SEED, CAPTIONS)
-    given = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]
-    if IMAGES.value and given:
+    unused = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]
+    if IMAGES.value and unused:
         raise errors.ConfigError(
-            f"{', '.join(given)} with pictures that are drawn already",
+            f"{', '.join(unused)} with pictures that are drawn already",
             where="--images",
-            fix=f"leave out {', '.join(given)}",
+            fix=f"leave out {', '.join(unused)}",
         )
     if CAPTIONS.value:
         if not PROTOCOL.value:
@@ -67,9 +68,10 @@ def main():
         _write_captions()
         return
     output = OUTPUT.value or (MODEL["workdir"].value and f"{MODEL['workdir'].value}/results.jsonl")
-    if OUTPUT.value:
+    if OUTPUT.value:  # before hours of drawing
         images.check_file(output, "--output")
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
+    # JSON has no infinity. `json` would write a word that other readers refuse.
     text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
     print(text)
     print(_table(row), file=sys.stderr)
@@ -84,10 +86,10 @@ def main():
 
 
 def _table(row: dict) -> str:
-    """A row's metrics for people, one a line."""
-    told = {k: v for k, v in row.items() if type(v) in (int, float) and k not in NO_METRICS}
-    width = max(map(len, told), default=0)
-    return "\n".join(f"{name:{width}}  {value:.4g}" for name, value in told.items())
+    """The metrics of a row as a table of one line each."""
+    metrics = {k: v for k, v in row.items() if type(v) in (int, float) and k not in NO_METRICS}
+    width = max(map(len, metrics), default=0)
+    return "\n".join(f"{name:{width}}  {value:.4g}" for name, value in metrics.items())
 
 
 def _protocol():
@@ -111,18 +113,19 @@ def _write_captions() -> None:
     images.write_whole(CAPTIONS.value, lines.encode())
 
 
-def _told(batches, total: int):
-    """The batches, and now and then in the log how far they are."""
-    done, told = 0, time.perf_counter()
+def _logged(batches, total: int):
+    """Yields the batches, and logs every ten seconds how many images are done."""
+    done, logged = 0, time.perf_counter()
     for pictures, texts in batches:
         yield pictures, texts
         done += len(pictures)
-        if time.perf_counter() - told > 10:
-            told = time.perf_counter()
+        if time.perf_counter() - logged > 10:
+            logged = time.perf_counter()
             logging.info("%d of %d pictures", done, total)
 
 
 def _by_protocol() -> dict:
+    """The row of an evaluation by --protocol, of a model or of --images."""
     from t2i_jax.data import pictures
     from t2i_jax.evaluators import protocol as judge
     from t2i_jax.run import compile_cache
@@ -131,31 +134,32 @@ def _by_protocol() -> dict:
     ours = _protocol()
     started = time.perf_counter()
     if IMAGES.value:
-        found = pictures.Pictures(IMAGES.value)
-        ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(found))
+        folder = pictures.Pictures(IMAGES.value)
+        ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(folder))
     nets = judge.Networks(ours)
     uses = ((EXTRACTOR, nets.extract), (CLIP, nets.dual), (REFERENCE, "fid" in ours.metrics))
     _check_used(ours, uses)
     if IMAGES.value:
-        judge.check_captions(ours, nets, found.captions)
-        batches = found.batches(judge.whole_captions(ours, BATCH_SIZE.value))
-        measure = judge.Measure(ours, nets, _told(batches, len(found)), REFERENCE.value)
+        judge.check_captions(ours, nets, folder.captions)
+        batches = folder.batches(judge.whole_captions(ours, BATCH_SIZE.value))
+        measure = judge.Measure(ours, nets, _logged(batches, len(folder)), REFERENCE.value)
         model = {
             "images": IMAGES.value,
-            "images_sha256": found.fingerprint,
-            "num_images": len(found) - len(found.broken),
-            "broken": len(found.broken),
+            "images_sha256": folder.fingerprint,
+            "num_images": len(folder) - len(folder.broken),
+            "broken": len(folder.broken),
         }
     else:
         pipe = _pipeline(averaged=ours.ema)
         model = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
         model |= {"sample": pipe.predictor.check("sample", **ours.sample)}
         drawn = judge.drawn(
-            *(pipe.predictor.bound, pipe.nets, ours), ours.captions(), BATCH_SIZE.value
+            pipe.predictor.bound, pipe.nets, ours, ours.captions(), BATCH_SIZE.value
         )
-        measure = judge.Measure(ours, nets, _told(drawn, ours.num_images), REFERENCE.value)
+        measure = judge.Measure(ours, nets, _logged(drawn, ours.num_images), REFERENCE.value)
     return {
-        **{"protocol": ours.name, **model},
+        "protocol": ours.name,
+        **model,
         **{k: int(v) if "num_" in k else v for k, v in measure.metrics().items()},
         **measure.provenance,
         "definition": ours._asdict(),
@@ -165,7 +169,7 @@ def _by_protocol() -> dict:
 
 
 def _check_used(ours, uses) -> None:
-    """Raises ConfigError for a flag that the protocol has no use for."""
+    """Raises ConfigError for a flag that no metric of the protocol uses."""
     from t2i_jax import errors
 
     for flag, use in uses:
@@ -178,36 +182,38 @@ def _check_used(ours, uses) -> None:
 
 
 def _by_evaluators() -> dict:
+    """The row of an evaluation by --evaluators, with the options of each."""
     pipe, started = _pipeline(), time.perf_counter()
     options = cli.given(OPTIONS)
     result = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
     if "sample" in pipe.predictor.objective.predict:
         result["sample"] = pipe.predictor.check("sample", **options)
-    given = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
-    given = {name: value for name, value in given.items() if value is not None}
+    flagged = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
+    flagged = {name: value for name, value in flagged.items() if value is not None}
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
-        asked = {"batch_size": BATCH_SIZE.value, **own, **given}
+        asked = {"batch_size": BATCH_SIZE.value, **own, **flagged}
         if DATA.value and _takes_data(name):
             asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
         asked = pipe.predictor.evaluator_options(name, asked)
-        found = pipe.evaluate(name, **asked)
-        result |= {f"{name}/{k}": v for k, v in found.items()}
+        metrics = pipe.evaluate(name, **asked)
+        result |= {f"{name}/{k}": v for k, v in metrics.items()}
         result[f"{name}/options"] = asked
     return {**result, **_circumstances(started)}
 
 
 def _takes_data(name: str) -> bool:
-    """Whether an evaluator judges on data; if none of those asked for does, each is told."""
+    """Whether --data goes to an evaluator: it takes data, or none of the chosen ones does."""
     from t2i_jax import plugins
 
+    # In the second case each gets it and refuses it. Ignoring the flag would be silent.
     takes = lambda one: "data" in inspect.signature(plugins.load("evaluators", one).make).parameters
     return takes(name) or not any(takes(one) for one in EVALUATORS.value)
 
 
 def _pipeline(**options):
     source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
-    from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
+    from t2i_jax import pipeline  # imports JAX: errors of flags should not wait for that
 
     load = cli.loads(MODEL["load"])
     return pipeline.Pipeline.load(source, step=MODEL["step"].value, load=load, **options)
@@ -220,7 +226,7 @@ def _digest(pipe) -> str:
 
 
 def _circumstances(started: float) -> dict:
-    """When, with what and on what a row was made."""
+    """The time, versions and devices of a row."""
     import jax
 
     import t2i_jax

@@ -24,6 +24,7 @@ def main():
     card = _read_card(CARD.value) if CARD.value else ""
     from t2i_jax import lora, pipeline, weights
 
+    # The export holds the trained nets. Frozen ones stay where they are, known by their digests.
     pipe = pipeline.Pipeline.load(WORKDIR.value, step=STEP.value, load=cli.loads(LOAD))
     nets, config, names = pipe.nets, pipe.config, pipe.predictor.objective.trained
     if MERGE.value and not config.lora:
@@ -31,16 +32,16 @@ def main():
     if MERGE.value:
         nets, config = lora.merge_run(nets, config)
         names = [name.removesuffix(lora.SUFFIX) for name in names]
-    held = {name: nets[name] for name in names}
+    exported = {name: nets[name] for name in names}
     frozen = {
         name: net
         for name, net in nets.items()
-        if name not in held and name in weights.sources(config)
+        if name not in exported and name in weights.sources(config)
     }
     needed = [f"{name} from {weights.sources(config).get(name)}" for name in frozen]
     card = card or _card(needed)
     options = dict(card=card, dtype=DTYPE.value, frozen=weights.digests(frozen), known=pipe.words)
-    weights.export(output, held, config, **options)
+    weights.export(output, exported, config, **options)
     print(output)
 
 

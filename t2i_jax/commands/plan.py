@@ -1,4 +1,4 @@
-"""What a program will need: memory, operations, traffic; also on TPUs that are not at hand."""
+"""What a program will need: memory, operations and traffic, also on TPUs that are not at hand."""
 
 import collections
 import math
@@ -15,14 +15,15 @@ from t2i_jax import errors, loop, sharding, weights
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")  # what hides traffic
+# Operations that compute. Traffic while one of them runs is hidden.
+WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")
 
 
 def slice_devices(name: str):
-    """The devices of a TPU slice by name, such as "v5e:2x4": to compile for, not to run on.
+    """The devices of a TPU slice by name, such as "v5e:2x4". Programs can be compiled for them.
 
     Raises:
-      ConfigError: libtpu is not installed, or it knows no such slice.
+      ConfigError: libtpu is not installed, or it has no such slice.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     from jax.experimental import topologies
@@ -39,9 +40,11 @@ def slice_devices(name: str):
 
 
 class Traffic(NamedTuple):
-    """Collectives of one kind in one run of a program: bytes of results on one device.
+    """All collectives of one kind in one run of a program.
 
-    hidden: the part that computation runs beside, by the compiler's schedule.
+    count: how many there are.
+    bytes: the size of their results on one device.
+    hidden: the bytes that travel while something is computed, by the compiler's schedule.
     """
 
     count: int
@@ -50,9 +53,13 @@ class Traffic(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What one program needs on each device, bytes; FLOPs are of all devices together.
+    """What one program needs. Sizes are bytes on each device.
 
-    peak: arguments, temporaries and results at once. fits: None where the memory is not known.
+    donated: the arguments whose memory is used again for results.
+    peak: arguments, temporaries and results together.
+    flops: operations of all devices together.
+    traffic: kind of collective -> `Traffic`.
+    fits: whether the peak fits the memory; None where that is unknown.
     """
 
     arguments: int
@@ -65,10 +72,13 @@ class Needs(NamedTuple):
 
 
 def needs(traced, *, memory: int | None = None) -> Needs:
-    """Compiles what `jax.jit(f).trace(…)` returned and reads off what it needs.
+    """Compiles a program and reads what it needs.
 
+    Args:
+      traced: the result of `jax.jit(f).trace(…)`.
+      memory: bytes of one device, if known.
     Raises:
-      DoesNotFit: the compiler itself found that it needs more memory than the device has.
+      DoesNotFit: the compiler refuses the program, as it needs more memory than the device has.
     """
     try:
         compiled = traced.lower().compile()
@@ -77,6 +87,7 @@ def needs(traced, *, memory: int | None = None) -> Needs:
             raise
         raise DoesNotFit(str(e)) from e
     m = compiled.memory_analysis()
+    # Results that take the memory of donated arguments (aliases) would count twice.
     peak = (
         m.argument_size_in_bytes
         + m.temp_size_in_bytes
@@ -95,11 +106,15 @@ def needs(traced, *, memory: int | None = None) -> Needs:
 
 
 def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
-    """Compiles a run's step and prints what it needs; writes nothing.   -> what it printed
+    """Compiles the step of a run and prints what it needs. Nothing is written.
 
     Args:
-      topology: the TPU slice to compile for (see `slice_devices`), default: the devices at hand.
-      memory_gb: one device's memory in GiB, by default the chip's where a topology is named.
+      topology: the TPU slice to compile for, see `slice_devices`. By default the devices at hand.
+      memory_gb: memory of one device in GiB. By default that of the topology's chip.
+    Returns:
+      The printed values by name, as of `training`.
+    Raises:
+      ConfigError: a memory that is not positive, or an unknown topology.
     """
     if memory_gb is not None and not 0 < memory_gb < math.inf:
         raise errors.ConfigError(
@@ -109,15 +124,15 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
         )
     devices = slice_devices(topology) if topology else None
     memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
-    found = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
-    for name, value in found.items():
+    values = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
+    for name, value in values.items():
         print(f"{name.removesuffix('_bytes'):28} {_readable(name, value):>20}")
-    return found
+    return values
 
 
-def check_fits(found: dict) -> None:
-    """Raises ConfigError where what `show` returned does not fit the memory that is known."""
-    if found.get("fits") is False:
+def check_fits(values: dict) -> None:
+    """Raises ConfigError where the values of `show` say that the step does not fit the memory."""
+    if values.get("fits") is False:
         raise errors.ConfigError(
             "a step needs more memory than one device has",
             where="--memory_gb or --topology",
@@ -127,7 +142,7 @@ def check_fits(found: dict) -> None:
 
 
 def _readable(name: str, value) -> str:
-    """A number of `show` with its unit."""
+    """A value of `show` as text, with its unit."""
     if isinstance(value, bool | None):
         return str(value)
     if not name.endswith("bytes"):
@@ -137,20 +152,20 @@ def _readable(name: str, value) -> str:
 
 
 def training(run, memory: int | None = None) -> dict:
-    """What one step of a `loop.Run` needs, by name; bytes are of each device.
+    """What one step of a `loop.Run` needs, by name. Bytes are those of each device.
 
     Args:
-      memory: bytes of one device, to say whether the step fits.
+      memory: bytes of one device. With it the values say whether the step "fits".
     """
     size = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
-    found = {f"parameters/{name}": size(net["params"]) for name, net in run.shapes.nets.items()}
-    found |= {f"frozen/{name}": size(net) for name, net in run.frozen.items()}
-    found["devices"] = run.layout.mesh.size
+    values = {f"parameters/{name}": size(net["params"]) for name, net in run.shapes.nets.items()}
+    values |= {f"frozen/{name}": size(net) for name, net in run.frozen.items()}
+    values["devices"] = run.layout.mesh.size
     try:
         need = needs(run.trace(), memory=memory)
     except DoesNotFit as e:
-        return found | {"peak_bytes": e.used, "fits": False}
-    found |= {
+        return values | {"peak_bytes": e.used, "fits": False}
+    values |= {
         "state_bytes": need.donated,
         "argument_bytes": need.arguments,
         "temporary_bytes": need.temporaries,
@@ -158,13 +173,13 @@ def training(run, memory: int | None = None) -> dict:
         "flops_per_image": need.flops // run.config.batch_size,
     }
     for kind, moved in need.traffic.items():
-        found |= {f"{kind}/count": moved.count, f"{kind}/bytes": moved.bytes}
-        found |= {f"{kind}/hidden_bytes": moved.hidden} if moved.hidden else {}
-    return found if memory is None else found | {"memory_bytes": memory, "fits": need.fits}
+        values |= {f"{kind}/count": moved.count, f"{kind}/bytes": moved.bytes}
+        values |= {f"{kind}/hidden_bytes": moved.hidden} if moved.hidden else {}
+    return values if memory is None else values | {"memory_bytes": memory, "fits": need.fits}
 
 
 def sampling(run, batch_size: int):
-    """The sampler's program for one batch of prompts, traced as it lies in a run."""
+    """The sampler's program for one batch of prompts, traced with the shardings of a run."""
     config, layout = run.config, run.layout
     nets = weights.abstract_nets(run.predictor.objective, config)
     batch = weights.abstract_batch(config, batch_size)
@@ -177,23 +192,24 @@ def sampling(run, batch_size: int):
 
 
 class DoesNotFit(Exception):
-    """The compiler refused a program. used: bytes it wanted, or None if it did not say."""
+    """The compiler refused a program. used: the bytes it wanted, or None if it did not say."""
 
     def __init__(self, message: str):
         super().__init__(message)
-        found = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message) or re.search(
+        used = re.search(r"Used ([\d.]+)([KMG]) of [\d.]+[KMG] hbm", message) or re.search(
             r"required for HLO temporaries \(([\d.]+)([KMG])\)", message
         )
         scale = {"K": 2**10, "M": 2**20, "G": 2**30}
-        self.used = int(float(found[1]) * scale[found[2]]) if found else None
+        self.used = int(float(used[1]) * scale[used[2]]) if used else None
 
 
 def flops(jaxpr) -> int:
-    """Operations of all matrix products and convolutions of a jaxpr, a multiply-add being two.
+    """Operations of all matrix products and convolutions of a jaxpr. A multiply-add counts as two.
 
-    Scans count as often as they run, and what rematerialisation computes again counts again; of
-    branches the dearest. XLA's own count takes a loop's body once.
+    The body of a scan counts as often as it runs. Rematerialised operations count again. Of several
+    branches the most expensive one counts.
     """
+    # The jaxpr and not the compiled program: XLA's own count takes the body of a loop once.
     total = 0
     for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
         name, shape = eqn.primitive.name, lambda v: v.aval.shape
@@ -208,7 +224,7 @@ def flops(jaxpr) -> int:
         else:
             inside = [flops(sub) for sub in _inside(eqn)]
             times = eqn.params.get("length", 1) if name == "scan" else 1
-            if name == "shard_map":
+            if name == "shard_map":  # its body has the shapes of one device
                 sizes = dict(eqn.params["mesh"].shape)
                 times = math.prod(sizes[axis] for axis in eqn.params["manual_axes"])
             total += times * (max(inside, default=0) if name == "cond" else sum(inside))
@@ -223,13 +239,18 @@ def _inside(eqn):
 
 
 def traffic(text: str) -> dict[str, Traffic]:
-    """Collectives by kind in a compiled program's text, loop bodies as often as they run."""
+    """Collectives by kind in a compiled program. Loop bodies count as often as they run.
+
+    Args:
+      text: the program as HLO, from `compiled.as_text()`.
+    """
     program = _Program(text)
-    found = collections.defaultdict(lambda: Traffic(0, 0, 0))
+    totals = collections.defaultdict(lambda: Traffic(0, 0, 0))
     for name, times in program.runs().items():
         for i, line in enumerate(program.computations[name]):
             match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
             channel = re.search(r"channel_id=\d+,", line)
+            # A fused collective appears in several fusions. It counts in the one that starts it.
             fused = bool(channel) and channel[0] in program.fused
             if not match or (fused and name not in program.starts):
                 continue
@@ -239,15 +260,16 @@ def traffic(text: str) -> dict[str, Traffic]:
                 hidden = program.works_in_fusions(channel[0])
             else:
                 hidden = bool(start) and program.works_beside(name, i)
-            old = found[kind]
-            found[kind] = Traffic(old.count + times, old.bytes + size, old.hidden + size * hidden)
-    return dict(found)
+            old = totals[kind]
+            totals[kind] = Traffic(old.count + times, old.bytes + size, old.hidden + size * hidden)
+    return dict(totals)
 
 
 class _Program:
-    """A compiled program's text: computations, the entry under the name "", as lists of lines.
+    """The text of a compiled program, cut into computations.
 
-    starts, ends: fusions into which XLA:TPU wrote a collective's start or end.
+    computations: name -> lines. The entry computation has the name "".
+    starts, ends: fusions into which XLA:TPU wrote the start or the end of a collective.
     fused: channel of such a collective -> the names of all its fusions.
     """
 
@@ -271,7 +293,7 @@ class _Program:
         self.fused = {c: names for c, names in channels.items() if names & self.starts}
 
     def runs(self) -> dict[str, int]:
-        """Computation -> how often one run of the program runs it."""
+        """Computation -> how often it runs in one run of the program."""
         runs = collections.Counter()
 
         def visit(name, times):
@@ -285,7 +307,7 @@ class _Program:
         return runs
 
     def works_beside(self, name: str, i: int) -> bool:
-        """Whether anything is computed between the start in line i and its end."""
+        """Whether anything is computed between the start of a collective in line i and its end."""
         lines = self.computations[name][i:]
         for line in lines[1:]:
             if re.search(rf"-done\(.*{re.escape(_name(lines[0]))}\b", line):
@@ -295,7 +317,7 @@ class _Program:
         return False
 
     def works_in_fusions(self, channel: str) -> bool:
-        """As `works_beside`, where start and end are fusions."""
+        """The same as `works_beside`, for a collective whose start and end are fusions."""
         starts, ends = self.fused[channel] & self.starts, self.fused[channel] & self.ends
         for lines in self.computations.values() if starts and ends else ():
             at = [i for i, x in enumerate(lines) if _calls(x, starts)]
@@ -305,7 +327,9 @@ class _Program:
         return False
 
     def _trips(self, line: str) -> int:
-        """How often a while runs its body: as XLA notes it, else from its counter; else once."""
+        """How often a while loop runs its body; 1 where the text does not tell."""
+        # XLA notes it on some loops. On others the condition compares a counter with a constant,
+        # and the body adds a constant to that counter.
         if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line):
             return int(noted[1])
         parts = [re.search(rf"{key}=%?([\w.\-]+)", line)[1] for key in ("condition", "body")]
@@ -328,13 +352,13 @@ def _name(line: str) -> str:
 
 
 def _number(lines, name: str) -> int | None:
-    found = re.search(r" constant\((\d+)\)", lines.get(name, ""))
-    return int(found[1]) if found else None
+    constant = re.search(r" constant\((\d+)\)", lines.get(name, ""))
+    return int(constant[1]) if constant else None
 
 
 def _index(lines, name: str) -> int | None:
-    found = re.search(r" get-tuple-element\(.*\), index=(\d+)", lines.get(name, ""))
-    return int(found[1]) if found else None
+    element = re.search(r" get-tuple-element\(.*\), index=(\d+)", lines.get(name, ""))
+    return int(element[1]) if element else None
 
 
 def _works(line: str) -> bool:
@@ -342,12 +366,15 @@ def _works(line: str) -> bool:
 
 
 def _calls(line: str, names) -> bool:
-    found = re.search(r"calls=%?([\w.\-]+)", line)
-    return bool(found) and found[1] in names
+    call = re.search(r"calls=%?([\w.\-]+)", line)
+    return bool(call) and call[1] in names
 
 
 def _size(result: str, *, halved: bool) -> int:
-    """Bytes of a result's type; of a start's (operands, results, flags) only the results."""
+    """Bytes of a result's type in HLO.
+
+    halved: the type is that of a start, (operands, results, flags). Only the results count.
+    """
     sizes = [
         _width(kind) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
@@ -357,6 +384,6 @@ def _size(result: str, *, halved: bool) -> int:
 
 
 def _width(kind: str) -> int:
-    """Bytes of one number of HLO's type, such as bf16, f8e4m3fn or pred."""
+    """Bytes of one number of a type in HLO, such as bf16, f8e4m3fn or pred."""
     bits = re.search(r"\d+", kind)
     return max(int(bits[0]) // 8, 1) if bits else 1

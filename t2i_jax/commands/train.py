@@ -3,7 +3,7 @@
 from t2i_jax.run import interrupt
 
 if __name__ == "__main__":
-    interrupt.listen()  # the other imports take seconds in which a signal can come
+    interrupt.listen()  # first, as the other imports take seconds in which a signal can come
 
 from absl import flags
 from ml_collections import config_flags

@@ -1,8 +1,8 @@
-"""tokenizer.json, opened by the library `tokenizers` alone: without transformers, which takes
-seconds to import and brings torch along.
+"""Opens a tokenizer.json with the library `tokenizers` alone.
 
-transformers builds a tokenizer anew from its vocabulary, as its class and tokenizer_config.json
-say. Where the parts in tokenizer.json are the same, the file alone gives the same tokens.
+transformers takes seconds to import and brings torch along. It builds a tokenizer anew from its
+vocabulary, by its class and tokenizer_config.json. Where the parts in tokenizer.json are the same,
+the file alone gives the same tokens. This module decides whether they are.
 """
 
 import base64
@@ -13,10 +13,11 @@ from t2i_jax import errors
 from t2i_jax.pretrained import hf
 
 FILE, CONFIG, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
-GROWTH = 1000  # times that a caption may grow before it is cut into tokens
+GROWTH = 1000  # largest factor by which a caption may grow before it is cut into tokens
+# By normalizer, the largest factor by which a text can grow.
 _GROWTHS = {"NFC": 3, "NFD": 4, "NFKC": 18, "NFKD": 18, "Lowercase": 3, "BertNormalizer": 4}
-_GROWTHS["ByteLevel"] = 4  # every byte becomes a character, of two bytes for the next such part
-_AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that change nothing in the file
+_GROWTHS["ByteLevel"] = 4  # each byte becomes a character of up to two bytes
+_AS_IT_IS = ("PreTrainedTokenizer", "TokenizersBackend")  # classes that use the file as it is
 _REGISTERED = {  # model_type -> class, where the files name none
     **dict.fromkeys(("bert", "distilbert"), "BertTokenizer"),
     **{"roberta": "RobertaTokenizer", "gpt2": "GPT2Tokenizer", "umt5": "TokenizersBackend"},
@@ -27,13 +28,13 @@ _BPE = dict(dropout=None, continuing_subword_prefix="", fuse_unk=False, byte_fal
 
 
 def open(folder):
-    """What AutoTokenizer would make of a folder: (the library's tokenizer, the padding's number,
-    that of a text's end or None).
+    """The tokenizer that transformers' AutoTokenizer would make of a folder.
 
-    None where that takes transformers.
-
+    Returns:
+      (the library's tokenizer, the id of the padding token, that of the end of a text or None). It
+      is None where only transformers itself can make the tokenizer.
     Raises:
-      DataError: tokenizer.json is no such file, or could take memory or time without end.
+      DataError: tokenizer.json is broken, or could take unbounded memory or time.
     """
     if not (folder / FILE).is_file():
         return None
@@ -46,8 +47,9 @@ def open(folder):
     name = _class(own, config)
     if name not in (*_AS_IT_IS, *_CLASSES) or own.get("split_special_tokens"):
         return None
+    # With these transformers writes another post-processor than the file's.
     if any(own.get(key) is not None for key in ("add_bos_token", "add_eos_token")):
-        return None  # transformers then writes another post-processor
+        return None
     parts, special = _CLASSES.get(name, (None, {}))
     named = {key: own[key] for key in own if key.endswith("_token") and _is_token(own[key])}
     special = {key: _text(token) for key, token in (special | named).items() if token is not None}
@@ -67,10 +69,12 @@ def open(folder):
 
 
 def check(path) -> dict:
-    """A tokenizer.json that takes bounded memory and time, whatever a caption says.
+    """Reads a tokenizer.json and checks that it takes bounded memory and time for any caption.
+
+    The file may come from a stranger, and its parts are small programs.
 
     Raises:
-      DataError: it is no such file, or its parts are not bounded.
+      DataError: it is broken, or its parts are not bounded.
     """
     data = hf.read_json(path)
     model = data.get("model")
@@ -100,8 +104,8 @@ def _unbounded(path, what):
 
 
 def _walk(value):
-    """All objects inside a value of JSON."""
-    rest = [value]
+    """Yields all objects inside a value of JSON, itself included."""
+    rest = [value]  # a list and no recursion: the file decides how deep it goes
     while rest:
         value = rest.pop()
         if isinstance(value, dict):
@@ -112,7 +116,7 @@ def _walk(value):
 
 
 def _growth(part) -> float:
-    """How many times longer a normalizer makes a text at most."""
+    """The largest factor by which a normalizer can make a text longer."""
     kind, content = part.get("type"), part.get("content")
     if kind == "Replace":
         return max(1.0, 1.0 + len(str(content)))
@@ -126,18 +130,20 @@ def _growth(part) -> float:
 
 
 def _linear(regex: str) -> bool:
-    """Whether a match takes time in proportion to its length: nothing repeats what repeats."""
+    """Whether matching takes time in proportion to the text. True only where that is certain."""
+    # A repetition inside another one, or two in one alternative, can take exponential or quadratic
+    # time. Classes and escapes count as one character, and groups without repetition as well.
     plain = re.sub(r"\\p\{\w+\}|\\[^\d]", "x", regex)
     plain = re.sub(r"\[[^\[\]]*\]", "x", plain)
     if len(regex) > 300 or plain.count("|") > 20 or re.search(r"\)[*+{]|\\|\(\?<|\[", plain):
         return False
     while plain != (plain := re.sub(r"\([^()*+{]*\)", "x", plain)):
-        pass  # groups without repetition
+        pass  # from the innermost group outwards
     return "(" not in plain and all(len(re.findall("[*+{]", one)) <= 1 for one in plain.split("|"))
 
 
 def _class(own, config) -> str | None:
-    """The name of the class that AutoTokenizer chooses, without "Fast"."""
+    """The name of the class that AutoTokenizer would choose, without "Fast"."""
     registered = _REGISTERED.get(config.get("model_type"))
     name = own.get("tokenizer_class") or config.get("tokenizer_class") or registered
     if registered in _AS_IT_IS and name != registered:
@@ -155,7 +161,7 @@ def _text(token) -> str:
 
 
 def _same_added(data, own, special) -> bool:
-    """Whether transformers would add no token to those of the file, and leave out none."""
+    """Whether transformers would have the same added tokens as the file."""
     flags = lambda token: {"special": False} | {k: v for k, v in token.items() if k[0] != "_"}
     added = {token["id"]: flags(token) for token in data["added_tokens"]}
     theirs = own.get("added_tokens_decoder")
@@ -172,26 +178,27 @@ def _same_added(data, own, special) -> bool:
 
 
 def _same_parts(opened, data, wanted) -> bool:
-    """Whether the file has the parts that transformers makes for its class."""
+    """Whether the file has the parts that transformers would make for its class."""
     model = wanted.pop("model")
     kind = model.pop("type")
     has = lambda name: getattr(opened.model, name, data["model"].get(name))
     if type(opened.model).__name__ != kind or any(has(k) != v for k, v in model.items()):
         return False
     for name, part in wanted.items():
-        found = getattr(opened, name)
-        found = json.loads(found.__getstate__()) if found else None
+        own = getattr(opened, name)
+        own = json.loads(own.__getstate__()) if own else None  # with all defaults filled in
+        # T5's table of characters comes from the vocabulary, so the file's own is the right one.
         if name == "normalizer" and part == "precompiled":
-            part = found if not found or found["type"] == "Precompiled" else part
-        if name == "post_processor" and part["type"] == "TemplateProcessing" and found:
-            found.pop("pair", None)
-        if found != part:
+            part = own if not own or own["type"] == "Precompiled" else part
+        if name == "post_processor" and part["type"] == "TemplateProcessing" and own:
+            own.pop("pair", None)  # captions come alone
+        if own != part:
             return False
     return True
 
 
 def _template(number, *tokens):
-    """The processor of single captions; None among the tokens stands for the caption."""
+    """The post-processor of single captions. None among the tokens stands for the caption."""
     special = [token for token in tokens if token]
     piece = lambda t: {"SpecialToken": {"id": t, "type_id": 0}}
     caption = {"Sequence": {"id": "A", "type_id": 0}}
@@ -206,14 +213,21 @@ def _bytes(**options):
     return dict(type="ByteLevel", trim_offsets=True, use_regex=True) | options
 
 
+# The parts that transformers makes for each class. Arguments: tokenizer_config.json, the special
+# tokens by role, and a function from a token to its id.
+
+
 def _bert(own, special, number):
     return dict(
         model=dict(
-            **dict(type="WordPiece", continuing_subword_prefix="##"),
-            **dict(unk_token=special["unk_token"], max_input_chars_per_word=100),
+            type="WordPiece",
+            continuing_subword_prefix="##",
+            unk_token=special["unk_token"],
+            max_input_chars_per_word=100,
         ),
         normalizer=dict(
-            **dict(type="BertNormalizer", clean_text=True),
+            type="BertNormalizer",
+            clean_text=True,
             handle_chinese_chars=own.get("tokenize_chinese_chars", True),
             strip_accents=own.get("strip_accents"),
             lowercase=own.get("do_lower_case", True),
@@ -272,12 +286,15 @@ def _t5(own, special, number):
 
 _ENDS = dict(bos_token="<s>", eos_token="</s>", sep_token="</s>", cls_token="<s>")
 _END = "<|endoftext|>"
-_CLASSES = {  # name -> its parts, and the special tokens that it has by default
+_CLASSES = {  # name -> its parts, and its default special tokens
     "BertTokenizer": (
         _bert,
         dict(
-            **dict(unk_token="[UNK]", sep_token="[SEP]", pad_token="[PAD]"),
-            **dict(cls_token="[CLS]", mask_token="[MASK]"),
+            unk_token="[UNK]",
+            sep_token="[SEP]",
+            pad_token="[PAD]",
+            cls_token="[CLS]",
+            mask_token="[MASK]",
         ),
     ),
     "RobertaTokenizer": (

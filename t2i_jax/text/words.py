@@ -1,6 +1,7 @@
-"""The words of a model's training captions, so that drawing can tell which of a prompt are others.
+"""The words of a model's training captions. Drawing warns of other words in a prompt.
 
-They lie as words.txt, one a line, in a run's workdir and an exported model. Older ones have none.
+They are stored in words.txt, one on each line, in a run's workdir and in an exported model. Older
+runs and models have no such file.
 """
 
 import difflib
@@ -10,45 +11,47 @@ import re
 from t2i_jax import images
 
 FILE = "words.txt"
-LIMIT = 100_000  # words; beyond, a list is large, and hardly a word is missing
-LARGEST = 2**24  # bytes of a list
-SHOWN = 8  # words that one message names
-FEW = 60  # words that a message can name
-SCANNED = 50_000  # captions at most that are read from a disk for their words
+LIMIT = 100_000  # words of the longest list: with more, hardly a word would be missing
+LARGEST = 2**24  # bytes of the largest words.txt that is read
+SHOWN = 8  # unknown words that one message names
+FEW = 60  # a list of so few words is shown whole
+SCANNED = 50_000  # captions that are read from a disk at most
 
-# Scripts without spaces (Thai to Khmer, kana, Han) count a character as a word.
+# In scripts without spaces (Thai to Khmer, kana, Han) each character counts as a word.
 _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]|[^\W_]+")
 
 
 def of(text: str) -> list[str]:
-    """The words of a text in order, without regard to case."""
+    """The words of a text in order, in lower case."""
     return _WORD.findall(text.casefold())
 
 
 def collect(source) -> set[str] | None:
-    """The words of a data source's captions, or None where they cannot be told cheaply.
+    """The words of a data source's captions, or None where collecting them would take too long.
 
-    A source may have `words()`; else its `captions()` are read, from a disk no more than SCANNED.
+    They come from the source's `words()`, if it has that, else from its `captions()`. Captions that
+    lie on a disk are read only where there are at most SCANNED.
     """
     if hasattr(source, "words"):
         return set(source.words())
     captions = source.captions() if hasattr(source, "captions") else None
     if captions is None or not (isinstance(captions, list) or len(source) <= SCANNED):
         return None
-    found = set()
+    words = set()
     for caption in captions:
-        found.update(of(caption))
-        if len(found) > LIMIT:
+        words.update(of(caption))
+        if len(words) > LIMIT:
             return None
-    return found
+    return words
 
 
 def write(folder: pathlib.Path, words) -> None:
+    """Writes words.txt into a folder."""
     images.write_whole(folder / FILE, "".join(f"{word}\n" for word in sorted(words)).encode())
 
 
 def read(folder: pathlib.Path) -> frozenset[str] | None:
-    """What `write` wrote, or None where there is no such file, or none that can be read."""
+    """The words of a folder's words.txt, or None where it is missing or broken."""
     try:
         if (folder / FILE).stat().st_size > LARGEST:
             return None
@@ -58,12 +61,12 @@ def read(folder: pathlib.Path) -> frozenset[str] | None:
 
 
 def unknown(text: str, words) -> list[str]:
-    """The text's words that are not among the given ones, each once, in order."""
+    """The words of a text that are not in `words`, each once, in order."""
     return [word for word in dict.fromkeys(of(text)) if word not in words]
 
 
 def message(missing, words) -> str:
-    """What to tell of words that the training never saw."""
+    """A warning of words that the training never saw, with similar words that it did see."""
     parts = []
     for word in missing[:SHOWN]:
         near = difflib.get_close_matches(word, words, n=2, cutoff=0.7)
