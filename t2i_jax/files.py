@@ -1,5 +1,6 @@
 """Reading of small text files from any origin."""
 
+import functools
 import os
 
 LIMIT = 2**27  # bytes of a file that is read at once, such as a tokenizer's
@@ -21,3 +22,19 @@ def read_text(path, *, limit: int = LIMIT) -> str:
         size = max(os.path.getsize(path), len(data))  # of a pipe, what was read
         raise ValueError(f"it has {size:,} bytes, more than {limit:,}")
     return data.decode("utf-8-sig")
+
+
+def remembered(read):
+    """`read(folder, *args)`, which reads again only where a file of the folder changed.
+
+    What it returns is shared: nobody may change it.
+    """
+    cached = functools.lru_cache(maxsize=32)(lambda folder, args, version: read(folder, *args))
+
+    @functools.wraps(read)
+    def again(folder, *args):
+        stats = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+        version = sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
+        return cached(folder, args, tuple(version))
+
+    return again

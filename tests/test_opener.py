@@ -55,6 +55,22 @@ def same(got, want):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
+def test_a_checkpoint_is_read_again_only_where_it_changed(encoder, monkeypatch):
+    test_conditioning.small_tokenizer(encoder)
+    read, old = [], hf.read_json
+    monkeypatch.setattr(hf, "read_json", lambda path: read.append(path.name) or old(path))
+    for _ in range(3):
+        assert opener.open(str(encoder)).config["hidden_size"] == 24
+    assert read == [hf.CONFIG]
+    for _ in range(3):
+        text_encoder.tokenizer(str(encoder), 8)
+    assert read.count("tokenizer.json") == 1
+    config = old(encoder / hf.CONFIG) | {"hidden_size": 48}
+    (encoder / hf.CONFIG).write_text(json.dumps(config))
+    assert opener.open(str(encoder)).config["hidden_size"] == 48
+    assert text_encoder.tokenizer(str(encoder), 9).length == 9
+
+
 # --- what a network is used as ---
 
 

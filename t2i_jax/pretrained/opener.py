@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import flax.linen as nn
 
-from t2i_jax import errors, fields, pretrained
+from t2i_jax import errors, fields, files, pretrained
 from t2i_jax.models.types import Cond, Features
 from t2i_jax.pretrained import hf, tensors, vit
 
@@ -112,7 +112,11 @@ def open(source: str) -> Checkpoint:
       ConfigError: of a kind that no file of this package reads.
       DataError: it is not there, or not as it should be.
     """
-    folder = hf.locate(source)
+    return _opened(hf.locate(source))
+
+
+@files.remembered  # a start asks for a net's module, tokenizer, shapes and weights
+def _opened(folder: pathlib.Path) -> Checkpoint:
     config = hf.read_json(folder / hf.CONFIG)
     if (folder / vit.PREPROCESSOR).is_file():
         config["preprocessor"] = hf.read_json(folder / vit.PREPROCESSOR)

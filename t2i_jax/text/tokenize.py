@@ -123,7 +123,11 @@ def open(name: str, length: int) -> Tokenizer:
             vocab_size=BYTES_VOCAB,
             fingerprint=hashlib.sha256(b"bytes").hexdigest(),
         )
-    folder = hf.tokenizer(hf.locate(name))
+    return _open(hf.tokenizer(hf.locate(name)), length)
+
+
+@files.remembered
+def _open(folder, length: int) -> Tokenizer:
     _check_sizes(folder)
     with _of_library(folder):
         opened, pad, end = fast.open(folder) or _by_transformers(folder)
