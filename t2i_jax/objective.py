@@ -36,13 +36,21 @@ class Loss(NamedTuple):
     compares: bool = False
 
 
+class Pictures:
+    """What a prediction gives, as its return annotation: images BHWC, float in [-1, 1]."""
+
+
+class Texts:
+    """The same: `Tokens` of B texts, which the family's tokenizer turns into strings."""
+
+
 class Objective(NamedTuple):
     """A family.
 
     init:    `(key, batch) -> Nets`, every network, trainable and frozen.
     losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
-    predict: name -> `(nets, batch, key, **options) -> pytree`; "sample" gives image_BHWC in
-      [-1, 1].
+    predict: name -> `(nets, batch, key, **options)`. Its return annotation is `Pictures` or
+      `Texts`; without one it gives arrays. Options may have rules, see `fields`.
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
 
     `batch` holds "image" f32 BHWC in [-1, 1], "text" `models.types.Tokens`, of several

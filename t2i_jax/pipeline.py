@@ -15,13 +15,8 @@ from t2i_jax.pretrained import hf, text_encoder
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
-LACKS = {  # prediction -> what a family without it does not do, and the fix
-    "sample": ("draws no pictures", "choose a model that draws, such as builtin:shapes"),
-    "between": (
-        "draws no way from one picture to the next",
-        "leave --interpolate out, or choose a model that does, such as builtin:shapes-gan",
-    ),
-}
+NOUNS = {objective.Pictures: "picture", objective.Texts: "text"}  # of a prediction's kind
+EXAMPLES = {"image": "--image", "text": "--prompt"}  # key of a batch -> where examples come from
 
 
 class Predictor:
@@ -49,12 +44,10 @@ class Predictor:
             another type than the default, not finite, negative, or out of bounds.
         """
         if name not in self.objective.predict:
-            what, fix = LACKS.get(
-                name, (f"has no prediction {name!r}", errors.nearest(name, self.objective.predict))
-            )
-            where = "--interpolate" if name == "between" else "the model"
             raise errors.ConfigError(
-                f"objective {self.config.objective!r} {what}", where=where, fix=fix
+                f"objective {self.config.objective!r} has no prediction {name!r}",
+                where="the model",
+                fix=f"it has {', '.join(self.objective.predict)}; or open another model",
             )
         fn = self.objective.predict[name]
         parameters = inspect.signature(fn).parameters
@@ -97,27 +90,6 @@ class Predictor:
         fn, arrays = self._bind(name, options)
         return fn(nets, batch, np.asarray(seed, np.uint32), arrays)
 
-    def _draw(self, name: str, nets, batch, *, seed, **options):
-        """`run` for pictures, on the host; says when it compiles, which may take long."""
-        shapes = str(jax.tree.map(np.shape, batch))
-        fn, _ = self._bind(name, options)
-        program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
-        started = None
-        if program not in self._announced:
-            self._announced.add(program)
-            started = time.perf_counter()
-            _say(f"compiling for {count} {'picture' if count == 1 else 'pictures'} at once …")
-        pictures = jax.device_get(self.run(name, nets, batch, seed=seed, **options))
-        if not np.isfinite(pictures).all():
-            raise errors.DataError(
-                "the pictures hold values that are not finite",
-                where=f"{name} with {self.check(name, **options)}",
-                fix="choose options nearer to the defaults, or a model that was trained well",
-            )
-        if started is not None:
-            _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
-        return pictures
-
     def _bind(self, name, options):
         """A prediction's jitted program and the options that are its arguments."""
         options = self.check(name, **options)
@@ -139,51 +111,99 @@ class Predictor:
 
         return jax.jit(predict, out_shardings=layout.whole if layout else None)
 
-    def sample(
-        self,
-        nets,
-        captions,
-        *,
-        seed=0,
-        index=None,
-        negative_prompt=None,
-        batch_size=None,
-        **options,
-    ):
-        """Draws one picture per caption.   -> uint8 BHWC
+    def kind(self, name: str):
+        """What a prediction gives: `objective.Pictures`, `objective.Texts`, or else arrays."""
+        self.check(name)
+        return inspect.signature(self.objective.predict[name]).return_annotation
+
+    def draws(self, name: str) -> bool:
+        """Whether a prediction gives pictures or texts."""
+        return self.kind(name) in NOUNS
+
+    def draw(self, name: str, nets, examples, *, seed=0, index=None, batch_size=None, **options):
+        """A prediction of B examples, on the host.
 
         Args:
+          name: of the family's predictions.
           nets: net -> variables, all that the family has.
-          captions: B strings.
+          examples: what the prediction reads of "caption": B strings, "image": B uint8 images HWC
+            of any size, "negative_prompt": B captions to be guided away from, or None.
           seed: 0 … 2³² − 1, or B of them.
-          index: B integers, the picture's number under its seed (default 0 … B − 1). Noise
-            depends on (seed, index) alone, never on the batch size or on the other captions.
-          negative_prompt: a caption to be guided away from, or B of them, or None.
-          batch_size: pictures per compiled call at most. Fewer pictures are padded to a power of
-            two: every size is a program of its own, and compiling takes longer than drawing.
+          index: B integers, an example's number under its seed (default 0 … B − 1). Noise depends
+            on (seed, index) alone, never on the batch size or on the other examples.
+          batch_size: examples per compiled call at most. Fewer are padded to a power of two: every
+            size is a program of its own, and compiling takes longer than drawing.
+          options: of the prediction.
+        Returns:
+          Pictures as uint8 BHWC, texts as B strings, of other predictions their arrays.
+        Raises:
+          ConfigError: no such prediction, a wrong option, examples that it lacks or does not read.
+          DataError: pictures that are not finite.
         """
-        n = len(captions)
-        settings = self.check("sample", **options)
+        settings, kind = self.check(name, **options), self.kind(name)
+        n = len(next(iter(examples.values())))
         seed_B = np.broadcast_to(np.asarray(seed), n)
         for one in seed_B.tolist():
             limits.check_seed(one, "--seed")
-        negatives = [negative_prompt] * n if _is_one(negative_prompt) else negative_prompt
-        negatives = [text or "" for text in negatives]
-        if any(negatives):
+        if any(examples.get("negative_prompt") or ()):
             self.check_negative(settings)
         size = min(batch_size or self.config.batch_size, _padded(n))
-        index_B = np.arange(n) if index is None else np.asarray(index)
-        texts = {"text": self._tokens(captions)}
-        if any(negatives):
-            texts["negative_text"] = self._tokens(negatives)
-        out = []
+        whole, out = fields.build(self.batch, examples, where="examples"), []
+        if index is not None:
+            whole["index"] = np.asarray(index).astype(np.int32)
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = jax.tree.map(lambda x, rows=rows: x[rows], texts)
-            batch["index"] = index_B[rows].astype(np.int32)
-            pictures = self._draw("sample", nets, batch, seed=seed_B[rows], **options)
-            out.append(images.to_uint8(pictures)[: n - start])
-        return np.concatenate(out)
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], whole)
+            found = self._run_aloud(name, nets, batch, seed=seed_B[rows], **options)
+            found = images.to_uint8(found) if kind is objective.Pictures else found
+            out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
+        found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
+        return self.tokenizer.decode(*found) if kind is objective.Texts else found
+
+    def _run_aloud(self, name: str, nets, batch, *, seed, **options):
+        """`run`, on the host; says when it compiles, which may take long."""
+        shapes = str(jax.tree.map(np.shape, batch))
+        fn, arrays = self._bind(name, options)
+        program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
+        started, what = None, NOUNS.get(self.kind(name), "example")
+        if program not in self._announced:
+            self._check_read(name, fn, (nets, batch, np.asarray(seed, np.uint32), arrays))
+            self._announced.add(program)
+            started = time.perf_counter()
+            _say(f"compiling for {count} {what}{'s' * (count > 1)} at once …")
+        found = jax.device_get(self.run(name, nets, batch, seed=seed, **options))
+        if what == "picture" and not np.isfinite(found).all():
+            raise errors.DataError(
+                "the pictures hold values that are not finite",
+                where=f"{name} with {self.check(name, **options)}",
+                fix="choose options nearer to the defaults, or a model that was trained well",
+            )
+        if started is not None:
+            _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
+        return found
+
+    def _check_read(self, name: str, fn, arguments) -> None:
+        """ConfigError unless a prediction has all examples that it reads, and reads captions and
+        images where both are there. One alone may be there to say how many examples there are.
+        """
+        try:
+            jaxpr = fn.trace(*arguments).jaxpr.jaxpr
+        except KeyError as e:
+            if e.args[0] not in EXAMPLES:
+                raise
+            key, reads = e.args[0], f"reads {e.args[0]!r}, and there is none"
+        else:
+            _, batch, *_ = jax.tree.unflatten(jax.tree.structure(arguments), jaxpr.invars)
+            used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
+            used |= {id(var) for var in jaxpr.outvars}
+            unused = lambda key: not any(id(var) in used for var in jax.tree.leaves(batch[key]))
+            both = EXAMPLES if EXAMPLES.keys() <= batch.keys() else ()
+            key = next((key for key in both if unused(key)), None)
+            reads = f"does not read {key!r}"
+        if key:
+            raise errors.ConfigError(
+                f"prediction {name!r} {reads}", where=EXAMPLES[key], fix="give what it reads alone"
+            )
 
     def check_negative(self, options: dict, where: str = "--negative_prompt") -> None:
         """Raises ConfigError unless pictures with these options are guided away from a prompt.
@@ -197,38 +217,47 @@ class Predictor:
                 fix="leave it out, or draw with a model that takes --guidance",
             )
 
-    def between(self, nets, captions, frames: int, *, seed=0, index=None, **options):
-        """Draws `frames` pictures on the way from each caption's picture to the next one's, the
-        last at the end; arguments as of `sample`.   -> uint8 NHWC, N = (B − 1)·frames + 1
+    def sample(self, nets, captions, *, negative_prompt=None, **options):
+        """`draw` of the prediction "sample": one picture per caption.   -> uint8 BHWC
+
+        negative_prompt: a caption to be guided away from, or B of them, or None.
         """
-        self.check("between", **options)
+        examples = {"caption": captions}
+        if negative_prompt is not None:
+            one = isinstance(negative_prompt, str)
+            examples["negative_prompt"] = (
+                [negative_prompt] * len(captions) if one else negative_prompt
+            )
+        return self.draw("sample", nets, examples, **options)
+
+    def between(self, nets, captions, frames: int, **options):
+        """Draws `frames` pictures on the way from each caption's picture to the next one's, the
+        last at the end; options as of `draw`.   -> uint8 NHWC, N = (B − 1)·frames + 1
+        """
         if len(captions) < 2:
             raise errors.ConfigError(
                 "one picture", where="--interpolate", fix="give two prompts or more --num_images"
             )
-        n = len(captions)
-        index_B = np.arange(n) if index is None else np.asarray(index)
-        rows = np.minimum(np.arange(_padded(n)), n - 1)
-        batch = jax.tree.map(lambda x: x[rows], {"text": self._tokens(captions)})
-        batch["index"] = index_B[rows].astype(np.int32)
-        shares = np.arange(frames) / frames
-        drawn = [
-            self._draw("between", nets, batch, seed=seed, share=share, **options)
-            for share in shares
-        ]
-        image_BFHWC = np.stack(drawn, 1)[:n]
+        together = {"batch_size": _padded(len(captions)), **options}  # each needs the next one
+        way = functools.partial(self.draw, "between", nets, {"caption": captions}, **together)
+        image_BFHWC = np.stack([way(share=share) for share in np.arange(frames) / frames], 1)
         whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
-        return images.to_uint8(np.concatenate([whole, image_BFHWC[-1:, 0]]))
+        return np.concatenate([whole, image_BFHWC[-1:, 0]])
 
-    def batch(self, pictures, captions):
-        """Uint8 pictures HWC with their captions as a batch that predictions take."""
-        squares = [transforms.square(picture, self.config.res) for picture in pictures]
-        return {
-            "image": transforms.to_float(np.stack(squares)),
-            "text": self._tokens(captions),
-            "index": np.arange(len(captions), dtype=np.int32),
-            "weight": np.ones(len(captions), np.float32),
-        }
+    def batch(self, image=None, caption=None, negative_prompt=None):
+        """Examples as a batch that predictions take: uint8 images HWC, captions, and those to be
+        guided away from; what there is of them.
+        """
+        batch, n = {}, len(caption if image is None else image)
+        if image is not None:
+            squares = [transforms.square(one, self.config.res) for one in image]
+            batch["image"] = transforms.to_float(np.stack(squares))
+        if caption is not None:
+            batch["text"] = self._tokens(caption)
+        if any(negative_prompt or ()):
+            batch["negative_text"] = self._tokens([text or "" for text in negative_prompt])
+        batch["index"], batch["weight"] = np.arange(n, dtype=np.int32), np.ones(n, np.float32)
+        return batch
 
     def cuts(self, captions) -> list[str | None]:
         """What the model does not read of each caption, for it is too long."""
@@ -248,10 +277,6 @@ class Predictor:
 def _padded(n: int) -> int:
     """The next power of two."""
     return 1 << (n - 1).bit_length()
-
-
-def _is_one(text) -> bool:
-    return text is None or isinstance(text, str)
 
 
 def _say(text: str) -> None:
@@ -361,6 +386,10 @@ class Pipeline:
             )
         self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
         return self.predictor.sample(self.nets, **asked, batch_size=limit, **options)
+
+    def draw(self, name: str, examples, **options):
+        """A prediction of examples with this model; see `Predictor.draw`."""
+        return self.predictor.draw(name, self.nets, examples, **options)
 
     def tell_unknown_words(self, texts) -> None:
         """Warns, once for each, of words that the training captions do not have."""

@@ -219,6 +219,7 @@ def test_commands_are_listed_by_one_name():
 def test_an_address_is_refused_for_every_flag_that_names_a_path():
     """What is neither in cli.PATHS nor here is a flag that nobody has decided on."""
     others = {"sampler", "prompt", "negative_prompt", "coordinator", "metric", "topology", "kind"}
+    others |= {"predict", "set"}
     sources = [*ROOT.glob("*.py"), *(ROOT / "t2i_jax").rglob("*.py")]
     defined = re.compile(r'DEFINE_(?:multi_)?string\(\s*"(\w+)"')
     names = {name for source in sources for name in defined.findall(source.read_text())}

@@ -256,5 +256,5 @@ def test_the_loop_trains_and_judges_a_family_that_draws_nothing(tmp_path):
     pipe = pipeline.Pipeline.load(str(tmp_path), step="best")
     again = pipe.evaluate("retrieval", **evaluators["retrieval"])
     assert again["r_precision"] == pytest.approx(row["retrieval/r_precision"])
-    with pytest.raises(errors.ConfigError, match="draws no pictures"):
+    with pytest.raises(errors.ConfigError, match="has no prediction 'sample'"):
         pipe(["a red circle"])

@@ -265,10 +265,12 @@ def test_a_wrong_argument_gets_one_clear_error(pipe, arguments, message):
 
 def test_what_a_family_does_not_draw_is_said(pipe):
     one = prompts.Request("a red circle", seed=0, count=2)
-    with pytest.raises(errors.ConfigError, match=r"draws no way .* .at --interpolate"):
+    with pytest.raises(
+        errors.ConfigError, match=r"no prediction 'between'.*it has sample, img2img"
+    ):
         prompts.draw_between(pipe, [one], 4)
     judge = pipeline.Predictor(shapes_clip.get_config("debug"))
-    with pytest.raises(errors.ConfigError, match="'clip' draws no pictures"):
+    with pytest.raises(errors.ConfigError, match="'clip' has no prediction 'sample'"):
         judge.check("sample")
     with pytest.raises(errors.ConfigError, match="has no prediction 'smple'"):
         judge.check("smple")

@@ -3,6 +3,7 @@
 --debug shows tracebacks. Nothing here imports JAX, so that errors of flags come at once.
 """
 
+import ast
 import importlib.util
 import pathlib
 import re
@@ -17,9 +18,10 @@ from t2i_jax.run import distributed, logs
 PATHS = (  # flags that name a file or folder
     *("workdir", "checkpoint", "load", "images", "data", "reference", "protocol", "extractor"),
     *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
-    *("input",),
+    *("input", "image"),
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
+HELP = ("-h", "--help", "-help")
 WANTED = {  # type of a flag -> its values in words
     "int": "a whole number",
     "float": "a number",
@@ -77,6 +79,26 @@ def loads(flag) -> dict[str, str]:
     return sources
 
 
+def settings(flag, options: dict) -> dict:
+    """Options by name, of --set name=value and of the flags of `sampling_flags`.
+
+    Raises:
+      ConfigError: no name=value, or an option that is said twice.
+    """
+    found = given(options)
+    for text in flag.value:
+        name, equals, value = text.partition("=")
+        if not (name and equals) or name in found:
+            raise errors.ConfigError(
+                f"it is {text!r}", where="--set", fix="give name=value, once for each option"
+            )
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 class _Step(flags.ArgumentParser):
     """Parses --step."""
 
@@ -130,7 +152,7 @@ def given(options: dict) -> dict:
     return {name: flag.value for name, flag in options.items() if flag.value is not None}
 
 
-def run(main, *, required=(), arguments: str = "", argv=None) -> None:
+def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) -> None:
     """Parses the flags and runs `main()`. An error ends the process with its exit code.
 
     Args:
@@ -138,14 +160,15 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
       arguments: the name of arguments without a flag. If set, there must be at least one, and
         `main` gets the list of them.
       argv: by default sys.argv.
+      more_help: what --help calls after the flags are shown; it prints what that returns.
     """
     argv = sys.argv if argv is None else argv
     # Before absl parses the flags: that itself can fail.
     debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
-    if any(a in ("-h", "--help", "-help") for a in argv[1:]):
+    wanted = any(a in HELP for a in argv[1:])
+    if wanted:
         ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
         print(sys.modules["__main__"].__doc__, *ours, sep="\n")
-        sys.exit(0)
     try:
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
@@ -153,6 +176,12 @@ def run(main, *, required=(), arguments: str = "", argv=None) -> None:
         logging.get_absl_handler().addFilter(logs.of_interest)
         if not debug:
             threading.excepthook = _in_background
+        if wanted:
+            if more_help:
+                logging.set_verbosity(logging.ERROR)
+                _parse([a for a in argv if a not in HELP], (), arguments="")
+                print(more_help())
+            sys.exit(0)
         rest = _parse(argv, required, arguments)
         with errors.of_storage("the file that was being written"):
             main(*[rest] if arguments else [])

@@ -1,8 +1,11 @@
 """What to draw: prompts from flags or files, checked; pictures written with what remakes them."""
 
 import contextlib
+import hashlib
+import inspect
 import json
 import pathlib
+import re
 import shlex
 from typing import NamedTuple
 
@@ -12,14 +15,27 @@ from PIL import Image
 
 import t2i_jax
 from t2i_jax import errors, files, images, limits
+from t2i_jax.quality import resize
 
 FILE_LIMIT = 2**24  # bytes of prompts in one file
+SHARED = ("prediction", "options", "image", "model", "step", "t2i_jax")  # by pictures of a grid
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
 
 
+class Source(NamedTuple):
+    """An image that a prediction starts from, uint8 HWC; None where only its name is recorded."""
+
+    name: str
+    sha256: str
+    image: np.ndarray | None = None
+
+
 class Request(NamedTuple):
-    """`count` pictures of a prompt, numbered from `first` under `seed`; options for the family."""
+    """`count` examples of a prediction, numbered from `first` under `seed`, with its options.
+
+    source: the image it starts from. Without a prompt, "", there is no caption either.
+    """
 
     prompt: str
     seed: int
@@ -27,6 +43,8 @@ class Request(NamedTuple):
     negative_prompt: str | None = None
     options: tuple[tuple[str, object], ...] = ()
     first: int = 0
+    prediction: str = "sample"
+    source: Source | None = None
 
 
 def check(request: Request, where: str = "") -> Request:
@@ -34,7 +52,8 @@ def check(request: Request, where: str = "") -> Request:
 
     where: the file and line it comes from; by default the flag at fault is named.
     """
-    limits.check_prompt(request.prompt, where or "--prompt")
+    if request.prompt or not request.source:
+        limits.check_prompt(request.prompt, where or "--prompt")
     if request.negative_prompt is not None:
         limits.check_text(request.negative_prompt, where or "--negative_prompt")
     if not limits.is_whole(request.count) or not 1 <= request.count <= limits.COUNT_LIMIT:
@@ -45,6 +64,51 @@ def check(request: Request, where: str = "") -> Request:
         )
     limits.check_seed(request.seed, where or "--seed")
     return request
+
+
+def read_image(path) -> Source:
+    """An image file as what a prediction starts from. Raises DataError."""
+    image_HWC = resize.load(path)
+    sha256 = hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    return Source(pathlib.Path(path).name, sha256, image_HWC)
+
+
+def starting_from(requests, sources) -> list[Request]:
+    """The requests with their images: one for each, or one for all. One request is for all, too."""
+    requests = requests * len(sources) if len(requests) == 1 else requests
+    if len(sources) not in (1, len(requests)):
+        raise errors.ConfigError(
+            f"{len(sources)} images for {len(requests)} prompts",
+            where="--image",
+            fix="give one for all, or one for each",
+        )
+    each = list(sources) * (len(requests) // len(sources))
+    return [r._replace(source=s) for r, s in zip(requests, each, strict=True)]
+
+
+def again(requests, sources) -> list[Request]:
+    """Requests that a picture records, with the images they start from, which it does not hold."""
+    opened = {source.sha256: source for source in sources}
+    recorded = {r.source.sha256: r.source.name for r in requests if r.source}
+    if opened.keys() != recorded.keys():
+        names = [f"--image={name} of SHA-256 {key[:12]}…" for key, name in recorded.items()]
+        raise errors.ConfigError(
+            f"it was drawn from {len(recorded)} images, and other ones are given",
+            where="--reproduce",
+            fix=f"give {' '.join(names) or 'no --image'}",
+        )
+    return [r._replace(source=opened[r.source.sha256]) if r.source else r for r in requests]
+
+
+def described(fn) -> tuple[str, dict[str, str]]:
+    """The first line of a prediction's docstring, and what "Args:" there says of each option."""
+    text = inspect.cleandoc(fn.__doc__ or "")
+    _, _, listed = text.partition("\nArgs:\n")
+    lines = re.findall(r"^  ([\w, ]+): (.*(?:\n    .*)*)", listed, re.MULTILINE)
+    said = {name: " ".join(line.split()) for names, line in lines for name in names.split(", ")}
+    parameters = inspect.signature(fn).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    return text.partition("\n")[0], {name: said.get(name, "") for name in options}
 
 
 def read_file(path, default: Request) -> list[Request]:
@@ -138,10 +202,16 @@ def from_picture(path) -> Recorded:
     rows = found.get("pictures", [found]) if found else []
     fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)
     fits = fits and all(isinstance(row, dict) for row in rows)
-    rows = [{"options": found.get("options"), **row} for row in rows] if fits else []
+    shared = {k: found[k] for k in ("options", "prediction", "image") if k in (found or {})}
+    rows = [{**shared, **row} for row in rows] if fits else []
     needed = {"prompt": str, "seed": int, "index": int, "options": dict}
+    optional = {"prediction": str, "image": dict}
     frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
     fits = fits and all(isinstance(row.get(k), t) for row in rows for k, t in needed.items())
+    fits = fits and all(isinstance(row.get(k, t()), t) for row in rows for k, t in optional.items())
+    fits = fits and all(
+        {"name", "sha256"} <= {*row.get("image", ("name", "sha256"))} for row in rows
+    )
     if not fits or not limits.is_whole(frames) or not 0 <= frames <= limits.COUNT_LIMIT:
         raise errors.DataError(
             "the picture holds no settings of ours",
@@ -165,6 +235,7 @@ def from_picture(path) -> Recorded:
 
 def _request(row) -> Request:
     options = {k: tuple(v) if isinstance(v, list) else v for k, v in row["options"].items()}
+    source = row.get("image")
     return Request(
         row["prompt"],
         row["seed"],
@@ -172,34 +243,47 @@ def _request(row) -> Request:
         row.get("negative_prompt"),
         tuple(sorted(options.items())),
         row["index"],
+        row.get("prediction", "sample"),
+        Source(source["name"], source["sha256"]) if source else None,
     )
 
 
 def draw(pipe, requests, *, batch_size: int, strict: bool = False):
-    """Draws all requests, those with equal options together.   -> [(picture u8_HWC, metadata), …]
+    """Draws all requests, those with equal options together.   -> [(result, metadata), …]
+
+    A result is a picture, uint8 HWC, or a text.
 
     Raises:
-      ConfigError: an option the family does not take; with `strict`, a prompt longer than the
-        model reads.
+      ConfigError: a prediction or an option that the family does not have; with `strict`, a prompt
+        longer than the model reads.
     """
-    settings = check_options(pipe, requests, "sample")
+    settings = check_options(pipe, requests)
     if any(
         r.negative_prompt and o["guidance"] == 1 for r, o in zip(requests, settings, strict=True)
     ):
         logging.warning("guidance 1 is none: the negative prompt changes nothing")
     cuts = _cut(pipe, requests, strict)
+    texts = [text for r in requests for text in (r.prompt, r.negative_prompt) if text]
+    pipe.tell_unknown_words(texts)
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(requests):
-        key = (bool(r.negative_prompt), tuple(settings[i].items()))
+        examples = (bool(r.prompt), bool(r.source), bool(r.negative_prompt))
+        key = (r.prediction, *examples, tuple(settings[i].items()))
         groups.setdefault(key, []).append(i)
     drawn = {}
-    for (guided_away, options), members in groups.items():
+    for (prediction, *examples, options), members in groups.items():
         jobs = [(i, k) for i in members for k in range(requests[i].count)]
-        found = pipe(
-            [requests[i].prompt for i, _ in jobs],
-            seed=[requests[i].seed for i, _ in jobs],
+        each = [requests[i] for i, _ in jobs]
+        columns = {
+            "caption": [r.prompt for r in each],
+            "image": [r.source and r.source.image for r in each],
+            "negative_prompt": [r.negative_prompt for r in each],
+        }
+        found = pipe.draw(
+            prediction,
+            {name: columns[name] for name, asked in zip(columns, examples, strict=True) if asked},
+            seed=[r.seed for r in each],
             index=[requests[i].first + k for i, k in jobs],
-            negative_prompt=[requests[i].negative_prompt for i, _ in jobs] if guided_away else None,
             batch_size=batch_size,
             **dict(options),
         )
@@ -220,7 +304,13 @@ def _settings(pipe, request: Request, options: dict, k: int) -> dict:
         "negative_prompt": request.negative_prompt and request.negative_prompt[:PROMPT_KEPT],
         "seed": request.seed,
         "index": request.first + k,
+        "prediction": request.prediction,
         "options": options,
+        **(
+            {"image": {"name": request.source.name, "sha256": request.source.sha256}}
+            if request.source
+            else {}
+        ),
         "model": _public_name(pipe.source),
         "step": pipe.step,
         "t2i_jax": t2i_jax.__version__,
@@ -233,7 +323,7 @@ def _together(each) -> dict:
     Pictures of a prompt that follow each other are one entry with a "count".
     """
     common = {k: v for k, v in each[0].items() if all(one[k] == v for one in each)}
-    common = {k: common[k] for k in ("options", "model", "step", "t2i_jax") if k in common}
+    common = {k: common[k] for k in SHARED if k in common}
     pictures = []
     for one in each:
         entry = {k: v for k, v in one.items() if k not in common and v is not None}
@@ -246,16 +336,23 @@ def _together(each) -> dict:
     return {"pictures": pictures, **common}
 
 
-def check_options(pipe, requests, prediction: str) -> list[dict]:
+def check_options(pipe, requests) -> list[dict]:
     """All options of each request, as `Predictor.check` gives them.
 
     Raises:
-      ConfigError: the family does not take one, or takes no negative prompt.
+      ConfigError: the family does not have the prediction or an option, or takes no negative
+        prompt, or the prediction gives neither pictures nor texts.
     """
-    settings = [pipe.predictor.check(prediction, **dict(r.options)) for r in requests]
+    settings = [pipe.predictor.check(r.prediction, **dict(r.options)) for r in requests]
     for request, options in zip(requests, settings, strict=True):
         if request.negative_prompt:
             pipe.predictor.check_negative(options)
+        if not pipe.predictor.draws(request.prediction):
+            raise errors.ConfigError(
+                f"{request.prediction!r} gives arrays, no pictures and no texts",
+                where=f"--predict={request.prediction}",
+                fix="call it from Python, by pipeline.Pipeline.draw",
+            )
     return settings
 
 
@@ -274,7 +371,12 @@ def draw_between(pipe, requests, frames: int):
             where="--interpolate",
             fix="give prompts alone, and more pictures of one by --num_images",
         )
-    options = check_options(pipe, requests, "between")[0]
+    requests = [r._replace(prediction="between") for r in requests]
+    if "share" in dict(requests[0].options):
+        raise errors.ConfigError(
+            "share goes from 0 to 1 along the way", where="--interpolate", fix="leave share out"
+        )
+    options = check_options(pipe, requests)[0]
     pipe.tell_unknown_words([r.prompt for r in requests])
     jobs = [(r.prompt, r.first + k) for r in requests for k in range(r.count)]
     drawn = pipe.predictor.between(
@@ -309,7 +411,7 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
 
 
 def _cut(pipe, requests, strict):
-    prompts = sorted({r.prompt for r in requests})
+    prompts = sorted({r.prompt for r in requests if r.prompt})
     cuts = dict(zip(prompts, pipe.predictor.cuts(prompts), strict=True))
     for prompt, cut in cuts.items():
         if cut:
@@ -351,7 +453,8 @@ def _parameters_of(settings: dict, size: int) -> str:
 def save(
     drawn, folder, *, grid: bool, metadata: bool, extension: str = "png"
 ) -> list[pathlib.Path]:
-    """Writes the pictures as {number:05d}_s{seed}.<extension>, never over an existing file.
+    """Writes the pictures as {number:05d}_s{seed}.<extension>, never over an existing file; texts
+    as files .txt.
 
     grid: also all as one picture, see `in_rows`.
     """
@@ -360,11 +463,16 @@ def save(
     paths = []
     with _writing(folder):
         for picture, info in drawn:
-            path = images.claim(folder, f"s{info['seed']}.{extension}")
+            kind = "txt" if isinstance(picture, str) else extension
+            path = images.claim(folder, f"s{info['seed']}.{kind}")
+            paths.append(path)
+            if isinstance(picture, str):
+                images.write_whole(path, f"{picture}\n".encode())
+                continue
             text = parameters_text(info, picture.shape[0]) if metadata else None
             images.save(path, picture, info if metadata else None, text)
-            paths.append(path)
-        if grid:
+        drawn = [(picture, info) for picture, info in drawn if not isinstance(picture, str)]
+        if grid and drawn:
             path = images.claim(folder, f"grid.{extension}")
             settings = _together([info for _, info in drawn]) if metadata else None
             text = _parameters_of(settings, drawn[0][0].shape[0]) if metadata else None

@@ -20,6 +20,11 @@ GRID = flags.DEFINE_bool("grid", False, "Also all pictures as one, a row for eac
 FORMAT = flags.DEFINE_enum("format", "png", ["png", "jpg", "webp"], "File format.")
 METADATA = flags.DEFINE_bool("metadata", True, "Write prompt and settings into the files.")
 STRICT = flags.DEFINE_bool("strict", False, "Fail where a prompt is longer than the model reads.")
+PREDICT = flags.DEFINE_string("predict", "sample", "What the model makes; --help lists it.")
+IMAGE = flags.DEFINE_multi_string(
+    "image", [], "What a prediction starts from: one picture for all prompts, or one for each."
+)
+SET = flags.DEFINE_multi_string("set", [], "name=value: any option of the prediction; repeatable.")
 INTERPOLATE = flags.DEFINE_integer(
     "interpolate",
     0,
@@ -42,11 +47,14 @@ def main():
         seed=SEED.value,
         count=NUM_IMAGES.value,
         negative_prompt=NEGATIVE_PROMPT.value,
-        options=tuple(sorted(cli.given(OPTIONS).items())),
+        options=tuple(sorted(cli.settings(SET, OPTIONS).items())),
+        prediction=PREDICT.value,
     )
+    sources = [prompts.read_image(path) for path in IMAGE.value]
     step, default_model, hint = MODEL["step"].value, None, ""
     grid, frames = GRID.value, INTERPOLATE.value
-    wanted = [prompts.check(default._replace(prompt=p)) for p in PROMPT.value]
+    asked = [default._replace(prompt=p) for p in PROMPT.value]
+    wanted = [prompts.check(request) for request in asked]
     if PROMPTS_FILE.value:
         wanted += prompts.read_file(PROMPTS_FILE.value, default)
     if REPRODUCE.value:
@@ -55,6 +63,9 @@ def main():
         default_model = recorded.model if recorded.model.startswith("builtin:") else None
         hint = f"; the picture was drawn with {recorded.model}"
         wanted, grid, frames = recorded.requests, grid or recorded.grid, recorded.frames
+        wanted = prompts.again(wanted, sources)
+    elif sources:
+        wanted = prompts.starting_from(wanted or [default] * len(sources), sources)
     if not wanted:
         raise errors.ConfigError(
             "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
@@ -64,7 +75,8 @@ def main():
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
     pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
-    prompts.check_options(pipe, wanted, "between" if frames else "sample")
+    wanted = [r._replace(prediction="between") for r in wanted] if frames else wanted
+    prompts.check_options(pipe, wanted)
     images.make_folder(OUTPUT_DIR.value, "--output_dir")
     if frames:
         drawn, settings = prompts.draw_between(pipe, wanted, frames)
@@ -76,14 +88,36 @@ def main():
         paths = prompts.save(drawn, OUTPUT_DIR.value, **options)
     for path in paths:
         print(path)
+    for result, _ in () if frames else drawn:
+        if isinstance(result, str):
+            print(result)
+
+
+def predictions() -> str:
+    """What the model that the flags name predicts: names, and options with their defaults."""
+    if not (MODEL["workdir"].value or MODEL["checkpoint"].value):
+        return "With --checkpoint or --workdir, --help lists what that model predicts."
+    from t2i_jax import pipeline, weights
+    from t2i_jax.commands import prompts
+
+    source = cli.model(MODEL)
+    predictor = pipeline.Predictor(weights.read_config(weights.locate(source)))
+    lines = [f"predictions of {source}:"]
+    for name, fn in predictor.objective.predict.items():
+        if predictor.draws(name):
+            about, options = prompts.described(fn)
+            lines.append(f"  --predict={name}  {about}")
+            defaults = predictor.check(name)
+            lines += [f"    --set {k}={defaults[k]}  {text}" for k, text in options.items()]
+    return "\n".join(lines)
 
 
 def _check_together() -> None:
     """Options that another one makes void are errors, as nothing is ignored in silence."""
     asked = (PROMPT, PROMPTS_FILE, NEGATIVE_PROMPT, NUM_IMAGES, SEED, INTERPOLATE)
     for main_flag, void in (
-        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE)),
-        (REPRODUCE, (*asked, *OPTIONS.values())),
+        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE)),
+        (REPRODUCE, (*asked, PREDICT, SET, *OPTIONS.values())),
     ):
         given = [f"--{flag.name}" for flag in void if flag.present]
         if main_flag.value and given:
@@ -95,4 +129,4 @@ def _check_together() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, more_help=predictions)

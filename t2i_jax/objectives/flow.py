@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.objective import Aux, Loss, Objective, Pictures
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
 from t2i_jax.sampling import path as paths
@@ -140,7 +140,7 @@ class Flow:
         sampler: ode.Sampler = "heun",
         shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
-    ):
+    ) -> Pictures:
         """Images for captions.   -> image_BHWC in [-1, 1]
 
         Args:
@@ -166,7 +166,7 @@ class Flow:
         sampler: ode.Sampler = "heun",
         shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
-    ):
+    ) -> Pictures:
         """What becomes of the batch's images where noise of time `strength` is put on them and
         taken off again (SDEdit, arXiv:2108.01073); the noise is that of `sample`.   -> image_BHWC
         in [-1, 1]

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, optim, plugins, randomness
 from t2i_jax.models import augment as augmentation
 from t2i_jax.models.types import Cond
-from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.objective import Aux, Loss, Objective, Pictures
 from t2i_jax.objectives.parts import critic, distillation, games, guidance, networks, terms
 from t2i_jax.objectives.parts.critic import Critic
 from t2i_jax.objectives.parts.terms import Term
@@ -258,7 +258,7 @@ class GAN(NamedTuple):
 
     # --- predictions ------------------------------------------------------------------------------
 
-    def sample(self, nets, batch, key, *, truncation: fields.Weight = 1.0):
+    def sample(self, nets, batch, key, *, truncation: fields.Weight = 1.0) -> Pictures:
         """Images for captions.   -> image_BHWC in [-1, 1]
 
         Args:
@@ -268,8 +268,14 @@ class GAN(NamedTuple):
         return self._render(nets, *self._style(nets, batch, key, truncation))
 
     def between(
-        self, nets, batch, key, *, share: fields.Share = 0.0, truncation: fields.Weight = 1.0
-    ):
+        self,
+        nets,
+        batch,
+        key,
+        *,
+        share: fields.Share = 0.0,
+        truncation: fields.Weight = 1.0,
+    ) -> Pictures:
         """Images on the way from each example's to the next one's, the last's to the first's.
 
         Noise or style and caption states go together.   -> image_BHWC in [-1, 1]

@@ -1,0 +1,205 @@
+"""A prediction is one function of a family: its options and its kind are all that draws it."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2i_jax import errors, images, objectives, pipeline, weights
+from t2i_jax.commands import prompts
+from t2i_jax.data import transforms
+from tests import runs
+
+ROOT = pathlib.Path(__file__).parent.parent
+FAMILY = '''
+"""A family of the tests."""
+
+from typing import Annotated
+
+import jax.numpy as jnp
+
+from t2i_jax import fields
+from t2i_jax.objective import Loss, Objective, Pictures, Texts
+
+
+def make(config):
+    def recolour(nets, batch, key, *, red: fields.Share = 0.5) -> Pictures:
+        """An image with another red.
+
+        Args:
+          red: share of the new red,
+            0 … 1.
+        """
+        new_BHW = (1 - red) * batch["image"][..., 0] + red * nets["model"]["params"]["w"]
+        return batch["image"].at[..., 0].set(new_BHW)
+
+    def echo(nets, batch, key, *, times: Annotated[int, fields.count(3)] = 1) -> Texts:
+        """The caption as it was read."""
+        return TOKENS(batch)
+
+    def both(nets, batch, key) -> Pictures:
+        """Reads image and caption."""
+        return batch["image"] * jnp.ones(len(batch["index"]))[:, None, None, None] + ONE(batch)
+
+    init = lambda key, batch: {"model": {"params": {"w": jnp.ones(())}}}
+    loss = Loss(("model",), lambda nets, batch, key, step: (0.0, None))
+    raw = lambda nets, batch, key: batch["index"]
+    return Objective(init, (loss,), dict(recolour=recolour, echo=echo, both=both, raw=raw))
+'''
+FAMILY = FAMILY.replace("TOKENS(batch)", 'batch["text"]')
+FAMILY = FAMILY.replace("ONE(batch)", '0 * batch["text"].ids_BL.sum()')
+RUN = """
+import runpy, sys
+from t2i_jax import objectives
+objectives.__path__.append(sys.argv[1])
+sys.argv = ["sample.py", *sys.argv[2:]]
+runpy.run_module("t2i_jax.commands.sample", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The folder of an exported model of the family, and that of the family."""
+    home = tmp_path_factory.mktemp("family")
+    (home / "toy_family.py").write_text(textwrap.dedent(FAMILY))
+    folder = tmp_path_factory.mktemp("model")
+    config = runs.config(objective="toy_family", res=8, loss={}, model={}, optim={}, ema={})
+    config.optim = dict(model=dict(learning_rate=0.1))
+    nets = {"model": {"params": {"w": np.ones((), np.float32)}}}
+    weights.export(folder, nets, config, card="", dtype="float32")
+    objectives.__path__.append(str(home))
+    yield folder, home
+    objectives.__path__.remove(str(home))
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    return pipeline.Pipeline.load(str(model[0]))
+
+
+@pytest.fixture
+def photo(tmp_path):
+    image_HWC = np.random.default_rng(0).integers(0, 256, (10, 14, 3), np.uint8)
+    Image.fromarray(image_HWC).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png", image_HWC
+
+
+def start(model, *arguments, code=0):
+    folder, home = model
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, home, f"--checkpoint={folder}", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    return done.stdout.splitlines() if code == 0 else done.stderr.splitlines()[-1]
+
+
+def test_a_new_prediction_is_drawn_and_drawn_again_by_the_command(model, photo, tmp_path):
+    path, image_HWC = photo
+    out = f"--output_dir={tmp_path / 'out'}"
+    (drawn,) = start(model, "--predict=recolour", f"--image={path}", "--set=red=.25", out)
+    wanted = transforms.to_float(transforms.square(image_HWC, 8))
+    wanted[..., 0] = 0.75 * wanted[..., 0] + 0.25
+    np.testing.assert_array_equal(np.asarray(Image.open(drawn)), images.to_uint8(wanted))
+    found = images.read_metadata(drawn)
+    assert (found["prediction"], found["options"]) == ("recolour", {"red": 0.25})
+    assert found["image"]["name"] == "photo.png"
+    (again,) = start(model, f"--reproduce={drawn}", f"--image={path}", out)
+    assert pathlib.Path(again).read_bytes() == pathlib.Path(drawn).read_bytes()
+    Image.fromarray(image_HWC[::-1]).save(tmp_path / "other.png")
+    for other in ((), (f"--image={tmp_path / 'other.png'}",)):
+        said = start(model, f"--reproduce={drawn}", *other, out, code=78)
+        assert "--image=photo.png" in said
+    assert "red is 2 (at --red)" in start(
+        model, "--predict=recolour", f"--image={path}", "--set=red=2", out, code=78
+    )
+
+
+def test_a_text_is_printed_and_written(model, tmp_path):
+    out = f"--output_dir={tmp_path / 'out'}"
+    path, text = start(model, "--predict=echo", "--prompt=a red ring", out)
+    assert text == "a red ring"
+    assert pathlib.Path(path).name == "00000_s0.txt"
+    assert pathlib.Path(path).read_text() == "a red ring\n"
+
+
+def test_help_lists_what_a_model_predicts(model):
+    said = "\n".join(start(model, "--help"))
+    assert "--predict=recolour  An image with another red." in said
+    assert "--set red=0.5  share of the new red, 0 … 1." in said
+    assert "--predict=echo" in said
+    assert "--predict=raw" not in said
+    assert "--num_images" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "examples", "options", "message"),
+    [
+        ("recolor", {}, {}, "has no prediction 'recolor' .* it has recolour, echo, both, raw"),
+        ("recolour", {"image": 1}, dict(blue=1), "unknown option 'blue' .at --blue"),
+        ("recolour", {"image": 1}, dict(red=1.5), "a finite number from 0 to 1"),
+        ("echo", {"caption": 1}, dict(times=4), "a whole number from 1 to 3"),
+        ("recolour", {"caption": 1}, {}, r"'recolour' reads 'image', and there is none .*--image"),
+        ("both", {"image": 1}, {}, r"'both' reads 'text', and there is none .*--prompt"),
+        ("recolour", {"image": 1, "caption": 1}, {}, r"does not read 'text' .at --prompt"),
+        ("echo", {"image": 1, "caption": 1}, {}, r"does not read 'image' .at --image"),
+        ("echo", {"captions": 1}, {}, "unknown option 'captions'.*did you mean 'caption'"),
+    ],
+)
+def test_what_does_not_fit_a_prediction_is_said(pipe, name, examples, options, message):
+    values = {"image": [np.zeros((8, 8, 3), np.uint8)]}
+    examples = {key: values.get(key, ["a ring"]) for key in examples} or {"caption": ["a"]}
+    with pytest.raises(errors.ConfigError, match=message):
+        pipe.draw(name, examples, **options)
+
+
+def test_arrays_come_from_python_alone(pipe):
+    np.testing.assert_array_equal(pipe.draw("raw", {"caption": ["a", "b"]}, index=[4, 2]), [4, 2])
+    with pytest.raises(errors.ConfigError, match=r"'raw' gives arrays.*pipeline\.Pipeline\.draw"):
+        prompts.check_options(pipe, [prompts.Request("a", 0, prediction="raw")])
+
+
+def test_images_are_one_for_all_or_one_for_each():
+    one, other = (prompts.Source(name, name) for name in "ab")
+    ask = [prompts.Request("a", 0), prompts.Request("b", 0)]
+    named = lambda requests: [r.source.name for r in requests]
+    assert named(prompts.starting_from(ask, [one])) == ["a", "a"]
+    assert named(prompts.starting_from(ask, [one, other])) == ["a", "b"]
+    assert named(prompts.starting_from(ask[:1], [one, other])) == ["a", "b"]
+    with pytest.raises(errors.ConfigError, match="3 images for 2 prompts"):
+        prompts.starting_from(ask, [one] * 3)
+
+
+def test_img2img_is_that_of_the_family(run):
+    """Of a picture of the right size; padding and batches change nothing."""
+    pipe = pipeline.Pipeline.load(str(run))
+    image_BHWC = np.random.default_rng(1).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    examples = {"caption": ["a ring", "a star", "a circle"], "image": list(image_BHWC)}
+    drawn = pipe.draw("img2img", examples, strength=0.6, steps=2, seed=3)
+    batch = pipe.predictor.batch(examples["image"], examples["caption"])
+    fn = pipe.predictor.objective.predict["img2img"]
+    direct = jax.jit(lambda nets, batch: fn(nets, batch, jax.random.key(3), strength=0.6, steps=2))
+    wanted = images.to_uint8(direct(pipe.nets, batch)).astype(int)
+    assert np.abs(drawn.astype(int) - wanted).max() <= 1
+    small = pipe.draw("img2img", examples, strength=0.6, steps=2, seed=3, batch_size=2)
+    assert np.abs(drawn.astype(int) - small).max() <= 1
+    np.testing.assert_array_equal(pipe.draw("img2img", examples, strength=0.0, steps=2), image_BHWC)
+
+
+def test_settings_that_are_no_settings_are_data_errors(tmp_path):
+    path = tmp_path / "p.png"
+    row = dict(prompt="a", seed=0, index=0, options={}, model="m", image={"name": "x"})
+    for change in ({}, {"image": 3}, {"prediction": 3}):
+        images.save(path, np.zeros((2, 2, 3), np.uint8), json.loads(json.dumps(row | change)))
+        with pytest.raises(errors.DataError, match="no settings of ours"):
+            prompts.from_picture(path)
