@@ -126,6 +126,12 @@ def unknown(kind: str, name, known, *, where: str) -> ConfigError:
     return ConfigError(f"unknown {kind} {name!r}", where=where, fix=nearest(name, known))
 
 
+def check_known(kind: str, name, known, *, where: str) -> None:
+    """Raises `unknown` for a name that is none of `known`."""
+    if name not in known:
+        raise unknown(kind, name, known, where=where)
+
+
 def reason(e: Exception) -> str:
     """The text of an error, without the number and the path that Python adds to an OSError."""
     return getattr(e, "strerror", None) or (str(e).splitlines() or [type(e).__name__])[0][:300]

@@ -134,8 +134,7 @@ def check_names(kind: Callable, options, *, where: str, given: int = 0) -> None:
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
         return
     for name in options:
-        if name not in parameters:
-            raise errors.unknown("option", name, parameters, where=_place(where, name))
+        errors.check_known("option", name, parameters, where=_place(where, name))
 
 
 def checked(annotation, name: str, value, *, where: str):

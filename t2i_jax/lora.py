@@ -53,8 +53,7 @@ def wrap(family, spec):
         key_family, key_adapters = jax.random.split(key)
         nets = dict(family.init(key_family, batch))
         for i, (name, option) in enumerate(options.items()):
-            if name not in nets:
-                raise errors.unknown("net", name, nets, where="config.lora")
+            errors.check_known("net", name, nets, where="config.lora")
             if more := sorted(set(nets[name]) - {"params"}):
                 raise errors.ConfigError(
                     f"net {name!r} has {more} beside its parameters",

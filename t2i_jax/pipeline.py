@@ -375,10 +375,7 @@ class Pipeline:
         """
         asked = limits.pictures(prompts, num_images, seed, negative_prompt, index)
         limit = self.config.batch_size if batch_size is None else batch_size
-        if not limits.is_whole(limit) or limit < 1:
-            raise errors.ConfigError(
-                f"batch_size is {batch_size!r}", where="batch_size", fix="give 1 or more"
-            )
+        limit = fields.checked(fields.Size, "batch_size", limit, where="batch_size")
         if known := {*options} & limits.ALIASES.keys():
             name = min(known)
             raise errors.ConfigError(

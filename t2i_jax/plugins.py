@@ -22,6 +22,13 @@ def load(kind: str, name: str):
     return module
 
 
+def source(options, *, where: str, **defaults):
+    """The data source that `options` name by their "source", with the others of them."""
+    options = {**defaults, **options}
+    module = load("data", options.pop("source", ""))
+    return fields.build(module.make, options, where=where)
+
+
 def network(kind, *, where: str, options):
     """A Linen module, its options checked; its `width` must be a multiple of its `heads`."""
     net = fields.build(kind, options, where=where)

@@ -65,8 +65,7 @@ class Layout:
     """
 
     def __init__(self, axes, strategy: str = "data", *, devices=None):
-        if strategy not in STRATEGIES:
-            raise errors.unknown("strategy", strategy, STRATEGIES, where="config.strategy")
+        errors.check_known("strategy", strategy, STRATEGIES, where="config.strategy")
         self.strategy, mesh = strategy, _mesh(dict(axes), devices)
         self.axes = dict(mesh.shape)
         self.mesh = _factored(mesh) if strategy in ("zero1", "fsdp") else mesh

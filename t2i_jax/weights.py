@@ -179,8 +179,7 @@ def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes
     shapes = shapes or abstract_nets(family, config)
     given = sources(config)
     for name, source in given.items():
-        if name not in shapes:
-            raise errors.unknown("net", name, shapes, where="config.load")
+        errors.check_known("net", name, shapes, where="config.load")
         if name in except_nets:
             continue
         if is_ours(source):

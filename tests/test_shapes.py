@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from t2i_jax import errors
+from t2i_jax import errors, plugins
 from t2i_jax.data import shapes, shapes_tfds, tfds
 
 GOLDEN = {
@@ -195,14 +195,14 @@ def test_a_source_is_a_sequence_named_by_its_content():
     ("options", "message"),
     [
         ({"split": "tets"}, "did you mean 'test'"),
-        ({"size": 0}, "size ≥ 1"),
-        ({"res": 4}, "res ≥ 8"),
-        ({"seed": -1}, "seed ≥ 0"),
+        ({"size": 0}, "size is 0"),
+        ({"res": 4}, "a whole number, 8 or more"),
+        ({"seed": -1}, "seed is -1"),
     ],
 )
 def test_options_out_of_range_are_errors(options, message):
     with pytest.raises(errors.ConfigError, match=message):
-        shapes.make(**options)
+        plugins.source({"source": "shapes", **options}, where="config.data")
 
 
 def test_tfds_holds_every_example_as_it_is_drawn(tmp_path):

@@ -15,7 +15,7 @@ import tensorflow_datasets
 from PIL import Image
 
 from configs import coco_gan, tfds_flow
-from t2i_jax import errors
+from t2i_jax import errors, plugins
 from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
 from t2i_jax.data import pictures as folder_pictures
 from t2i_jax.evaluators import digits as judge
@@ -614,7 +614,7 @@ def test_digits_are_scikit_learns_with_their_names():
         closeness = np.corrcoef(grey[..., 0].ravel(), bunch.images[record].ravel())[0, 1]
         assert closeness > 0.97
     with pytest.raises(errors.ConfigError, match="did you mean 'test'"):
-        digits.make(split="tset")
+        plugins.source(dict(source="digits", split="tset"), where="here")
 
 
 def test_the_judge_of_digits_knows_real_ones_and_noise():

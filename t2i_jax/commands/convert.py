@@ -54,8 +54,7 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
       StorageError: the disk is full or read-only.
     """
     where = "t2i_jax convert"
-    if kind not in KINDS:
-        raise errors.unknown("kind", kind, KINDS, where=where)
+    errors.check_known("kind", kind, KINDS, where=where)
     model_type, files = KINDS[kind]
     if kind == "efficientnet_lite0" and not inputs:
         inputs = [_lite0()]

@@ -7,11 +7,12 @@ Handwritten Digits (UCI Machine Learning Repository, CC BY 4.0).
 import functools
 import hashlib
 import importlib.util
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIDE, BRIGHTEST = 8, 16  # pixels a side and largest value in the files
@@ -70,7 +71,9 @@ def read(split: str):
     return images_NHW[chosen_N], labels_N[chosen_N]
 
 
-def make(*, split: str = "train", res: int = 28) -> Source:
+def make(
+    *, split: Annotated[str, fields.one_of(SPLITS)] = "train", res: fields.Size = 28
+) -> Source:
     """The data set of handwritten digits, white on black.
 
     Args:
@@ -80,6 +83,4 @@ def make(*, split: str = "train", res: int = 28) -> Source:
       ConfigError: an unknown split.
       DataError: scikit-learn is missing.
     """
-    if split not in SPLITS:
-        raise errors.unknown("split", split, SPLITS, where="data source digits")
     return Source(split, res)

@@ -22,7 +22,7 @@ import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
 
-from t2i_jax import errors, fields, plugins
+from t2i_jax import errors, plugins
 from t2i_jax.data import transforms
 from t2i_jax.text import tokenize
 
@@ -37,9 +37,7 @@ HELD = 2**28  # bytes of their pictures
 
 def make_source(config, **overrides):
     """The training data that config.data describes; `overrides` such as split="test"."""
-    options = dict(config.data) | overrides
-    module = plugins.load("data", options.pop("source"))
-    return fields.build(module.make, {"res": config.res, **options}, where="config.data")
+    return plugins.source({**config.data, **overrides}, where="config.data", res=config.res)
 
 
 class Batch(NamedTuple):
@@ -99,10 +97,9 @@ class Loader:
                 fix=f"use a multiple of {process_count}",
             )
         for name in augment:
-            if name not in transforms.AUGMENTATIONS:
-                raise errors.unknown(
-                    "augmentation", name, transforms.AUGMENTATIONS, where="config.augment"
-                )
+            errors.check_known(
+                "augmentation", name, transforms.AUGMENTATIONS, where="config.augment"
+            )
         self.extra = extra
         self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`
         self._source, self._tokenizer = source, tokenizer

@@ -7,11 +7,11 @@ any resolution. An example depends on (seed, split, index) alone.
 
 import hashlib
 import re
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.text import words
 
 VERSION = 1  # of images and captions, part of the fingerprint
@@ -334,7 +334,13 @@ class Source:
         return drawn, caption(drawn, rng)
 
 
-def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: int = 0) -> Source:
+def make(
+    *,
+    split: Annotated[str, fields.one_of(SPLITS)] = "train",
+    res: Annotated[int, fields.at_least(8)] = 32,
+    size: Annotated[int | None, fields.at_least(1)] = None,
+    seed: Annotated[int, fields.at_least(0)] = 0,
+) -> Source:
     """The data set of coloured shapes.
 
     Args:
@@ -346,13 +352,5 @@ def make(*, split: str = "train", res: int = 32, size: int | None = None, seed: 
     Raises:
       ConfigError: an unknown split, or a number out of range.
     """
-    if split not in SPLITS:
-        raise errors.unknown("split", split, SPLITS, where="data source shapes")
     size = SPLITS[split] if size is None else size
-    if size < 1 or res < 8 or seed < 0:
-        raise errors.ConfigError(
-            f"size {size}, res {res}, seed {seed}",
-            where="data source shapes",
-            fix="give size ≥ 1, res ≥ 8 and seed ≥ 0",
-        )
     return Source(split, res, size, seed)

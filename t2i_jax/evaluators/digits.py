@@ -5,13 +5,21 @@ import functools
 import numpy as np
 from PIL import Image
 
+from t2i_jax import fields
 from t2i_jax.data import digits
 from t2i_jax.quality import pixels
 
 NEIGHBOURS = 5
 
 
-def make(predict, *, num_images: int = 200, batch_size: int = 64, seed: int = 0, sample=None):
+def make(
+    predict,
+    *,
+    num_images: fields.Size = 200,
+    batch_size: fields.Size = 64,
+    seed: fields.Seed = 0,
+    sample=None,
+):
     """The evaluator of digits. It draws every digit equally often.
 
     Args:

@@ -18,9 +18,9 @@ def make(
     *,
     data,
     prediction: str = NAME,
-    num_images: int = 256,
-    batch_size: int = 64,
-    seed: int = 0,
+    num_images: fields.Size = 256,
+    batch_size: fields.Size = 64,
+    seed: fields.Seed = 0,
 ):
     """The evaluator of the held-out loss.
 
@@ -46,9 +46,7 @@ def make(
             where="evaluator held_out_loss",
             fix=errors.nearest(prediction, predict),
         )
-    options = dict(data)
-    module = plugins.load("data", options.pop("source", ""))
-    source = fields.build(module.make, options, where="evaluator held_out_loss")
+    source = plugins.source(data, where="evaluator held_out_loss")
     num_images = min(num_images, len(source))
     if not num_images:
         raise errors.ConfigError(

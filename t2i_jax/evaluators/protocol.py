@@ -134,7 +134,7 @@ OF_GROUPS = {"lpips_diversity": "diversity", "diversity": pixels.diversity}
 OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
 
 
-def make(predict, *, protocol="shapes", batch_size: int = BATCH, reference=None, **changes):
+def make(predict, *, protocol="shapes", batch_size: fields.Size = BATCH, reference=None, **changes):
     """The evaluator of protocols. It draws the protocol's captions and measures the images.
 
     Args:
@@ -192,8 +192,7 @@ class Networks:
     def __init__(self, protocol: Protocol):
         where = f"protocol {protocol.name}"
         for name, options in protocol.metrics.items():
-            if name not in METRICS:
-                raise errors.unknown("metric", name, METRICS, where=where)
+            errors.check_known("metric", name, METRICS, where=where)
             fn = METRICS[name].fn
             fields.check(fn, options, where=f"{where}, {name}", given=2)
             if name in LEAST:

@@ -16,10 +16,10 @@ def make(
     predict,
     *,
     data,
-    num_images: int = 1024,
-    batch_size: int = 64,
-    candidates: int = 64,
-    seed: int = 0,
+    num_images: fields.Size = 1024,
+    batch_size: fields.Size = 64,
+    candidates: fields.Size = 64,
+    seed: fields.Seed = 0,
 ):
     """The evaluator of retrieval.
 
@@ -47,9 +47,7 @@ def make(
                 where=where,
                 fix=errors.nearest(name, predict),
             )
-    options = dict(data)
-    module = plugins.load("data", options.pop("source", ""))
-    source = fields.build(module.make, options, where=where)
+    source = plugins.source(data, where=where)
     chosen = {}
     for record, example in loader.sound(source, range(min(num_images, len(source)))):
         chosen.setdefault(example["caption"], record)

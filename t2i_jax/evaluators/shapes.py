@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.data import shapes
 
 CONTRAST = 45.0  # RGB distance from the ground at which a pixel belongs to an object
@@ -82,9 +82,9 @@ def judge(image_HWC: np.ndarray, caption: str) -> dict[str, bool]:
 def make(
     predict,
     *,
-    num_images: int = 512,
-    batch_size: int = 64,
-    seed: int = 0,
+    num_images: fields.Size = 512,
+    batch_size: fields.Size = 64,
+    seed: fields.Seed = 0,
     splits=("test", "heldout"),
     sample=None,
 ):

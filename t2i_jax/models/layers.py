@@ -65,8 +65,7 @@ def remat(module, policy: str, *, scanned: bool = False):
       scanned: the module will be the body of a loop. XLA cannot merge the two computations there,
         so it need not be kept from doing so.
     """
-    if policy not in REMAT:
-        raise errors.unknown("remat policy", policy, REMAT, where="config.model.<net>.remat")
+    errors.check_known("remat policy", policy, REMAT, where="config.model.<net>.remat")
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT[policy], prevent_cse=not scanned)

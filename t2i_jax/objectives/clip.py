@@ -128,8 +128,7 @@ def tower(sizes, *, res: int, where: str):
     """An image tower by its name, `tower`, and sizes."""
     own = {"res": res, **sizes}
     kind = own.pop("tower", "convolutional")
-    if kind not in TOWERS:
-        raise errors.unknown("tower", kind, TOWERS, where=where)
+    errors.check_known("tower", kind, TOWERS, where=where)
     if kind == "convolutional":
         pyramid.check(res)
     return plugins.network(TOWERS[kind], where=where, options=own)

@@ -165,6 +165,4 @@ def _checked(values, changes, where: str) -> dict:
 
 
 def _source(options, res: int, name: str):
-    options = {"res": res, **options}
-    module = plugins.load("data", options.pop("source"))
-    return fields.build(module.make, options, where=f"protocol {name}")
+    return plugins.source(options, where=f"protocol {name}", res=res)

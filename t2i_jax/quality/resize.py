@@ -64,8 +64,7 @@ def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:
 
 def check(rule: str) -> None:
     """Raises ConfigError unless it is one of RULES."""
-    if rule not in RULES:
-        raise errors.unknown("rule", rule, RULES, where="quality.resize")
+    errors.check_known("rule", rule, RULES, where="quality.resize")
 
 
 def _clean(image_HWC, side):

@@ -104,8 +104,7 @@ def by_net(model, load) -> dict:
 def _network(sizes, where: str):
     """The module of NETWORKS that sizes name by `network`, which is taken out of them."""
     name = sizes.pop("network", "convolutional")
-    if name not in NETWORKS:
-        raise errors.unknown("network", name, NETWORKS, where=where)
+    errors.check_known("network", name, NETWORKS, where=where)
     return NETWORKS[name]
 
 
