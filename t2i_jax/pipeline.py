@@ -191,7 +191,7 @@ class Predictor:
         except KeyError as e:
             if e.args[0] not in EXAMPLES:
                 raise
-            key, reads = e.args[0], f"reads {e.args[0]!r}, and there is none"
+            key, reads, fix = e.args[0], f"reads {e.args[0]!r}, and there is none", "give one"
         else:
             _, batch, *_ = jax.tree.unflatten(jax.tree.structure(arguments), jaxpr.invars)
             used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
@@ -199,11 +199,9 @@ class Predictor:
             unused = lambda key: not any(id(var) in used for var in jax.tree.leaves(batch[key]))
             both = EXAMPLES if EXAMPLES.keys() <= batch.keys() else ()
             key = next((key for key in both if unused(key)), None)
-            reads = f"does not read {key!r}"
+            reads, fix = f"does not read {key!r}", "leave it out"
         if key:
-            raise errors.ConfigError(
-                f"prediction {name!r} {reads}", where=EXAMPLES[key], fix="give what it reads alone"
-            )
+            raise errors.ConfigError(f"prediction {name!r} {reads}", where=EXAMPLES[key], fix=fix)
 
     def check_negative(self, options: dict, where: str = "--negative_prompt") -> None:
         """Raises ConfigError unless pictures with these options are guided away from a prompt.

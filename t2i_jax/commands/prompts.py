@@ -108,7 +108,8 @@ def described(fn) -> tuple[str, dict[str, str]]:
     said = {name: " ".join(line.split()) for names, line in lines for name in names.split(", ")}
     parameters = inspect.signature(fn).parameters.values()
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    return text.partition("\n")[0], {name: said.get(name, "") for name in options}
+    first = text.partition("\n")[0].partition("   ->")[0]  # without what it gives
+    return first, {name: said.get(name, "") for name in options}
 
 
 def read_file(path, default: Request) -> list[Request]:

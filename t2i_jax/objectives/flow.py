@@ -167,9 +167,10 @@ class Flow:
         shift: ode.Shift = 1.0,
         interval: Interval = guide.ALWAYS,
     ) -> Pictures:
-        """What becomes of the batch's images where noise of time `strength` is put on them and
-        taken off again (SDEdit, arXiv:2108.01073); the noise is that of `sample`.   -> image_BHWC
-        in [-1, 1]
+        """Images for captions that begin as given ones.   -> image_BHWC in [-1, 1]
+
+        Noise of time `strength` is put on the images and taken off again (SDEdit,
+        arXiv:2108.01073). The noise is that of `sample`.
 
         Args:
           strength: 0 … 1; 0 leaves the images, 1 draws others.
