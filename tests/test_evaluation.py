@@ -458,14 +458,29 @@ def test_evaluators_end_behind_the_training(tmp_path):
     empty = loop.step.State(0, {}, {}, {}, 0)
     for n in (2, 4):
         ours.run(n, empty, {}, slow)  # returns at once
-    assert not ours.collect(slow, slow)
+    ours.collect(slow, slow)
     assert slow.rows == []
     slow.go.set()
-    assert not ours.collect(slow, slow, before=4) or len(slow.rows) == 2  # waits for the first
+    ours.collect(slow, slow, before=4)  # waits for the first
     assert slow.rows[0] == (2, {"slow/x": 2.0})
-    assert ours.collect(slow, slow, before=5)
+    ours.collect(slow, slow, before=5)
     assert slow.rows == [(2, {"slow/x": 2.0}), (4, {"slow/x": 4.0})]
     assert slow.said == [dict(step=2, metric="slow/x", value=2.0)]  # the least
+
+
+def test_images_of_an_evaluator_are_a_picture_in_samples(tmp_path):
+    slow = Slow()
+    slow.go.set()
+    slow.picture = lambda n, name, grid: slow.said.append((n, name, grid.shape))
+    drawn = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), np.uint8)
+    ours = hooks.Hooks(pipeline.Predictor(best_config(evaluators={}, best="")), tmp_path)
+    ours._evaluators = {"grid": lambda nets, n: lambda: {"hole": drawn, "error": 0.5}}
+    ours.run(2, loop.step.State(0, {}, {}, {}, 0), {}, slow)
+    ours.collect(slow, slow, before=3)
+    assert slow.rows == [(2, {"grid/error": 0.5})]
+    assert slow.said == [(2, "samples_grid_hole", (18, 18, 3))]
+    with Image.open(tmp_path / "samples" / "step_00000002_grid_hole.png") as written:
+        np.testing.assert_array_equal(np.asarray(written), images.grid(drawn))
 
 
 def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):

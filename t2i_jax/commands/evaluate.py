@@ -197,7 +197,8 @@ def _by_evaluators() -> dict:
             asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
         asked = pipe.predictor.evaluator_options(name, asked)
         metrics = pipe.evaluate(name, **asked)
-        result |= {f"{name}/{k}": v for k, v in metrics.items()}
+        numbers = {k: v for k, v in metrics.items() if not getattr(v, "ndim", 0)}  # no images
+        result |= {f"{name}/{k}": v for k, v in numbers.items()}
         result[f"{name}/options"] = asked
     return {**result, **_circumstances(started)}
 

@@ -2,8 +2,10 @@
 
 import collections
 import concurrent.futures
+import pathlib
 
 import jax
+import numpy as np
 from absl import logging
 
 from t2i_jax import errors, images
@@ -36,7 +38,7 @@ class Hooks:
 
         resumed: an earlier start may have done so: what the workdir's files hold is not done again.
         """
-        config, picture = self._config, self._workdir / "samples" / f"step_{n:08d}.png"
+        config, picture = self._config, self._picture(n)
         draw = self._due(n, config.sample_every) and self._prompts
         draw = draw and "sample" in self._predictor.bound
         judge = self._due(n, config.eval_every) and self._evaluators
@@ -50,10 +52,7 @@ class Hooks:
         if draw:
             drawn = self._predictor.sample(nets, self._prompts, seed=config.seed)
             if self._main:
-                picture.parent.mkdir(exist_ok=True)
-                grid = images.grid(drawn)
-                images.save(picture, grid, {"prompts": self._prompts})
-                writer.picture(n, "samples", grid)
+                self._show(n, "", drawn, writer, {"prompts": self._prompts})
         if judge:
             finish = {name: run(nets, n) for name, run in self._evaluators.items()}
             if self._main:
@@ -71,11 +70,23 @@ class Hooks:
         while self._jobs and (self._jobs[0][0] < before or self._jobs[0][1].done()):
             n, job = self._jobs.popleft()
             found = job.result()
+            for name in [name for name, value in found.items() if isinstance(value, np.ndarray)]:
+                self._show(n, f"_{name.replace('/', '_')}", found.pop(name), writer)
             shown = (f"{k} {v:.3f}" for k, v in found.items() if isinstance(v, float))
             logging.info("step %d · %s", n, " ".join(shown))
             if self._config.best:  # first, for what has its event is not evaluated again
                 self._rate(n, found, checkpoints)
             writer.event(n, found)
+
+    def _picture(self, n: int, name: str = "") -> pathlib.Path:
+        return self._workdir / "samples" / f"step_{n:08d}{name}.png"
+
+    def _show(self, n: int, name: str, drawn, writer, metadata=None) -> None:
+        """Writes uint8 images NHWC as one picture into samples/ and among the metrics."""
+        path, grid = self._picture(n, name), images.grid(drawn)
+        path.parent.mkdir(exist_ok=True)
+        images.save(path, grid, metadata)
+        writer.picture(n, f"samples{name}", grid)
 
     def _due(self, n: int, every: int) -> bool:
         return bool(every) and n > 0 and (n % every == 0 or n == self._config.steps)
