@@ -1,11 +1,9 @@
 """Shardings: a mesh of named axes, and a strategy that says which arrays are split over it.
 
-strategy | parameters | optimiser, averages | gradients
----------|------------|---------------------|----------
-pmap     | whole      | whole               | of each device's examples, then one explicit mean
-data     | whole      | whole               | of the global batch
-zero1    | whole      | split               | of the global batch
-fsdp     | split      | split               | of the global batch
+- pmap: all is whole on every device. Gradients are those of its examples, then one explicit mean.
+- data: all is whole on every device. Gradients are those of the global batch, as in the next two.
+- zero1: the states of the optimisers and the averages are split.
+- fsdp: the parameters are split, too.
 
 Splitting the state is ZeRO (arXiv:1910.02054), stages 1 and 3. The mesh axis "tensor" splits
 attention heads and MLPs of every net (Megatron, arXiv:1909.08053) by TENSOR_RULES. A batch is
