@@ -428,6 +428,8 @@ def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
     for wrong in ([one], [one, one._replace(seed=4)], [one._replace(negative_prompt="x")] * 2):
         with pytest.raises(errors.ConfigError, match=r"one picture|other seeds"):
             prompts.draw_between(pipe, wrong, 4)
+    with pytest.raises(errors.ConfigError, match="share goes from 0 to 1"):
+        prompts.draw_between(pipe, [one._replace(options=(("share", 0.3),), count=2)], 4)
     with pytest.raises(errors.ConfigError, match="takes no negative prompt"):
         prompts.draw(pipe, [one._replace(negative_prompt="blue")], batch_size=4)
 
