@@ -1,5 +1,6 @@
 """Rules beside fields: what fits is taken as its type, all else is one clear error."""
 
+import inspect
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
@@ -129,6 +130,24 @@ def test_fields_are_those_of_modules_and_of_functions_too():
         with pytest.raises(errors.ConfigError) as caught:
             fields.build(kind, options, *range(given_), where="config.model")
         assert message in str(caught.value)
+
+
+def test_what_is_compiled_apart_is_said_beside_the_option():
+    def sample(
+        nets,
+        *,
+        steps=3,
+        guidance: Annotated[float, fields.at_least(0), fields.compiled_apart(1.0)] = 3.0,
+        temperature: Annotated[float, fields.STATIC] = 1.0,
+        shift: float = 1.0,
+    ):
+        pass
+
+    parameters = inspect.signature(sample).parameters
+    static = lambda **options: {k for k, v in options.items() if fields.is_static(parameters[k], v)}
+    options = dict(steps=2, guidance=1.0, temperature=0.5, shift=1.0)
+    assert static(**options) == {"steps", "guidance", "temperature"}
+    assert static(**options | {"guidance": 2.0}) == {"steps", "temperature"}
 
 
 def test_a_shift_without_a_grid_is_refused_wherever_it_stands():
