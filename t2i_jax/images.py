@@ -82,6 +82,7 @@ def save(path, image_HWC, metadata: dict | None = None, parameters: str | None =
         options = {"pnginfo": info}
     else:
         options = {"exif": _exif(metadata, parameters)}
+    # Encoded in memory first: a failed encoding must not leave half a file.
     buffer = io.BytesIO()
     Image.fromarray(image_HWC).save(buffer, kind, **options)
     write_whole(path, buffer.getvalue())
@@ -228,6 +229,7 @@ def claim(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     matches = (re.match(r"(\d{5,})_", entry.name) for entry in folder.iterdir())
     number = max((int(match[1]) + 1 for match in matches if match), default=0)
+    # Another process may claim the same number, and making the file is what decides.
     while True:
         path = folder / f"{number:05d}_{name}"
         try:

@@ -102,6 +102,8 @@ def merge(params, adapter, option: Options):
     pairs = traverse_util.flatten_dict(meta.unbox(adapter), sep="/")
     scale = (option.alpha or option.rank) / option.rank
     for path in sorted({path.rpartition("/")[0] for path in pairs}):
+        # One more product (in × rank × out) for each kernel and step, and no family has to know of
+        # adapters (ADR 9).
         change = scale * jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
         flat[path] = sharding.add(flat[path], change)
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -113,6 +115,7 @@ def _init(key, params, option: Options, name: str):
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         if not (path.endswith("kernel") and leaf.ndim >= 2 and re.search(option.match, path)):
             continue
+        # Three axes are a stack of dense kernels, one for each layer of a scan.
         lead = leaf.shape[:1] if leaf.ndim == 3 else ()
         inputs, outputs = math.prod(leaf.shape[len(lead) : -1]), leaf.shape[-1]
         shape = (*lead, inputs, option.rank)

@@ -80,23 +80,23 @@ def loads(flag) -> dict[str, str]:
 
 
 def settings(flag, options: dict) -> dict:
-    """Options by name, of --set name=value and of the flags of `sampling_flags`.
+    """Options by name, from --set name=value and from the flags of `sampling_flags`.
 
     Raises:
-      ConfigError: no name=value, or an option that is said twice.
+      ConfigError: another form than name=value, or an option that is set twice.
     """
-    found = given(options)
+    values = given(options)
     for text in flag.value:
         name, equals, value = text.partition("=")
-        if not (name and equals) or name in found:
+        if not (name and equals) or name in values:
             raise errors.ConfigError(
                 f"it is {text!r}", where="--set", fix="give name=value, once for each option"
             )
         try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            found[name] = value
-    return found
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # no literal of Python: a plain string
+            values[name] = value
+    return values
 
 
 class _Step(flags.ArgumentParser):
@@ -160,7 +160,7 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
       arguments: the name of arguments without a flag. If set, there must be at least one, and
         `main` gets the list of them.
       argv: by default sys.argv.
-      more_help: what --help calls after the flags are shown; it prints what that returns.
+      more_help: a function that --help calls after the flags, to print the text that it returns.
     """
     argv = sys.argv if argv is None else argv
     # Before absl parses the flags: that itself can fail.
@@ -170,6 +170,7 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
         ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
         print(sys.modules["__main__"].__doc__, *ours, sep="\n")
     try:
+        # absl's own app.run, which would set up its handler, is not used.
         logging.use_absl_handler()
         logging.set_verbosity(logging.INFO)
         logging.set_stderrthreshold(logging.INFO)
@@ -183,6 +184,7 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
                 print(more_help())
             sys.exit(0)
         rest = _parse(argv, required, arguments)
+        # For a write that no command wraps itself, such as that of a library.
         with errors.of_storage("the file that was being written"):
             main(*[rest] if arguments else [])
     except errors.Error as e:
@@ -231,6 +233,7 @@ def _parse(argv, required, arguments) -> list[str]:
             "names (a network's sizes by net: --config.model.<net>.width), others a config file of "
             "your own",
         ) from e
+    # Addresses such as gs:// are refused before a command makes a folder of that name.
     for name in PATHS:
         value = flags.FLAGS[name].value if name in flags.FLAGS else None
         for path in value if isinstance(value, list) else [value or ""]:

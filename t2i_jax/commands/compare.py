@@ -99,6 +99,7 @@ class Run(NamedTuple):
 
     def values(self) -> dict[str, float]:
         """Metric, as "protocol/name" or "evaluator/name" -> its newest value."""
+        # Rows are in the order of steps, so later values replace earlier ones.
         values = {k: v for row in self.events for k, v in row.items() if k != "step"}
         for name, row in self.results.items():
             values |= {f"{name}/{k}": v for k, v in row.items() if k not in NO_METRICS}
@@ -433,6 +434,7 @@ def _progress(run: Run, name: str):
     Each comes after about twice as many steps as the one before. Grids of other prompts than the
     newest are left out.
     """
+    # From the newest backwards, each at half the steps of the one after it or at fewer.
     chosen, grids = [], []
     for picture in reversed(run.pictures):
         if chosen and (len(chosen) == PROGRESS or 2 * _step(picture) > _step(chosen[0])):

@@ -233,6 +233,7 @@ def _circumstances(started: float) -> dict:
     import t2i_jax
 
     here = str(pathlib.Path(t2i_jax.__file__).parent)
+    # --exclude=* passes over tags, so that the answer is always the hash of the commit.
     asked = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()

@@ -79,6 +79,7 @@ class Pictures:
                 pictures, captions = [], []
         if pictures:
             yield pictures, captions if self.captioned else None
+        # After the last batch, as only then all files have been tried.
         if len(self.broken) == len(self._names):
             raise errors.DataError(
                 f"none of {len(self._names)} files is a whole picture",

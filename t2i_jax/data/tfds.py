@@ -55,6 +55,7 @@ class Source:
         # A shard that a full disk or a broken copy has cut would fail in the middle of a training.
         for shard in shards:
             _check(shard)
+        # Names and sizes of shards, not contents: hashing those would read the whole data set.
         files = [(os.path.basename(s.filename), s.skip, s.take) for s in shards]
         sizes = [os.path.getsize(s.filename) for s in shards]
         identity = [info.full_name, image_key, caption_key, captions, files, sizes]
@@ -118,6 +119,7 @@ def make(
       DataError: not prepared, another format, no such split or feature, or damaged shards.
     """
     if holdout:
+        # TFDS's own notation for parts of a split. It cuts at the same example on every machine.
         percent = f"{100 * holdout:.6f}%"
         parts = {"train": f"train[{percent}:]", "test": f"train[:{percent}]"}
         if split not in parts or not 0 < holdout < 1:

@@ -56,11 +56,13 @@ def make(
 
     def run(nets, step):
         examples, values = loader.sound(source, range(num_images)), []
-        while found := [example for _, example in itertools.islice(examples, batch_size)]:
-            if values and len(found) < batch_size:
+        while some := [example for _, example in itertools.islice(examples, batch_size)]:
+            # A shorter last batch would compile again, and its images would weigh more.
+            if values and len(some) < batch_size:
                 break
-            batch = predict["batch"]([e["image"] for e in found], [e["caption"] for e in found])
-            batch["index"] += len(values) * batch_size  # noise of its own for each image
+            batch = predict["batch"]([e["image"] for e in some], [e["caption"] for e in some])
+            # The index decides about the noise, so each image has its own.
+            batch["index"] += len(values) * batch_size
             values.append(predict[prediction](nets, batch, seed=seed))
         if not values:
             raise errors.DataError(

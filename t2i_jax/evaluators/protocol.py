@@ -65,6 +65,7 @@ def _kid(drawn, real, *, subsets=100, subset_size=1000, seed=0):
 
 def _inception_score(drawn, real, *, splits=10):
     logits_NK = drawn["logits"].astype(np.float64)
+    # A softmax in float64. The maximum is subtracted so that no exponential overflows.
     weight_NK = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
     probability_NK = weight_NK / weight_NK.sum(1, keepdims=True)
     mean, spread = classes.inception_score(probability_NK, splits=splits)
@@ -363,6 +364,7 @@ class Measure:
         for name in wanted & OF_GROUPS.keys():
             columns[name] = self._nets.of_groups(name, pictures, self._protocol.per_caption)
         if pairs := sorted(wanted & OF_PAIRS.keys()):
+            # One iterator over all batches: the n-th real image belongs to the n-th caption.
             self._own = self._own or self._protocol.pictures(self._res)
             own = [
                 transforms.square(next(self._own), self._protocol.res or self._res)
@@ -475,6 +477,7 @@ class Measure:
     def _extracted(self, sources, res: int, columns) -> dict[str, np.ndarray]:
         parts, pictures = {}, []
         examples = ((source, record) for source in sources for record in range(len(source)))
+        # The last turn has no example and only extracts the rest.
         for source, record in (*examples, (None, None)):
             if source is not None:
                 try:

@@ -48,6 +48,7 @@ def make(
                 fix=errors.nearest(name, predict),
             )
     source = plugins.source(data, where=where)
+    # A caption that occurs twice would be right for two images, and recall has one right candidate.
     chosen = {}
     for record, example in loader.sound(source, range(min(num_images, len(source)))):
         chosen.setdefault(example["caption"], record)
@@ -62,6 +63,7 @@ def make(
 
     def embedded(nets):
         parts = ([], [])  # images, captions
+        # A short last batch is filled up, as another size would compile again.
         for start in range(0, len(records), batch_size):
             examples = [
                 source[r] for r in np.resize(records[start : start + batch_size], batch_size)

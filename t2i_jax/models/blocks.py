@@ -64,6 +64,8 @@ class Layer(nn.Module):
           place_BL: the places of these tokens in the cache. A token sees no later place.
         """
         dense = functools.partial(nn.Dense, dtype=self.dtype)
+        # Flax's fast variance, mean of squares minus squared mean, loses digits where the mean is
+        # large. The published implementations do not use it.
         attention_norm, mlp_norm = (
             nn.LayerNorm(self.epsilon, dtype=self.dtype, use_fast_variance=False, name=name)
             for name in ("attention_norm", "mlp_norm")
@@ -78,6 +80,8 @@ class Layer(nn.Module):
                 *(q_BLNH, k_BLNH, v_BLNH), mask_BS=mask_BL, causal=self.causal
             )
         else:
+            # The cache has room for all places from the start. So its shape never changes, and one
+            # program serves every token. Places that are not written yet are masked.
             row_B1 = jnp.arange(mask_BL.shape[0])[:, None]
             cache = tuple(
                 old.at[row_B1, place_BL].set(new)
@@ -162,7 +166,7 @@ def positions(text_BL, max_length: int):
 
 
 def check(sizes: dict) -> None:
-    """Raises ConfigError where a family's sizes, as `hf.fields` found them, do not go together."""
+    """Raises ConfigError where a family's sizes, as read by `hf.fields`, do not fit together."""
     if sizes["activation"] not in ACTIVATIONS:
         raise errors.ConfigError(
             f"activation {sizes['activation']!r} is not implemented",

@@ -99,6 +99,7 @@ class Caption(nn.Module):
         )
         x_ND = tokens_BSD.reshape(-1, self.width)
         sizes = (self.heads, 4 * self.width, 1e-6, "gelu", "float32")
+        # The learned null token of `TextTokens` gathers the words: it is valid in every caption.
         for i in range(self.depth):
             x_ND = blocks.Layer(*sizes, normed="before", name=f"layer_{i}")(x_ND, mask_BS)
         all_BD = x_ND.reshape(tokens_BSD.shape)[:, 0]

@@ -229,11 +229,11 @@ class Projected(nn.Module):
             h_BD += pyramid.Flat(self.width, name=f"mix_{i}")(x)
         h_BD, regions_BHWC = h_BD / len(maps) ** 0.5, maps[len(maps) // 2]
 
-        def beside(cond):
+        def judgement(cond):
             text_BE, words_BLE = text(text_norm(cond.pooled_BD)), words(words_norm(cond.seq_BLD))
             return head(h_BD, regions_BHWC, text_BE, words_BLE, cond.mask_BL)
 
-        return tuple(beside(cond) for cond in conds)
+        return tuple(judgement(cond) for cond in conds)
 
 
 class Discriminator(nn.Module):
@@ -265,18 +265,20 @@ class Discriminator(nn.Module):
         self.head = Head(self.width, self.embedding, name="verdict")  # its name in checkpoints
 
     def __call__(self, image_BHWC, *conds: Cond) -> tuple[Judgement, ...]:
+        # The trunk does not depend on the captions. So an image with its own caption and one with
+        # another caption cost one pass through most of the network.
         x_BHWC, last = self.enter(image_BHWC), len(self.shrink)
         for i in range(last - 1):
             x_BHWC = self.shrink[i](self._level(i, x_BHWC))
 
-        def beside(cond):
+        def judgement(cond):
             tokens_BSD, mask_BS = self.words(cond.seq_BLD, cond.mask_BL)
             h = self._level(last - 1, x_BHWC + self._read(x_BHWC, tokens_BSD, mask_BS))
             h_BD = self.mix(self._level(last, self.shrink[-1](h)))
             text_BE = self.text(self.text_norm(cond.pooled_BD))
             return self.head(h_BD, x_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
 
-        return tuple(beside(cond) for cond in conds)
+        return tuple(judgement(cond) for cond in conds)
 
     def _level(self, i, x_BHWC):
         for block in self.blocks[i * self.depth : (i + 1) * self.depth]:

@@ -90,6 +90,7 @@ class TimeText(nn.Module):
 
     @nn.compact
     def __call__(self, t_B, pooled_BD):
+        # Periods from 10 down to 0.01, for times in [0, 1].
         rates = np.exp(np.linspace(0, np.log(1000.0), self.frequencies // 2)).astype(np.float32)
         angle_BF = t_B[:, None] * rates * 2 * np.pi / 10
         waves_BF = jnp.concatenate([jnp.sin(angle_BF), jnp.cos(angle_BF)], -1)
@@ -172,6 +173,7 @@ def positions_2d(h: int, w: int, width: int):
             where="config.model",
             fix="use larger patches, smaller pictures or a narrower network",
         )
+    # Positions are shares of the side, not pixels. So a network may read another resolution.
     rates = np.exp(np.linspace(0, np.log(32.0), width // 4))
 
     def waves(n):

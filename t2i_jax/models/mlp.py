@@ -79,8 +79,8 @@ class Discriminator(nn.Module):
         text_norm, words_norm = layers.RMSNorm(name="text_norm"), layers.RMSNorm(name="words_norm")
         head = gan.Head(self.width, self.embedding, name="Verdict_0")  # its name in checkpoints
 
-        def beside(cond):
+        def judgement(cond):
             text_BE, words_BLE = text_norm(cond.pooled_BD), words_norm(cond.seq_BLD)
             return head(h_BD, h_BD[:, None, None], text_BE, words_BLE, cond.mask_BL)
 
-        return tuple(beside(cond) for cond in conds)
+        return tuple(judgement(cond) for cond in conds)

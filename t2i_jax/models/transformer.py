@@ -88,6 +88,8 @@ class Backbone(nn.Module):
         self.text = layers.TextTokens(d, **kind)
         self.embed = layers.Dense(d)
         keys_values, block = layers.KeysValues, layers.remat(Block, self.remat, scanned=self.scan)
+        # Keys and values of all blocks are computed before the scan, which then gets one block's at
+        # each turn. So a sampler can compute them once.
         if self.scan:
             stack = dict(variable_axes={"params": 0}, split_rngs={"params": True})
             keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)

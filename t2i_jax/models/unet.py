@@ -41,6 +41,7 @@ class Residual(nn.Module):
         shift_BD, scale_BD = jnp.split(mod, 2, -1)
         h = Conv(self.width, dtype=self.dtype, name="conv1")(nn.silu(layers.RMSNorm()(x_BHWC)))
         h = layers.modulate(layers.RMSNorm(scale=False)(h), shift_BD, scale_BD)
+        # The last kernel starts at zero, so a new block adds nothing.
         return x_BHWC + Conv(self.width, zero=True, dtype=self.dtype, name="conv2")(nn.silu(h))
 
 
@@ -121,6 +122,8 @@ class Backbone(nn.Module):
     def __call__(self, x_BHWC, t_B, cond: Cond, prepared=None):
         kvs, mask_BS = self.prepare(cond) if prepared is None else prepared
         c_BD = nn.silu(self.condition(t_B, cond.pooled_BD))
+        # Blocks of pixels become channels in place of strided convolutions: XLA:CPU is slow at
+        # strides.
         h = self.enter(layers.space_to_depth(x_BHWC))
         outer = []
         for block in self.down:

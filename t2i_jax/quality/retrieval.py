@@ -37,6 +37,8 @@ def recall_at(similarity_QC, k: int, *, truth_Q=None) -> float:
             f"k is {k} of {candidates} candidates", where=where, fix="give k from 1 to all"
         )
     own_Q1 = np.take_along_axis(similarity_QC, truth_Q[:, None], 1)
+    # In a random order of the `equal` candidates, the own one is among the k best with the chance
+    # (k − above) / equal.
     above_Q = (similarity_QC > own_Q1).sum(1)
     equal_Q = (similarity_QC == own_Q1).sum(1)
     return float(np.clip((k - above_Q) / equal_Q, 0, 1).mean())

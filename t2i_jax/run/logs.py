@@ -33,6 +33,7 @@ def told():
     set up stay as they are.
     """
     logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
+    # A second handler would show every line twice, so there is one only where there is none yet.
     screen = None if logger.hasHandlers() else _Screen(sys.stderr)
     logging.set_verbosity(max(verbosity, logging.INFO))
     logger.addFilter(of_interest)

@@ -22,6 +22,7 @@ with plugins.hidden("torch"):
     from tensorboardX import record_writer, summary
     from tensorboardX.proto import event_pb2
 
+# Beginnings of the names of metrics of which lower is better.
 FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distance")
 
 
@@ -84,6 +85,7 @@ class Board(Growing):
 
     def __init__(self, folder: pathlib.Path, start: int):
         """start: TensorBoard drops events of this step and later ones from earlier starts."""
+        # TensorBoard reads files with "tfevents" in their names, in the order of these names.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder / name)
         self._events = [_event(file_version="brain.Event:2")]
@@ -224,6 +226,7 @@ class Writer:
         if steps > 0:
             self._append("times", [{"step": row["step"], "seconds": now - self._since}])
         self._since, self._done = now, row["step"]
+        # Only the last row of a flush is shown. metrics.jsonl has all of them.
         for name, value in row.items():
             if name != "step" and math.isfinite(value):
                 self._scalar(name, value, row["step"])

@@ -50,7 +50,7 @@ def describe(path: pathlib.Path, config, source) -> None:
 
 
 def meta(config, source, frozen) -> dict:
-    """What a checkpoint says of its run beside the state.
+    """The meta of a checkpoint: what it says about its run, as plain JSON.
 
     source: the training data.   frozen: net -> digest of the nets no loss trains.
     """
@@ -131,6 +131,7 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
     if not (path / "config.json").exists() and not saved:
         return []
     before, now = flat(_config_before(path, saved)), flat(config)
+    # Any key counts, also one that only the older or the newer version of this package has.
     differences, allowed = [], []
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
