@@ -306,8 +306,9 @@ def load_net(source, name: str, target):
 def _check_there(name: str, source) -> None:
     """Raises ConfigError for a path that is no folder, which may have been a run's."""
     for one in opener.each(source):
-        path, _ = hf.split(one)
-        if one.startswith("hf:") or len(path.parts) < 2 or path.is_dir():
+        path, part = hf.split(one)
+        name_alone = len(path.parts) < 2 and not part  # such as "minilm"
+        if one.startswith("hf:") or name_alone or path.is_dir():
             continue
         several = "" if isinstance(source, str) else "; commas separate several checkpoints"
         raise errors.ConfigError(
