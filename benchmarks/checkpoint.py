@@ -32,9 +32,7 @@ def fresh():
     config.load, config.allow_random = {}, True
     family = objective.make(config)
     optimisers = {"model": optim.make(config.optim.model, steps=10, where="")}
-    zeros = jax.tree.map(
-        lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config, batch_size=1)
-    )
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(family, 1))
     return lambda key: step.init(family, optimisers, config.ema, key, zeros)
 
 

@@ -195,18 +195,19 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     from configs import shapes_flow
     from t2i_jax import loop
     from t2i_jax.commands import plan
-    from t2i_jax.data import cache
+    from t2i_jax.data import cache, inputs
 
     config = shapes_flow.get_config()
     config.model.model.update(cases.SIZES)
     config.data.size, config.steps = RECORDS, 100_000
     run = loop.Run(config, folder / "run")
     run.load_frozen()
-    stored = cache.extra(folder / "run" / cache.FOLDER, *run.caption_states())
-    captions = [run.source[i]["caption"] for i in range(64)]
-    fixed = stored(np.arange(64), run.predictor.tokenizer(captions)[0])
-    run.batches.extra = stored if cached else None
-    always = run.layout.place(fixed)
+    states = cache.states(folder / "run" / cache.FOLDER, *run.caption_states())
+    both, some = (*run.batches.inputs, states), [run.source[i] for i in range(64)]
+    fixed = inputs.make(both, some, [None] * 64, np.arange(64))
+    if cached:
+        run.batches.inputs = both
+    always = run.layout.place({key: fixed[key] for key in states.shapes})
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), run._example)
     state = jax.jit(run._init)(jax.random.key(0), zeros)
     stream = run.batches.iterate(0)

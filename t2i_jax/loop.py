@@ -122,11 +122,9 @@ class Run:
         self.hooks = hooks.Hooks(self.predictor, workdir, prompts)
         self.batches = loader.Loader(
             self.source,
-            self.predictor.tokenizer,
+            family.inputs,
             batch_size=config.batch_size,
-            res=config.res,
             seed=seed,
-            augment=tuple(config.augment),
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             bad_budget=config.bad_budget,
@@ -136,7 +134,7 @@ class Run:
         self.frozen = weights.frozen_shapes(family, config, except_nets=held)  # see load_frozen
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
-        self._example = weights.abstract_batch(config)
+        self._example = weights.abstract_batch(family, config.batch_size)
         self.shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
         self._placed = self.layout.state(self.shapes)
         update = step.make_update(
@@ -176,7 +174,8 @@ class Run:
         if self.config.cache:
             with watchdog.phase("captions"), signals.at_once():
                 states = self.caption_states()
-                self.batches.extra = cache.extra(self.workdir / cache.FOLDER, *states)
+                folder = self.workdir / cache.FOLDER
+                self.batches.inputs += (cache.states(folder, *states),)
         self._prepared = True
 
     def load_frozen(self) -> None:
@@ -185,7 +184,7 @@ class Run:
         self._frozen_digests = weights.digests(self.frozen)
 
     def caption_states(self):
-        """What `cache.extra` and `cache.write` ask for after the folder."""
+        """What `cache.states` and `cache.write` ask for after the folder."""
         return cache.asked(self.config, self.predictor, self.frozen, self.source)
 
     def measured(self, signals):
@@ -195,7 +194,7 @@ class Run:
         run = Run(minutes.with_steps(self.config, steps), self.workdir, restart=self._restart)
         # What was read and encoded for the measurement is not read again.
         run.frozen, run._frozen_digests, run._prepared = self.frozen, self._frozen_digests, True
-        run.batches.extra = self.batches.extra
+        run.batches.inputs = self.batches.inputs
         return run
 
     def _first_state(self, checkpoints):

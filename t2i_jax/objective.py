@@ -41,7 +41,29 @@ class Pictures:
 
 
 class Texts:
-    """The same: `Tokens` of B texts, which the family's tokenizer turns into strings."""
+    """The same: `Tokens` of B texts. The last tokenizer of the family's inputs reads them."""
+
+
+class Input(NamedTuple):
+    """Keys of the batch, and how they are made; `data.inputs` has the usual ones.
+
+    shapes: key -> `jax.ShapeDtypeStruct` of one example, or a tree of them.
+    make: `(examples, rngs, records) -> key -> arrays of these examples`, numpy. It runs in threads
+      and on parts of a batch, so that each row depends on its own example, generator and record
+      alone. It raises `transforms.BadExample` for an example that cannot be used.
+        examples: what the source gave, with what the inputs before made under their keys.
+        rngs: of each example a numpy generator, which depends on its place in the stream and from
+          which the inputs draw in their order; outside of training None.
+        records: the examples' numbers in the source.
+    reads: keys of an example that `make` needs. Where one is missing, as the image is where
+      captions are drawn, the batch lacks this input.
+    tokenizer: that of an input of tokens: one, or name -> tokenizer.
+    """
+
+    shapes: Mapping[str, Any]
+    make: Callable
+    reads: tuple[str, ...] = ("image", "caption")
+    tokenizer: Any = None
 
 
 class Objective(NamedTuple):
@@ -52,17 +74,20 @@ class Objective(NamedTuple):
     predict: name -> `(nets, batch, key, **options)`. Its return annotation is `Pictures` or
       `Texts`; without one it gives arrays. Options may have rules, see `fields`.
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
+    inputs: what the batch holds; by default `data.inputs.picture_and_caption(config)`, which are
+      "image", BHWC, and "text", `models.types.Tokens` or of several encoders name -> `Tokens`.
 
-    `batch` holds "image" f32 BHWC in [-1, 1], "text" `models.types.Tokens`, of several
-    encoders name -> `Tokens`, "weight" f32 B and "index" int32 B: the slot in the global batch, or
-    the picture's number when sampling, from which all noise of an example comes. What a loss sees
-    of a batch are slots in a row, from a multiple of their number on.
+    `batch` also holds "weight" f32 B and "index" int32 B: the slot in the global batch, or the
+    picture's number when sampling, from which all noise of an example comes. Images of uint8 are
+    f32 in [-1, 1] there. What a loss sees of a batch are slots in a row, from a multiple of their
+    number on.
     """
 
     init: Callable
     losses: tuple[Loss, ...]
     predict: Mapping[str, Callable]
     training_only: tuple[str, ...] = ()
+    inputs: tuple[Input, ...] | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -87,4 +112,7 @@ def model_by_net(config) -> Mapping[str, Any]:
 def make(config) -> Objective:
     """The objective that `config.objective` names, with the adapters of `config.lora`."""
     family = plugins.load("objectives", config.objective).make(config)
+    if family.inputs is None:
+        usual = plugins.load("data", "inputs").picture_and_caption
+        family = family._replace(inputs=usual(config))
     return lora.wrap(family, config.lora) if config.lora else family

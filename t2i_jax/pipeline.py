@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, fields, images, limits, objective, plugins, weights
-from t2i_jax.data import transforms
-from t2i_jax.pretrained import hf, text_encoder
+from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
+from t2i_jax.data import inputs, transforms
+from t2i_jax.pretrained import hf
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
@@ -32,7 +32,8 @@ class Predictor:
         self.config, self._layout = config, layout
         self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
-        self.tokenizer = text_encoder.tokenizer(config.load.get("text"), config.text_length)
+        read = [one for one in self.objective.inputs if one.tokenizer is not None]
+        self.tokenizers = {key: one.tokenizer for one in read for key in one.shapes}
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
 
@@ -62,8 +63,9 @@ class Predictor:
         nets, batch: shapes, perhaps with shardings; by default the config's.
         """
         nets = nets or weights.abstract_nets(self.objective, self.config)
+        batch = batch or weights.abstract_batch(self.objective, self.config.batch_size)
         fn, arrays = self._bind(name, options)
-        return fn.trace(nets, batch or weights.abstract_batch(self.config), np.uint32(0), arrays)
+        return fn.trace(nets, batch, np.uint32(0), arrays)
 
     def evaluator(self, name: str, **options):
         """`run(nets, step) -> dict` of t2i_jax/evaluators/<name>.py, its options checked."""
@@ -158,7 +160,7 @@ class Predictor:
             found = images.to_uint8(found) if kind is objective.Pictures else found
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
-        return self.tokenizer.decode(*found) if kind is objective.Texts else found
+        return [*self.tokenizers.values()][-1].decode(*found) if kind is objective.Texts else found
 
     def _run_aloud(self, name: str, nets, batch, *, seed, **options):
         """`run`, on the host; says when it compiles, which may take long."""
@@ -244,25 +246,29 @@ class Predictor:
 
     def batch(self, image=None, caption=None, negative_prompt=None):
         """Examples as a batch that predictions take: uint8 images HWC, captions, and those to be
-        guided away from; what there is of them.
+        guided away from; what there is of them, and the inputs that can be made of that.
         """
-        batch, n = {}, len(caption if image is None else image)
-        if image is not None:
-            squares = [transforms.square(one, self.config.res) for one in image]
-            batch["image"] = transforms.to_float(np.stack(squares))
-        if caption is not None:
-            batch["text"] = self._tokens(caption)
+        given = {"image": image, "caption": caption}
+        given = {key: rows for key, rows in given.items() if rows is not None}
+        batch, n = self._made(given), len(next(iter(given.values())))
         if any(negative_prompt or ()):
-            batch["negative_text"] = self._tokens([text or "" for text in negative_prompt])
-        batch["index"], batch["weight"] = np.arange(n, dtype=np.int32), np.ones(n, np.float32)
-        return batch
+            away = self._made({"caption": [text or "" for text in negative_prompt]})
+            batch |= {f"negative_{key}": tokens for key, tokens in away.items()}
+        seen = lambda x: transforms.to_float(x) if sharding.is_image(x.dtype, x.ndim) else x
+        batch = jax.tree.map(seen, batch)  # as `Layout.place` does in training
+        return batch | {"index": np.arange(n, dtype=np.int32), "weight": np.ones(n, np.float32)}
+
+    def _made(self, given) -> dict:
+        """The arrays of the inputs that read no more than is given."""
+        examples = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
+        n, read = len(examples), [one for one in self.objective.inputs if {*one.reads} <= {*given}]
+        return inputs.make(read, examples, [None] * n, np.arange(n))
 
     def cuts(self, captions) -> list[str | None]:
-        """What the model does not read of each caption, for it is too long."""
-        return tokenize.read(self.tokenizer, captions)[1]
-
-    def _tokens(self, captions):
-        return tokenize.read(self.tokenizer, captions)[0]
+        """What is not read of each caption, for it is too long: the most that a net loses."""
+        each = [[None] * len(captions)]
+        each += [tokenize.read(one, captions)[1] for one in self.tokenizers.values()]
+        return [max(lost, key=lambda text: len(text or "")) for lost in zip(*each, strict=True)]
 
     @property
     def bound(self):

@@ -162,12 +162,12 @@ class Layout:
     def place(self, batch):
         """This process's numpy slice of the batch -> global arrays split over the mesh.
 
-        Images travel as bytes. The devices turn every uint8 array into float32 in [-1, 1].
+        Images travel as bytes. The devices turn uint8 BHWC into float32 in [-1, 1].
         """
 
         def place(x):
             x = jax.make_array_from_process_local_data(self.batch, x)
-            return _to_float(x, self.batch) if x.dtype == jnp.uint8 else x
+            return _to_float(x, self.batch) if is_image(x.dtype, x.ndim) else x
 
         return jax.tree.map(place, batch)
 
@@ -218,6 +218,11 @@ class Layout:
 
     def _size(self, names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
+
+
+def is_image(dtype, rank: int) -> bool:
+    """Whether an array of a batch is images as bytes, BHWC, which losses see as float32."""
+    return dtype == jnp.uint8 and rank == 4
 
 
 def on(shapes, shardings):

@@ -12,8 +12,7 @@ from absl import logging
 from flax import traverse_util
 
 from t2i_jax import errors, files, images, objective, sharding
-from t2i_jax.models.types import Tokens
-from t2i_jax.pretrained import hf, opener, tensors, text_encoder
+from t2i_jax.pretrained import hf, opener, tensors
 from t2i_jax.run import checkpoint, fingerprint
 from t2i_jax.text import words
 
@@ -23,6 +22,7 @@ KINDS = {  # of what every config.json holds and nets are built from
     **{"model": dict, "load": dict, "optim": dict, "ema": dict, "loss": dict, "sample": dict},
     **{"evaluators": dict},
 }
+ALWAYS = {"index": "int32", "weight": "float32"}  # in every batch, beside the family's inputs
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
 
 
@@ -146,23 +146,18 @@ def _check_size(values, path) -> None:
             )
 
 
-def abstract_batch(config, batch_size: int | None = None):
-    """Shapes and types of a batch, without data."""
-    b = batch_size or config.batch_size
-    tokenizer = text_encoder.tokenizer(config.load.get("text"), config.text_length)
-    row = lambda t, kind: jax.ShapeDtypeStruct((b, t.length), kind)
-    return {
-        "image": jax.ShapeDtypeStruct((b, config.res, config.res, 3), "float32"),
-        "text": jax.tree.map(lambda t: Tokens(row(t, "int32"), row(t, "bool")), tokenizer),
-        "index": jax.ShapeDtypeStruct((b,), "int32"),
-        "weight": jax.ShapeDtypeStruct((b,), "float32"),
-    }
+def abstract_batch(family: objective.Objective, batch_size: int):
+    """Shapes and types of a batch as losses see it, without data."""
+    one = {name: jax.ShapeDtypeStruct((), kind) for name, kind in ALWAYS.items()}
+    one |= {key: shape for each in family.inputs for key, shape in each.shapes.items()}
+    kind = lambda s: "float32" if sharding.is_image(s.dtype, len(s.shape) + 1) else s.dtype
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct((batch_size, *s.shape), kind(s)), one)
 
 
 def abstract_nets(family: objective.Objective, config):
     """net -> shapes of its variables, trained and frozen."""
     key = jax.eval_shape(lambda: jax.random.key(0))
-    return jax.eval_shape(family.init, key, abstract_batch(config))
+    return jax.eval_shape(family.init, key, abstract_batch(family, config.batch_size))
 
 
 def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes=None):
@@ -232,7 +227,7 @@ def _filled(family, config, shapes, shardings):
             nets[name] = load_net(given[name], name, target)
         else:
             key = jax.random.key(config.seed)
-            batch = abstract_batch(config, 1)
+            batch = abstract_batch(family, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))

@@ -20,7 +20,7 @@ from t2i_jax.models.types import Tokens
 from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import fingerprint
-from tests import test_text_families, test_vits
+from tests import runs, test_text_families, test_vits
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -69,7 +69,10 @@ class Case:
         alone = jax.devices()[:1] if mesh == {"data": 1} else None
         self.layout = sharding.Layout(mesh, strategy, devices=alone)
         init = functools.partial(step.init, family, optimisers, {self.net: 0.9})
-        batch, key = weights.abstract_batch(config), jax.random.key(0)
+        batch, key = (
+            runs.abstract_batch(config),
+            jax.random.key(0),
+        )
         self.shapes = jax.eval_shape(init, key, batch)
         placed = self.layout.state(self.shapes)
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
@@ -262,7 +265,8 @@ def _gan() -> dict:
     drawn = {"float32": lambda shape: rng.normal(size=shape), "bool": lambda shape: np.ones(shape)}
     drawn["int32"] = lambda shape: rng.integers(1, 200, shape)
     batch = jax.tree.map(
-        lambda x: drawn[str(x.dtype)](x.shape).astype(x.dtype), weights.abstract_batch(config)
+        lambda x: drawn[str(x.dtype)](x.shape).astype(x.dtype),
+        runs.abstract_batch(config),
     )
     index = np.arange(16, dtype=np.int32)
     batch |= {"index": index, "weight": (index != 5).astype(np.float32)}
@@ -288,7 +292,10 @@ def _draw() -> dict:
     pictures = []
     for layout in (None, sharding.Layout({"data": -1}, "fsdp")):
         predictor = pipeline.Predictor(config, layout=layout)
-        zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+        zeros = jax.tree.map(
+            lambda s: np.zeros(s.shape, s.dtype),
+            runs.abstract_batch(config),
+        )
         nets = jax.jit(predictor.objective.init)(jax.random.key(0), zeros)
         nets = jax.tree.map(lambda x: x + 0.02, nets)  # as after some training
         nets = jax.device_put(nets, layout.nets(nets)) if layout else nets
@@ -303,7 +310,7 @@ def _guided() -> dict:
     config = shapes_transformer.get_config("debug")
     predictor = pipeline.Predictor(config, layout=layout)
     nets = weights.abstract_nets(predictor.objective, config)
-    batch = weights.abstract_batch(config, 16)
+    batch = weights.abstract_batch(predictor.objective, 16)
     nets = sharding.on(nets, layout.nets(nets))
     batch = sharding.on(batch, jax.tree.map(lambda _: layout.batch, batch))
     for name, options in {"always": {}, "at times": {"interval": (0.2, 0.7)}}.items():

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from configs import shapes_flow, shapes_transformer
+from t2i_jax import objective, weights
 
 COMMAND = [sys.executable, "train.py", "--config=configs/shapes_flow.py:debug"]
 COMMAND += ["--config.log_every=1", "--config.loss.prediction=v"]  # the same, as a command
@@ -51,3 +52,8 @@ def filled(init, *args, seed=0):
 
     shapes = jax.eval_shape(init, *args)
     return jax.device_put(jax.tree_util.tree_map_with_path(values, shapes))
+
+
+def abstract_batch(config, batch_size: int | None = None):
+    """Shapes of a batch of the config's family."""
+    return weights.abstract_batch(objective.make(config), batch_size or config.batch_size)

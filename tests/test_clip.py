@@ -99,7 +99,7 @@ def test_a_run_that_would_cut_the_batch_is_refused(changes, tmp_path):
 def test_a_step_learns_both_towers_and_the_temperature_is_bounded(kind):
     family = objective.make(config(loss=dict(kind=kind)))
     assert family.trained == ("image", "caption")
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config()))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), runs.abstract_batch(config()))
     nets, ids_BL = runs.filled(family.init, jax.random.key(0), zeros), zeros["text"].ids_BL
     batch = zeros | {
         "image": np.random.default_rng(0).normal(size=zeros["image"].shape).astype(np.float32),

@@ -190,7 +190,7 @@ def test_a_run_with_several_encoders_trains_and_draws(pair, tmp_path):
     config.text = dict(dtype="bfloat16", clip=dict(skip=1))
     loop.train(config, tmp_path)
     pipe = pipeline.Pipeline.load(str(tmp_path))
-    shapes = jax.tree.map(np.shape, weights.abstract_batch(pipe.config)["text"])
+    shapes = jax.tree.map(np.shape, weights.abstract_batch(pipe.predictor.objective, 8)["text"])
     assert shapes == {"clip": Tokens((8, 9), (8, 9)), "t5": Tokens((8, 16), (8, 16))}
     assert pipe(["a red circle"], steps=1).shape == (1, 16, 16, 3)
     for shares, message in (((0.5, 0.2, 0.1), "3 shares for 2"), (1.5, "from 0 to 1")):

@@ -114,7 +114,7 @@ def test_an_objective_keeps_the_contract(name):
     shapes = weights.abstract_nets(family, config)
     assert set(family.trained) <= set(shapes)
     assert all("params" in net for net in shapes.values())
-    batch = weights.abstract_batch(config)
+    batch = weights.abstract_batch(family, config.batch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
     for loss in family.losses:
         step = jax.ShapeDtypeStruct((), "int32")

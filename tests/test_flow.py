@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, pipeline, plugins, randomness, weights
+from t2i_jax import errors, objective, pipeline, plugins, randomness
 from t2i_jax.commands import plan
 from t2i_jax.data import cache
 from t2i_jax.models.types import Tokens
 from t2i_jax.objectives import flow
 from t2i_jax.sampling import prediction
+from tests import runs
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def config():
 
 def batch(config, seed=0):
     rng = np.random.default_rng(seed)
-    shapes = weights.abstract_batch(config)
+    shapes = runs.abstract_batch(config)
     return {
         "image": rng.uniform(-1, 1, shapes["image"].shape).astype(np.float32),
         "text": Tokens(

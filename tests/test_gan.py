@@ -42,7 +42,7 @@ def family(config):
 @pytest.fixture(scope="module")
 def batch(config):
     """Eight pictures; captions 0 and 3 are the same."""
-    shapes = weights.abstract_batch(config)
+    shapes = runs.abstract_batch(config)
     rng = np.random.default_rng(0)
     text = rng.integers(1, 200, shapes["text"].ids_BL.shape).astype(np.int32)
     text[3] = text[0]
@@ -277,7 +277,10 @@ def test_micro_batches_penalise_the_same_examples_as_the_whole():
     config = digits_mlp_gan.get_config("debug")
     config.loss.update(mismatch=0.0, sentence=0.0, word=0.0, penalty="exact", penalty_stride=4)
     family, rng = objective.make(config), np.random.default_rng(0)
-    batch = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+    batch = jax.tree.map(
+        lambda s: np.zeros(s.shape, s.dtype),
+        runs.abstract_batch(config),
+    )
     batch["image"] = rng.uniform(-1, 1, batch["image"].shape).astype(np.float32)
     batch |= {"index": np.arange(8, dtype=np.int32), "weight": np.float32([1, 1, 1, 0, 1, 1, 1, 1])}
     made = runs.filled(family.init, jax.random.key(0), batch)
@@ -397,7 +400,7 @@ def test_sampling_is_one_pass_whose_truncation_goes_to_the_captions_mean(config,
 
 
 def test_the_way_between_pictures_is_a_strip_and_an_animation(config, tmp_path):
-    shapes = weights.abstract_batch(config)
+    shapes = runs.abstract_batch(config)
     predictor = pipeline.Predictor(config)
     zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), shapes)
     found = runs.filled(predictor.objective.init, jax.random.key(0), zeros)
@@ -613,7 +616,7 @@ def taught():
     config.model.update(teacher=config.model.gen.to_dict(), clip=towers())
     config.loss.update(distil=1.0, clip=1.0)
     family = objective.make(config)
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config, 1))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), runs.abstract_batch(config, 1))
     return config, jax.jit(family.init)(jax.random.key(0), zeros)
 
 
@@ -621,7 +624,10 @@ def taught():
 def test_no_prediction_reads_a_net_that_is_for_training_only(taught, adapted):
     config = taught[0].copy_and_resolve_references()
     config.lora = adapted
-    family, batch = objective.make(config), weights.abstract_batch(config)
+    family, batch = (
+        objective.make(config),
+        runs.abstract_batch(config),
+    )
     shapes, key = weights.abstract_nets(family, config), jax.eval_shape(lambda: jax.random.key(0))
     unread = family.training_only
     assert set(unread) == {"clip_image", "clip_caption", "teacher"} - set(adapted)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from t2i_jax import errors
-from t2i_jax.data import loader, transforms
+from t2i_jax.data import inputs, loader, transforms
 from t2i_jax.models.types import Tokens
+from t2i_jax.objective import Input
 
 
 class Source:
@@ -33,15 +34,19 @@ class Source:
         return {"image": image_HWC, "caption": f"record {i}"}
 
 
-def tokenize(captions):
-    ids_BL = np.zeros((len(captions), 12), np.int32)
-    for row, caption in enumerate(captions):
-        ids_BL[row, : len(caption[:12])] = [ord(c) for c in caption[:12]]
-    return Tokens(ids_BL, ids_BL > 0), [caption[12:] for caption in captions]
+class Tokenizer:
+    length = 12
+
+    def __call__(self, captions):
+        ids_BL = np.zeros((len(captions), 12), np.int32)
+        for row, caption in enumerate(captions):
+            ids_BL[row, : len(caption[:12])] = [ord(c) for c in caption[:12]]
+        return Tokens(ids_BL, ids_BL > 0), [caption[12:] for caption in captions]
 
 
-def make(source, batch_size=8, seed=3, **options):
-    return loader.Loader(source, tokenize, batch_size=batch_size, res=4, seed=seed, **options)
+def make(source, batch_size=8, seed=3, augment=(), more=(), **options):
+    read = (inputs.picture(4, augment=augment), inputs.caption(Tokenizer()), *more)
+    return loader.Loader(source, read, batch_size=batch_size, seed=seed, **options)
 
 
 def records(batches):
@@ -139,12 +144,12 @@ def test_the_examples_of_one_batch_are_made_at_the_same_time(monkeypatch):
     assert_same(make(Waiting(40), batch_size=16).batch(2), make(Source(40), batch_size=16).batch(2))
 
 
-@pytest.mark.parametrize(("held", "ahead"), [(0, 2), (5 * 8 * 48, 5), (10**9, 16)])
+@pytest.mark.parametrize(("held", "ahead"), [(0, 2), (5 * 8 * (48 + 60), 5), (10**9, 16)])
 def test_no_more_batches_are_made_in_advance_than_memory_allows(monkeypatch, held, ahead):
     monkeypatch.setattr(loader, "HELD", held)
     made = []
     stream = make(Source(1000))
-    monkeypatch.setattr(stream, "_example", lambda position, _: (made.append(position), (0, ""))[1])
+    monkeypatch.setattr(stream, "_read", lambda i: (made.append(i), Source(1000)[i])[1])
     with contextlib.closing(stream.iterate(0)) as batches:
         for taken in (1, 2, 3):
             next(batches)
@@ -262,13 +267,63 @@ def test_a_cut_caption_is_told_once(caplog):
     assert caplog.text.count("loses ' and the rest'") == 1
 
 
-def test_extra_arrays_follow_the_records():
-    stream = make(
-        Source(20), extra=lambda records, tokens: {"double": 2 * records, "not": ~tokens.mask_BL}
-    )
-    batch = stream.batch(1)
-    assert batch.arrays["double"].tolist() == (2 * batch.records).tolist()
-    np.testing.assert_array_equal(batch.arrays["not"], ~batch.arrays["text"].mask_BL)
+def test_a_store_gives_each_record_its_row():
+    store = np.arange(40, dtype=np.float16).reshape(20, 2)
+    batch = make(Source(20, broken=[3]), more=(inputs.stored(store, "latents"),)).batch(1)
+    there = batch.records != 3
+    np.testing.assert_array_equal(batch.arrays["latents"][there], store[batch.records[there]])
+    assert batch.arrays["latents"].dtype == np.float16
+    assert not batch.arrays["latents"][~there].any()
+
+
+def test_a_smaller_image_is_of_the_augmented_one():
+    class Striped(Source):
+        def __getitem__(self, i):
+            image_HWC = np.zeros((4, 4, 3), np.uint8)
+            image_HWC[:, :2] = 2 * i + 1
+            return super().__getitem__(i) | {"image": image_HWC}
+
+    arrays = make(Striped(40), augment=("flip",), more=(inputs.smaller(2),)).batch(0).arrays
+    mean = arrays["image"].reshape(8, 2, 2, 2, 2, 3).mean((2, 4))
+    np.testing.assert_array_equal(arrays["low"], mean)
+    assert len({image[0, 0, 0] > 0 for image in arrays["low"]}) == 2  # some are flipped
+
+
+def test_a_record_keeps_its_hole_in_every_epoch():
+    stream = make(Source(8), more=(inputs.hole(16),))
+    holes = {}
+    for step in range(4):
+        batch = stream.batch(step)
+        for record, hole in zip(batch.records, batch.arrays["hole"], strict=True):
+            holes.setdefault(int(record), set()).add(hole.tobytes())
+            rows, columns = np.nonzero(hole[..., 0])
+            assert hole.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+            assert 16 <= hole.sum() <= 144
+    assert [len(seen) for seen in holes.values()] == [1] * 8
+    assert len(set.union(*holes.values())) > 4
+
+
+def test_an_input_that_refuses_one_example_breaks_that_one_alone():
+    def refuse(examples, rngs, records):
+        if 7 in records:
+            raise transforms.BadExample("odd: of this family")
+        return {"n": np.asarray(records)}
+
+    odd = Input({"n": jax.ShapeDtypeStruct((), np.int64)}, refuse)
+    whole, stream = make(Source(40)), make(Source(40), more=(odd,))
+    for step in range(5):
+        a, b = whole.batch(step), stream.batch(step)
+        hit = a.records == 7
+        assert b.arrays["weight"].tolist() == (1.0 - hit).tolist()
+        assert [record for _, record, _ in b.bad] == [7] * hit.sum()
+        np.testing.assert_array_equal(a.arrays["image"][~hit], b.arrays["image"][~hit])
+        np.testing.assert_array_equal(b.arrays["n"][~hit], b.records[~hit])
+
+
+def test_an_input_makes_what_it_says():
+    wrong = Input({"n": jax.ShapeDtypeStruct((2,), np.int64)}, lambda e, g, r: {"n": np.asarray(r)})
+    with pytest.raises(TypeError, match=r"says it makes .*\(1, 2.* makes .*\(1,"):
+        make(Source(40), more=(wrong,), batch_size=1).batch(0)
 
 
 @pytest.mark.parametrize(

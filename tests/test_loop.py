@@ -13,6 +13,7 @@ from t2i_jax import errors, loop, pipeline
 from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
 from t2i_jax.run import health, minutes, rundir
+from tests import test_cache
 from tests.runs import config, rows, small
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,11 +57,11 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
     pipe = pipeline.Pipeline.load(str(run))
     source = shapes.make(size=40, res=16)
     encode = functools.partial(pipe.predictor.run, "encode", pipe.nets)
-    extra = cache.precompute(encode, source, pipe.predictor.tokenizer, batch_size=16)
+    extra = cache.precompute(encode, source, pipe.predictor.tokenizers["text"], batch_size=16)
     records = np.array([7, 0, 7, 39])
-    tokens, _ = pipe.predictor.tokenizer([source[i]["caption"] for i in records])
+    tokens, _ = pipe.predictor.tokenizers["text"]([source[i]["caption"] for i in records])
     direct = encode({"text": tokens})
-    cached = extra(records, tokens)
+    cached = test_cache.given(extra, records, tokens)
     assert {name: array.dtype for name, array in cached.items()} == dict.fromkeys(
         ("cond_seq", "cond_pooled"), np.float16
     )

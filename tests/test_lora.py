@@ -11,6 +11,7 @@ import pytest
 
 from configs import shapes_transformer
 from t2i_jax import errors, loop, lora, objective, pipeline, weights
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -78,7 +79,7 @@ def test_a_run_does_not_go_on_with_other_frozen_nets(base, tuned, tmp_path):
 
 
 def batch(config):
-    return weights.abstract_batch(config, 2)
+    return runs.abstract_batch(config, 2)
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4), (3, 3, 5, 4)])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, pipeline, space, weights
+from t2i_jax import errors, objective, pipeline, space
 from t2i_jax.objectives import flow
 from t2i_jax.sampling import ode, path
+from tests import runs
 
 
 @pytest.fixture(params=path.SCHEDULES)
@@ -126,7 +127,7 @@ def test_a_flow_model_works_in_another_space_and_on_another_path(config):
     )
     config.loss = dict(path="cosine", prediction="eps")
     family = flow.make(config, toy)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), runs.abstract_batch(config))
     image = jax.random.uniform(jax.random.key(1), zeros["image"].shape, minval=-1)
     batch = zeros | {"image": image, "index": jnp.arange(2), "weight": jnp.ones(2)}
     nets = jax.jit(family.init)(jax.random.key(0), batch)
@@ -144,7 +145,7 @@ def test_a_flow_model_works_in_another_space_and_on_another_path(config):
 def test_a_discrete_path_trains_and_draws_by_config_alone(config):
     config.loss = dict(path="scaled_linear", prediction="v")
     predictor = pipeline.Predictor(config)
-    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), weights.abstract_batch(config))
+    zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), runs.abstract_batch(config))
     nets = jax.jit(predictor.objective.init)(jax.random.key(0), zeros)
     assert predictor.sample(nets, ["a red circle"], steps=2).shape == (1, 16, 16, 3)
 

@@ -217,7 +217,7 @@ def test_negative_prompts_are_one_for_all_or_one_for_each(pipe, batches):
     for negative in ("blue", ["blue", "red"], ["", None], None):
         pipe(CAPTIONS, negative_prompt=negative)
     all_alike, each, *without = (batch for batch, _ in batches)
-    tokens, _ = pipe.predictor.tokenizer(["blue", "red"])
+    tokens, _ = pipe.predictor.tokenizers["text"](["blue", "red"])
     np.testing.assert_array_equal(all_alike["negative_text"].ids_BL, tokens.ids_BL[[0, 0]])
     np.testing.assert_array_equal(each["negative_text"].ids_BL, tokens.ids_BL)
     assert all("negative_text" not in batch for batch in without)

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
 from configs import dit
-from t2i_jax import errors, objective, optim, sharding, step, weights
+from t2i_jax import errors, objective, optim, sharding, step
+from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -260,7 +261,7 @@ def test_each_chip_holds_its_part_of_the_largest_configs_state():
     family = objective.make(config)
     optimisers = {"model": optim.make(config.optim.model, steps=10, where="")}
     init = functools.partial(step.init, family, optimisers, {"model": 0.9})
-    state = jax.eval_shape(init, jax.random.key(0), weights.abstract_batch(config))
+    state = jax.eval_shape(init, jax.random.key(0), runs.abstract_batch(config))
     total = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     assert total > 13 * 2**30
     for devices in (8, 16, 32, 64, 96, 128, 256):

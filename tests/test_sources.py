@@ -16,7 +16,7 @@ from PIL import Image
 
 from configs import coco_gan, tfds_flow
 from t2i_jax import errors, plugins
-from t2i_jax.data import digits, folder, loader, openmoji, openmoji_tfds, tfds, transforms
+from t2i_jax.data import digits, folder, inputs, loader, openmoji, openmoji_tfds, tfds, transforms
 from t2i_jax.data import pictures as folder_pictures
 from t2i_jax.evaluators import digits as judge
 
@@ -186,8 +186,7 @@ def test_the_budget_names_files(pictures):
     as_text(pictures)
     for name in ("red.png", "sub/green.png", "sub/deep/blue.PNG"):
         (pictures / name).write_bytes(b"<html>")
-    tokenize = lambda captions: (np.zeros((len(captions), 1)),) * 2 + ([""] * len(captions),)
-    stream = loader.Loader(folder.make(pictures), tokenize, batch_size=3, res=4, seed=0)
+    stream = loader.Loader(folder.make(pictures), (inputs.picture(4),), batch_size=3, seed=0)
     with pytest.raises(errors.DataError, match=r"3 of 3 .*\(at /.*red.png, /.*sub/green.png\)"):
         list(stream.iterate(0, 1))
 
@@ -323,10 +322,7 @@ def test_a_folder_without_pictures_is_an_error(tmp_path):
 def test_a_loader_goes_on_past_a_folders_broken_files(pictures):
     as_text(pictures)
     (pictures / "sub" / "green.png").write_bytes(png("green")[:40])
-    tokenize = lambda captions: (
-        (np.zeros((len(captions), 1), np.int32),) * 2 + ([""] * len(captions),)
-    )
-    stream = loader.Loader(folder.make(pictures), tokenize, batch_size=6, res=4, seed=0)
+    stream = loader.Loader(folder.make(pictures), (inputs.picture(4),), batch_size=6, seed=0)
     for batch in stream.iterate(0, 3):
         assert batch.arrays["weight"].tolist() == (batch.records != 2).tolist()
     assert list(stream.quarantine) == [2]

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from configs import shapes_clip, shapes_flow
-from t2i_jax import errors, objective, step, weights
+from t2i_jax import errors, objective, step
 from t2i_jax.models.types import Cond
 from t2i_jax.objective import Aux, Loss, Objective
 from t2i_jax.objectives.parts import guidance, terms
-from tests import toys
+from tests import runs, toys
 
 B, SIZE = 6, 3
 
@@ -76,9 +76,10 @@ def test_terms_are_added_in_their_order_and_share_nets():
 
 def test_any_family_can_be_guided():
     config = shapes_flow.get_config("debug")
+    batch = runs.abstract_batch(config, 2)
     config.model = {"clip": shapes_clip.get_config("debug").model}
     term = guidance.make(config).term(1.5, "cosine")
-    batch, key = weights.abstract_batch(config, 2), jax.random.key(0)
+    key = jax.random.key(0)
     cond = Cond(jnp.zeros((2, 4, 8)), jnp.ones((2, 4), bool), jnp.zeros((2, 8)))
     keys = dict.fromkeys(term.init, key)
     nets = jax.eval_shape(lambda batch: terms.init({"clip": term}, keys, batch, cond), batch)

@@ -182,7 +182,7 @@ def sampling(run, batch_size: int):
     """The sampler's program for one batch of prompts, traced with the shardings of a run."""
     config, layout = run.config, run.layout
     nets = weights.abstract_nets(run.predictor.objective, config)
-    batch = weights.abstract_batch(config, batch_size)
+    batch = weights.abstract_batch(run.family, batch_size)
     placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
     return run.predictor.trace(
         "sample",

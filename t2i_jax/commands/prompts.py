@@ -414,10 +414,11 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
 def _cut(pipe, requests, strict):
     prompts = sorted({r.prompt for r in requests if r.prompt})
     cuts = dict(zip(prompts, pipe.predictor.cuts(prompts), strict=True))
+    each = pipe.predictor.tokenizers.values()
     for prompt, cut in cuts.items():
         if cut:
             text = f"longer than the {pipe.config.text_length} tokens that the model reads"
-            if isinstance(pipe.predictor.tokenizer, dict):  # several encoders, each with its limit
+            if len(each) > 1 or any(isinstance(one, dict) for one in each):  # of unequal limits
                 text = "longer than what one of the model's text encoders reads"
             text += f"; cut off: {cut[:200]!r}"
             if strict:

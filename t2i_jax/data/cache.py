@@ -27,6 +27,7 @@ from array_record.python import array_record_data_source, array_record_module
 from t2i_jax import errors, images
 from t2i_jax.data import transforms
 from t2i_jax.models.types import Tokens
+from t2i_jax.objective import Input
 from t2i_jax.pretrained import text_encoder
 from t2i_jax.run import compile_cache, distributed, failpoints, fingerprint
 from t2i_jax.text import tokenize
@@ -70,7 +71,7 @@ def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT)
 
 
 def asked(config, predictor, frozen, source):
-    """What `extra` and `write` ask for after the folder, for the prediction config.cache names."""
+    """What `states` and `write` ask for after the folder, for the prediction config.cache names."""
     if not config.cache:
         raise errors.ConfigError(
             "it names no prediction",
@@ -78,12 +79,12 @@ def asked(config, predictor, frozen, source):
             fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
         )
     encode = functools.partial(predictor.run, config.cache, frozen)
-    tokenizer = predictor.tokenizer
+    tokenizer = predictor.tokenizers["text"]
     return encode, source, tokenizer, functools.partial(identity, config, frozen, source, tokenizer)
 
 
-def extra(folder: pathlib.Path, encode, source, tokenizer, identity):
-    """`extra(records, tokens) -> {"cond_seq", "cond_pooled"}` for the loader.
+def states(folder: pathlib.Path, encode, source, tokenizer, identity) -> Input:
+    """The input "cond_seq", "cond_pooled" for the loader, behind that of the net "text"'s tokens.
 
     From the folder if it holds states, else from an earlier start or computed now, and kept in
     memory. `identity(sums=…)` is the function of that name, bound to this run.
@@ -109,44 +110,53 @@ def extra(folder: pathlib.Path, encode, source, tokenizer, identity):
             where=str(folder),
             fix=AGAIN,
         )
-    return _Stored(folder, manifest, tokenizer)
+    return _from_files(folder, manifest, tokenizer)
 
 
-class _Stored:
+def _from_files(folder, manifest, tokenizer) -> Input:
     """States in files, read as batches ask for them."""
+    places = np.load(folder / PLACES, allow_pickle=False)
+    paths = []
+    for name, size in manifest["files"].items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != size:
+            raise errors.DataError(
+                f"not the {size} bytes that were written",
+                where=str(path),
+                fix=AGAIN,
+            )
+        paths.append(str(path))
+    captions = array_record_data_source.ArrayRecordDataSource(paths)
+    logging.info("%d captions' states in %s", len(captions), folder)
 
-    def __init__(self, folder, manifest, tokenizer):
-        self._tokenizer = tokenizer
-        self._places = np.load(folder / PLACES, allow_pickle=False)
-        self._d, self._p = manifest["width"], manifest["pooled"]
-        paths = []
-        for name, size in manifest["files"].items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != size:
-                raise errors.DataError(
-                    f"not the {size} bytes that were written",
-                    where=str(path),
-                    fix=AGAIN,
-                )
-            paths.append(str(path))
-        self._records = array_record_data_source.ArrayRecordDataSource(paths)
-        logging.info("%d captions' states in %s", len(self._records), folder)
-
-    def __call__(self, records, tokens) -> dict:
-        mask_BL = _mask(tokens, self._tokenizer)
-        seq = np.zeros((*mask_BL.shape, self._d), DTYPE)
-        pooled = np.empty((len(records), self._p), DTYPE)
-        found = self._records.__getitems__(self._places[records].tolist())
-        for i, record in enumerate(found):
+    def read(records):
+        for record in captions.__getitems__(places[records].tolist()):
             values = np.frombuffer(record, DTYPE)
-            pooled[i] = values[: self._p]
-            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
-                seq[i, mask_BL[i]] = values[self._p :].reshape(-1, self._d)
-        return {"cond_seq": seq, "cond_pooled": pooled}
+            yield values[manifest["pooled"] :].reshape(-1, width), values[: manifest["pooled"]]
+
+    width = manifest["width"]
+    return _input(read, width, manifest["pooled"], tokenizer)
 
 
-def precompute(encode, source, tokenizer, *, batch_size: int = BATCH, kept=None):
-    """Encodes every caption of a source into memory.   -> as `extra`
+def _input(read, width: int, pooled: int, tokenizer) -> Input:
+    """States as an input.   read: records -> each one's valid tokens' states VD and pooled P"""
+
+    def make(examples, rngs, records):
+        mask_BL = np.stack([_mask(example["text"], tokenizer) for example in examples])
+        seq = np.zeros((*mask_BL.shape, width), DTYPE)
+        vectors = np.empty((len(records), pooled), DTYPE)
+        for i, (seq_VD, vectors[i]) in enumerate(read(records)):
+            seq[i, mask_BL[i]] = seq_VD
+        return {"cond_seq": seq, "cond_pooled": vectors}
+
+    length = sum(one.length for one in jax.tree.leaves(tokenizer))
+    shapes = {"cond_seq": (length, width), "cond_pooled": (pooled,)}
+    shapes = {key: jax.ShapeDtypeStruct(shape, DTYPE) for key, shape in shapes.items()}
+    return Input(shapes, make, reads=("record",))
+
+
+def precompute(encode, source, tokenizer, *, batch_size: int = BATCH, kept=None) -> Input:
+    """Encodes every caption of a source into memory.   -> as `states`
 
     Args:
       encode: batch {"text"} -> Cond, the frozen encoder.
@@ -154,19 +164,14 @@ def precompute(encode, source, tokenizer, *, batch_size: int = BATCH, kept=None)
       tokenizer: the encoder's; of several a dict, in their order.
       kept: a file for the next start, or None; what it holds is not computed.
     """
-    states = _opened(kept) or _encoded(encode, source, tokenizer, batch_size, kept)
-    flat, pooled, offsets = states["flat"], states["pooled"], states["offsets"]
+    held = _opened(kept) or _encoded(encode, source, tokenizer, batch_size, kept)
+    flat, pooled, offsets = held["flat"], held["pooled"], held["offsets"]
 
-    def from_memory(records, tokens):
-        mask_BL = _mask(tokens, tokenizer)
-        rows = states["row_of_record"][records]
-        seq = np.zeros((*mask_BL.shape, flat.shape[1]), DTYPE)
-        for i, row in enumerate(rows):
-            if mask_BL[i].any():  # a broken example has its caption's states, but no caption
-                seq[i, mask_BL[i]] = flat[offsets[row] : offsets[row + 1]]
-        return {"cond_seq": seq, "cond_pooled": pooled[rows]}
+    def read(records):
+        for row in held["row_of_record"][records]:
+            yield flat[offsets[row] : offsets[row + 1]], pooled[row]
 
-    return from_memory
+    return _input(read, flat.shape[1], pooled.shape[1], tokenizer)
 
 
 def _encoded(encode, source, tokenizer, batch_size: int, kept) -> dict:
@@ -374,7 +379,7 @@ class _Captions:
 def _mask(tokens, tokenizer):
     """Where the states of each caption stand: one encoder's behind the other's."""
     each = [tokens] if isinstance(tokens, Tokens) else [tokens[name] for name in tokenizer]
-    return np.concatenate([one.mask_BL for one in each], axis=1)
+    return np.concatenate([one.mask_BL for one in each], axis=-1)
 
 
 def _captions(source):

@@ -10,21 +10,22 @@ import collections
 import concurrent.futures
 import contextlib
 import itertools
+import math
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import grain
+import jax
 import numpy as np
 from absl import logging
 from grain.experimental import index_shuffle
 
 from t2i_jax import errors, plugins
-from t2i_jax.data import transforms
-from t2i_jax.text import tokenize
+from t2i_jax.data import inputs, transforms
 
 FEW = 3  # broken examples pass whatever the budget, unless it is 0
 JUDGED = 1000  # records (or all, where fewer) that a share of broken ones is taken of, at least
@@ -32,7 +33,7 @@ WAITS = (0.1, 1.0, 5.0)  # seconds before a failed read is tried again
 # Pictures are decoded and resized without Python's lock: one thread for each core of this process.
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 AHEAD = range(2, 17)  # batches made in advance: as many of these as HELD allows
-HELD = 2**28  # bytes of their pictures
+HELD = 2**28  # bytes of their arrays
 
 
 def make_source(config, **overrides):
@@ -43,11 +44,10 @@ def make_source(config, **overrides):
 class Batch(NamedTuple):
     """One process's share of a global batch.
 
-    arrays: "image" uint8 BHWC, float32 in [-1, 1] once it is on the devices (`Layout.place`);
-      "text" `Tokens`, or of several encoders name -> `Tokens`; "index" int32 B, the slot in the
-      global batch; "weight" float32 B; and what `extra` adds. All numpy.
+    arrays: what the inputs make, images as uint8 BHWC until they are on the devices
+      (`Layout.place`); "index" int32 B, the slot in the global batch; "weight" float32 B. Numpy.
     records: the examples' numbers in the source, int64 B.
-    bad: (slot, record, reason) of each broken example: weight 0, zeros, an empty caption.
+    bad: (slot, record, reason) of each broken example: weight 0, zeros, so an empty caption.
     """
 
     arrays: dict
@@ -63,28 +63,22 @@ class Loader:
     Args:
       source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
         where(i), the file of an example, is for messages, if it has that.
-      tokenizer: one, or several with a name each, see `tokenize.read`.
+      inputs: `objective.Input`s, made in this order. More may be added before the first batch.
       batch_size: over all processes; each makes its own contiguous slice of the slots.
-      res: side of the square pictures.
-      seed: of the order and the augmentation.
-      augment: names of transforms.AUGMENTATIONS, applied in this order.
+      seed: of the order and of what inputs draw.
       bad_budget: share of broken examples at which `iterate` stops; see there.
-      extra: record numbers and tokens -> more arrays for the batch, such as cached states.
     """
 
     def __init__(
         self,
         source,
-        tokenizer,
+        inputs,
         *,
         batch_size: int,
-        res: int,
         seed: int,
-        augment=(),
         process_index: int = 0,
         process_count: int = 1,
         bad_budget: float = 0.01,
-        extra: Callable | None = None,
     ):
         if not len(source):
             raise errors.DataError(
@@ -96,20 +90,13 @@ class Loader:
                 where="config.batch_size",
                 fix=f"use a multiple of {process_count}",
             )
-        for name in augment:
-            errors.check_known(
-                "augmentation", name, transforms.AUGMENTATIONS, where="config.augment"
-            )
-        self.extra = extra
+        self.inputs = tuple(inputs)
         self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`
-        self._source, self._tokenizer = source, tokenizer
-        self._batch_size, self._res, self._seed = batch_size, res, seed
-        self._augment = [transforms.AUGMENTATIONS[name] for name in augment]
+        self._source, self._batch_size, self._seed = source, batch_size, seed
         share = batch_size // process_count
         self._slots = range(process_index * share, (process_index + 1) * share)
         self._budget = bad_budget
         self._seen = np.zeros(len(source), bool)
-        self._told_cut = False
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "examples")
         # With it the threads make that batch first which is asked for first.
         self._in_order = threading.Lock()
@@ -118,39 +105,34 @@ class Loader:
         """The batch of a step, the same whenever it is asked for."""
         with self._in_order:
             positions = [int(step) * self._batch_size + slot for slot in self._slots]
-            records = [self._record(position) for position in positions]
-            b, res = len(records), self._res
-            image_BHWC, captions = np.zeros((b, res, res, 3), np.uint8), [""] * b
+            records = np.array([self._record(position) for position in positions], np.int64)
+            b = len(records)
+            shapes = {key: s for one in self.inputs for key, s in one.shapes.items()}
+            arrays = jax.tree.map(lambda s: np.zeros((b, *s.shape), s.dtype), shapes)
 
-            def make(rows):
+            def fill(rows):
                 """Fills the rows that can be.   -> (row, reason) of the others"""
-                broken = []
-                for row in rows:
-                    try:
-                        example = self._example(positions[row], records[row])
-                        image_BHWC[row], captions[row] = example
-                    except transforms.BadExample as e:
-                        broken.append((row, str(e)))
-                return broken
+                try:
+                    examples = [self._read(int(records[row])) for row in rows]
+                    seeds = [(self._seed, positions[row]) for row in rows]
+                    rngs = [np.random.default_rng(seed) for seed in seeds]
+                    made = inputs.make(self.inputs, examples, rngs, records[rows])
+                except transforms.BadExample as e:
+                    if len(rows) == 1:
+                        return [(rows[0], str(e))]
+                    # One of them is broken: alone each says whether it is the one.
+                    return [bad for row in rows for bad in fill([row])]
+                jax.tree.map(lambda array, part: array.__setitem__(rows, part), arrays, made)
+                return []
 
             size = -(-b // (4 * THREADS))  # small parts, so that all threads end together
-            parts = [range(b)[first : first + size] for first in range(0, b, size)]
-            made = self._threads.map(make, parts)
+            parts = [list(range(b))[first : first + size] for first in range(0, b, size)]
+            broken = self._threads.map(fill, parts)
         weight_B, bad = np.ones(b, np.float32), []
-        for row, reason in itertools.chain.from_iterable(made):
+        for row, reason in itertools.chain.from_iterable(broken):
             weight_B[row] = 0
-            bad.append((self._slots[row], records[row], reason))
-        tokens, cut = tokenize.read(self._tokenizer, captions)
-        self._tell_cut(captions, cut)
-        arrays = {
-            "image": image_BHWC,
-            "text": tokens,
-            "index": np.array(self._slots, np.int32),
-            "weight": weight_B,
-        }
-        records = np.array(records, np.int64)
-        if self.extra:
-            arrays |= self.extra(records, tokens)
+            bad.append((self._slots[row], int(records[row]), reason))
+        arrays |= {"index": np.array(self._slots, np.int32), "weight": weight_B}
         return Batch(arrays, records, bad)
 
     def iterate(self, start: int, stop: int | None = None) -> Iterator[Batch]:
@@ -165,7 +147,9 @@ class Loader:
             (unless the budget is 0); or every example of the source.
           StorageError: an example could not be read, four times within six seconds.
         """
-        ahead = HELD // (len(self._slots) * self._res**2 * 3)
+        shapes = jax.tree.leaves([one.shapes for one in self.inputs])
+        example = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in shapes)
+        ahead = HELD // (len(self._slots) * max(example, 1))
         ahead = min(max(ahead, AHEAD[0]), AHEAD[-1])
         reading = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
         stop = sys.maxsize if stop is None else stop
@@ -180,14 +164,6 @@ class Loader:
         epoch, place = divmod(position, n)
         key = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
         return int(index_shuffle(place, max_index=n - 1, seed=key, rounds=4))
-
-    def _example(self, position: int, record: int):
-        example = self._read(record)
-        image_HWC = transforms.square(example["image"], self._res)
-        rng = np.random.default_rng((self._seed, position)) if self._augment else None
-        for augment in self._augment:
-            image_HWC = augment(image_HWC, rng)
-        return image_HWC, example["caption"]
 
     def _read(self, record: int) -> dict:
         for wait in (*WAITS, None):
@@ -225,16 +201,6 @@ class Loader:
                 where=", ".join(map(self._where, sorted(self.quarantine)[:5])),
                 fix="mend or remove them, or raise config.bad_budget",
             )
-
-    def _tell_cut(self, captions, cut) -> None:
-        for caption, rest in zip(captions, cut, strict=True):
-            if rest and not self._told_cut:
-                self._told_cut = True
-                logging.warning(
-                    "captions are too long and cut (config.text_length, or an encoder's limit), "
-                    "the first: %r loses %r",
-                    *(caption[:80], rest[:80]),
-                )
 
 
 def sound(source, records) -> Iterator[tuple[int, dict]]:

@@ -67,7 +67,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def square(image_HWC: np.ndarray, res: int) -> np.ndarray:
+def square(image_HWC: np.ndarray, res: int, kernel=Image.Resampling.LANCZOS) -> np.ndarray:
     """The middle square, resized with antialiasing.   -> uint8 (res, res, 3)"""
     h, w, _ = image_HWC.shape
     if (h, w) == (res, res):
@@ -75,8 +75,17 @@ def square(image_HWC: np.ndarray, res: int) -> np.ndarray:
     side = min(h, w)
     top, left = (h - side) // 2, (w - side) // 2
     box = (left, top, left + side, top + side)
-    image = Image.fromarray(image_HWC).resize((res, res), Image.Resampling.LANCZOS, box=box)
+    image = Image.fromarray(image_HWC).resize((res, res), kernel, box=box)
     return np.asarray(image)
+
+
+def shrink(image_HWC: np.ndarray, res: int) -> np.ndarray:
+    """The middle square at a lower resolution, by means of areas.   -> uint8 (res, res, 3)"""
+    h, w, c = image_HWC.shape
+    if h == w and h % res == 0:  # exact, where Pillow rounds rows and columns one after another
+        mean_HWC = image_HWC.reshape(res, h // res, res, h // res, c).mean((1, 3))
+        return np.rint(mean_HWC).astype(np.uint8)
+    return square(image_HWC, res, Image.Resampling.BOX)
 
 
 def pad(image_HWC: np.ndarray) -> np.ndarray:

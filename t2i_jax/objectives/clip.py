@@ -51,7 +51,7 @@ def make(config) -> Objective:
     def init(key, batch):
         key_image, key_caption, key_text = jax.random.split(key, 3)
         text_variables, cond = text.init(key_text, batch)
-        image_BHWC = jnp.zeros((len(batch["index"]), config.res, config.res, 3))
+        image_BHWC = jnp.zeros(batch["image"].shape)
         nets = {"image": image.init(key_image, image_BHWC), "text": text_variables}
         if caption:
             nets["caption"] = caption.init(key_caption, cond)

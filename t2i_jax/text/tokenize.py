@@ -78,7 +78,8 @@ class Tokenizer:
         rows = [np.asarray(row) for row in ids_BL]
         if mask_BL is not None:
             rows = [row[np.asarray(mask)] for row, mask in zip(rows, mask_BL, strict=True)]
-        return self._decode([row.tolist() for row in rows])
+        ends = {*self._before, *self._after, self.end}  # not every file marks them as special
+        return self._decode([[i for i in row.tolist() if i not in ends] for row in rows])
 
 
 def read(tokenizer, captions):
