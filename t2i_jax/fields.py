@@ -21,17 +21,19 @@ from t2i_jax import errors
 # Numbers are computed in float32: a smaller one counts as 0, a larger one is infinite.
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 UNIONS = (typing.Union, types.UnionType)
-NAMES = {  # of types, as messages say them; None is not there
+NAMES = {  # type -> its values in words, for messages; all other types are "None"
     **{float: "a finite number", int: "a whole number", bool: "True or False", str: "a text"},
     Mapping: "a dictionary",
 }
 
 
 class Rule(NamedTuple):
-    """What a field's value must fulfil beside its type. Of a tuple, each entry must.
+    """A condition on a field's value, in addition to its type. In a tuple each entry must meet it.
 
-    wanted: how the message goes on after the type, such as " above 0".
-    names: those that the value must be one of.   whole: the rule is of a tuple, not of its entries.
+    fits: value -> whether it meets the condition.
+    wanted: the end of the message, after the type, such as " above 0".
+    names: the values that are allowed, if these are names.
+    whole: the condition is on the whole tuple, not on its entries.
     """
 
     fits: Callable[[Any], bool]
@@ -41,16 +43,16 @@ class Rule(NamedTuple):
 
 
 class Static(NamedTuple):
-    """With this value, or any, a prediction's option is a constant of the compiled program."""
+    """Marks the value of a prediction's option that is a constant of the compiled program."""
 
     value: Any
 
 
-STATIC = Static(...)  # every value is compiled apart: functions may ask `temperature == 0`
+STATIC = Static(...)  # every value has its own program, so code may ask `temperature == 0`
 
 
 def compiled_apart(value) -> Static:
-    """This value is compiled apart, as a smaller program; all other values share one.
+    """Marks a value that gets its own, smaller program. All other values share one.
 
     `guidance: Annotated[float, at_least(0), compiled_apart(1.0)] = 3.0`
     """
@@ -70,12 +72,12 @@ def below(high) -> Rule:
 
 
 def between(low, high) -> Rule:
-    """Both ends belong to it."""
+    """From `low` to `high`, both included."""
     return Rule(lambda v: low <= v <= high, f" from {low} to {high:,}")
 
 
 def count(most: int = 10_000) -> Rule:
-    """Of sampling steps and the like."""
+    """From 1 to `most`, for sampling steps and the like."""
     return between(1, most)
 
 
@@ -84,7 +86,7 @@ def one_of(names) -> Rule:
 
 
 def ascending() -> Rule:
-    """Of a tuple."""
+    """For a tuple whose entries never decrease."""
     return Rule(lambda v: list(v) == sorted(v), " with the largest last", whole=True)
 
 
@@ -100,9 +102,10 @@ Weight = Annotated[float, at_least(0)]
 
 
 def build(kind: Callable, options: Mapping[str, Any], *args, where: str):
-    """`kind(*args, **options)`, the options checked, and none missing that has no default.
+    """`kind(*args, **options)` with checked options. For the arguments see `check`.
 
-    For the arguments and errors see `check`.
+    Raises:
+      ConfigError: as `check`, or an option without a default is missing.
     """
     options = check(kind, options, where=where, given=len(args))
     for name, parameter in _parameters(kind, len(args)).items():
@@ -113,14 +116,16 @@ def build(kind: Callable, options: Mapping[str, Any], *args, where: str):
 
 
 def check(kind: Callable, options: Mapping[str, Any], *, where: str, given: int = 0) -> dict:
-    """The options, each as its field's type: 3 is 3.0 for a float, a list is a tuple.
+    """The options, each in the type of its field: 3 becomes 3.0 for a float, a list a tuple.
 
     Args:
-      kind: what has the fields. One without annotation has the type of its default.
-      where: the options' place; to a key of the config, or to "--", the option's name is added.
-      given: how many arguments stand before the options.
+      kind: a NamedTuple, a Linen module or a function. A field without an annotation has the type
+        of its default.
+      where: the place of the options, for errors. The option's name is added to a key of the config
+        and to "--".
+      given: the number of positional arguments in front of the options.
     Raises:
-      ConfigError: an option that `kind` does not take, or a value against its type or rules.
+      ConfigError: an option that `kind` does not have, or a value against its type or rules.
     """
     check_names(kind, options, where=where, given=given)
     parameters = _parameters(kind, given)
@@ -129,7 +134,7 @@ def check(kind: Callable, options: Mapping[str, Any], *, where: str, given: int 
 
 
 def check_names(kind: Callable, options, *, where: str, given: int = 0) -> None:
-    """ConfigError unless `kind`, after `given` positional arguments, takes every keyword."""
+    """Raises ConfigError unless `kind` takes every option after `given` positional arguments."""
     parameters = _parameters(kind, given)
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(kind).parameters.values()):
         return
@@ -138,7 +143,7 @@ def check_names(kind: Callable, options, *, where: str, given: int = 0) -> None:
 
 
 def checked(annotation, name: str, value, *, where: str):
-    """A value as the annotation's type; for `where` and the errors see `check`."""
+    """A value in the type of an annotation. For `where` and the errors see `check`."""
     kind, rules = annotation, ()
     if typing.get_origin(annotation) is Annotated:
         kind, *rules = typing.get_args(annotation)
@@ -157,13 +162,13 @@ def checked(annotation, name: str, value, *, where: str):
 
 
 def is_static(parameter: inspect.Parameter, value) -> bool:
-    """Whether a prediction's option is, with this value, a constant of the compiled program."""
+    """Whether this value of a prediction's option is a constant of the compiled program."""
     marks = getattr(parameter.annotation, "__metadata__", ())
     return isinstance(value, int | str) or STATIC in marks or Static(value) in marks
 
 
 def _parameters(kind, given: int) -> dict[str, inspect.Parameter]:
-    """The fields by name, without the first `given` and without what is not ours to set."""
+    """The fields by name, without the first `given` and without Flax's own."""
     parameters = list(inspect.signature(kind).parameters.values())[given:]
     flax = ("parent", "name") if hasattr(kind, "__dataclass_fields__") else ()
     other = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
@@ -171,7 +176,7 @@ def _parameters(kind, given: int) -> dict[str, inspect.Parameter]:
 
 
 def _annotation(parameter: inspect.Parameter):
-    """A field's annotation, else the type of its default, if that says anything."""
+    """A field's annotation, else the type of its default, else Any."""
     default = parameter.default
     if parameter.annotation is not parameter.empty:
         return parameter.annotation
@@ -187,9 +192,10 @@ def _place(where: str, name: str) -> str:
 
 
 def _fits(kind, value) -> bool:
-    """Whether a value can be taken as that type. Of types other than those below, all can."""
+    """Whether a value can be converted to a type. For types other than those below, any can."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind in (float, int):
+        # A bool is an int in Python. NaN fails the comparison, too.
         finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= MOST
         return finite and (kind is float or value == int(value))
     if origin is tuple:
@@ -204,7 +210,7 @@ def _fits(kind, value) -> bool:
 
 
 def _cast(kind, value):
-    """A value that fits a type as that type."""
+    """Converts a value that fits a type to that type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if kind in (float, int):
         return kind(value)
@@ -216,12 +222,12 @@ def _cast(kind, value):
 
 
 def _entries(parts, n: int) -> tuple:
-    """The types of a tuple's n entries."""
+    """The types of the n entries of a tuple."""
     return (parts[0],) * n if parts[1:] == (...,) else parts
 
 
 def _named(kind) -> str:
-    """A type as a message says it: "a finite number", "2 finite numbers"."""
+    """A type in words, for messages: "a finite number", "2 finite numbers"."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in UNIONS:
         return " or ".join(map(_named, parts))

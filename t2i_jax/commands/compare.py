@@ -287,6 +287,7 @@ def curves(runs: list[Run], names: list[str]) -> bytes | None:
             if name.endswith("/loss"):
                 axes[column].set_yscale("log")
         axes[0].legend()
+    # `figure.Figure` without pyplot needs no display and keeps no global state.
     buffer = io.BytesIO()
     drawing.savefig(buffer, format="png", dpi=80)
     return buffer.getvalue()

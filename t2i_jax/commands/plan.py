@@ -83,7 +83,7 @@ def needs(traced, *, memory: int | None = None) -> Needs:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if "RESOURCE_EXHAUSTED" not in str(e):  # JAX has no type of its own for this error
             raise
         raise DoesNotFit(str(e)) from e
     m = compiled.memory_analysis()
@@ -254,6 +254,7 @@ def traffic(text: str) -> dict[str, Traffic]:
             fused = bool(channel) and channel[0] in program.fused
             if not match or (fused and name not in program.starts):
                 continue
+            # The type of a start also holds the operands, except for an all-reduce.
             result, kind, start = match.groups()
             size = times * _size(result, halved=bool(start) and kind != "all-reduce")
             if fused:

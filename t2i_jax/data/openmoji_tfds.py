@@ -109,6 +109,7 @@ def family(name: str) -> str:
 
 def in_test(name: str) -> bool:
     """Whether an emoji belongs to the test split. Its whole family does, or none of it."""
+    # By a hash, so that new emoji do not move old ones from one split to the other.
     digest = hashlib.sha256(family(name).encode()).digest()
     return int.from_bytes(digest[:8]) < TEST_SHARE * 2**64
 

@@ -91,6 +91,7 @@ def _smooth(x_BHWC):
     reach_K = np.arange(TAPS) - TAPS // 2
     weight_K = np.exp(-0.5 * (reach_K / SIGMA) ** 2)
     weight_K /= weight_K.sum()
+    # The window is a product of two one-dimensional ones: 22 terms in place of 121.
     for axis in (1, 2):
         size = x_BHWC.shape[axis] - TAPS + 1
         parts = (

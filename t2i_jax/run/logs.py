@@ -75,6 +75,7 @@ def close() -> None:
 
 def note(text: str) -> None:
     """Writes a line to the file alone. The progress bar shows the same on the screen."""
+    # Past the logger itself, whose other handlers would show the line a second time.
     logger = logging.get_absl_logger()
     record = logger.makeRecord(logger.name, std_logging.INFO, __file__, 0, text, (), None)
     for handler in logger.handlers:
