@@ -25,9 +25,9 @@ def read_text(path, *, limit: int = LIMIT) -> str:
 
 
 def remembered(read):
-    """`read(folder, *args)`, which reads again only where a file of the folder changed.
+    """`read(folder, *args)` with a cache. It reads again only if a file in the folder has changed.
 
-    What it returns is shared: nobody may change it.
+    Callers share the result and must not change it.
     """
     cached = functools.lru_cache(maxsize=32)(lambda folder, args, version: read(folder, *args))
 

@@ -221,7 +221,7 @@ class Layout:
 
 
 def is_image(dtype, rank: int) -> bool:
-    """Whether an array of a batch is images as bytes, BHWC, which losses see as float32."""
+    """Whether an array of a batch holds images as bytes BHWC. Losses get them as float32."""
     return dtype == jnp.uint8 and rank == 4
 
 

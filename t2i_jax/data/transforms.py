@@ -80,9 +80,10 @@ def square(image_HWC: np.ndarray, res: int, kernel=Image.Resampling.LANCZOS) -> 
 
 
 def shrink(image_HWC: np.ndarray, res: int) -> np.ndarray:
-    """The middle square at a lower resolution, by means of areas.   -> uint8 (res, res, 3)"""
+    """The middle square at a lower resolution, by averaging areas.   -> uint8 (res, res, 3)"""
     h, w, c = image_HWC.shape
-    if h == w and h % res == 0:  # exact, where Pillow rounds rows and columns one after another
+    # The exact mean where areas are whole pixels. Pillow rounds after rows and again after columns.
+    if h == w and h % res == 0:
         mean_HWC = image_HWC.reshape(res, h // res, res, h // res, c).mean((1, 3))
         return np.rint(mean_HWC).astype(np.uint8)
     return square(image_HWC, res, Image.Resampling.BOX)

@@ -9,20 +9,23 @@ from t2i_jax import errors, plugins
 
 
 class FlowNetwork(Protocol):
-    """What a flow model asks of its network, a Linen module.
+    """The interface of a flow model's network, a Linen module.
 
-    unit: what height and width of its input are multiples of.
+    unit: height and width of the input must be multiples of it.
     """
 
     unit: int
 
     def prepare(self, cond: Any) -> Any:
-        """What of the conditions is the same at every step, such as keys and values of the text."""
+        """The part of the conditions that is the same at every step, such as keys of the text.
+
+        A sampler computes it once for all its steps.
+        """
 
     def __call__(self, x_BHWC, t_B, cond: Any, prepared: Any = None) -> jax.Array:
         """The output in the shape of x_BHWC, for times from 0, the image, to 1, the noise.
 
-        prepared: what `prepare` gave for `cond`, where it was computed before.
+        prepared: the result of `prepare(cond)`, where that has been computed before.
         """
 
 
@@ -31,7 +34,7 @@ def build(sizes, *, shape_HWC: tuple[int, int, int], where: str) -> FlowNetwork:
 
     Args:
       sizes: the network's fields by name, and `backbone`.
-      shape_HWC: of an example; its channels are the default of the network's.
+      shape_HWC: of an example. Its channels are the default for the network's.
       where: the place of `sizes` in the config, for errors.
     Raises:
       ConfigError: no such network or size, or one that does not fit the examples.
