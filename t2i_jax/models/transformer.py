@@ -2,7 +2,7 @@
 
 AdaLN-zero from time and pooled text (DiT, arXiv:2212.09748), qk-norm, SwiGLU, fixed 2-D positions.
 
-B batch · H W pixels · C channels · T picture tokens · S text tokens · D width · N heads
+B batch · H W pixels · C channels · T image tokens · S text tokens · D width · N heads
 """
 
 import flax.linen as nn
