@@ -183,7 +183,8 @@ def test_an_unexpected_error_reaches_the_consumer_at_its_step():
         next(batches)
 
 
-def test_a_broken_example_keeps_its_slot_and_moves_nobody():
+def test_a_broken_example_keeps_its_slot_and_moves_nobody(monkeypatch):
+    monkeypatch.setattr(loader, "THREADS", 1)  # parts of two examples
     good, bad = make(Source(40)), make(Source(40, broken=[7, 20]))
     arrays = lambda batch: jax.tree.leaves([batch.arrays["image"], batch.arrays["text"]])
     for step in range(5):
@@ -303,7 +304,8 @@ def test_a_record_keeps_its_hole_in_every_epoch():
     assert len(set.union(*holes.values())) > 4
 
 
-def test_an_input_that_refuses_one_example_breaks_that_one_alone():
+def test_an_input_that_refuses_one_example_breaks_that_one_alone(monkeypatch):
+    monkeypatch.setattr(loader, "THREADS", 1)  # parts of two examples
     def refuse(examples, rngs, records):
         if 7 in records:
             raise transforms.BadExample("odd: of this family")
