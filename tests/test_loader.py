@@ -306,6 +306,7 @@ def test_a_record_keeps_its_hole_in_every_epoch():
 
 def test_an_input_that_refuses_one_example_breaks_that_one_alone(monkeypatch):
     monkeypatch.setattr(loader, "THREADS", 1)  # parts of two examples
+
     def refuse(examples, rngs, records):
         if 7 in records:
             raise transforms.BadExample("odd: of this family")
