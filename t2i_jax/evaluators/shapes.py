@@ -117,7 +117,8 @@ def make(
     captions = []
     for place, split in enumerate(splits):
         size = len(range(place, num_images, len(splits)))
-        captions += shapes.make(split=split, size=size, seed=seed).captions()
+        options = dict(split=split, size=size, seed=seed)
+        captions += fields.build(shapes.make, options, where="evaluator shapes").captions()
 
     def run(nets, step):
         images = predict["sample"](
