@@ -138,8 +138,11 @@ def train_ours(folder: pathlib.Path) -> None:
 
     from t2i_jax import objective, optim, randomness, step
     from t2i_jax.commands import plan
+    from t2i_jax.models.types import Tokens
 
-    config, data = train_config(), jax.device_put(batch())
+    arrays = batch()
+    tokens = Tokens(arrays.pop("text"), arrays.pop("mask"))
+    config, data = train_config(), jax.device_put(arrays | {"text": tokens})
     family = objective.make(config)
     made = jax.jit(family.init)(jax.random.key(0), data)
     nets = jax.device_put({name: cases.moved(made[name]) for name in family.trained})
