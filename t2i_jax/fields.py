@@ -161,6 +161,27 @@ def checked(annotation, name: str, value, *, where: str):
     return _cast(kind, value)
 
 
+def signature(kind: Callable) -> inspect.Signature:
+    """`inspect.signature`, its annotations as objects also where a file writes them as strings."""
+    raw = inspect.signature(kind)
+    texts = [*(p.annotation for p in raw.parameters.values()), raw.return_annotation]
+    if not any(isinstance(text, str | typing.ForwardRef) for text in texts):
+        return raw
+    try:
+        hints = typing.get_type_hints(kind, include_extras=True)
+    except NameError as e:
+        raise errors.ConfigError(
+            f"annotations of {kind.__qualname__} cannot be read: {e}",
+            where=kind.__module__,
+            fix="define their names in the module, or write no annotations as strings",
+        ) from e
+    parameters = [
+        p.replace(annotation=hints.get(p.name, p.annotation)) for p in raw.parameters.values()
+    ]
+    given = hints.get("return", raw.return_annotation)
+    return raw.replace(parameters=parameters, return_annotation=given)
+
+
 def is_static(parameter: inspect.Parameter, value) -> bool:
     """Whether this value of a prediction's option is a constant of the compiled program."""
     marks = getattr(parameter.annotation, "__metadata__", ())
@@ -169,7 +190,7 @@ def is_static(parameter: inspect.Parameter, value) -> bool:
 
 def _parameters(kind, given: int) -> dict[str, inspect.Parameter]:
     """The fields by name, without the first `given` and without Flax's own."""
-    parameters = list(inspect.signature(kind).parameters.values())[given:]
+    parameters = list(signature(kind).parameters.values())[given:]
     flax = ("parent", "name") if hasattr(kind, "__dataclass_fields__") else ()
     other = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
     return {p.name: p for p in parameters if p.kind not in other and p.name not in flax}

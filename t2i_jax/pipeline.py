@@ -16,7 +16,8 @@ from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
 NOUNS = {objective.Pictures: "picture", objective.Texts: "text"}  # of a prediction's kind
-EXAMPLES = {"image": "--image", "text": "--prompt"}  # key of a batch -> where examples come from
+EXAMPLES = {"image": "--image", "caption": "--prompt"}  # what an input is made of -> its flag
+TAKEN = ("name", "nets", "examples", "seed", "index", "batch_size")  # arguments of `draw`
 
 
 class Predictor:
@@ -32,6 +33,8 @@ class Predictor:
         self.config, self._layout = config, layout
         self.poll = lambda: None  # called before each batch; may raise to stop
         self.objective = objective.make(config)
+        for name, fn in self.objective.predict.items():
+            _check_signature(name, fn)
         read = [one for one in self.objective.inputs if one.tokenizer is not None]
         self.tokenizers = {key: one.tokenizer for one in read for key in one.shapes}
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
@@ -51,7 +54,7 @@ class Predictor:
                 fix=f"it has {', '.join(self.objective.predict)}; or open another model",
             )
         fn = self.objective.predict[name]
-        parameters = inspect.signature(fn).parameters
+        parameters = fields.signature(fn).parameters
         options = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
         for values, where in ((self.config.get(name, {}), f"config.{name}"), (given, "--")):
             options |= fields.check(fn, values, where=where, given=3)
@@ -95,7 +98,7 @@ class Predictor:
     def _bind(self, name, options):
         """A prediction's jitted program and the options that are its arguments."""
         options = self.check(name, **options)
-        parameters = inspect.signature(self.objective.predict[name]).parameters
+        parameters = fields.signature(self.objective.predict[name]).parameters
         static = {k: v for k, v in options.items() if fields.is_static(parameters[k], v)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
         return self._compiled(name, tuple(sorted(static.items()))), arrays
@@ -116,7 +119,7 @@ class Predictor:
     def kind(self, name: str):
         """What a prediction gives: `objective.Pictures`, `objective.Texts`, or else arrays."""
         self.check(name)
-        said = inspect.signature(self.objective.predict[name]).return_annotation
+        said = fields.signature(self.objective.predict[name]).return_annotation
         return objective.Pictures if name == "sample" else said  # it draws, whoever wrote it
 
     def draws(self, name: str) -> bool:
@@ -140,11 +143,18 @@ class Predictor:
         Returns:
           Pictures as uint8 BHWC, texts as B strings, of other predictions their arrays.
         Raises:
-          ConfigError: no such prediction, a wrong option, examples that it lacks or does not read.
+          ConfigError: no such prediction, a wrong option, examples that it lacks or does not read,
+            or arrays that are not one for each example.
           DataError: pictures that are not finite.
         """
         settings, kind = self.check(name, **options), self.kind(name)
-        n = len(next(iter(examples.values())))
+        fields.check_names(self.batch, examples, where="examples")
+        n = _count(examples)
+        for argument, rows in (("seed", seed), ("index", index)):
+            if np.ndim(rows) and len(rows) != n:
+                raise errors.ConfigError(
+                    f"{len(rows)} of them for {n} examples", where=argument, fix="give one for each"
+                )
         seed_B = np.broadcast_to(np.asarray(seed), n)
         for one in seed_B.tolist():
             limits.check_seed(one, "--seed")
@@ -157,20 +167,27 @@ class Predictor:
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = jax.tree.map(lambda x, rows=rows: x[rows], whole)
-            found = self._run_aloud(name, nets, batch, seed=seed_B[rows], **options)
+            found = self._run_aloud(name, nets, batch, examples, seed=seed_B[rows], **options)
+            if any(np.shape(x)[:1] != (size,) for x in jax.tree.leaves(found)):
+                raise errors.ConfigError(
+                    f"prediction {name!r} gives no array with an entry for each example",
+                    where="draw",
+                    fix="call Predictor.run with a whole batch",
+                )
             found = images.to_uint8(found) if kind is objective.Pictures else found
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
         return [*self.tokenizers.values()][-1].decode(*found) if kind is objective.Texts else found
 
-    def _run_aloud(self, name: str, nets, batch, *, seed, **options):
+    def _run_aloud(self, name: str, nets, batch, examples, *, seed, **options):
         """`run`, on the host; says when it compiles, which may take long."""
         shapes = str(jax.tree.map(np.shape, batch))
         fn, arrays = self._bind(name, options)
         program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
         started, what = None, NOUNS.get(self.kind(name), "example")
         if program not in self._announced:
-            self._check_read(name, fn, (nets, batch, np.asarray(seed, np.uint32), arrays))
+            arguments = (nets, batch, np.asarray(seed, np.uint32), arrays)
+            self._check_read(name, fn, arguments, {k for k in EXAMPLES if k in examples})
             self._announced.add(program)
             started = time.perf_counter()
             _say(f"compiling for {count} {what}{'s' * (count > 1)} at once …")
@@ -185,26 +202,42 @@ class Predictor:
             _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
         return found
 
-    def _check_read(self, name: str, fn, arguments) -> None:
-        """ConfigError unless a prediction has all examples that it reads, and reads captions and
-        images where both are there. One alone may be there to say how many examples there are.
+    def _check_read(self, name: str, fn, arguments, kinds) -> None:
+        """ConfigError unless a prediction has the examples that it reads, and reads those it has.
+
+        One kind of example alone may be there only to say how many there are.
+
+        Args:
+          arguments: of `fn`, the prediction's program.
+          kinds: those of EXAMPLES that the batch was made of.
         """
+        made_of = {key: one.reads for one in self.objective.inputs for key in one.shapes}
         try:
             jaxpr = fn.trace(*arguments).jaxpr.jaxpr
         except KeyError as e:
-            if e.args[0] not in EXAMPLES:
+            lacking = [kind for kind in made_of.get(e.args[0], ()) if kind not in kinds]
+            if not lacking:
                 raise
-            key, reads, fix = e.args[0], f"reads {e.args[0]!r}, and there is none", "give one"
-        else:
-            _, batch, *_ = jax.tree.unflatten(jax.tree.structure(arguments), jaxpr.invars)
-            used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
-            used |= {id(var) for var in jaxpr.outvars}
-            unused = lambda key: not any(id(var) in used for var in jax.tree.leaves(batch[key]))
-            both = EXAMPLES if EXAMPLES.keys() <= batch.keys() else ()
-            key = next((key for key in both if unused(key)), None)
-            reads, fix = f"does not read {key!r}", "leave it out"
-        if key:
-            raise errors.ConfigError(f"prediction {name!r} {reads}", where=EXAMPLES[key], fix=fix)
+            raise errors.ConfigError(
+                f"prediction {name!r} reads {e.args[0]!r}, and there is no {lacking[0]}",
+                where=EXAMPLES.get(lacking[0], "examples"),
+                fix="give one",
+            ) from e
+        _, batch, *_ = jax.tree.unflatten(jax.tree.structure(arguments), jaxpr.invars)
+        used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
+        used |= {id(var) for var in jaxpr.outvars}
+        read = {
+            kind
+            for key, reads in made_of.items()
+            if key in batch and any(id(var) in used for var in jax.tree.leaves(batch[key]))
+            for kind in reads
+        }
+        for kind in sorted(kinds - read) if len(kinds) > 1 else ():
+            raise errors.ConfigError(
+                f"prediction {name!r} does not read the {kind}",
+                where=EXAMPLES[kind],
+                fix="leave it out",
+            )
 
     def check_negative(self, options: dict, where: str = "--negative_prompt") -> None:
         """Raises ConfigError unless pictures with these options are guided away from a prompt.
@@ -279,6 +312,57 @@ class Predictor:
         return named | ({"sample": self.sample} if "sample" in named else {})
 
 
+def _check_signature(name: str, fn) -> None:
+    """ConfigError unless a prediction's options stand after `*`, under names that `draw` leaves."""
+    for option in list(fields.signature(fn).parameters.values())[3:]:
+        if option.kind is not option.KEYWORD_ONLY or option.name in TAKEN:
+            raise errors.ConfigError(
+                f"prediction {name!r} has {option.name!r} as an option",
+                where=f"objectives, {name}",
+                fix=f"write options after `*`, and not as one of {', '.join(TAKEN)}",
+            )
+
+
+def _count(examples) -> int:
+    """How many examples there are.
+
+    Raises:
+      ConfigError: none, other numbers of them, no lists, captions that are no strings, or images
+        that are not uint8 with three channels.
+    """
+    counts = {}
+    for name, rows in examples.items():
+        if rows is None:
+            continue
+        if (
+            isinstance(rows, str)
+            or not hasattr(rows, "__len__")
+            or not all(_is_example(name, row) for row in rows)
+        ):
+            wanted = "uint8 arrays, each height × width × 3" if name == "image" else "strings"
+            raise errors.ConfigError(
+                f"the examples of {name!r} are none that can be read",
+                where=f"examples[{name!r}]",
+                fix=f"give a list of {wanted}, one for each example",
+            )
+        counts[name] = len(rows)
+    if len({*counts.values()}) != 1 or 0 in counts.values():
+        said = ", ".join(f"{n} of {name!r}" for name, n in counts.items()) or "none"
+        raise errors.ConfigError(
+            f"numbers of examples differ, or there are none: {said}",
+            where="examples",
+            fix="give as many of each, and one at least",
+        )
+    return next(iter(counts.values()))
+
+
+def _is_example(name: str, value) -> bool:
+    if name == "image":
+        shape = np.shape(value)
+        return getattr(value, "dtype", None) == np.uint8 and len(shape) == 3 and shape[2] == 3
+    return isinstance(value, str) or (value is None and name == "negative_prompt")
+
+
 def _padded(n: int) -> int:
     """The next power of two."""
     return 1 << (n - 1).bit_length()
@@ -322,16 +406,16 @@ class Pipeline:
         try:
             with hf.offline_except(*weights.named(load)):
                 return cls._load(source, folder, config, step, averaged)
-        except errors.DataError as e:
-            described = folder / "config.json"
-            if e.where == str(described) or e.where not in map(
-                str, weights.sources(config).values()
-            ):
+        except (errors.DataError, errors.ConfigError) as e:
+            described, sources = folder / "config.json", weights.sources(config)
+            places = {str(source): name for name, source in sources.items()}
+            places |= {f"config.load.{name}={source}": name for source, name in places.items()}
+            if e.where == str(described) or e.where not in places:
                 raise
-            raise errors.DataError(
+            raise type(e)(
                 e.what,
                 where=f"{e.where}, which {described} names in config.load",
-                fix="bring it back, or say where it lies now: --load=text=DIR",
+                fix=f"bring it back, or say where it lies now: --load={places[e.where]}=DIR",
             ) from e
 
     @classmethod

@@ -1,6 +1,8 @@
 """Rules beside fields: what fits is taken as its type, all else is one clear error."""
 
 import inspect
+import sys
+import types
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
@@ -164,3 +166,28 @@ def test_defaults_fulfil_their_own_rules():
     for kind, given_ in ((Options, 0), (flow.Options, 0)):
         for name, parameter in fields._parameters(kind, given_).items():
             fields.checked(parameter.annotation, name, parameter.default, where="here")
+
+
+def test_annotations_written_as_strings_have_their_rules():
+    text = """
+from __future__ import annotations
+from typing import Annotated, NamedTuple
+from t2i_jax import fields
+class Options(NamedTuple):
+    share: Annotated[float, fields.between(0, 1)] = 0.5
+def predict(nets, *, share: Annotated[float, fields.between(0, 1)] = 0.5) -> fields.Share: ...
+def unknown(nets, *, share: Nothing = 0.5): ...
+"""
+    module = types.ModuleType("late")
+    sys.modules["late"] = module
+    try:
+        exec(text, module.__dict__)
+        for kind, given in ((module.Options, 0), (module.predict, 1)):
+            assert fields.check(kind, {"share": 1}, where="here", given=given) == {"share": 1.0}
+            with pytest.raises(errors.ConfigError, match="from 0 to 1"):
+                fields.check(kind, {"share": 2}, where="here", given=given)
+        assert fields.signature(module.predict).return_annotation == fields.Share
+        with pytest.raises(errors.ConfigError, match="'Nothing' is not defined"):
+            fields.signature(module.unknown)
+    finally:
+        del sys.modules["late"]

@@ -149,10 +149,15 @@ def test_help_lists_what_a_model_predicts(model):
         ("recolour", {"image": 1}, dict(blue=1), "unknown option 'blue' .at --blue"),
         ("recolour", {"image": 1}, dict(red=1.5), "a finite number from 0 to 1"),
         ("echo", {"caption": 1}, dict(times=4), "a whole number from 1 to 3"),
-        ("recolour", {"caption": 1}, {}, r"'recolour' reads 'image', and there is none .*--image"),
-        ("both", {"image": 1}, {}, r"'both' reads 'text', and there is none .*--prompt"),
-        ("recolour", {"image": 1, "caption": 1}, {}, r"does not read 'text' .at --prompt"),
-        ("echo", {"image": 1, "caption": 1}, {}, r"does not read 'image' .at --image"),
+        (
+            "recolour",
+            {"caption": 1},
+            {},
+            r"'recolour' reads 'image', and there is no image .*--image",
+        ),
+        ("both", {"image": 1}, {}, r"'both' reads 'text', and there is no caption .*--prompt"),
+        ("recolour", {"image": 1, "caption": 1}, {}, r"does not read the caption .at --prompt"),
+        ("echo", {"image": 1, "caption": 1}, {}, r"does not read the image .at --image"),
         ("echo", {"captions": 1}, {}, "unknown option 'captions'.*did you mean 'caption'"),
     ],
 )
@@ -161,6 +166,41 @@ def test_what_does_not_fit_a_prediction_is_said(pipe, name, examples, options, m
     examples = {key: values.get(key, ["a ring"]) for key in examples} or {"caption": ["a"]}
     with pytest.raises(errors.ConfigError, match=message):
         pipe.draw(name, examples, **options)
+
+
+IMAGE = np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("examples", "options", "message"),
+    [
+        ({"caption": "a red ring"}, {}, "give a list of strings"),
+        ({"caption": 3}, {}, "give a list of strings"),
+        ({"caption": [IMAGE]}, {}, "give a list of strings"),
+        ({"caption": []}, {}, "or there are none: 0 of 'caption'"),
+        ({}, {}, "or there are none: none"),
+        ({"caption": ["a"], "image": [IMAGE] * 2}, {}, "1 of 'caption', 2 of 'image'"),
+        ({"image": IMAGE}, {}, "give a list of uint8 arrays"),
+        ({"image": [IMAGE.astype(np.float32)]}, {}, "give a list of uint8 arrays"),
+        ({"image": [IMAGE[..., :1]]}, {}, "give a list of uint8 arrays"),
+        ({"caption": ["a", "b"], "negative_prompt": "grey"}, {}, "give a list of strings"),
+        ({"caption": ["a"]}, dict(index=[0, 1]), "2 of them for 1 examples .at index"),
+        ({"caption": ["a"]}, dict(seed=[0, 1]), "2 of them for 1 examples .at seed"),
+    ],
+)
+def test_examples_that_cannot_be_read_are_told_before_anything_is_compiled(
+    pipe, examples, options, message
+):
+    with pytest.raises(errors.ConfigError, match=message):
+        pipe.draw("raw", examples, **options)
+
+
+@pytest.mark.parametrize("write", ["sharpness=1.0", "*, seed=1.0", "*, index: int = 1"])
+def test_a_predictions_options_stand_after_a_star_under_free_names(write):
+    space = {}
+    exec(f"def predict(nets, batch, key, {write}): ...", space)
+    with pytest.raises(errors.ConfigError, match="write options after `\\*`"):
+        pipeline._check_signature("predict", space["predict"])
 
 
 def test_arrays_come_from_python_alone(pipe):

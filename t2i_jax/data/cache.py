@@ -78,6 +78,11 @@ def asked(config, predictor, frozen, source):
             where="config.cache",
             fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
         )
+    predictor.check(config.cache)
+    if "text" not in predictor.tokenizers:
+        raise errors.ConfigError(
+            "the family reads no captions", where="config.cache", fix='set it to ""'
+        )
     encode = functools.partial(predictor.run, config.cache, frozen)
     tokenizer = predictor.tokenizers["text"]
     return encode, source, tokenizer, functools.partial(identity, config, frozen, source, tokenizer)
