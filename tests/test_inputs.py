@@ -6,8 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from t2i_jax import loop, losses, pipeline, plugins, weights
+from t2i_jax import errors, loop, losses, pipeline, plugins, weights
 from t2i_jax.data import inputs, loader
 from t2i_jax.objective import Aux, Loss, Objective, Pictures
 from t2i_jax.text import tokenize
@@ -119,6 +120,11 @@ def test_super_resolution_trains_resumes_and_draws(monkeypatch, tmp_path):
     mean = pictures.reshape(2, 8, 2, 8, 2, 3).mean((2, 4))
     assert np.abs(batch["low"] - (mean / 127.5 - 1)).max() < 0.51 / 127.5
     assert whole.predictor.run("sample", whole.nets, batch).shape == (2, 16, 16, 3)
+    both = {"image": pictures, "caption": ["a red circle", ""]}
+    assert whole.draw("sample", both).shape == (2, 16, 16, 3)
+    for one, other in (("image", "caption"), ("caption", "image")):
+        with pytest.raises(errors.ConfigError, match=f"and there is no {other}"):
+            whole.draw("sample", {one: both[one]})
 
 
 def test_two_tokenizers_train_and_draw(monkeypatch, tmp_path):
