@@ -20,6 +20,7 @@ from t2i_jax import errors
 
 # Numbers are computed in float32: a smaller one counts as 0, a larger one is infinite.
 LEAST, MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+FLAGS = ("guidance", "steps", "sampler", "shift", "truncation")  # of options; others: --set
 UNIONS = (typing.Union, types.UnionType)
 NAMES = {  # type -> its values in words, for messages; all other types are "None"
     **{float: "a finite number", int: "a whole number", bool: "True or False", str: "a text"},
@@ -208,7 +209,7 @@ def _annotation(parameter: inspect.Parameter):
 
 def _place(where: str, name: str) -> str:
     if where == "--":
-        return f"--{name}"
+        return f"--{name}" if name in FLAGS else f"--set {name}"
     return f"{where}.{name}" if where.partition(".")[0] == "config" else where
 
 

@@ -242,7 +242,7 @@ class Run:
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
         distributed.barrier("workdir")
         if jax.process_index() == 0:
-            rundir.describe(workdir, config, self.source)
+            rundir.describe(workdir, config, self.source, self.family.inputs)
         if self._changed:
             logging.info("the config changed: %s", "; ".join(self._changed))
         self.layout.report(self.shapes)

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from t2i_jax import __main__ as commands
-from t2i_jax import errors, loop
+from t2i_jax import errors, fields, loop
 from t2i_jax.commands import cli
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -44,6 +44,11 @@ CASES = {
         ["train.py", CONFIG, "--config.stepz=3", "--workdir={new}"],
         78,
         "no key 'stepz'; did you mean 'steps'? (at --config.stepz=3)",
+    ),
+    "a size without its net": (
+        ["train.py", "--config=shapes_gan:debug", "--config.model.width=3", "--workdir={new}"],
+        78,
+        "by net: --config.model.disc.width or --config.model.gen.width)",
     ),
     "wrong type": (
         ["train.py", CONFIG, "--config.steps=many", "--workdir={new}"],
@@ -96,6 +101,21 @@ CASES = {
         [*BUILTIN, "--interpolate=4", "--grid", "--format=jpg"],
         78,
         "--grid, --format beside --interpolate",
+    ),
+    "a way that the family has not": (
+        [*BUILTIN, "--interpolate=4"],
+        78,
+        "(at --interpolate). Fix: leave it out, or choose a model that has one",
+    ),
+    "an option that is set twice": (
+        [*BUILTIN, "--set=guidance=2", "--guidance=3"],
+        78,
+        "guidance is set twice (at --set guidance=2)",
+    ),
+    "an image that is not there": (
+        [*BUILTIN, "--predict=img2img", "--image=none.png"],
+        65,
+        "No such file or directory (at none.png). Fix: give a file that can be read",
     ),
     "settings beside those of a picture": (
         ["sample.py", "--reproduce=x.png", "--seed=3"],
@@ -237,7 +257,8 @@ def test_help_shows_our_flags():
     done = start("sample.py", "--help")
     assert done.returncode == 0
     assert "--prompt:" in done.stdout
-    assert "--guidance:" in done.stdout
+    for name in fields.FLAGS:
+        assert f"--{name}:" in done.stdout
 
 
 def test_debug_shows_the_traceback():

@@ -519,6 +519,10 @@ def test_broken_pictures_are_left_out_of_the_held_out_loss(tmp_path, caplog):
 def test_held_out_loss_needs_the_prediction():
     with pytest.raises(errors.ConfigError, match="no prediction 'loss_at_times'"):
         plugin("held_out_loss", {}, **LOSS)
+    with pytest.raises(errors.ConfigError, match="there is none to choose"):
+        plugin("held_out_loss", {"batch": None}, **LOSS)
+    with pytest.raises(errors.ConfigError, match="no prediction 'batch'"):
+        plugin("held_out_loss", {"batch": None}, prediction="batch", **LOSS)
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,23 @@ def make(config):
 '''
 FAMILY = FAMILY.replace("TOKENS(batch)", 'batch["text"]')
 FAMILY = FAMILY.replace("ONE(batch)", '0 * batch["text"].ids_BL.sum()')
+EVALUATOR = """
+def make(predict, *, red=1.0):
+    def run(nets, step):
+        batch = predict["batch"]([np.zeros((8, 8, 3), np.uint8)], None)
+        image_BHWC = predict["recolour"](nets, batch, seed=0, red=red)
+        return lambda: {"mean": float(image_BHWC[..., 0].mean())}
+
+    return run
+"""
 RUN = """
 import runpy, sys
-from t2i_jax import objectives
+from t2i_jax import evaluators, objectives
 objectives.__path__.append(sys.argv[1])
-sys.argv = ["sample.py", *sys.argv[2:]]
-runpy.run_module("t2i_jax.commands.sample", run_name="__main__", alter_sys=True)
+evaluators.__path__.append(sys.argv[1])
+command = sys.argv[2]
+sys.argv = [f"{command}.py", *sys.argv[3:]]
+runpy.run_module(f"t2i_jax.commands.{command}", run_name="__main__", alter_sys=True)
 """
 
 
@@ -69,6 +80,7 @@ def model(tmp_path_factory):
     """The folder of an exported model of the family, and that of the family."""
     home = tmp_path_factory.mktemp("family")
     (home / "toy_family.py").write_text(textwrap.dedent(FAMILY))
+    (home / "redness.py").write_text(f"import numpy as np\n{EVALUATOR}")
     folder = tmp_path_factory.mktemp("model")
     config = runs.config(objective="toy_family", res=8, loss={}, model={}, optim={}, ema={})
     config.optim = dict(model=dict(learning_rate=0.1))
@@ -91,10 +103,10 @@ def photo(tmp_path):
     return tmp_path / "photo.png", image_HWC
 
 
-def start(model, *arguments, code=0):
+def start(model, *arguments, code=0, command="sample"):
     folder, home = model
     done = subprocess.run(
-        [sys.executable, "-c", RUN, home, f"--checkpoint={folder}", *arguments],
+        [sys.executable, "-c", RUN, home, command, f"--checkpoint={folder}", *arguments],
         cwd=ROOT,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
@@ -119,8 +131,9 @@ def test_a_new_prediction_is_drawn_and_drawn_again_by_the_command(model, photo, 
     Image.fromarray(image_HWC[::-1]).save(tmp_path / "other.png")
     for other in ((), (f"--image={tmp_path / 'other.png'}",)):
         said = start(model, f"--reproduce={drawn}", *other, out, code=78)
+        assert "it was drawn from photo.png, which is not given" in said
         assert "--image=photo.png" in said
-    assert "red is 2 (at --red)" in start(
+    assert "red is 2 (at --set red)" in start(
         model, "--predict=recolour", f"--image={path}", "--set=red=2", out, code=78
     )
 
@@ -140,13 +153,24 @@ def test_help_lists_what_a_model_predicts(model):
     assert "--predict=echo" in said
     assert "--predict=raw" not in said
     assert "--num_images" in said
+    listed = said[said.index("predictions of") :]
+    assert not [line for line in listed.splitlines() if line != line.rstrip()]
+
+
+def test_an_evaluator_gets_the_options_that_it_takes(model):
+    ask = lambda *more, **code: start(
+        model, "--evaluators=redness", *more, command="evaluate", **code
+    )
+    (row,) = map(json.loads, ask())
+    assert (row["redness/mean"], row["redness/options"]) == (1.0, {})
+    assert "unknown option 'batch_size'" in ask("--batch_size=2", code=78)
 
 
 @pytest.mark.parametrize(
     ("name", "examples", "options", "message"),
     [
         ("recolor", {}, {}, "has no prediction 'recolor' .* it has recolour, echo, both, raw"),
-        ("recolour", {"image": 1}, dict(blue=1), "unknown option 'blue' .at --blue"),
+        ("recolour", {"image": 1}, dict(blue=1), "unknown option 'blue' .at --set blue"),
         ("recolour", {"image": 1}, dict(red=1.5), "a finite number from 0 to 1"),
         ("echo", {"caption": 1}, dict(times=4), "a whole number from 1 to 3"),
         (

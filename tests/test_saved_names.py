@@ -6,6 +6,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import logging
 
 from configs import coco_gan, digits_mlp_gan, shapes_builtin, shapes_clip, shapes_gan
 from t2i_jax import errors, loop, objective, weights
@@ -93,7 +94,7 @@ def test_what_stands_by_no_net_is_refused(config):
             objective.make(changed)
 
 
-def test_a_config_file_of_an_older_version_trains(monkeypatch):
+def test_a_config_file_of_an_older_version_trains(monkeypatch, caplog):
     config, trained = shapes_builtin.get_config("debug"), []
     by_net = config.model.to_dict()
     config.model = by_net["model"]
@@ -107,5 +108,10 @@ def test_a_config_file_of_an_older_version_trains(monkeypatch):
     monkeypatch.setattr(train, "PLAN", {})
     monkeypatch.setattr(train, "PROCESSES", {})
     monkeypatch.setattr(loop, "train", lambda config, *_, **__: trained.append(config))
+    logging.get_absl_logger().propagate = True
     train.main()
+    assert "config.model without its nets is the old form" in caplog.text
+    caplog.clear()
+    train.main()  # config.model is by net now
+    assert not caplog.text
     assert json.loads(weights.to_json(trained[0]))["model"] == by_net

@@ -6,8 +6,8 @@ import pytest
 from absl import logging
 
 from t2i_jax import pipeline, weights
-from t2i_jax.data import loader, shapes
-from t2i_jax.run import rundir
+from t2i_jax.data import inputs, loader, shapes
+from t2i_jax.run import logs, rundir
 from t2i_jax.text import words
 from tests import runs
 
@@ -85,6 +85,15 @@ def test_a_run_knows_its_own_words_and_those_of_the_models_it_uses(tmp_path):
     (tmp_path / "config.json").write_text(weights.to_json(config))  # older, without a list
     config.init_from = str(tmp_path)
     assert rundir.known_words(config, source) is None
+
+
+def test_a_family_without_captions_has_no_words(tmp_path):
+    source = types.SimpleNamespace(words=lambda: {"dragon"})
+    read = inputs.picture(8), inputs.caption(None)
+    for each, there in ((read[:1], False), (read, True)):
+        rundir.describe(tmp_path, runs.config(), source, each)
+        assert (tmp_path / words.FILE).exists() == there
+    logs.close()
 
 
 def test_a_run_keeps_its_words_and_its_pipeline_tells_others_once(run, caplog, monkeypatch):

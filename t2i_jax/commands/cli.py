@@ -88,11 +88,15 @@ def settings(flag, options: dict) -> dict:
     values = given(options)
     for text in flag.value:
         name, equals, value = text.partition("=")
-        if not (name and equals) or name in values:
+        if not (name and equals):
+            raise errors.ConfigError(f"it is {text!r}", where="--set", fix="give name=value")
+        if name in values:
             raise errors.ConfigError(
-                f"it is {text!r}", where="--set", fix="give name=value, once for each option"
+                f"{name} is set twice", where=f"--set {text}", fix="give it once"
             )
         try:
+            # As flags write a switch, and as Python does.
+            value = {"true": "True", "false": "False"}.get(value, value)
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):  # no literal of Python: a plain string
             values[name] = value
@@ -226,11 +230,12 @@ def _parse(argv, required, arguments) -> list[str]:
             key, *hint = words
             last = f"the config has no key {key!r}"
             last += f"; did you mean {hint[3]!r}?" if len(hint) > 3 else ""
+        where = _flag_of(str(e.args[0]), argv) if e.args else "the command line"
         raise errors.ConfigError(
             last[:600],
-            where=_flag_of(str(e.args[0]), argv) if e.args else "the command line",
+            where=where,
             fix=f"see {pathlib.Path(argv[0]).name} --help; of a config, flags set the keys that it "
-            "names (a network's sizes by net: --config.model.<net>.width), others a config file of "
+            f"names (a network's sizes by net: {_sizes(argv, where)}), others a config file of "
             "your own",
         ) from e
     # Addresses such as gs:// are refused before a command makes a folder of that name.
@@ -254,6 +259,22 @@ def _parse(argv, required, arguments) -> list[str]:
                 f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
             )
     return rest[1:]
+
+
+def _sizes(argv, where: str) -> str:
+    """How a flag names a network's size.
+
+    where: the flag at fault. If it is of config.model, the nets of that config are named.
+    """
+    nets = ["<net>"]
+    if where.startswith("--config.model."):
+        for argument, after in zip(argv, [*argv[1:], ""], strict=True):
+            flag, equals, text = argument.partition("=")
+            if flag.lstrip("-") == "config":
+                # The config that failed is gone with its flag, so it is made once more.
+                model = flags.FLAGS["config"].parser.parse(text if equals else after).model
+                nets = [net for net, sizes in model.items() if hasattr(sizes, "items")] or nets
+    return " or ".join(f"--config.model.{net}.width" for net in nets)
 
 
 def _bad_flag(e: Exception) -> errors.ConfigError | None:

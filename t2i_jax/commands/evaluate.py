@@ -192,8 +192,9 @@ def _by_evaluators() -> dict:
     flagged = {name: value for name, value in flagged.items() if value is not None}
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
-        asked = {"batch_size": BATCH_SIZE.value, **own, **flagged}
-        if DATA.value and _takes_data(name):
+        sizes = {"batch_size": BATCH_SIZE.value} if _goes_to(name, BATCH_SIZE) else {}
+        asked = {**sizes, **own, **flagged}
+        if DATA.value and _goes_to(name, DATA):
             asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
         asked = pipe.predictor.evaluator_options(name, asked)
         metrics = pipe.evaluate(name, **asked)
@@ -203,13 +204,14 @@ def _by_evaluators() -> dict:
     return {**result, **_circumstances(started)}
 
 
-def _takes_data(name: str) -> bool:
-    """Whether --data goes to an evaluator: it takes data, or none of the chosen ones does."""
+def _goes_to(name: str, flag) -> bool:
+    """Whether a flag goes to an evaluator: it takes the option, or none of the chosen ones does."""
     from t2i_jax import plugins
 
-    # In the second case each gets it and refuses it. Ignoring the flag would be silent.
-    takes = lambda one: "data" in inspect.signature(plugins.load("evaluators", one).make).parameters
-    return takes(name) or not any(takes(one) for one in EVALUATORS.value)
+    make = lambda one: plugins.load("evaluators", one).make
+    takes = lambda one: flag.name in inspect.signature(make(one)).parameters
+    # In the second case each gets what was set and refuses it. Ignoring a flag would be silent.
+    return takes(name) or (flag.present and not any(map(takes, EVALUATORS.value)))
 
 
 def _pipeline(**options):

@@ -92,8 +92,10 @@ def again(requests, sources) -> list[Request]:
     recorded = {r.source.sha256: r.source.name for r in requests if r.source}
     if opened.keys() != recorded.keys():
         names = [f"--image={name} of SHA-256 {key[:12]}…" for key, name in recorded.items()]
+        lacking = [name for key, name in recorded.items() if key not in opened]
+        what = f"from {', '.join(lacking)}, which is not given"
         raise errors.ConfigError(
-            f"it was drawn from {len(recorded)} images, and other ones are given",
+            f"it was drawn {what if lacking else 'without the images that are given'}",
             where="--reproduce",
             fix=f"give {' '.join(names) or 'no --image'}",
         )
@@ -355,6 +357,16 @@ def check_options(pipe, requests) -> list[dict]:
                 fix="call it from Python, by pipeline.Pipeline.draw",
             )
     return settings
+
+
+def check_way(pipe) -> None:
+    """Raises ConfigError for a family without a way from one picture to the next."""
+    if "between" not in pipe.predictor.objective.predict:
+        raise errors.ConfigError(
+            f"objective {pipe.config.objective!r} has no way between pictures",
+            where="--interpolate",
+            fix="leave it out, or choose a model that has one, such as builtin:shapes-gan",
+        )
 
 
 def draw_between(pipe, requests, frames: int):

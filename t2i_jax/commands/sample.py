@@ -75,7 +75,9 @@ def main():
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
     pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
-    wanted = [r._replace(prediction="between") for r in wanted] if frames else wanted
+    if frames:
+        prompts.check_way(pipe)
+        wanted = [r._replace(prediction="between") for r in wanted]
     prompts.check_options(pipe, wanted)
     images.make_folder(OUTPUT_DIR.value, "--output_dir")
     if frames:
@@ -109,7 +111,7 @@ def predictions() -> str:
             lines.append(f"  --predict={name}  {about}")
             defaults = predictor.check(name)
             lines += [f"    --set {k}={defaults[k]}  {text}" for k, text in options.items()]
-    return "\n".join(lines)
+    return "\n".join(line.rstrip() for line in lines)  # an option may have no text
 
 
 def _check_together() -> None:

@@ -5,7 +5,7 @@ from t2i_jax.run import interrupt
 if __name__ == "__main__":
     interrupt.listen()  # first, as the other imports take seconds in which a signal can come
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import config_flags
 
 from t2i_jax.commands import cli
@@ -38,7 +38,11 @@ def main():
 
     distributed.start(**cli.given(PROCESSES))
     asked, config = cli.given(PLAN), CONFIG.value
-    config.model = objective.model_by_net(config)  # a file for an older version still trains
+    by_net = objective.model_by_net(config)  # a file for an older version still trains
+    if by_net.keys() != config.model.keys():
+        sizes = ", ".join(sorted({*config.model} - {*by_net}))
+        logging.warning("config.model without its nets is the old form; read by net: %s", sizes)
+    config.model = by_net
     if DRY_RUN.value or asked:
         plan.check_fits(plan.show(config, WORKDIR.value, **asked))
     else:

@@ -40,11 +40,12 @@ def make(
       ConfigError: the family lacks the prediction, or there are no images.
       DataError: all images are broken. `run` raises it.
     """
-    if prediction not in predict:
+    known = predict.keys() - {"batch"}  # it makes batches, and is no prediction
+    if prediction not in known:
         raise errors.ConfigError(
             f"the family has no prediction {prediction!r}",
             where="evaluator held_out_loss",
-            fix=errors.nearest(prediction, predict),
+            fix=errors.nearest(prediction, known),
         )
     source = plugins.source(data, where="evaluator held_out_loss")
     num_images = min(num_images, len(source))

@@ -26,10 +26,11 @@ def load(path: str | os.PathLike) -> np.ndarray:
     try:
         return transforms.decode(pathlib.Path(path).read_bytes())
     except (OSError, transforms.BadExample) as e:
+        mend = "remove it, or save it again as PNG, JPEG or WebP"
         raise errors.DataError(
-            f"no picture can be read: {e}",
+            f"no picture can be read: {errors.reason(e)}",
             where=str(path),
-            fix="remove it, or save it again as PNG, JPEG or WebP",
+            fix="give a file that can be read" if isinstance(e, OSError) else mend,
         ) from e
 
 

@@ -26,12 +26,14 @@ FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these
 FREE_OF_MODEL = ("remat",)  # config.model.<net>.<these>: another program, the same numbers
 
 
-def describe(path: pathlib.Path, config, source) -> None:
+def describe(path: pathlib.Path, config, source, inputs) -> None:
     """Writes config.json, env.txt and words.txt, and opens log.txt.
 
     Args:
       source: the training data. words.txt lists the words of its captions.
+      inputs: of the family. Without one that reads captions, there is no words.txt.
     """
+    reads = any("caption" in one.reads for one in inputs)
     environment = {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -44,7 +46,8 @@ def describe(path: pathlib.Path, config, source) -> None:
     with errors.of_storage(path):
         images.write_whole(path / "config.json", weights.to_json(config).encode())
         images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
-        if not (path / words.FILE).exists() and (trained := known_words(config, source)):
+        wanted = reads and not (path / words.FILE).exists()
+        if wanted and (trained := known_words(config, source)):
             words.write(path, trained)
         logs.open(path / "log.txt")
 
