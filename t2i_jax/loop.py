@@ -46,8 +46,8 @@ def train(config: ml_collections.ConfigDict, workdir, *, restart: bool = False) 
       restart: set this workdir's checkpoints aside and begin again.
     Raises:
       ConfigError, DataError, StorageError: see each message for the fix.
-      NonFiniteError: too many steps were not finite, or a metric of config.watch went beyond its
-        limit, and config.rollbacks does not let the run go back once more.
+      NonFiniteError: too many steps were not finite, or a metric went beyond its limit in
+        config.watch. Before that the run goes back as often as config.rollbacks says.
       OwnerError: another process trains there.
       Preempted: SIGTERM or Ctrl-C came; the state is saved.
     """

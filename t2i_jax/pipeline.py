@@ -44,8 +44,8 @@ class Predictor:
         """All options of a prediction: the given ones, then `config.<name>`'s, then the family's.
 
         Raises:
-          ConfigError: the prediction or an option is unknown to this family, or a value is of
-            another type than the default, not finite, negative, or out of bounds.
+          ConfigError: the prediction or an option is unknown to this family, or a value is
+            against the option's type or rules.
         """
         if name not in self.objective.predict:
             raise errors.ConfigError(

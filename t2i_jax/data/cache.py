@@ -355,8 +355,9 @@ class _Captions:
         self.order = np.argsort(self.lengths, kind="stable")
 
     def states(self, encode, order, batch_size: int):
-        """(row, its valid tokens' states VD, pooled P) of rows in this order, encoded in batches no
-        longer, for each encoder, than their longest caption, rounded up to a multiple of BUCKET.
+        """(row, its valid tokens' states VD, pooled P) of rows in this order.
+
+        Each encoder reads a batch as long as its longest caption, up to a multiple of BUCKET.
         """
 
         def cut(tokens):

@@ -142,9 +142,9 @@ class Loader:
         met are in `quarantine`.
 
         Raises:
-          DataError: too many examples are broken: more than `bad_budget` of the records seen,
-            where at least 1000 (or all, of a smaller source) count as seen, and more than three
-            (unless the budget is 0); or every example of the source.
+          DataError: too many examples are broken: more than `bad_budget` of the records seen, or
+            all. At least 1000 (or all, of a smaller source) count as seen. Three broken ones
+            always pass, unless the budget is 0.
           StorageError: an example could not be read, four times within six seconds.
         """
         shapes = jax.tree.leaves([one.shapes for one in self.inputs])

@@ -1,8 +1,8 @@
 """A conditional GAN: the generator draws in one pass, the discriminator reads the caption.
 
-Relativistic pairing with zero-centred gradient penalties on real and drawn pictures (R3GAN,
-arXiv:2501.05441), pictures beside captions of others as a third kind (arXiv:1605.05396), and
-contrastive losses of pictures and captions over the global batch (XMC-GAN, arXiv:2101.04702).
+The game is relativistic, with zero-centred gradient penalties on real and drawn pictures (R3GAN,
+arXiv:2501.05441). Pictures beside captions of others are a third kind (arXiv:1605.05396). Pictures
+and captions are contrasted over the global batch (XMC-GAN, arXiv:2101.04702).
 
 B batch · H W pixels · C channels · T regions · L words · Z noise · D width
 """

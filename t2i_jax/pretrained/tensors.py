@@ -111,8 +111,8 @@ def known(abstract_params, names: Names) -> int:
 def load(sources: dict[str, Source]):
     """The parameters that `match` found.
 
-    Where a shape has a sharding, the parameter becomes a device array that lies so, and each
-    process reads the bytes of its own devices' parts; otherwise it is a whole numpy array.
+    Where a shape has a sharding, the parameter becomes a device array that lies so. Each process
+    then reads its own devices' parts alone. Without one, it is a whole numpy array.
 
     Raises:
       DataError: a tensor holds values that are not finite.
