@@ -407,10 +407,12 @@ class Pipeline:
             with hf.offline_except(*weights.named(load)):
                 return cls._load(source, folder, config, step, averaged)
         except (errors.DataError, errors.ConfigError) as e:
-            described, sources = folder / "config.json", weights.sources(config)
-            places = {str(source): name for name, source in sources.items()}
+            described = folder / "config.json"
+            if e.where == str(described):  # its sources may be senseless, too
+                raise
+            places = {str(source): name for name, source in weights.sources(config).items()}
             places |= {f"config.load.{name}={source}": name for source, name in places.items()}
-            if e.where == str(described) or e.where not in places:
+            if e.where not in places:
                 raise
             raise type(e)(
                 e.what,
