@@ -227,7 +227,9 @@ def test_negative_prompts_are_one_for_all_or_one_for_each(pipe, batches):
     assert not some["negative_text"].mask_BL[1].any()
 
 
-def test_it_says_when_it_compiles(pipe, batches, capsys):
+def test_it_says_when_it_compiles(pipe, batches, capsys, monkeypatch):
+    # Another test may have turned the log on, whose handler keeps the stderr of that test.
+    monkeypatch.setattr(pipeline.logging, "level_info", lambda: False)
     for _ in range(2):
         pipe(CAPTIONS, steps=5)
     said = capsys.readouterr().err
