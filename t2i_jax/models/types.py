@@ -1,6 +1,6 @@
-"""The inputs and outputs of encoders: tokens, captions as conditions, images as features.
+"""The inputs and outputs of pretrained networks: tokens, conditions, features, latents.
 
-B batch · H W pixels · C channels · L text length · D width · K classes
+B batch · H W pixels · C channels · L text length · D width · K classes or numbers
 """
 
 from typing import NamedTuple
@@ -22,11 +22,14 @@ class Cond(NamedTuple):
     """Encoded captions.
 
     seq_BLD: states of the tokens.   mask_BL: True for a real token.   pooled_BD: one state for all.
+    numbers_BK: further numbers that a pretrained network learned with, such as the sizes of Stable
+      Diffusion XL. None where there are none.
     """
 
     seq_BLD: jax.Array
     mask_BL: jax.Array
     pooled_BD: jax.Array
+    numbers_BK: jax.Array | None = None
 
 
 class Features(NamedTuple):
@@ -42,3 +45,17 @@ class Features(NamedTuple):
     logits_BK: jax.Array | None = None
     spatial_BD: jax.Array | None = None
     maps: tuple[jax.Array, ...] = ()
+
+
+class Moments(NamedTuple):
+    """What an autoencoder makes of images: a normal for each number of the latents, BHWC.
+
+    logvar_BHWC: None where the latents are the mean itself.
+    """
+
+    mean_BHWC: jax.Array
+    logvar_BHWC: jax.Array | None = None
+
+
+class Output:
+    """What a denoiser gives, as its return annotation: BHWC, the noise, a velocity or the image."""

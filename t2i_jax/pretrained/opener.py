@@ -17,10 +17,13 @@ from typing import NamedTuple
 import flax.linen as nn
 
 from t2i_jax import errors, fields, files, pretrained
-from t2i_jax.models.types import Cond, Features
+from t2i_jax.models.types import Cond, Features, Moments, Output
 from t2i_jax.pretrained import hf, tensors, vit
 
-USES = {Cond: "a text encoder", Features: "an image network"}  # by what a module returns
+USES = {  # of a network, by what its module returns
+    **{Cond: "a text encoder", Features: "an image network"},
+    **{Moments: "an autoencoder", Output: "a denoiser"},
+}
 
 
 class Checkpoint(NamedTuple):

@@ -32,4 +32,5 @@ def drop(cond: Cond, drop_BE, parts=None) -> Cond:
         jnp.repeat(drop_BE, np.array(sizes), axis=1, total_repeat_length=sum(sizes))
         for sizes in zip(*parts, strict=True)
     )
-    return Cond(cond.seq_BLD, cond.mask_BL & ~dropped_BL, jnp.where(dropped_BD, 0, cond.pooled_BD))
+    pooled_BD = jnp.where(dropped_BD, 0, cond.pooled_BD)
+    return cond._replace(mask_BL=cond.mask_BL & ~dropped_BL, pooled_BD=pooled_BD)
