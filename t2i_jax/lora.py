@@ -1,9 +1,10 @@
 """Low-rank adapters for any net of any family (LoRA, Hu et al. 2021, arXiv:2106.09685).
 
-The family reads W + (alpha/rank)·A·B in place of a kernel W of an adapted net (equation 3). W stays
-as it is. A and B are the parameters of a net of their own, called `<net>_lora`. Kernels are (in,
-out). Stacked kernels of scanned layers (depth, in, out) have an A and a B for each layer. Of a
-convolution (height, width, in, out) all axes but the last count as "in".
+A dense layer or convolution of an adapted net gives W·x + (alpha/rank)·B·(A·x) in place of W·x
+(equation 3). W stays as it is, and no product of its size is ever made but for export. A and B are
+the parameters of a net of their own, called `<net>_lora`. Kernels are (in, out). Stacked kernels of
+scanned layers (depth, in, out) have an A and a B for each layer. Of a convolution (height, width,
+in, out) all axes but the last count as "in".
 """
 
 import functools
@@ -12,14 +13,17 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from flax.core import meta
 
-from t2i_jax import errors, fields, sharding
+from t2i_jax import errors, fields
 
 SUFFIX = "_lora"
+COLLECTION = "lora"  # of an adapted net's variables: A and B where its kernels are
+LAYERS = (nn.Dense, nn.Conv)
 
 
 class Options(NamedTuple):
@@ -27,7 +31,8 @@ class Options(NamedTuple):
 
     rank: the rank of A·B.
     alpha: the product is scaled by alpha/rank. 0 means a scale of 1.
-    match: a regular expression; kernels whose path contains a match are adapted.
+    match: a regular expression; kernels of dense layers and convolutions whose path contains a
+      match are adapted.
     """
 
     rank: fields.Size = 8
@@ -51,7 +56,9 @@ def wrap(family, spec):
 
     def init(key, batch):
         key_family, key_adapters = jax.random.split(key)
-        nets = dict(family.init(key_family, batch))
+        seen = set()
+        with nn.intercept_methods(functools.partial(_noted, seen)):
+            nets = dict(family.init(key_family, batch))
         for i, (name, option) in enumerate(options.items()):
             errors.check_known("net", name, nets, where="config.lora")
             if more := sorted(set(nets[name]) - {"params"}):
@@ -61,59 +68,96 @@ def wrap(family, spec):
                     fix="adapt a net without such collections",
                 )
             key_net = jax.random.fold_in(key_adapters, i)
-            nets[adapter(name)] = {"params": _init(key_net, nets[name]["params"], option, name)}
+            params = _init(key_net, nets[name]["params"], option, name, seen)
+            nets[adapter(name)] = {"params": params}
         return nets
 
-    merged = functools.partial(merge_nets, options=options)
-    losses = [_adapted(loss, merged, options) for loss in family.losses]
+    losses = [_adapted(loss, options) for loss in family.losses]
     frozen = tuple(adapter(name) for name in options if name not in family.trained)
     losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
-    predict = {name: _with(fn, merged) for name, fn in family.predict.items()}
+    predict = {name: _with(fn, options) for name, fn in family.predict.items()}
     unread = tuple(name for name in family.training_only if name not in options)
     return family._replace(init=init, losses=tuple(losses), predict=predict, training_only=unread)
 
 
-def merge_nets(nets, options):
-    """The nets of the family, with the adapters merged into theirs.
+def merge_run(nets, config):
+    """A run's nets with merged adapters, and its config without config.lora."""
+    options = _options(config.lora)
+    whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
+    for name, option in options.items():
+        params = merge(nets[name]["params"], nets[name + SUFFIX]["params"], option)
+        whole[name] = {**nets[name], "params": params}
+    plain = config.copy_and_resolve_references()
+    plain.lora = {}
+    return whole, plain
+
+
+def merge(params, adapter, option: Options):
+    """A net's parameters with its adapter's products added."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    pairs = traverse_util.flatten_dict(adapter, sep="/")
+    for path in sorted({path.rpartition("/")[0] for path in pairs}):
+        change = scale(option) * jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
+        flat[path] += change.reshape(flat[path].shape).astype(flat[path].dtype)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def scale(option: Options) -> float:
+    """What the product of A and B is multiplied by."""
+    return (option.alpha or option.rank) / option.rank
+
+
+def beside(nets, options):
+    """The nets of the family, adapted ones with A and scaled B in a collection of their own.
 
     An adapted net is left out where its adapter is missing, never used without it.
     """
     whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
     for name, option in options.items():
         if name + SUFFIX in nets:
-            params = merge(nets[name]["params"], nets[name + SUFFIX]["params"], option)
-            whole[name] = {**nets[name], "params": params}
+            by = lambda path, x, s=scale(option): x * s if path[-1].key == "b" else x
+            adapter = jax.tree_util.tree_map_with_path(by, nets[name + SUFFIX]["params"])
+            whole[name] = {**nets[name], COLLECTION: adapter}
     return whole
 
 
-def merge_run(nets, config):
-    """A run's nets with merged adapters, and its config without config.lora."""
-    plain = config.copy_and_resolve_references()
-    plain.lora = {}
-    return merge_nets(nets, _options(config.lora)), plain
+def _adapts(layer, args, kwargs, context):
+    """A layer's output with that of its adapter, if the net's variables have one for it."""
+    out, module = layer(*args, **kwargs), context.module
+    if not _is_layer(context) or not module.has_variable(COLLECTION, "kernel"):
+        return out
+    pair, (x,) = meta.unbox(module.get_variable(COLLECTION, "kernel")), args
+    a, b = pair["a"], pair["b"]
+    if isinstance(module, nn.Conv):  # A is a convolution to `rank` channels, B one of 1 × 1
+        kernel = a.reshape(*module.kernel_size, -1, a.shape[-1])
+        side = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=None)
+        x = side.apply({"params": {"kernel": kernel}}, x)
+    else:
+        x = x.astype(out.dtype) @ a.astype(out.dtype)
+    return out + x @ b.astype(out.dtype)
 
 
-def merge(params, adapter, option: Options):
-    """A net's parameters with its adapter's products added.
+def _noted(seen: set, layer, args, kwargs, context):
+    """Notes the paths of layers that can be adapted."""
+    if _is_layer(context):
+        seen.add("/".join(context.module.path))
+    return layer(*args, **kwargs)
 
-    A kernel that is split over devices stays split until a module reads it.
+
+def _is_layer(context) -> bool:
+    return isinstance(context.module, LAYERS) and context.method_name == "__call__"
+
+
+def _init(key, params, option: Options, name: str, seen):
+    """A normal with variance 1/in and B zero, so that the adapted net starts as the plain one.
+
+    seen: the paths of layers that can be adapted.
     """
-    flat = traverse_util.flatten_dict(params, sep="/")
-    pairs = traverse_util.flatten_dict(meta.unbox(adapter), sep="/")
-    scale = (option.alpha or option.rank) / option.rank
-    for path in sorted({path.rpartition("/")[0] for path in pairs}):
-        # One more product (in × rank × out) for each kernel and step, and no family has to know of
-        # adapters (ADR 9).
-        change = scale * jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
-        flat[path] = sharding.add(flat[path], change)
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def _init(key, params, option: Options, name: str):
-    """A normal with variance 1/in and B zero, so that the adapted net starts as the plain one."""
     factors = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
-        if not (path.endswith("kernel") and leaf.ndim >= 2 and re.search(option.match, path)):
+        layer, _, kind = path.rpartition("/")
+        layer = re.sub(r"^encoders_\d+/", "", layer) if layer not in seen else layer
+        if kind != "kernel" or layer not in seen or not re.search(option.match, path):
             continue
         # Three axes are a stack of dense kernels, one for each layer of a scan.
         lead = leaf.shape[:1] if leaf.ndim == 3 else ()
@@ -139,16 +183,17 @@ def _options(spec) -> dict[str, Options]:
     }
 
 
-def _adapted(loss, merged, options):
+def _adapted(loss, options):
     nets = tuple(name + SUFFIX if name in options else name for name in loss.nets)
-    return loss._replace(nets=nets, fn=_with(loss.fn, merged))
+    return loss._replace(nets=nets, fn=_with(loss.fn, options))
 
 
-def _with(fn, merged):
-    """The loss or prediction `fn`, called with merged nets."""
+def _with(fn, spec):
+    """The loss or prediction `fn`, called with adapted nets."""
 
     @functools.wraps(fn)  # its signature names the options of a prediction
-    def on_merged(nets, *args, **options):
-        return fn(merged(nets), *args, **options)
+    def on_adapted(nets, *args, **options):
+        with nn.intercept_methods(_adapts):
+            return fn(beside(nets, spec), *args, **options)
 
-    return on_merged
+    return on_adapted

@@ -11,12 +11,14 @@ from absl import logging
 
 from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
 from t2i_jax.data import inputs, transforms
+from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
 NOUNS = {objective.Pictures: "picture", objective.Texts: "text"}  # of a prediction's kind
-EXAMPLES = {"image": "--image", "caption": "--prompt"}  # what an input is made of -> its flag
+EXAMPLES = {"image": "--image", "caption": "--prompt", "noise": "noise"}  # kind -> its flag
+WANTED = {"image": "uint8 arrays, each height × width × 3", "noise": "finite float arrays HWC"}
 TAKEN = ("name", "nets", "examples", "seed", "index", "batch_size")  # arguments of `draw`
 
 
@@ -212,6 +214,7 @@ class Predictor:
           kinds: those of EXAMPLES that the batch was made of.
         """
         made_of = {key: one.reads for one in self.objective.inputs for key in one.shapes}
+        made_of["noise"] = ("noise",)
         try:
             jaxpr = fn.trace(*arguments).jaxpr.jaxpr
         except KeyError as e:
@@ -251,12 +254,13 @@ class Predictor:
                 fix="leave it out, or draw with a model that takes --guidance",
             )
 
-    def sample(self, nets, captions, *, negative_prompt=None, **options):
+    def sample(self, nets, captions, *, negative_prompt=None, noise=None, **options):
         """`draw` of the prediction "sample": one picture per caption.   -> uint8 BHWC
 
         negative_prompt: a caption to be guided away from, or B of them, or None.
+        noise: B arrays to begin with, or None for those of the seed.
         """
-        examples = {"caption": captions}
+        examples = {"caption": captions} | ({} if noise is None else {"noise": noise})
         if negative_prompt is not None:
             one = isinstance(negative_prompt, str)
             examples["negative_prompt"] = (
@@ -278,9 +282,9 @@ class Predictor:
         whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
         return np.concatenate([whole, image_BFHWC[-1:, 0]])
 
-    def batch(self, image=None, caption=None, negative_prompt=None):
-        """Examples as a batch that predictions take: uint8 images HWC, captions, and those to be
-        guided away from; what there is of them, and the inputs that can be made of that.
+    def batch(self, image=None, caption=None, negative_prompt=None, noise=None):
+        """Examples as a batch that predictions take: uint8 images HWC, captions, those to be guided
+        away from, and noise; what there is of them, and the inputs that can be made of that.
         """
         given = {"image": image, "caption": caption}
         given = {key: rows for key, rows in given.items() if rows is not None}
@@ -288,6 +292,8 @@ class Predictor:
         if any(negative_prompt or ()):
             away = self._made({"caption": [text or "" for text in negative_prompt]})
             batch |= {f"negative_{key}": tokens for key, tokens in away.items()}
+        if noise is not None:
+            batch["noise"] = np.asarray(noise, np.float32)
         seen = lambda x: transforms.to_float(x) if sharding.is_image(x.dtype, x.ndim) else x
         batch = jax.tree.map(seen, batch)  # as `Layout.place` does in training
         return batch | {"index": np.arange(n, dtype=np.int32), "weight": np.ones(n, np.float32)}
@@ -339,7 +345,7 @@ def _count(examples) -> int:
             or not hasattr(rows, "__len__")
             or not all(_is_example(name, row) for row in rows)
         ):
-            wanted = "uint8 arrays, each height × width × 3" if name == "image" else "strings"
+            wanted = WANTED.get(name, "strings")
             raise errors.ConfigError(
                 f"the examples of {name!r} are none that can be read",
                 where=f"examples[{name!r}]",
@@ -360,6 +366,8 @@ def _is_example(name: str, value) -> bool:
     if name == "image":
         shape = np.shape(value)
         return getattr(value, "dtype", None) == np.uint8 and len(shape) == 3 and shape[2] == 3
+    if name == "noise":
+        return np.ndim(value) == 3 and bool(np.isfinite(value).all())
     return isinstance(value, str) or (value is None and name == "negative_prompt")
 
 
@@ -392,7 +400,8 @@ class Pipeline:
         cls, source: str, *, step: int | str | None = None, averaged: bool = True, load=None
     ) -> "Pipeline":
         """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
-        model's folder, or `builtin:name`; with averaged parameters where there are any.
+        model's folder, or `builtin:name`; with averaged parameters where there are any. Or a
+        pretrained pipeline: a folder of diffusers, or `hf:org/name[@revision]`.
 
         Args:
           load: net -> where its weights lie now, in place of what config.json says.
@@ -400,6 +409,8 @@ class Pipeline:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         compile_cache.enable()
+        if folders.is_pipeline(source):
+            return cls._import(source, step, load or {})
         folder = weights.locate(source)
         config = weights.read_config(folder)
         weights.override(config, load or {})
@@ -419,6 +430,17 @@ class Pipeline:
                 where=f"{e.where}, which {described} names in config.load",
                 fix=f"bring it back, or say where it lies now: --load={places[e.where]}=DIR",
             ) from e
+
+    @classmethod
+    def _import(cls, source, step, load):
+        if step is not None:
+            raise errors.ConfigError(
+                f"a pretrained pipeline has no step {step}", where=source, fix="leave out --step"
+            )
+        config = weights.config_at(source)
+        weights.override(config, load)
+        predictor = Predictor(config)
+        return cls(predictor, weights.imported(predictor.objective, config), source, None)
 
     @classmethod
     def _load(cls, source, folder, config, step, averaged):
@@ -448,6 +470,7 @@ class Pipeline:
         negative_prompt=None,
         index=None,
         batch_size: int | None = None,
+        noise=None,
         **options,
     ):
         """Draws pictures.   -> uint8 BHWC, the pictures of a prompt beside each other
@@ -460,6 +483,8 @@ class Pipeline:
           negative_prompt: what to be guided away from, or a list with one for each prompt.
           index: places, in place of 0 … B − 1: noise depends on (seed, place) alone.
           batch_size: pictures drawn together at most; it changes no picture.
+          noise: what the pictures begin with in place of the seed's noise, such as another
+            program's: B × height × width × channels of what the model learned, float32.
           options: of the family's "sample", such as guidance and steps.
         Raises:
           ConfigError: an argument of a wrong type or length, or an option the family lacks.
@@ -473,7 +498,7 @@ class Pipeline:
                 f"no option {name!r}", where="draw", fix=f"say {limits.ALIASES[name]!r}"
             )
         self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
-        return self.predictor.sample(self.nets, **asked, batch_size=limit, **options)
+        return self.predictor.sample(self.nets, **asked, noise=noise, batch_size=limit, **options)
 
     def draw(self, name: str, examples, **options):
         """A prediction of examples with this model; see `Predictor.draw`."""

@@ -2,6 +2,8 @@
 
 import jax
 
+from t2i_jax import errors
+
 
 def per_example(key, index_B):
     """One key per example: fold_in(key, index), on any mesh and at any batch size.   -> B
@@ -20,3 +22,20 @@ def split_each(keys_B, n: int):
 def normal_each(keys_B, shape):
     """Standard normal noise, one draw per example.   -> B + shape"""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)
+
+
+def given_or_normal(batch, keys_B, shape):
+    """The batch's own "noise", such as another program's start, else `normal_each`.   -> B + shape
+
+    Raises:
+      ConfigError: noise of another shape.
+    """
+    if "noise" not in batch:
+        return normal_each(keys_B, shape)
+    if batch["noise"].shape[1:] != tuple(shape):
+        raise errors.ConfigError(
+            f"the noise of a picture has the shape {batch['noise'].shape[1:]}",
+            where="noise",
+            fix=f"give {tuple(shape)}: height, width, channels",
+        )
+    return batch["noise"]

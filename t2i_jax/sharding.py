@@ -263,15 +263,6 @@ class GatherAtUse(meta.AxisMetadata):
         return self.replace(there=moved(self.there), back=moved(self.back))
 
 
-def add(x, change):
-    """A parameter, split or whole, plus a change of as many elements. Its sharding stays."""
-    value = x.value if isinstance(x, GatherAtUse) else x
-    change = change.reshape(value.shape).astype(value.dtype)
-    if not isinstance(x, GatherAtUse):
-        return x + change
-    return x.replace_boxed(value + jax.lax.with_sharding_constraint(change, x.back))
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(there, back, x):
     """x with the sharding `there`. Its cotangent gets the sharding `back`.

@@ -12,6 +12,7 @@ from absl import logging
 from flax import traverse_util
 
 from t2i_jax import errors, files, images, objective, sharding
+from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf, opener, tensors
 from t2i_jax.run import checkpoint, fingerprint
 from t2i_jax.text import words
@@ -116,6 +117,13 @@ def check_regular(path: pathlib.Path) -> None:
         )
 
 
+def config_at(source: str) -> ml_collections.ConfigDict:
+    """The config of a run, an exported model or a pretrained pipeline."""
+    if folders.is_pipeline(source):
+        return config_of(folders.described(source))
+    return read_config(locate(source))
+
+
 def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
@@ -161,8 +169,8 @@ def abstract_nets(family: objective.Objective, config):
 
 
 def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes=None):
-    """The shapes of the frozen nets. Checks that every net that `config.load` names has a readable
-    source; nets in `except_nets` are not checked.
+    """The shapes of the frozen nets, in the types that their files store. Checks that every net
+    that `config.load` names has a readable source; nets in `except_nets` are not checked.
 
     Args:
       shapes: what `abstract_nets` gave, where it is known: it takes a second.
@@ -171,9 +179,25 @@ def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes
         has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
-    shapes = shapes or abstract_nets(family, config)
-    given = sources(config)
-    for name, source in given.items():
+    shapes = checked_shapes(config, shapes or abstract_nets(family, config), except_nets)
+    found = {name: shape for name, shape in shapes.items() if name not in family.trained}
+    for name in found:
+        if name not in sources(config) and not config.allow_random:
+            raise errors.ConfigError(
+                f"frozen net {name!r} has no weights",
+                where="config.load",
+                fix=f"set config.load.{name} to a checkpoint, or train with a :debug config",
+            )
+    return found
+
+
+def checked_shapes(config, shapes, except_nets=()):
+    """The shapes of nets, of those that pretrained checkpoints hold in the types stored there.
+
+    Raises: as `frozen_shapes`, where a source that `config.load` names is not readable.
+    """
+    shapes = dict(shapes)
+    for name, source in sources(config).items():
         errors.check_known("net", name, shapes, where="config.load")
         if name in except_nets:
             continue
@@ -187,16 +211,8 @@ def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes
                 )
         else:
             _check_there(name, source)
-            opener.check(source, shapes[name])
-    found = {name: shape for name, shape in shapes.items() if name not in family.trained}
-    for name in found:
-        if name not in given and not config.allow_random:
-            raise errors.ConfigError(
-                f"frozen net {name!r} has no weights",
-                where="config.load",
-                fix=f"set config.load.{name} to a checkpoint, or train with a :debug config",
-            )
-    return found
+            shapes[name] = opener.check(source, shapes[name])
+    return shapes
 
 
 def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(), shapes=None):
@@ -231,6 +247,11 @@ def _filled(family, config, shapes, shardings):
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+
+
+def imported(family: objective.Objective, config):
+    """All nets of a pipeline that was opened as it is, in the types that its files store."""
+    return _filled(family, config, checked_shapes(config, abstract_nets(family, config)), None)
 
 
 def sources(config) -> dict:

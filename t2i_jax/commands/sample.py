@@ -103,7 +103,7 @@ def predictions() -> str:
     from t2i_jax.commands import prompts
 
     source = cli.model(MODEL)
-    predictor = pipeline.Predictor(weights.read_config(weights.locate(source)))
+    predictor = pipeline.Predictor(weights.config_at(source))
     lines = [f"predictions of {source}:"]
     for name, fn in predictor.objective.predict.items():
         if predictor.draws(name):

@@ -151,7 +151,7 @@ class Flow:
           interval: times between which guidance acts, 1 is noise and 0 the image.
         """
         keys_B = randomness.per_example(key, batch["index"])
-        z = randomness.normal_each(keys_B, self.space.shape)
+        z = randomness.given_or_normal(batch, keys_B, self.space.shape)
         return self.solved(nets, batch, z, ode.times(steps, shift), guidance, sampler, interval)
 
     def img2img(
@@ -178,7 +178,7 @@ class Flow:
           shift: as of `sample`, of the times up to `strength`.
         """
         keys_B = randomness.per_example(key, batch["index"])
-        noise = randomness.normal_each(keys_B, self.space.shape)
+        noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
         z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
         ts_S = strength * ode.times(steps, shift)
         return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)

@@ -29,6 +29,7 @@ FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 PIPELINE = "model_index.json"  # of diffusers' folders: the names of a pipeline's parts
+SCHEDULER = "scheduler"  # a part without weights
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
 ENDINGS = ("{}.safetensors", ".safetensors.index{}.json", "{}.safetensors.index.json")
 VARIANTS = (".fp16", ".bf16")  # fetched and read only where there is no file without one
@@ -65,6 +66,25 @@ def locate(name: str) -> pathlib.Path:
             f"{part!r} names no part", where=name, fix="write the name of one folder behind the #"
         )
     return _check(_fetch(whole, part) if name.startswith("hf:") else whole, part)
+
+
+def locate_pipeline(name: str) -> pathlib.Path:
+    """The folder of a pipeline, local or `hf:org/name[@revision]`, with its PIPELINE in it.
+
+    From the hub it comes without its networks, which `locate` fetches by their parts.
+
+    Raises:
+      DataError: there is no such folder, or no pipeline in it.
+    """
+    hub = name.startswith("hf:")
+    path = _fetch_index(name.removeprefix("hf:")) if hub else pathlib.Path(name).expanduser()
+    if not (path / PIPELINE).is_file():
+        raise errors.DataError(
+            f"no {PIPELINE} in it" if path.is_dir() else "no such folder",
+            where=name,
+            fix="give the folder that diffusers' save_pretrained wrote, or hf:org/name",
+        )
+    return path
 
 
 def split(name: str) -> tuple[pathlib.Path, str]:
@@ -197,29 +217,43 @@ def offline_except(*names):
 @functools.cache
 def _fetch(whole: str, part: str) -> pathlib.Path:
     """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone."""
-    import huggingface_hub
-
-    repo, _, revision = whole.partition("@")
-    name = f"{whole}#{part}" if part else whole
-    local = _allowed.get() is not None and f"hf:{name}" not in _allowed.get()
-    if not revision and not local:
-        logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
     within, beside = (f"{glob.escape(name)}/" if part else "" for name in (part, _beside(part)))
     texts = [folder + name for folder in {within, beside} for name in TEXTS]
     weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
     plain = weights_of(".safetensors") + weights_of("-*.safetensors")
+    # A repository may hold the same weights in several precisions: one is fetched.
+    for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
+        name = f"{whole}#{part}" if part else whole
+        patterns = [*texts, *(within + pattern for pattern in patterns)]
+        folder = _snapshot(whole, name, patterns, f"{within}*/*")
+        if weights(folder / part):
+            break
+    return folder
+
+
+@functools.cache
+def _fetch_index(whole: str) -> pathlib.Path:
+    """A local copy of what `org/name[@revision]` says of a pipeline, without its networks."""
+    return _snapshot(whole, whole, [PIPELINE, f"{SCHEDULER}/*.json"], None)
+
+
+def _snapshot(whole: str, name: str, patterns, ignored) -> pathlib.Path:
+    """Fetches the files of a repository that match. `name` is what `offline_except` allows."""
+    import huggingface_hub
+
+    repo, _, revision = whole.partition("@")
+    allowed = _allowed.get()
+    local = allowed is not None and not {f"hf:{name}", f"hf:{whole}"} & {*allowed}
+    if not revision and not local:
+        logging.warning("hf:%s may change under you: pin it with hf:%s@<commit>", repo, repo)
     try:
-        # A repository may hold the same weights in several precisions: one is fetched.
-        for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
-            folder = huggingface_hub.snapshot_download(
-                repo_id=repo,
-                revision=revision or None,
-                local_files_only=local,
-                allow_patterns=[*texts, *(within + pattern for pattern in patterns)],
-                ignore_patterns=f"{within}*/*",
-            )
-            if weights(pathlib.Path(folder) / part):
-                break
+        folder = huggingface_hub.snapshot_download(
+            repo_id=repo,
+            revision=revision or None,
+            local_files_only=local,
+            allow_patterns=patterns,
+            ignore_patterns=ignored,
+        )
     except (OSError, ValueError) as e:  # every error of the hub is one or the other
         if local:
             raise errors.DataError(
@@ -227,10 +261,13 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
                 where="config.load",
                 fix=f"if you trust it, name it yourself: --load=NET=hf:{name}",
             ) from e
+        fix = "check the name and the network, or give a local folder"
+        if type(e).__name__ == "GatedRepoError":
+            fix = f"ask for access at https://huggingface.co/{repo}, then run: hf auth login"
         raise errors.DataError(
             f"cannot be fetched: {type(e).__name__}: {str(e).partition(chr(10))[0]}",
             where=f"hf:{name}",
-            fix="check the name and the network, or give a local folder",
+            fix=fix,
         ) from e
     return pathlib.Path(folder)
 

@@ -71,9 +71,11 @@ class Checkpoint(NamedTuple):
                 raise
             raise errors.ConfigError(e.what, where=where, fix=e.fix) from e
 
-    def check(self, shapes) -> None:
-        """Raises DataError unless `load` will find every tensor, and no other."""
-        self._match(shapes)
+    def check(self, shapes):
+        """The shapes with the types that the file stores; DataError unless `load` will find every
+        tensor, and no other.
+        """
+        return {"params": tensors.stored(self._match(shapes))}
 
     def load(self, shapes):
         """Variables {"params": …} of `module()`: shaped, typed and placed as `shapes`."""
@@ -133,15 +135,17 @@ def _opened(folder: pathlib.Path) -> Checkpoint:
     return Checkpoint(folder, config, families()[kind])
 
 
-def check(source, shapes) -> None:
+def check(source, shapes):
     """`Checkpoint.check` of one source, or of several whose parameters lie side by side."""
-    for checkpoint, part in _each(source, shapes):
-        checkpoint.check(part)
+    return _together(source, [c.check(part) for c, part in _each(source, shapes)])
 
 
 def load(source, shapes):
     """`Checkpoint.load` of one source, or of several whose parameters lie side by side."""
-    variables = [checkpoint.load(part) for checkpoint, part in _each(source, shapes)]
+    return _together(source, [c.load(part) for c, part in _each(source, shapes)])
+
+
+def _together(source, variables):
     if isinstance(source, str):
         return variables[0]
     return {"params": {f"encoders_{i}": v["params"] for i, v in enumerate(variables)}}

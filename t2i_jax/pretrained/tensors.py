@@ -121,6 +121,17 @@ def load(sources: dict[str, Source]):
     return traverse_util.unflatten_dict(params, sep="/")
 
 
+def stored(sources: dict[str, Source]):
+    """The parameters' shapes, with the types that their file stores; of float64, float32."""
+
+    def one(source):
+        kinds = {hf.FLOATS[tensor.kind] for tensor in source.tensors}
+        (kind,) = kinds if len(kinds) == 1 and kinds != {np.float64} else (np.float32,)
+        return jax.ShapeDtypeStruct(source.leaf.shape, kind)
+
+    return traverse_util.unflatten_dict({p: one(s) for p, s in sources.items()}, sep="/")
+
+
 def ignored(tensor: str, names: Names) -> bool:
     """Whether a checkpoint's tensor is of no use to us."""
     return any(fnmatch.fnmatchcase(tensor, known) for known in names.ignored)

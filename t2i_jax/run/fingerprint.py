@@ -39,13 +39,14 @@ SMALL = 2**15  # elements: numpy sums smaller arrays, as XLA would compile a pro
 WEIGHTED = 2  # the format before: its sums miss two flipped sign bits
 
 
-def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
+def of(tree, *, format: int = FORMAT, widened: bool = False) -> tuple[dict, list]:
     """The fingerprints of a tree of arrays.
 
     The devices that hold a large array compute its sums. Only the sums come to the host.
 
     Args:
       format: FORMAT, or WEIGHTED to check what an older version wrote.
+      widened: of 16-bit floats those of the float32 numbers that they equal.
     Returns:
       Path -> [dtype, shape, two sums in hexadecimal], and the paths of arrays that are not finite.
     """
@@ -54,7 +55,12 @@ def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
     # On simulated devices these programs and the step's would starve each other of threads (ADR 8).
     jax.block_until_ready(tree)
 
+    def kind(leaf):
+        half = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 2
+        return jnp.dtype("float32") if widened and half else leaf.dtype
+
     def sums_of(leaf):
+        leaf = leaf.astype(kind(leaf))
         if leaf.size <= SMALL and getattr(leaf, "is_fully_addressable", True):
             return _sum_here(np.asarray(leaf), lanes)
         # One array after the other, as simulated devices share few threads. Each shape has its own
@@ -65,15 +71,18 @@ def of(tree, *, format: int = FORMAT) -> tuple[dict, list]:
     prints, bad = {}, []
     for (path, leaf), (first, second, finite) in zip(flat, sums, strict=True):
         name = path_of(path)
-        prints[name] = [str(leaf.dtype), list(leaf.shape), f"{first:08x}{second:08x}"]
+        prints[name] = [str(kind(leaf)), list(leaf.shape), f"{first:08x}{second:08x}"]
         if not finite:
             bad.append(name)
     return prints, bad
 
 
 def digest(tree, *, format: int = FORMAT) -> str:
-    """One hash of all fingerprints of a tree, with its format in front: "3:…"."""
-    prints, _ = of(tree, format=format)
+    """One hash of all fingerprints of a tree, with its format in front: "3:…".
+
+    It does not tell how a net's numbers are stored, as long as they are equal.
+    """
+    prints, _ = of(tree, format=format, widened=True)
     text = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
     return text if format == WEIGHTED else f"{format}:{text}"
 

@@ -70,6 +70,11 @@ class Tokenizer:
             cut.append(lost or None)
         return Tokens(ids_BL, mask_BL), cut
 
+    @property
+    def special(self) -> list[int]:
+        """The tokens round a caption, which an empty one consists of where it is a condition."""
+        return [*self._before, *self._after]
+
     def decode(self, ids_BL, mask_BL=None) -> list[str]:
         """The texts of rows of numbers, without special tokens.
 

@@ -1,0 +1,36 @@
+"""Trains the denoiser of a pretrained pipeline, whole, on your own pictures.
+
+python train.py --config=configs/finetune.py:source=DIR,path=DATA --workdir=runs/tuned
+
+source: a folder of diffusers, or hf:org/name@revision: Stable Diffusion 1 and 2, SDXL, PixArt-α
+  and -Σ, SD 3, FLUX.1. path: pictures and captions, see configs/folder_flow.py. res: pixels a
+  side, by default those that the pipeline was made for.
+
+Hardware: a TPU v5e-8 or a GPU of 80 GB for SDXL. Expected: depends on the pictures; look at
+samples/. Autoencoder and text encoders stay as they are, stored as in their files.
+"""
+
+from configs import common
+from t2i_jax.pretrained import folder
+
+
+def get_config(arg=None):
+    arg = common.parse_arg(arg, source="", path="", res=0, steps=2000, holdout=0.0)
+    made = folder.described(arg.source)
+    config = common.base()
+    config.objective, config.text_length = made["objective"], made["text_length"]
+    config.load, config.sample = made["load"], made["sample"]
+    config.res, config.steps, config.batch_size = arg.res or made["res"], arg.steps, 8
+    config.data = dict(source="folder", path=arg.path, holdout=arg.holdout, pad=False)
+    config.text = dict(dtype="bfloat16")
+    config.model.model = dict(dtype="bfloat16")
+    config.loss = dict(text_dropout=0.1, snr_gamma=0.0, offset=0.0, guidance=1.0, train_text=False)
+    config.optim.model = dict(
+        name="adamw", learning_rate=1e-5, warmup=100, decay="constant", weight_decay=0.01, clip=1.0
+    )
+    config.ema.model = 0.999
+    config.strategy = "fsdp"
+    config.evaluators = dict(held_out_loss=dict()) if arg.holdout else {}
+    config.eval_every = 500 if arg.holdout else 0
+    config.save_every, config.sample_every = 500, 250
+    return config

@@ -1,0 +1,28 @@
+"""Teaches a pretrained pipeline your own pictures with low-rank adapters (LoRA).
+
+python train.py --config=configs/finetune_lora.py:source=DIR,path=DATA --workdir=runs/lora
+
+Options are those of configs/finetune.py, and `rank`. Targets are the projections of attention;
+another choice is a pattern: --config.lora.model.match='attn|ff'. For adapters of the text encoder,
+too: --config.lora.text='{"rank": 4}' and an entry text_lora in config.optim.
+
+Hardware: a GPU of 16 GB or one TPU chip for Stable Diffusion 1. Expected: depends on the pictures;
+look at samples/.
+"""
+
+from configs import common, finetune
+
+TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose them
+
+
+def get_config(arg=None):
+    known = dict(source="", path="", res=0, steps=1000, holdout=0.0, rank=16)
+    arg = common.parse_arg(arg, **known)
+    options = ("source", "path", "res", "steps", "holdout")
+    config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in options))
+    config.lora.model = dict(rank=arg.rank, match=TARGETS)
+    config.optim = dict(
+        model_lora=dict(name="adamw", learning_rate=1e-4, warmup=50, decay="cosine", clip=1.0)
+    )
+    config.ema, config.strategy = {}, "data"
+    return config

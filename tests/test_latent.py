@@ -1,0 +1,63 @@
+"""Pretrained pipelines: whole drawings equal diffusers', on folders that it wrote."""
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+from t2i_jax import errors, pipeline
+from tests import folders
+
+HEIGHT, WIDTH = 24, 16
+STEPS, GUIDANCE = 5, 3.0
+CLOSE = 2  # of 255
+
+
+@pytest.fixture(scope="module", params=folders.PIPELINES)
+def pair(request, tmp_path_factory):
+    """The name of a kind of pipeline, diffusers' and ours."""
+    folder = tmp_path_factory.mktemp(request.param)
+    theirs = folders.save(folders.PIPELINES[request.param], folder)
+    return request.param, theirs, pipeline.Pipeline.load(str(folder))
+
+
+def drawn(theirs, noise_BhwC, **options):
+    """What diffusers draws for both prompts from given noise: uint8 BHWC."""
+    latents = torch.from_numpy(noise_BhwC.transpose(0, 3, 1, 2).copy())
+    if type(theirs).__name__ == "FluxPipeline":
+        latents = theirs._pack_latents(latents, *(latents.shape[i] for i in range(4)))
+        options.pop("negative_prompt", None)
+    if type(theirs).__name__.startswith("PixArt"):
+        options |= dict(use_resolution_binning=False, clean_caption=False)
+    with torch.no_grad():
+        images = theirs(
+            prompt=folders.PROMPTS,
+            height=HEIGHT,
+            width=WIDTH,
+            num_inference_steps=STEPS,
+            guidance_scale=GUIDANCE,
+            latents=latents,
+            output_type="np",
+            **options,
+        ).images
+    return np.round(images * 255).astype(np.uint8)
+
+
+def test_a_rectangle_is_the_same(pair):
+    """Two prompts, a negative prompt, guidance, the folder's own scheduler."""
+    name, theirs, ours = pair
+    shape = (
+        2,
+        HEIGHT // 2,
+        WIDTH // 2,
+        ours.predictor.objective.predict["sample"].__self__.space.shape[-1],
+    )
+    noise_BhwC = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    negative = {} if name == "flux" else {"negative_prompt": folders.NEGATIVE}
+    wanted = drawn(theirs, noise_BhwC, **{k: [v] * 2 for k, v in negative.items()})
+    options = dict(width=WIDTH, height=HEIGHT, steps=STEPS, guidance=GUIDANCE)
+    image_BHWC = ours(folders.PROMPTS, noise=noise_BhwC, **negative, **options)
+    assert image_BHWC.shape == (2, HEIGHT, WIDTH, 3)
+    assert np.ptp(wanted.astype(int)) > 20  # not a flat picture
+    assert np.abs(image_BHWC.astype(int) - wanted).max() <= CLOSE
