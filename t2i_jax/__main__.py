@@ -12,6 +12,7 @@ COMMANDS = {
     "compare": ("t2i_jax.commands.compare", "compares runs"),
     "export": ("t2i_jax.commands.export", "writes a run's weights as a model"),
     "captions": ("t2i_jax.commands.captions", "encodes a run's captions once"),
+    "verify": ("t2i_jax.commands.verify", "says what each network of a pipeline computes"),
     "convert": ("t2i_jax.commands.convert", "makes image networks from files of torch"),
 }
 

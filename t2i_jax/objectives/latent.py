@@ -58,7 +58,7 @@ def make(config) -> Objective:
     """
     family = Latent(config)
     predict = {"sample": family.sample, "img2img": family.img2img, "encode": family.encode}
-    predict["loss_at_times"] = family.loss_at_times
+    predict |= {"loss_at_times": family.loss_at_times, "parts": family.parts}
     trained = ("model", "text") if family.options.train_text else ("model",)
     read = (
         inputs.picture(config.res, augment=tuple(config.augment)),
@@ -279,6 +279,20 @@ class Latent:
         z0 = self.space.encode(nets, batch, keys_B)
         z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise
         return self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
+
+    def parts(self, nets, batch, key, *, width: Side = 0, height: Side = 0):
+        """What each network makes of captions and noise, to be compared with other programs.
+
+        -> name -> array: "text" and "pooled" of the encoders, "denoiser" of the noise at the first
+        of 20 steps, without guidance, "autoencoder" of the noise as latents.
+        """
+        size = self.size(height, width)
+        noise = self.noise(batch, randomness.per_example(key, batch["index"]), size)
+        cond = self.cond(nets, batch["text"], size)
+        time_B = jnp.full(len(noise), self.grid(size, 20, "").time_S[0])
+        out = self.model.apply(nets["model"], noise, time_B, cond)
+        image = self.space.decode(nets, noise)
+        return dict(text=cond.seq_BLD, pooled=cond.pooled_BD, denoiser=out, autoencoder=image)
 
     def noise(self, batch, keys_B, size):
         """The noise of pictures of a size in pixels: the batch's, else that of the keys."""
