@@ -44,6 +44,11 @@ class Names(NamedTuple):
     untransposed: bool = False
 
 
+def alike(paths) -> dict[str, str]:
+    """A table for modules that are called as in torch: "blocks_{}/norm" is "blocks.{}.norm"."""
+    return {path: path.replace("_{}", ".{}").replace("/", ".") for path in paths}
+
+
 OURS = Names({}, ignored=("*",))  # of files of our own: tensors are called as parameters are
 
 _LEAVES = {
@@ -183,14 +188,13 @@ def _aligned(shape, dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _tensors(folder, names):
-    """torch name without prefix -> _Tensor."""
+def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a checkpoint's weights: one, or the shards that its index names."""
     index = hf.weights(folder)
-    parts = [index.name]
-    if index.suffix == ".json":
-        shards = hf.read_json(index).get("weight_map")
-        parts = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
-    found = {}
+    if index.suffix != ".json":
+        return [index]
+    shards = hf.read_json(index).get("weight_map")
+    parts = sorted({str(file) for file in shards.values()} if isinstance(shards, dict) else ())
     for file in parts:
         if pathlib.PurePath(file).name != file:
             raise errors.DataError(
@@ -198,7 +202,14 @@ def _tensors(folder, names):
                 where=str(index),
                 fix="take the checkpoint from a source you trust",
             )
-        for name, tensor in header(folder / file)[0].items():
+    return [folder / file for file in parts]
+
+
+def _tensors(folder, names):
+    """torch name without prefix -> _Tensor."""
+    found = {}
+    for file in files_of(folder):
+        for name, tensor in header(file)[0].items():
             prefix = next((p for p in names.prefixes if name.startswith(p)), "")
             plain = name.removeprefix(prefix)
             for old, new in names.renamed:
@@ -206,7 +217,7 @@ def _tensors(folder, names):
             if plain in found:
                 raise errors.DataError(
                     f"two tensors are called {plain[:200]!r}",
-                    where=str(folder / file),
+                    where=str(file),
                     fix="save the checkpoint again with save_pretrained",
                 )
             found[plain] = tensor

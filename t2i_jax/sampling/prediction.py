@@ -38,3 +38,20 @@ def _from_edm(out_BHWC, z_BHWC, t):
     power = (1 - t) ** 2 * DATA_STD**2 + t**2  # of z
     skip = (t - (1 - t) * DATA_STD**2) / power  # (1 − c_skip)/t
     return skip * z_BHWC - DATA_STD * jax.lax.rsqrt(power) * out_BHWC
+
+
+def parts(kind: str, out_BHWC, z_BHWC, alpha, sigma):
+    """The image and the noise that an output at z = α·x + σ·ε says.   -> (x_BHWC, ε_BHWC)
+
+    kind:
+      "eps"   the noise (arXiv:2006.11239);   "x"  the image;
+      "v"     α·ε − σ·x, of paths where α² + σ² = 1 (arXiv:2202.00512, appendix D);
+      "flow"  ε − x, of the straight line, where α + σ = 1.
+    """
+    if kind == "eps":
+        return (z_BHWC - sigma * out_BHWC) / alpha, out_BHWC
+    if kind == "x":
+        return out_BHWC, (z_BHWC - alpha * out_BHWC) / jnp.maximum(sigma, TIME_FLOOR)
+    if kind == "v":
+        return alpha * z_BHWC - sigma * out_BHWC, sigma * z_BHWC + alpha * out_BHWC
+    return z_BHWC - sigma * out_BHWC, z_BHWC + alpha * out_BHWC

@@ -1,0 +1,234 @@
+"""Files of LoRA adapters: PEFT's layout, which diffusers writes, and kohya's, which is read.
+
+PEFT: `<part>.<module>.lora_A.weight` (rank, in) and `lora_B.weight` (out, rank); of a convolution A
+is (rank, in, height, width) and B (out, rank, 1, 1). kohya: `lora_unet_<module>.lora_down.weight`,
+`.lora_up.weight` and `.alpha`, with "_" for each dot of the module's name.
+
+An adapter here is a tree: kernel's path -> {"a": (in, rank), "b": (rank, out)}; what it adds is
+a·b. Kernels that join several modules of torch share one A when they are written, and have their
+A's side by side when they are read.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from t2i_jax import errors, images
+from t2i_jax.pretrained import tensors
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+METADATA = "lora_adapter_metadata"  # PEFT's options as JSON, among the file's notes
+KOHYA = {  # what kohya calls a pipeline's parts
+    "lora_unet_": ("unet", "transformer"),
+    "lora_te_": ("text_encoder",),
+    "lora_te1_": ("text_encoder",),
+    "lora_te2_": ("text_encoder_2",),
+}
+_PEFT = re.compile(r"(\w+?)\.(.+)\.lora_(A|B)\.weight")
+_KOHYA = re.compile(r"(lora_(?:unet|te1?|te2)_)(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+
+
+class Pair(NamedTuple):
+    """One module's matrices, (in, rank) and (rank, out); their product is what is added."""
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float32") -> pathlib.Path:
+    """Writes adapters in PEFT's layout; returns the file.
+
+    Args:
+      adapters: part, such as "unet" -> its adapter.
+      plans: part -> what `tensors.match` found of its network.
+    """
+    arrays, notes = {}, {}
+    for part, adapter in adapters.items():
+        ranks, modules = set(), []
+        for path, pair in _pairs(adapter).items():
+            source = plans[part][path]
+            for module, one in zip(modules_of(source), _split(source, pair), strict=True):
+                a, b = one.a.T, one.b.T
+                if len(source.axes) == 4:  # a convolution
+                    a = pair.a.reshape(*source.leaf.shape[:3], -1).transpose(3, 2, 0, 1)
+                    b = b[..., None, None]
+                for name, value in (("lora_A", a), ("lora_B", b)):
+                    key = f"{part}.{module}.{name}.weight"
+                    arrays[key] = np.ascontiguousarray(value, dtype)
+                ranks.add(a.shape[0])
+                modules.append(module)
+        rank = max(ranks)
+        own = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
+        notes |= {f"{part}.{name}": value for name, value in own.items()}
+    note = {"format": "pt", METADATA: json.dumps(notes, sort_keys=True)}
+    images.write_whole(folder / WEIGHTS, safetensors.numpy.save(arrays, note))
+    return folder / WEIGHTS
+
+
+def read(path: pathlib.Path, plans: Mapping) -> dict:
+    """part -> adapter, of a file in either layout.
+
+    Args:
+      plans: part -> what `tensors.match` found of the network that it belongs to.
+    Raises:
+      DataError: a broken file, one of another kind of adapters, or of another model: it names
+        modules that these networks lack, or matrices of other shapes.
+    """
+    found = _modules(path, plans)
+    adapters = {}
+    for part, pairs in found.items():
+        tree = {}
+        for kernel, source in plans[part].items():
+            own = [pairs.pop(module, None) for module in modules_of(source)]
+            if any(own):
+                tree[kernel] = _joined(source, own, path)
+        if pairs:
+            raise errors.DataError(
+                f"{len(pairs)} modules are none of this model's {part}, such as "
+                f"{next(iter(pairs))[:100]}",
+                where=str(path),
+                fix="use adapters that were made for this model",
+            )
+        flat = {f"{k}/{name}": x for k, pair in tree.items() for name, x in pair.items()}
+        adapters[part] = traverse_util.unflatten_dict(flat, sep="/")
+    return adapters
+
+
+def combined(adapters: Mapping[str, float]):
+    """One adapter that adds what several do, each times its weight: [(adapter, weight), …]."""
+    sums = {}
+    for adapter, weight in adapters:
+        for path, (a, b) in _pairs(adapter).items():
+            sums.setdefault(path, []).append((a, weight * b))
+    flat = {}
+    for path, pairs in sums.items():
+        flat[f"{path}/a"] = np.concatenate([a for a, _ in pairs], axis=-1)
+        flat[f"{path}/b"] = np.concatenate([b for _, b in pairs], axis=-2)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def modules_of(source: tensors.Source) -> list[str]:
+    """The torch modules whose weights make a kernel."""
+    return [tensor.name.removesuffix(".weight") for tensor in source.tensors]
+
+
+def _pairs(adapter) -> dict[str, Pair]:
+    flat = traverse_util.flatten_dict(adapter, sep="/")
+    paths = {path.rpartition("/")[0] for path in flat}
+    return {p: Pair(np.asarray(flat[f"{p}/a"]), np.asarray(flat[f"{p}/b"])) for p in sorted(paths)}
+
+
+def _split(source, pair: Pair) -> list[Pair]:
+    """The pair of each module that a kernel joins."""
+    return [Pair(pair.a, b) for b in np.split(pair.b, len(source.tensors), axis=-1)]
+
+
+def _joined(source, pairs, path) -> dict:
+    """The pair of a kernel that joins several modules; those without one add nothing."""
+    inputs, outputs = math.prod(source.leaf.shape[:-1]), source.leaf.shape[-1]
+    width, columns, rows = outputs // len(pairs), [], []
+    for i, pair in enumerate(pairs):
+        if pair is None:
+            continue
+        if pair.a.shape[0] != inputs or pair.b.shape[1] != width:
+            raise errors.DataError(
+                f"{modules_of(source)[i][:100]} is for {pair.a.shape[0]} inputs and "
+                f"{pair.b.shape[1]} outputs, not {inputs} and {width}",
+                where=str(path),
+                fix="use adapters that were made for this model",
+            )
+        columns.append(pair.a)
+        rows.append(np.pad(pair.b, ((0, 0), (i * width, outputs - (i + 1) * width))))
+    return {"a": np.concatenate(columns, axis=1), "b": np.concatenate(rows, axis=0)}
+
+
+def _modules(path, plans) -> dict[str, dict[str, Pair]]:
+    """part -> torch module -> its pair."""
+    listed, notes = tensors.header(path)
+    whole = lambda tensor: tensor.read(tuple(slice(0, n) for n in tensor.shape))
+    found, unread = {}, []
+    for name, tensor in listed.items():
+        if match := _PEFT.fullmatch(name):
+            part, module, kind = match.groups()
+        elif match := _KOHYA.fullmatch(name):
+            prefix, flat, kind = match.groups()
+            part = next((part for part in KOHYA[prefix] if part in plans), KOHYA[prefix][0])
+            module = _dotted(flat, plans.get(part, {}))
+            kind = {"lora_down.weight": "A", "lora_up.weight": "B"}.get(kind, kind)
+        else:
+            unread.append(name)
+            continue
+        found.setdefault(part, {}).setdefault(module, {})[kind] = whole(tensor)
+    if unread or not found:
+        raise errors.DataError(
+            f"no LoRA adapters that we read: {', '.join(unread[:3]) or 'no tensors'}",
+            where=str(path),
+            fix="give a file in PEFT's or kohya's layout, of plain LoRA",
+        )
+    if lacking := found.keys() - plans.keys():
+        raise errors.DataError(
+            f"adapters of {', '.join(sorted(lacking))}, which this model has not",
+            where=str(path),
+            fix="use adapters that were made for this model",
+        )
+    options = _options(notes, path)
+    return {
+        part: {
+            module: _pair(f"{part}.{module}", kinds, options.get(part, {}), path)
+            for module, kinds in modules.items()
+        }
+        for part, modules in found.items()
+    }
+
+
+def _pair(name: str, kinds: dict, options: dict, path) -> Pair:
+    """Matrices in our order, the scale alpha/rank multiplied in."""
+    if not {"A", "B"} <= kinds.keys():
+        raise errors.DataError(
+            f"{name[:100]} has one matrix of two", where=str(path), fix="copy it again"
+        )
+    a, b = (np.asarray(kinds[kind], np.float32) for kind in "AB")
+    rank = a.shape[0]
+    a = a.transpose(2, 3, 1, 0).reshape(-1, rank) if a.ndim == 4 else a.T
+    alpha = kinds.get("alpha")
+    alpha = (
+        float(np.asarray(alpha).reshape(-1)[0])
+        if alpha is not None
+        else options.get("lora_alpha", rank)
+    )
+    scale = alpha / (options.get("r") or rank)
+    return Pair(a, scale * b.reshape(b.shape[0], rank).T)
+
+
+def _options(notes, path) -> dict[str, dict]:
+    """part -> PEFT's options, of the file's notes."""
+    try:
+        values = json.loads(notes.get(METADATA, "{}"))
+        flat = {key: value for key, value in values.items() if key.count(".")}
+    except (ValueError, AttributeError, RecursionError) as e:
+        raise errors.DataError(
+            f"its note {METADATA} is no JSON object: {e}", where=str(path), fix="save it again"
+        ) from e
+    options = {}
+    for key, value in flat.items():
+        part, _, name = key.partition(".")
+        if name in ("alpha_pattern", "rank_pattern", "use_dora") and value:
+            raise errors.DataError(
+                f"{name} is not implemented", where=str(path), fix="save the adapters merged"
+            )
+        if name in ("r", "lora_alpha"):
+            options.setdefault(part, {})[name] = value
+    return options
+
+
+def _dotted(flat: str, plan) -> str:
+    """The module that kohya writes with "_" for dots; as it is where the network lacks it."""
+    names = {m.replace(".", "_"): m for source in plan.values() for m in modules_of(source)}
+    return names.get(flat, flat)

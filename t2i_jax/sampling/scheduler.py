@@ -1,0 +1,457 @@
+"""What a `scheduler_config.json` of diffusers says, as arrays: the path, and a solver's numbers.
+
+The numbers are those of the class that the file names, step for step. All are made in float64 on
+the host; a program gets them as arrays.
+
+S calls of the network · T steps of training
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from t2i_jax import errors
+from t2i_jax.sampling import path as paths
+
+CONFIG = "scheduler_config.json"
+KINDS = {"epsilon": "eps", "v_prediction": "v", "sample": "x"}
+CLASSES = {  # class -> the solver it is
+    "DDIMScheduler": "ddim",
+    "PNDMScheduler": "pndm",
+    "EulerDiscreteScheduler": "euler",
+    "EulerAncestralDiscreteScheduler": "euler_ancestral",
+    "HeunDiscreteScheduler": "heun",
+    "DPMSolverMultistepScheduler": "dpmpp_2m",
+    "LCMScheduler": "lcm",
+    "DDPMScheduler": "ddpm",
+    "FlowMatchEulerDiscreteScheduler": "euler",
+    "FlowMatchHeunDiscreteScheduler": "heun",
+}
+FLOW = ("euler", "heun")  # solvers of straight lines
+SPACING = {  # solver -> its class's timestep_spacing, where the config says none
+    **dict.fromkeys(("ddim", "pndm", "lcm", "ddpm"), "leading"),
+    **dict.fromkeys(("euler", "euler_ancestral", "heun", "dpmpp_2m"), "linspace"),
+}
+REFUSED = {  # field -> the values that change no number
+    "thresholding": (False,),
+    "clip_sample": (False,),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "invert_sigmas": (False,),
+    "stochastic_sampling": (False,),
+    "algorithm_type": ("dpmsolver++",),
+    "solver_type": ("midpoint",),
+    "solver_order": (1, 2),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "time_shift_type": ("exponential",),
+    "variance_type": ("fixed_small", None),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+}
+CLIPS = ("ddim", "ddpm", "lcm")  # solvers that clip_sample concerns
+CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # classes that clip where their config says nothing
+KARRAS = 7.0  # ρ of the grid (Karras et al. 2022, eq. 5)
+SMALLEST = 2.0**-24  # α² at a last step of no signal, as Euler's class has it
+LCM_DATA = 0.5  # σ_data of LCM's boundary scaling
+
+
+class Grid(NamedTuple):
+    """A solver's numbers. Of a call of the network: `time_S`, what it is told; `alpha_S` and
+    `sigma_S`, α and σ of the state before; the others are the solver's, see there.
+
+    start: what unit noise is multiplied by at first.
+    kind: what outputs mean, of `prediction.parts`.
+    draws, repeats: whether any step takes new noise, or begins where the one before did.
+    """
+
+    time_S: Any
+    alpha_S: Any
+    sigma_S: Any
+    kept_S: Any
+    x_share_S: Any
+    noise_share_S: Any
+    fresh_S: Any
+    again_S: Any
+    mix_S: Any
+    start: float = 1.0
+    kind: str = "eps"
+    draws: bool = False
+    repeats: bool = False
+
+    def arrays(self):
+        """The numbers of all calls, for a scan: what is no number is left out."""
+        numbers = {k: v for k, v in self._asdict().items() if k.endswith("_S")}
+        return Grid(
+            **{k: jnp.asarray(v) for k, v in numbers.items()},
+            start=None,
+            kind=None,
+            draws=None,
+            repeats=None,
+        )
+
+    def after(self, begin: int) -> "Grid":
+        """The grid without its first `begin` steps, for what begins with less noise."""
+        if self.repeats and begin:
+            begin += 1  # PLMS does its first step twice
+        rest = {k: v[begin:] for k, v in self._asdict().items() if k.endswith("_S")}
+        return self._replace(**rest, start=1.0)
+
+
+class Scheduler(NamedTuple):
+    """What a scheduler's config says.
+
+    config: its values, without those that say nothing.
+    name: its solver, of `solvers.SOLVERS`.
+    path: of training.
+    kind: what the network puts out, one of the path's kinds.
+    """
+
+    config: Mapping
+    name: str
+    path: paths.Path
+    kind: str
+
+    @property
+    def flow(self) -> bool:
+        """Whether the path is the straight line."""
+        return self.config["_class_name"].startswith("FlowMatch")
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.config.get("num_train_timesteps", paths.STEPS)
+
+    def time(self, t):
+        """What the network is told at a time of the path."""
+        return t * self.steps if self.flow else t * self.steps - 1
+
+    def grid(self, steps: int, *, tokens: int = 0, solver: str = "", even: bool = False) -> Grid:
+        """The numbers of so many steps.
+
+        Args:
+          tokens: of a picture, which a scheduler may shift its noise by.
+          solver: another than the config's. It has the config's fields and its class's defaults.
+          even: the noise levels of a flow begin as 1, 1 − 1/steps, …, as FLUX.1 wants.
+        Raises:
+          ConfigError: a solver of other paths, or more steps than there are.
+        """
+        solver = solver or self.name
+        if self.flow != (solver in FLOW) and self.flow:
+            raise errors.unknown("sampler of this model", solver, FLOW, where="--sampler")
+        if steps > self.steps:
+            raise errors.ConfigError(
+                f"{steps} steps of {self.steps}", where="--steps", fix=f"use {self.steps} or fewer"
+            )
+        if self.flow:
+            sigma_S = _flow_sigmas(self.config, self.steps, steps, tokens, even)
+            return _explicit(solver, sigma_S[:-1] * self.steps, 1 - sigma_S, sigma_S, "flow")
+        _check(self.config, solver)
+        kept_T = _kept(self.config, solver)
+        made = {"pndm": _pndm, "dpmpp_2m": _dpm, "lcm": _lcm}.get(solver, _discrete)
+        return made(self.config, solver, kept_T, steps, self.kind)
+
+
+def from_config(config: Mapping) -> Scheduler:
+    """The scheduler that a config describes.
+
+    Raises:
+      ConfigError: a class, or a value of a field, that is not implemented.
+    """
+    config = {key: value for key, value in config.items() if value is not None}
+    kind = config.get("_class_name")
+    if kind in CLIPPING:
+        config = {"clip_sample": True} | config
+    if kind not in CLASSES:
+        raise errors.unknown("scheduler", str(kind), CLASSES, where=CONFIG)
+    name = CLASSES[kind]
+    _check(config, name)
+    if kind.startswith("FlowMatch"):
+        return Scheduler(config, name, paths.straight(), "v")
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in KINDS:
+        raise errors.unknown("prediction_type", predicted, KINDS, where=CONFIG)
+    return Scheduler(config, name, paths.discrete(_betas(config)), KINDS[predicted])
+
+
+def min_snr(path: paths.Path, kind: str, t_B, gamma: float):
+    """Weights of losses by signal to noise (Hang et al. 2023, arXiv:2303.09556, 3.4).   -> B
+
+    min(SNR, γ) of an image, divided by SNR for noise, and by SNR + 1 for v. On the straight line
+    the velocity's weight is that of noise: its error is the image's times 1/σ².
+    """
+    snr_B = jnp.square(path.alpha(t_B)) / jnp.maximum(jnp.square(path.sigma(t_B)), 1e-12)
+    limited_B = jnp.minimum(snr_B, gamma)
+    if kind == "x":
+        return limited_B
+    return limited_B / (snr_B + (kind == "v"))
+
+
+def _check(config, solver: str) -> None:
+    for field, values in REFUSED.items():
+        if field == "clip_sample" and solver not in CLIPS:
+            continue
+        if field in config and config[field] not in values:
+            raise errors.ConfigError(
+                f"{field} {config[field]!r} is not implemented",
+                where=CONFIG,
+                fix=f"set it to {values[0]!r}",
+            )
+    if solver == "pndm" and not config.get("skip_prk_steps", solver != "pndm"):
+        raise errors.ConfigError(
+            "skip_prk_steps false is not implemented", where=CONFIG, fix="set it to true"
+        )
+
+
+def _betas(config):
+    """β_T, perhaps rescaled so that nothing is left of the image at the last step (Lin et al. 2023,
+    arXiv:2305.08891, alg. 1).
+    """
+    if "trained_betas" in config:
+        beta_T = np.asarray(config["trained_betas"], np.float64)
+    else:
+        steps = config.get("num_train_timesteps", paths.STEPS)
+        first, last = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+        schedule = config.get("beta_schedule", "linear")
+        made = {
+            "linear": lambda: np.linspace(first, last, steps),
+            "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, steps) ** 2,
+            "squaredcos_cap_v2": lambda: paths.cosine(steps),
+        }
+        if schedule not in made:
+            raise errors.unknown("beta_schedule", schedule, made, where=CONFIG)
+        # The classes compute in float32; products of a thousand factors remember it.
+        beta_T = np.asarray(made[schedule](), np.float32).astype(np.float64)
+    if config.get("rescale_betas_zero_snr"):
+        root_T = np.sqrt(np.cumprod(1 - beta_T))
+        root_T = (root_T - root_T[-1]) * root_T[0] / (root_T[0] - root_T[-1])
+        kept_T = root_T**2
+        beta_T = 1 - kept_T / np.concatenate([[1.0], kept_T[:-1]])
+    return beta_T
+
+
+def _kept(config, solver: str):
+    """α² of each step."""
+    kept_T = np.cumprod(1 - _betas(config))
+    if config.get("rescale_betas_zero_snr") and solver in ("euler", "euler_ancestral", "dpmpp_2m"):
+        kept_T[-1] = SMALLEST
+    return kept_T
+
+
+def _times(config, solver: str, steps: int):
+    """The times that the network is told, from noise to data, by timestep_spacing (Lin et al. 2023,
+    table 2).
+    """
+    total = config.get("num_train_timesteps", paths.STEPS)
+    spacing = config.get("timestep_spacing", SPACING[solver])
+    more = solver == "dpmpp_2m"  # its class makes one more time, and leaves the last out
+    if spacing == "linspace":
+        time_S = np.linspace(0, total - 1, steps + more)[::-1]
+        time_S = time_S if solver in ("euler", "euler_ancestral", "heun") else time_S.round()
+    elif spacing == "leading":
+        unit = total // (steps + more)
+        time_S = (np.arange(steps + more) * unit)[::-1].astype(np.float64)
+        if solver != "dpmpp_2m":
+            time_S = time_S + config.get("steps_offset", 0)
+    elif spacing == "trailing":
+        time_S = np.round(np.arange(total, 0, -total / steps)) - 1
+    else:
+        names = ("linspace", "leading", "trailing")
+        raise errors.unknown("timestep_spacing", spacing, names, where=CONFIG)
+    time_S = time_S[:steps]
+    if solver == "dpmpp_2m" and spacing == "leading":
+        time_S = time_S + config.get("steps_offset", 0)
+    return time_S
+
+
+def _levels(config, solver, kept_T, steps: int):
+    """Times, and σ/α at them and at the end."""
+    ratio_T = np.sqrt((1 - kept_T) / kept_T)
+    time_S = _times(config, solver, steps)
+    level_S = np.interp(time_S, np.arange(len(ratio_T)), ratio_T)
+    if config.get("use_karras_sigmas"):
+        high, low = (level_S[0], level_S[-1]) if solver != "dpmpp_2m" else (ratio_T[-1], ratio_T[0])
+        ramp = np.linspace(0, 1, steps)
+        level_S = (
+            high ** (1 / KARRAS) + ramp * (low ** (1 / KARRAS) - high ** (1 / KARRAS))
+        ) ** KARRAS
+        time_S = np.interp(np.log(level_S), np.log(ratio_T), np.arange(len(ratio_T)))
+        time_S = time_S.round() if solver == "dpmpp_2m" else time_S
+    final = config.get("final_sigmas_type", "zero")
+    if final not in ("zero", "sigma_min"):
+        raise errors.unknown("final_sigmas_type", final, ("zero", "sigma_min"), where=CONFIG)
+    return time_S, np.append(level_S, ratio_T[0] if final == "sigma_min" else 0.0)
+
+
+def _grid(kind: str, time_S, alpha_S, sigma_S, **more) -> Grid:
+    """A grid of one number a call; what is not given is 0."""
+    n = len(time_S)
+    numbers = dict(time_S=time_S, alpha_S=alpha_S, sigma_S=sigma_S)
+    numbers |= {k: more.pop(k, np.zeros(n)) for k in ("kept_S", "x_share_S", "noise_share_S")}
+    numbers["fresh_S"] = fresh_S = more.pop("fresh_S", np.zeros(n))
+    numbers["mix_S"] = more.pop("mix_S", np.ones((n, 1)))
+    arrays = {k: np.asarray(v, np.float32) for k, v in numbers.items()}
+    again_S = np.asarray(more.pop("again_S", np.zeros(n)), bool)
+    return Grid(**arrays, again_S=again_S, kind=kind, draws=bool(fresh_S.any()), **more)
+
+
+def _explicit(solver, time_S, alpha_S, sigma_S, kind, start=1.0) -> Grid:
+    """Euler's and Heun's steps between α and σ, which have one entry more than times."""
+    options = dict(x_share_S=alpha_S[1:], noise_share_S=sigma_S[1:], start=start)
+    if solver == "heun":
+        later_S = np.append(time_S[1:], 0.0)
+        again_S = np.arange(len(time_S)) < len(time_S) - 1
+        if kind == "flow":  # the state moves by its own velocity, not by noise over α
+            kept_S = sigma_S[1:] - sigma_S[:-1]
+        else:
+            kept_S = alpha_S[1:] * (sigma_S[1:] / alpha_S[1:] - sigma_S[:-1] / alpha_S[:-1])
+        options |= dict(mix_S=later_S[:, None], again_S=again_S, kept_S=kept_S)
+    return _grid(kind, time_S, alpha_S[:-1], sigma_S[:-1], **options)
+
+
+def _discrete(config, solver, kept_T, steps, kind) -> Grid:
+    if solver in ("ddim", "ddpm"):
+        return _by_steps(config, solver, kept_T, steps, kind)
+    time_S, level_S = _levels(config, solver, kept_T, steps)
+    alpha_S = 1 / np.sqrt(level_S**2 + 1)
+    sigma_S = level_S * alpha_S
+    # The classes begin with noise of the highest level, or with what an image would add to it.
+    leading = config.get("timestep_spacing", SPACING[solver]) == "leading"
+    start = 1.0 if leading else sigma_S[0]
+    if solver != "euler_ancestral":
+        return _explicit(solver, time_S, alpha_S, sigma_S, kind, start)
+    now_S, next_S = level_S[:-1], level_S[1:]
+    up_S = np.sqrt(next_S**2 * (now_S**2 - next_S**2) / now_S**2)
+    down_S = np.sqrt(next_S**2 - up_S**2)
+    ends = dict(x_share_S=alpha_S[1:], noise_share_S=alpha_S[1:] * down_S)
+    ends |= dict(fresh_S=alpha_S[1:] * up_S, start=start)
+    return _grid(kind, time_S, alpha_S[:-1], sigma_S[:-1], **ends)
+
+
+def _ends(config, kept_T, time_S, steps, solver):
+    """α² at each time, and where its step leads: `T // steps` earlier, beyond the first to 1 or to
+    the first's.
+    """
+    before_S = time_S.astype(int) - len(kept_T) // steps
+    last = 1.0 if config.get("set_alpha_to_one", solver != "pndm") else kept_T[0]
+    return kept_T[time_S.astype(int)], np.where(before_S >= 0, kept_T[before_S.clip(0)], last)
+
+
+def _by_steps(config, solver, kept_T, steps, kind) -> Grid:
+    """DDIM, and DDPM's ancestral steps with the smaller of its variances."""
+    time_S = _times(config, solver, steps)
+    now_S, next_S = _ends(config, kept_T, time_S, steps, solver)
+    if solver == "ddpm":
+        next_S = np.where(time_S - len(kept_T) // steps >= 0, next_S, 1.0)
+    numbers = (time_S, np.sqrt(now_S), np.sqrt(1 - now_S))
+    if solver == "ddim":
+        ends = dict(x_share_S=np.sqrt(next_S), noise_share_S=np.sqrt(1 - next_S))
+        return _grid(kind, *numbers, **ends)
+    beta_S = 1 - now_S / next_S
+    variance_S = np.maximum((1 - next_S) / (1 - now_S) * beta_S, 1e-20)
+    return _grid(
+        kind,
+        *numbers,
+        x_share_S=np.sqrt(next_S) * beta_S / (1 - now_S),
+        kept_S=np.sqrt(1 - beta_S) * (1 - next_S) / (1 - now_S),
+        fresh_S=np.where(time_S > 0, np.sqrt(variance_S), 0.0),
+    )
+
+
+def _pndm(config, solver, kept_T, steps, kind) -> Grid:
+    """PLMS: the outputs of the last four times, mixed as Adams and Bashforth do. The second call
+    does the first step again with the mean of both outputs.
+    """
+    time_S = _times(config, solver, steps)
+    now_S, next_S = _ends(config, kept_T, time_S, steps, solver)
+    if steps > 1:
+        twice = [0, 0, *range(1, steps)]
+        time_S = time_S[[0, 1, *range(1, steps)]]
+        now_S, next_S = now_S[twice], next_S[twice]
+        unit = len(kept_T) // steps
+        now_S[1], next_S[1] = kept_T[int(time_S[1]) + unit], kept_T[int(time_S[1])]
+    adams = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0]])
+    adams = [*adams, np.array([23, -16, 5, 0]) / 12, np.array([55, -59, 37, -9]) / 24]
+    calls = np.arange(len(time_S))
+    return _grid(
+        kind,
+        time_S,
+        *(np.sqrt(now_S), np.sqrt(1 - now_S)),
+        x_share_S=np.sqrt(next_S),
+        noise_share_S=np.sqrt(1 - next_S),
+        mix_S=np.stack([adams[min(n, 4)] for n in calls]),
+        again_S=calls == 1,
+        repeats=steps > 1,
+    )
+
+
+def _dpm(config, solver, kept_T, steps, kind) -> Grid:
+    time_S, level_S = _levels(config, solver, kept_T, steps)
+    alpha_S = 1 / np.sqrt(level_S**2 + 1)
+    sigma_S = level_S * alpha_S
+    with np.errstate(divide="ignore"):
+        lambda_S = -np.log(level_S)
+    kept_S = sigma_S[1:] / sigma_S[:-1]
+    width_S = lambda_S[1:] - lambda_S[:-1]
+    x_S = -alpha_S[1:] * np.expm1(-width_S)  # the share of x̂ in a step of first order
+    mix_S = np.stack([x_S, np.zeros(steps)], 1)
+    ends_low = config.get("euler_at_final") or config.get("final_sigmas_type", "zero") == "zero"
+    ends_low = ends_low or (config.get("lower_order_final", True) and steps < 15)
+    second = range(1, steps - bool(ends_low)) if config.get("solver_order", 2) == 2 else ()
+    for n in second:
+        slope = 0.5 * x_S[n] * width_S[n] / width_S[n - 1]
+        mix_S[n] = x_S[n] + slope, -slope
+    return _grid(kind, time_S, alpha_S[:-1], sigma_S[:-1], kept_S=kept_S, mix_S=mix_S)
+
+
+def _lcm(config, solver, kept_T, steps, kind) -> Grid:
+    """A consistency model's jumps to x̂, each but the last with new noise (arXiv:2310.04378)."""
+    origin = config.get("original_inference_steps", 50)
+    time_N = (np.arange(1, origin + 1) * (len(kept_T) // origin) - 1)[::-1]
+    if steps > len(time_N):
+        raise errors.ConfigError(
+            f"{steps} steps of {origin}", where="--steps", fix=f"use {origin} or fewer"
+        )
+    time_S = time_N[np.floor(np.linspace(0, len(time_N), steps, endpoint=False)).astype(int)]
+    now_S, next_S = kept_T[time_S], np.append(kept_T[time_S[1:]], 1.0)
+    # The network's x̂ and the state are mixed so that the state stays at time 0 (section 3).
+    scaled_S = time_S * config.get("timestep_scaling", 10.0)
+    state_S = LCM_DATA**2 / (scaled_S**2 + LCM_DATA**2)
+    x_S = scaled_S / np.sqrt(scaled_S**2 + LCM_DATA**2)
+    return _grid(
+        kind,
+        time_S,
+        *(np.sqrt(now_S), np.sqrt(1 - now_S)),
+        kept_S=np.sqrt(next_S) * state_S,
+        x_share_S=np.sqrt(next_S) * x_S,
+        fresh_S=np.sqrt(1 - next_S),
+    )
+
+
+def _flow_sigmas(config, total: int, steps: int, tokens: int, even: bool):
+    """The noise levels of a flow's steps, and 0 (arXiv:2403.03206, section 5.3.2)."""
+    shift = config.get("shift", 1.0)
+    dynamic = config.get("use_dynamic_shifting", False)
+    moved = lambda s: shift * s / (1 + (shift - 1) * s)
+    if even:
+        sigma_S = np.linspace(1.0, 1 / steps, steps)
+    else:
+        ends = np.array([1.0, 1 / total])
+        first, last = ends if dynamic else moved(ends)
+        sigma_S = np.linspace(first, last, steps)
+    if dynamic:  # by the number of a picture's tokens
+        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+        mu = least + (most - least) * (tokens - low) / (high - low)
+        sigma_S = math.exp(mu) / (math.exp(mu) + (1 / sigma_S - 1))
+    else:
+        sigma_S = moved(sigma_S)
+    if end := config.get("shift_terminal"):
+        rest_S = 1 - sigma_S
+        sigma_S = 1 - rest_S * (1 - end) / rest_S[-1]
+    return np.append(sigma_S, 0.0)

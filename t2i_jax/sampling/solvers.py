@@ -1,0 +1,91 @@
+"""Solvers of pretrained pipelines: from noise to latents by the numbers of a `scheduler.Grid`.
+
+A solver is a function (output, z, grid, normal) -> z. `output(z, time)` is what the network says,
+guided, of the kind grid.kind; `normal(n)` is standard normal noise of step n in z's shape. All of a
+solver's numbers are arrays of the grid, with an entry for each call of the network. The state is
+z = α·x + σ·ε everywhere, also where published solvers scale it otherwise.
+
+BHWC latents · S calls
+"""
+
+import jax
+import jax.numpy as jnp
+
+from t2i_jax.sampling import prediction
+
+
+def linear(output, z_BHWC, grid, normal):
+    """Steps z' = kept·z + x_share·x̂ + noise_share·ε̂ + fresh·(new noise).
+
+    x̂ and ε̂ are of a mix of the last four outputs. DDIM (Song et al. 2021, arXiv:2010.02502, eq.
+    12), Euler's method in σ/α (Karras et al. 2022, arXiv:2206.00364, alg. 1 without churn), its
+    ancestral form, PLMS (arXiv:2202.09778, eq. 12), LCM (arXiv:2310.04378) and DDPM (eq. 7 of
+    arXiv:2006.11239) are such steps.
+    """
+
+    def step(state, numbers):
+        z, before, past = state
+        n, g = numbers
+        out = output(z, g.time_S)
+        # PLMS does its first step again, from where it began.
+        base = jnp.where(g.again_S, before, z) if grid.repeats else z
+        mixed = g.mix_S[0] * out + sum(g.mix_S[i + 1] * past[i] for i in range(len(past)))
+        x, noise = prediction.parts(grid.kind, mixed, base, g.alpha_S, g.sigma_S)
+        new = g.kept_S * base + g.x_share_S * x + g.noise_share_S * noise
+        if grid.draws:
+            new += g.fresh_S * normal(n)
+        if past:
+            kept = (out, *past[:-1])
+            past = tuple(
+                jnp.where(g.again_S, old, one) for one, old in zip(kept, past, strict=True)
+            )
+        return (new, base, past), None
+
+    past = (jnp.zeros_like(z_BHWC),) * (grid.mix_S.shape[1] - 1)
+    calls = jnp.arange(len(grid.time_S))
+    (z_BHWC, _, _), _ = jax.lax.scan(step, (z_BHWC, z_BHWC, past), (calls, grid.arrays()))
+    return z_BHWC
+
+
+def multistep(output, z_BHWC, grid, normal):
+    """DPM-Solver++ of order 2, multistep (Lu et al. 2022, arXiv:2211.01095, alg. 2): linear in the
+    state and in the last two x̂.
+    """
+
+    def step(state, g):
+        z, last = state
+        x, _ = prediction.parts(grid.kind, output(z, g.time_S), z, g.alpha_S, g.sigma_S)
+        return (g.kept_S * z + g.mix_S[0] * x + g.mix_S[1] * last, x), None
+
+    start = (z_BHWC, jnp.zeros_like(z_BHWC))
+    return jax.lax.scan(step, start, grid.arrays())[0][0]
+
+
+def heun(output, z_BHWC, grid, normal):
+    """Heun's method in σ/α (Karras et al. 2022, alg. 1): two calls a step, but one in the last.
+
+    The grid has an entry for each step, and the next one's time beside it.
+    """
+
+    def slope(z, time, alpha, sigma):
+        x, noise = prediction.parts(grid.kind, output(z, time), z, alpha, sigma)
+        return x, noise
+
+    def step(z, g):
+        x, noise = slope(z, g.time_S, g.alpha_S, g.sigma_S)
+        ahead = g.x_share_S * x + g.noise_share_S * noise  # z at the next α and σ
+
+        def corrected(ahead):
+            _, later = slope(ahead, g.mix_S[0], g.x_share_S, g.noise_share_S)
+            # In z/α the slope is ε̂: half of the way goes along each.
+            return ahead + 0.5 * g.kept_S * (later - noise)
+
+        return jax.lax.cond(g.again_S, corrected, lambda ahead: ahead, ahead), None
+
+    return jax.lax.scan(step, z_BHWC, grid.arrays())[0]
+
+
+SOLVERS = {
+    **dict.fromkeys(("ddim", "pndm", "euler", "euler_ancestral", "lcm", "ddpm"), linear),
+    **{"dpmpp_2m": multistep, "heun": heun},
+}
