@@ -6,8 +6,10 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from t2i_jax import errors, pipeline
-from tests import folders
+from t2i_jax import pipeline  # noqa: E402
+from tests import folders  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
 HEIGHT, WIDTH = 24, 16
 STEPS, GUIDANCE = 5, 3.0
@@ -47,12 +49,8 @@ def drawn(theirs, noise_BhwC, **options):
 def test_a_rectangle_is_the_same(pair):
     """Two prompts, a negative prompt, guidance, the folder's own scheduler."""
     name, theirs, ours = pair
-    shape = (
-        2,
-        HEIGHT // 2,
-        WIDTH // 2,
-        ours.predictor.objective.predict["sample"].__self__.space.shape[-1],
-    )
+    family = ours.predictor.objective.predict["sample"].__self__
+    shape = (2, HEIGHT // 2, WIDTH // 2, family.space.shape[-1])
     noise_BhwC = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     negative = {} if name == "flux" else {"negative_prompt": folders.NEGATIVE}
     wanted = drawn(theirs, noise_BhwC, **{k: [v] * 2 for k, v in negative.items()})
