@@ -6,16 +6,15 @@ E width of the time's embedding · K numbers
 
 import flax.linen as nn
 import jax.numpy as jnp
-import numpy as np
 
 from t2i_jax import errors, fields
 from t2i_jax.models import attention, layers
 from t2i_jax.models.layers import flat
 from t2i_jax.models.types import Cond, Output
 from t2i_jax.pretrained import hf, residual, tensors
+from t2i_jax.pretrained.embedding import Embedding, waves
 
 KINDS = ("UNet2DConditionModel",)
-PERIOD = 10_000.0  # of the slowest sinusoid of the time
 _FIELDS = {
     "in_channels": "channels",
     "out_channels": "out_channels",
@@ -68,27 +67,6 @@ def names(config) -> tensors.Names:
     for name in ("time_embedding", "add_embedding"):
         table[f"{name}/linear_{{}}"] = f"{name}.linear_{{}}"
     return tensors.Names(table)
-
-
-def waves(t_B, width: int, *, cosine_first: bool = True, shift: float = 0.0):
-    """Sinusoids of numbers, float32 (arXiv:2006.11239, after 1706.03762, section 3.5).   -> BE"""
-    half = width // 2
-    rates = np.exp(-np.log(PERIOD) * np.arange(half) / (half - shift)).astype(np.float32)
-    angle_BE = t_B[..., None].astype(jnp.float32) * rates
-    pair = (jnp.sin(angle_BE), jnp.cos(angle_BE))
-    return jnp.concatenate(pair[::-1] if cosine_first else pair, -1)
-
-
-class Embedding(nn.Module):
-    """Two layers on sinusoids, float32."""
-
-    width: int
-
-    def setup(self):
-        self.linear_1, self.linear_2 = (nn.Dense(self.width, dtype="float32") for _ in range(2))
-
-    def __call__(self, x_BE):
-        return self.linear_2(nn.silu(self.linear_1(x_BE)))
 
 
 class Attention(nn.Module):
