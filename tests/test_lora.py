@@ -5,7 +5,9 @@ import shutil
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -89,7 +91,7 @@ def test_a_merged_kernel_is_the_sum_of_both(shape):
     kernel = rng.normal(size=shape).astype(np.float32)
     params = {"layer": {"kernel": kernel, "bias": np.zeros(4, np.float32)}}
     options = lora.Options(rank=2, alpha=6.0)
-    adapter = lora._init(jax.random.key(0), params, options, "net")
+    adapter = lora._init(jax.random.key(0), params, options, "net", {"layer"})
     pair = adapter["layer"]["kernel"]
     pair["b"] = rng.normal(size=pair["b"].shape).astype(np.float32)
     got = lora.merge(params, adapter, options)["layer"]
@@ -104,6 +106,65 @@ def test_a_merged_kernel_is_the_sum_of_both(shape):
         ours = flat @ got["kernel"].reshape(-1, 4)
     np.testing.assert_allclose(ours, want, rtol=1e-4, atol=1e-5)
     assert got["bias"] is params["layer"]["bias"]
+
+
+class Layers(nn.Module):
+    """A convolution with stride and padding, scanned dense layers, a dense layer in bfloat16."""
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        x = nn.Conv(6, (3, 3), strides=(2, 1), padding=((0, 1), (1, 1)), name="conv")(x_BHWC)
+        stack = dict(variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True})
+        body = lambda dense, x: (dense(x), None)
+        x, _ = nn.scan(body, length=3, **stack)(nn.Dense(6, name="dense"), x)
+        return nn.Dense(4, dtype="bfloat16", name="last")(x).astype("float32")
+
+
+def test_a_net_with_adapters_beside_it_is_the_merged_one():
+    """Their products are never made, and give the same outputs and gradients."""
+    x = jax.random.normal(jax.random.key(0), (2, 7, 5, 3))
+    family = objective.Objective(
+        init=lambda key, batch: {"model": Layers().init(key, x)},
+        losses=(objective.Loss(("model",), lambda nets, *_: (apply(nets).mean(), None)),),
+        predict={"out": lambda nets, batch, key: apply(nets)},
+    )
+    apply = lambda nets: jnp.square(Layers().apply(nets["model"], x))
+    adapted = lora.wrap(family, {"model": {"rank": 2, "alpha": 6.0}})
+    nets = adapted.init(jax.random.key(1), None)
+    nets["model_lora"] = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape), nets["model_lora"]
+    )
+    options = lora.Options(rank=2, alpha=6.0)
+
+    def merged(adapter):
+        params = lora.merge(nets["model"]["params"], adapter["params"], options)
+        return apply({"model": {"params": params}})
+
+    beside = lambda adapter: adapted.predict["out"]({**nets, "model_lora": adapter}, None, None)
+    for fn in (lambda f: f, lambda f: jax.grad(lambda adapter: f(adapter).mean())):
+        want, got = fn(merged)(nets["model_lora"]), fn(beside)(nets["model_lora"])
+        for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got), strict=True):
+            assert jnp.abs(a - b).max() <= 0.03 * jnp.abs(a).max()  # bfloat16 in the last layer
+
+
+def test_no_gradient_of_a_whole_kernel_is_made():
+    """The compiled step's largest temporary is smaller than the adapted kernel."""
+    n = 512
+    net = nn.Dense(n)
+    family = objective.Objective(
+        init=lambda key, batch: {"model": net.init(key, jnp.ones((1, n)))},
+        losses=(
+            objective.Loss(
+                ("model",), lambda nets, x, *_: (net.apply(nets["model"], x).var(), None)
+            ),
+        ),
+        predict={},
+    )
+    adapted = lora.wrap(family, {"model": {"rank": 2}})
+    nets = adapted.init(jax.random.key(0), None)
+    own = lambda adapter, x: adapted.losses[0].fn({**nets, "model_lora": adapter}, x, None, 0)[0]
+    step = jax.jit(jax.grad(own)).lower(nets["model_lora"], jnp.ones((4, n))).compile()
+    assert step.memory_analysis().temp_size_in_bytes < n * n * 4 / 4
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, weights
-from t2i_jax.models.types import Cond, Features
+from t2i_jax.models.types import Cond, Features, Moments, Output
 from t2i_jax.pretrained import hf, opener, text_encoder
 from tests import test_conditioning
 from tests import test_text_families as texts
@@ -90,7 +90,7 @@ def test_a_network_for_another_use_is_named(encoder, tmp_path):
 
 def test_every_family_says_what_its_networks_return():
     for kind, family in opener.families().items():
-        assert set(opener.gives(family)) <= {Cond, Features}, kind
+        assert set(opener.gives(family)) <= {Cond, Features, Moments, Output}, kind
     assert {"clip", "bert", "t5", "gpt2", "dinov2", "lpips_vgg"} <= opener.families().keys()
 
 
