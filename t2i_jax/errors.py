@@ -12,6 +12,8 @@ OF_DISKS = (
     *(errno.ENAMETOOLONG, errno.EFBIG, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
     errno.ELOOP,
 )
+# RecursionError: of JSON whose brackets are nested by the thousand.
+UNREADABLE = (OSError, ValueError, RecursionError)
 
 
 class Error(Exception):
@@ -61,6 +63,20 @@ def of_storage(where):
         raise StorageError(
             e.strerror, where=str(e.filename or where), fix="make room or choose another place"
         ) from e
+
+
+@contextlib.contextmanager
+def explained(kind: type[Error], what: str, *, where, fix: str, of=UNREADABLE):
+    """Turns exceptions within the body into one error of `kind`: "what: reason". Ours pass.
+
+    of: the kinds of exceptions, by default those of files that cannot be read or parsed.
+    """
+    try:
+        yield
+    except Error:  # also an OSError or a ValueError, and says more
+        raise
+    except of as e:
+        raise kind(f"{what}: {reason(e)}", where=str(where), fix=fix) from e
 
 
 class NonFiniteError(Error, ArithmeticError):

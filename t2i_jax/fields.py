@@ -168,14 +168,10 @@ def signature(kind: Callable) -> inspect.Signature:
     texts = [*(p.annotation for p in raw.parameters.values()), raw.return_annotation]
     if not any(isinstance(text, str | typing.ForwardRef) for text in texts):
         return raw
-    try:
+    what = f"annotations of {kind.__qualname__} cannot be read"
+    fix = "define their names in the module, or write no annotations as strings"
+    with errors.explained(errors.ConfigError, what, where=kind.__module__, fix=fix, of=NameError):
         hints = typing.get_type_hints(kind, include_extras=True)
-    except NameError as e:
-        raise errors.ConfigError(
-            f"annotations of {kind.__qualname__} cannot be read: {e}",
-            where=kind.__module__,
-            fix="define their names in the module, or write no annotations as strings",
-        ) from e
     parameters = [
         p.replace(annotation=hints.get(p.name, p.annotation)) for p in raw.parameters.values()
     ]

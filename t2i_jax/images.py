@@ -132,6 +132,8 @@ def read_metadata(path) -> dict | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             text = _note(image)
+    except Image.UnidentifiedImageError as e:
+        raise OSError(f"it is no {', '.join(FORMATS)}") from e
     except (OSError, ValueError):
         raise
     except Exception as e:  # Pillow raises nearly every kind for a broken file
@@ -160,10 +162,8 @@ def check_folder(path, flag: str) -> None:
     flag: the option of the command line that names the folder, for the error.
     """
     path = pathlib.Path(path)
-    try:
+    with writing(path, flag):
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    except OSError as e:
-        raise _unwritable(path, e.strerror, flag) from e
     if not existing.is_dir():
         raise _unwritable(path, f"{existing} is a file", flag)
     if not os.access(existing, os.W_OK | os.X_OK):
@@ -188,12 +188,18 @@ def make_folder(path, flag: str) -> None:
     """
     # Only a write proves it: access rights do not tell of full disks and read-only mounts.
     probe = pathlib.Path(path) / f".probe.{os.getpid()}"
-    try:
+    with writing(path, flag):
         probe.parent.mkdir(parents=True, exist_ok=True)
         write_whole(probe, b"")
         probe.unlink()
-    except OSError as e:
-        raise _unwritable(path, e.strerror, flag) from e
+
+
+def writing(path, flag: str):
+    """Within it, what a disk refuses is a StorageError that names the path and the flag."""
+    fix = f"choose another {flag}"
+    return errors.explained(
+        errors.StorageError, "cannot write there", where=path, fix=fix, of=OSError
+    )
 
 
 def _unwritable(path, reason: str, flag: str) -> errors.StorageError:

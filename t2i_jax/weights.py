@@ -60,12 +60,9 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The config of a run: plain values from its config.json."""
     path = folder / "config.json"
     check_regular(path)
-    try:
+    fix, of = "restore the file from a copy of the run", (ValueError, RecursionError)
+    with errors.explained(errors.DataError, "not JSON", where=path, fix=fix, of=of):
         values = json.loads(files.read_text(path))
-    except (ValueError, RecursionError) as e:
-        raise errors.DataError(
-            f"not JSON: {e}", where=str(path), fix="restore the file from a copy of the run"
-        ) from e
     if not isinstance(values, dict) or "objective" not in values:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"

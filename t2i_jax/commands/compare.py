@@ -13,6 +13,7 @@ writes report.md and report.html with these parts:
 
 import base64
 import collections
+import contextlib
 import html
 import io
 import itertools
@@ -139,14 +140,13 @@ def _read(folder: pathlib.Path, name: str) -> Run:
     """A run. The keys of its results are (protocol, first digits of its definition)."""
     needed = [folder / "config.json", folder / "metrics.jsonl"]
     lacking = next((file.name for file in needed if not file.is_file()), None)
-    try:
+    fix = "give the --workdir of a training, not an exported model"
+    of = (*errors.UNREADABLE, KeyError, TypeError)
+    with errors.explained(errors.ConfigError, "no run", where=folder, fix=fix, of=of):
         if lacking:
             raise ValueError(f"no {lacking} in it" if folder.is_dir() else "no such folder")
         config = json.loads(files.read_text(needed[0]))
         config["batch_size"], config["objective"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        fix = "give the --workdir of a training, not an exported model"
-        raise errors.ConfigError(f"no run: {e}", where=str(folder), fix=fix) from e
     return Run(
         name,
         config,
@@ -165,18 +165,14 @@ def _read(folder: pathlib.Path, name: str) -> Run:
 
 def _cores(path: pathlib.Path) -> int:
     """The cores of env.txt; 1 where an older version did not note them."""
-    try:
+    with _reading(path):
         if not path.exists():
             return 1
-        if not path.is_file():
-            raise ValueError("it is no file")
         environment = json.loads(files.read_text(path, limit=ENVIRONMENT))
         cores = environment.get("cores", 1) if isinstance(environment, dict) else None
         if type(cores) is not int or cores < 1:
             raise ValueError(f"cores is {cores!r:.50}")
         return cores
-    except (OSError, ValueError, RecursionError) as e:
-        raise _unreadable(path, e) from e
 
 
 def _definition(row: dict) -> str:
@@ -256,12 +252,9 @@ def curves(runs: list[Run], names: list[str]) -> bytes | None:
     Raises:
       ConfigError: matplotlib is not installed.
     """
-    try:
+    what, where, fix = "curves need matplotlib", "t2i_jax compare", 'pip install ".[report]"'
+    with errors.explained(errors.ConfigError, what, where=where, fix=fix, of=ImportError):
         from matplotlib import figure
-    except ImportError as e:
-        raise errors.ConfigError(
-            "curves need matplotlib", where="t2i_jax compare", fix='pip install ".[report]"'
-        ) from e
     points = {
         name: {
             run.name: [
@@ -309,25 +302,22 @@ def _three(value: float) -> str:
 
 
 def _rows(path: pathlib.Path) -> list[dict]:
-    try:
-        if not path.exists():
-            return []
-        if not path.is_file():
-            raise ValueError("it is no file")
-        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    with _reading(path):
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        rows = [json.loads(line) for line in lines]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no object")
         return rows
-    except (OSError, ValueError, RecursionError) as e:
-        raise _unreadable(path, e) from e
 
 
-def _unreadable(path: pathlib.Path, e: Exception) -> errors.DataError:
-    return errors.DataError(
-        f"not readable: {errors.reason(e)}",
-        where=str(path),
-        fix="restore it from a copy of the run",
-    )
+@contextlib.contextmanager
+def _reading(path: pathlib.Path):
+    """Makes one error, which names the file, of all that reading a run's file raises."""
+    fix = "restore it from a copy of the run"
+    with errors.explained(errors.DataError, "not readable", where=path, fix=fix):
+        if path.exists() and not path.is_file():  # opening a named pipe would block
+            raise ValueError("it is no file")
+        yield
 
 
 def markdown(note, tables, pictures=()) -> str:
@@ -376,9 +366,12 @@ def main(workdirs):
     asked = METRIC.value or _main_metric(runs)
     metric = asked.removeprefix("-")
     less = asked.startswith("-") or metrics.falls(metric)
-    _check("--metric", [metric] if metric else [], {n for run in runs for n in run.values()})
+    there = {name for run in runs for name in run.values()}
+    if metric:
+        errors.check_known("metric", metric, there, where="--metric")
     measured = {name for run in runs for row in (*run.losses, *run.events) for name in row}
-    _check("--curves", CURVES.value, measured - {"step"})
+    for name in CURVES.value:
+        errors.check_known("metric", name, measured - {"step"}, where="--curves")
     into = _marked(INTO.value) if INTO.value else None
     # ---- Images, notes and tables ----
     losses = sorted({k for run in runs for row in run.losses[-1:] for k in row if "/loss" in k})
@@ -392,7 +385,7 @@ def main(workdirs):
     # ---- Write them ----
     folder = pathlib.Path(OUTPUT.value)
     text = f"# {TITLE}\n\n{markdown(note, tables, pictures)}"
-    try:
+    with images.writing(folder, "--output"):
         folder.mkdir(parents=True, exist_ok=True)
         for name, data, *_ in pictures:
             images.write_whole(folder / name, data)
@@ -401,19 +394,7 @@ def main(workdirs):
         if into:
             text = f"{into[0]}{MARKS[0]}\n{markdown(note, tables)}{MARKS[1]}{into[1]}"
             images.write_whole(INTO.value, text.encode())
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write there: {e.strerror}", where=str(folder), fix="choose another --output"
-        ) from e
     print(folder / "report.md", folder / "report.html")
-
-
-def _check(flag: str, names, measured) -> None:
-    for name in names:
-        if name not in measured:
-            raise errors.ConfigError(
-                f"no run has {name!r}", where=flag, fix=errors.nearest(name, measured)
-            )
 
 
 def _step(picture: pathlib.Path) -> int:
@@ -461,12 +442,9 @@ def _main_metric(runs) -> str:
 
 def _marked(path: str) -> tuple[str, str]:
     """The text of a Markdown file before and after the marks."""
-    try:
+    fix = "name a Markdown file"
+    with errors.explained(errors.ConfigError, "not readable", where=path, fix=fix):
         text = files.read_text(path)
-    except (OSError, ValueError) as e:
-        raise errors.ConfigError(
-            f"not readable: {errors.reason(e)}", where=path, fix="name a Markdown file"
-        ) from e
     before, _, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not end:

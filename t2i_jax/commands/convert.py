@@ -109,24 +109,15 @@ def _checkpoint(state, config) -> dict[str, bytes]:
 
 def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     """The state dict of a torch file, as numpy arrays."""
-    try:
+    what, fix = "torch, which alone reads its files, is needed", 'pip install ".[parity]"'
+    where = "t2i_jax convert"
+    with errors.explained(errors.ConfigError, what, where=where, fix=fix, of=ImportError):
         import torch
-    except ImportError as e:
-        raise errors.ConfigError(
-            "torch is not installed, which alone reads its files",
-            where="t2i_jax convert",
-            fix='pip install ".[parity]"',
-        ) from e
-    try:
+    what, fix = "not readable as a dictionary of tensors", "give the published file, whole"
+    # An unpickler raises many kinds of errors for a strange file.
+    with errors.explained(errors.DataError, what, where=path, fix=fix, of=Exception):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: np.ascontiguousarray(x.numpy()) for name, x in state.items()}
-    except Exception as e:  # an unpickler raises many kinds of errors for a strange file
-        *_, last = ["", *str(e).splitlines()[:1]]
-        raise errors.DataError(
-            f"not readable as a dictionary of tensors: {type(e).__name__}: {last[:200]}",
-            where=str(path),
-            fix="give the published file, whole",
-        ) from e
 
 
 def _lite0() -> pathlib.Path:

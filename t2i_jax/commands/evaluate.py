@@ -76,13 +76,8 @@ def main():
     print(text)
     print(_table(row), file=sys.stderr)
     if output:
-        try:
-            with pathlib.Path(output).open("a") as f:
-                f.write(text + "\n")
-        except OSError as e:
-            raise errors.StorageError(
-                f"cannot be written: {e.strerror}", where=output, fix="choose --output"
-            ) from e
+        with images.writing(output, "--output"), pathlib.Path(output).open("a") as f:
+            f.write(text + "\n")
 
 
 def _table(row: dict) -> str:

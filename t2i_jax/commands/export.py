@@ -48,12 +48,9 @@ def main():
 def _read_card(path: str) -> str:
     from t2i_jax import errors, files
 
-    try:
+    where, fix = f"--card={path}", "name a text file"
+    with errors.explained(errors.ConfigError, "cannot read it", where=where, fix=fix):
         return files.read_text(path)
-    except (OSError, ValueError) as e:
-        raise errors.ConfigError(
-            f"cannot read it: {errors.reason(e)}", where=f"--card={path}", fix="name a text file"
-        ) from e
 
 
 def _card(needed) -> str:

@@ -28,15 +28,11 @@ def slice_devices(name: str):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     from jax.experimental import topologies
 
-    try:
+    what, where = f"cannot compile for {name!r}", "--topology"
+    fix = 'pip install ".[tpu-aot]", and name a slice such as v5e:2x4, v5p:2x2x1, v6e:2x2'
+    # Exception: the plugin raises many kinds.
+    with errors.explained(errors.ConfigError, what, where=where, fix=fix, of=Exception):
         return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    except Exception as e:  # whatever the plugin raises
-        reason = (str(e).splitlines() or [type(e).__name__])[0][:200]
-        raise errors.ConfigError(
-            f"cannot compile for {name!r}: {reason}",
-            where="--topology",
-            fix='pip install ".[tpu-aot]", and name a slice such as v5e:2x4, v5p:2x2x1, v6e:2x2',
-        ) from e
 
 
 class Traffic(NamedTuple):

@@ -1,6 +1,5 @@
 """What to draw: prompts from flags or files, checked; pictures written with what remakes them."""
 
-import contextlib
 import hashlib
 import inspect
 import json
@@ -11,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 from absl import logging
-from PIL import Image
 
 import t2i_jax
 from t2i_jax import errors, files, images, limits
@@ -120,14 +118,9 @@ def read_file(path, default: Request) -> list[Request]:
     A JSON line has "prompt" and may have "negative_prompt", "seed", "num_images" and sampling
     options. Empty lines and lines that start with # are passed over.
     """
-    try:
+    fix = f"give a UTF-8 text file of at most {FILE_LIMIT:,} bytes"
+    with errors.explained(errors.ConfigError, "cannot read the prompts", where=path, fix=fix):
         lines = files.read_text(path, limit=FILE_LIMIT).splitlines()
-    except (OSError, ValueError) as e:
-        raise errors.ConfigError(
-            f"cannot read the prompts: {errors.reason(e)}",
-            where=str(path),
-            fix=f"give a UTF-8 text file of at most {FILE_LIMIT:,} bytes",
-        ) from e
     found = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -150,12 +143,9 @@ def read_file(path, default: Request) -> list[Request]:
 
 
 def _json_line(line, where):
-    try:
+    fix, of = 'write {"prompt": "…"}', (TypeError, *errors.UNREADABLE)
+    with errors.explained(errors.ConfigError, "not a JSON object", where=where, fix=fix, of=of):
         return dict(json.loads(line))
-    except (TypeError, ValueError, RecursionError) as e:
-        raise errors.ConfigError(
-            f"not a JSON object: {e}", where=where, fix='write {"prompt": "…"}'
-        ) from e
 
 
 def _plain(line, where):
@@ -168,13 +158,10 @@ def _plain(line, where):
                 f"unknown option --{letter}", where=where, fix="use --n, --d, --l or --s"
             )
         name = _LETTERS[letter]
-        try:
+        fix = "give a number"
+        with errors.explained(errors.ConfigError, f"--{letter} {text!r}", where=where, fix=fix):
             text = text if letter == "n" else " ".join(shlex.split(text))
             values[name] = {"seed": int, "steps": int, "guidance": float}.get(name, str)(text)
-        except ValueError as e:
-            raise errors.ConfigError(
-                f"--{letter} is {text!r}", where=where, fix="give a number"
-            ) from e
     return values
 
 
@@ -193,15 +180,9 @@ class Recorded(NamedTuple):
 
 def from_picture(path) -> Recorded:
     """The requests that made a picture, a grid or a strip of ours, out of its metadata."""
-    try:
+    fix = "give a picture that sample.py wrote"
+    with errors.explained(errors.DataError, "cannot read it", where=path, fix=fix):
         found = images.read_metadata(path)
-    except (OSError, ValueError) as e:
-        reason = errors.reason(e)
-        if isinstance(e, Image.UnidentifiedImageError):
-            reason = f"it is no {', '.join(images.FORMATS)}"
-        raise errors.DataError(
-            f"cannot read it: {reason}", where=str(path), fix="give a picture that sample.py wrote"
-        ) from e
     rows = found.get("pictures", [found]) if found else []
     fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)
     fits = fits and all(isinstance(row, dict) for row in rows)
@@ -414,7 +395,7 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
     images.make_folder(folder, "--output_dir")
     text = _parameters_of(settings, drawn.shape[1]) if metadata else None
     settings = settings if metadata else None
-    with _writing(folder):
+    with images.writing(folder, "--output_dir"):
         strip = images.claim(folder, "strip.png")
         rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
         images.save(strip, images.rows(rows), settings, text)
@@ -475,7 +456,7 @@ def save(
     folder = pathlib.Path(folder)
     images.make_folder(folder, "--output_dir")
     paths = []
-    with _writing(folder):
+    with images.writing(folder, "--output_dir"):
         for picture, info in drawn:
             kind = "txt" if isinstance(picture, str) else extension
             path = images.claim(folder, f"s{info['seed']}.{kind}")
@@ -506,14 +487,3 @@ def in_rows(drawn):
     if len(rows) == len(drawn):
         return images.grid(np.stack([picture for picture, _ in drawn]))
     return images.rows(list(rows.values()))
-
-
-@contextlib.contextmanager
-def _writing(folder):
-    """Makes what a disk refuses one clear error."""
-    try:
-        yield
-    except OSError as e:
-        raise errors.StorageError(
-            f"cannot write pictures: {e.strerror}", where=str(folder), fix="choose --output_dir"
-        ) from e

@@ -100,12 +100,9 @@ def states(folder: pathlib.Path, encode, source, tokenizer, identity) -> Input:
     """
     if not distributed.as_first((folder / MANIFEST).exists()):
         return precompute(encode, source, tokenizer, kept=_kept(identity()))
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except (OSError, ValueError) as e:
-        raise errors.DataError(
-            f"cannot be read: {e}", where=str(folder / MANIFEST), fix=AGAIN
-        ) from e
+    where = folder / MANIFEST
+    with errors.explained(errors.DataError, "cannot be read", where=where, fix=AGAIN):
+        manifest = json.loads(where.read_text())
     known = identity(sums=manifest.setdefault("sums", fingerprint.WEIGHTED))
     stale = [key for key in known if manifest.get(key) != known[key]]
     if stale:
@@ -284,12 +281,10 @@ def write(folder: pathlib.Path, encode, source, tokenizer, identity) -> dict:
     place_of_row = np.empty(len(order), np.int64)
     place_of_row[order] = np.arange(len(order))
     manifest = {**known, **sizes, "captions": len(order), "files": files}
-    try:
+    with _writing(folder):
         with (folder / PLACES).open("wb") as f:
             np.save(f, place_of_row[captions.row_of_record])
         images.write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-    except OSError as e:
-        raise _unwritable(folder, e) from e
     return manifest
 
 
@@ -313,24 +308,19 @@ def _write_file(path: pathlib.Path, records) -> int:
     temporary = path.with_suffix(".tmp")
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
-        try:
+        # Not around the loop: making the records computes, and fails for other reasons.
+        with _writing(path):
             writer.write(record)
-        except RuntimeError as e:  # what array_record makes of a full disk
-            raise _unwritable(path, e) from e
-    try:
+    with _writing(path):
         writer.close()
         temporary.replace(path)
         return path.stat().st_size
-    except (OSError, RuntimeError) as e:
-        raise _unwritable(path, e) from e
 
 
-def _unwritable(path, e):
-    return errors.StorageError(
-        f"cannot be written: {str(e).splitlines()[0][:200]}",
-        where=str(path),
-        fix="make room there, and start the same command again: it goes on",
-    )
+def _writing(path):
+    fix = "make room there, and start the same command again: it goes on"
+    of = (OSError, RuntimeError)  # the second is what array_record makes of a full disk
+    return errors.explained(errors.StorageError, "cannot be written", where=path, fix=fix, of=of)
 
 
 class _Captions:

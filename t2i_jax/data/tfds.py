@@ -31,12 +31,10 @@ class Source:
         caption_key = _choose("caption", caption_key, texts, CAPTION_NAMES, leaves, where)
         self._image, self._caption = leaves[image_key][0], leaves[caption_key][0]
         self._captions, self._res, self._pad = captions, res, pad
-        try:
+        what, fix = f"unknown split {split!r}", errors.nearest(split, info.splits)
+        of = (ValueError, KeyError)
+        with errors.explained(errors.DataError, what, where=where, fix=fix, of=of):
             shards = info.splits[split].file_instructions
-        except (ValueError, KeyError) as e:
-            raise errors.DataError(
-                f"unknown split {split!r}", where=where, fix=errors.nearest(split, info.splits)
-            ) from e
         if not shards:
             raise errors.DataError(
                 f"split {split!r} is empty", where=where, fix=f"use one of {sorted(info.splits)}"

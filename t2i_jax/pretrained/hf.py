@@ -118,18 +118,11 @@ def _beside(part: str) -> str:
 
 def read_json(path: pathlib.Path) -> dict:
     """One JSON object of a checkpoint."""
-    try:
+    fix = "copy the checkpoint again"
+    with errors.explained(errors.DataError, "not readable as JSON", where=path, fix=fix):
         value = json.loads(files.read_text(path))
-    except (OSError, ValueError, RecursionError) as e:
-        raise errors.DataError(
-            f"not readable as JSON: {e}", where=str(path), fix="copy the checkpoint again"
-        ) from e
-    if not isinstance(value, dict):
-        raise errors.DataError(
-            f"a {type(value).__name__} where an object belongs",
-            where=str(path),
-            fix="copy the checkpoint again",
-        )
+        if not isinstance(value, dict):
+            raise ValueError(f"a {type(value).__name__} where an object belongs")
     return value
 
 

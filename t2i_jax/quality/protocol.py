@@ -115,19 +115,10 @@ def read(name: str, *, path: str | None = None, **changes) -> Protocol:
       ConfigError: no such protocol, or a field that is unknown, missing or of a wrong kind.
     """
     file = pathlib.Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
-    try:
+    known = [p.stem for p in FOLDER.glob("*.json")]
+    fix = f"{errors.nearest(name, known)}, or give the path of a .json file"
+    with errors.explained(errors.ConfigError, f"no protocol {name!r}", where=file, fix=fix):
         values = json.loads(files.read_text(file))
-    except FileNotFoundError as e:
-        known = [p.stem for p in FOLDER.glob("*.json")]
-        raise errors.ConfigError(
-            f"no protocol {name!r}",
-            where=str(file),
-            fix=f"{errors.nearest(name, known)}, or give the path of a .json file",
-        ) from e
-    except (OSError, ValueError, RecursionError) as e:
-        raise errors.ConfigError(
-            f"not readable as JSON: {e}", where=str(file), fix="see evaluators/protocols"
-        ) from e
     changes = {key: value for key, value in changes.items() if value not in (None, {})}
     label = file.stem + "".join(f" {key}={changes[key]}" for key in sorted(changes))
     values = _checked(values, changes, str(file))

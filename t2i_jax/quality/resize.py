@@ -23,15 +23,9 @@ def load(path: str | os.PathLike) -> np.ndarray:
     Raises:
       DataError: no such file, another format, a broken file, or more than 64 million pixels.
     """
-    try:
+    fix, of = "give a file that can be read, as PNG, JPEG or WebP", (OSError, transforms.BadExample)
+    with errors.explained(errors.DataError, "no picture can be read", where=path, fix=fix, of=of):
         return transforms.decode(pathlib.Path(path).read_bytes())
-    except (OSError, transforms.BadExample) as e:
-        mend = "remove it, or save it again as PNG, JPEG or WebP"
-        raise errors.DataError(
-            f"no picture can be read: {errors.reason(e)}",
-            where=str(path),
-            fix="give a file that can be read" if isinstance(e, OSError) else mend,
-        ) from e
 
 
 def resize(image_HWC: np.ndarray, side: int, rule: str = "clean") -> np.ndarray:

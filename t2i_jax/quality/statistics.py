@@ -101,10 +101,8 @@ def save(path, statistics: Statistics, *, source: Mapping[str, str]) -> None:
 def load(path, *, expected: Mapping[str, str]) -> Statistics:
     """Reads statistics that `save` wrote. For the arguments and errors see `load_arrays`."""
     arrays = load_arrays(path, expected=expected)
-    try:
+    with errors.explained(errors.DataError, "no statistics", where=path, fix=AGAIN, of=DAMAGE):
         return Statistics(**{**arrays, "count": int(arrays["count"])})
-    except DAMAGE as e:
-        raise errors.DataError(f"no statistics: {e}", where=str(path), fix=AGAIN) from e
 
 
 def save_arrays(path, arrays: Mapping[str, np.ndarray], *, source: Mapping[str, str]) -> None:
@@ -129,17 +127,13 @@ def load_arrays(path, *, expected: Mapping[str, str]) -> dict[str, np.ndarray]:
       DataError: no such file, a damaged one, or one with another source.
     """
     path = pathlib.Path(path)
-    try:
+    with errors.explained(errors.DataError, "not readable", where=path, fix=AGAIN, of=DAMAGE):
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         text, sha256 = str(arrays.pop("source")), str(arrays.pop("sha256"))
-        whole = _sha256(arrays, text) == sha256
-        source = json.loads(text) if whole else None
-    except DAMAGE as e:
-        reason = (str(e).splitlines() or ["?"])[0][:200]
-        raise errors.DataError(f"not readable: {reason}", where=str(path), fix=AGAIN) from e
-    if not whole:
-        raise errors.DataError("the SHA-256 does not match", where=str(path), fix=AGAIN)
+        if _sha256(arrays, text) != sha256:
+            raise ValueError("the SHA-256 does not match")
+        source = json.loads(text)
     stale = [key for key, value in expected.items() if source.get(key) != value]
     if stale:
         stale = [f"{key} {source.get(key)!s:.12} → {expected[key]!s:.12}" for key in stale]
@@ -158,16 +152,12 @@ def load_foreign(path) -> Statistics:
       DataError: no such file, or none with a mean and a covariance of one width.
     """
     # `count` bounds the rank in `_root`. D + 1 is the least number that allows the full rank.
-    try:
+    fix = "give an .npz with mu and sigma"
+    with errors.explained(errors.DataError, "no statistics", where=path, fix=fix, of=DAMAGE):
         with np.load(path, allow_pickle=False) as file:
             mean_D, covariance_DD = (np.asarray(file[name], np.float64) for name in ("mu", "sigma"))
         if covariance_DD.shape != mean_D.shape * 2 or mean_D.ndim != 1:
             raise ValueError(f"mu {mean_D.shape}, sigma {covariance_DD.shape}")
-    except DAMAGE as e:
-        reason = (str(e).splitlines() or ["?"])[0][:200]
-        raise errors.DataError(
-            f"no statistics: {reason}", where=str(path), fix="give an .npz with mu and sigma"
-        ) from e
     return Statistics(len(mean_D) + 1, mean_D, covariance_DD * len(mean_D))
 
 

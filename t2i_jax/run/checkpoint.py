@@ -339,7 +339,7 @@ class Checkpoints:
         except FileNotFoundError:
             raise self._gone(step) from None
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as e:
-            reason = f"{MANIFEST} cannot be read: {_first_line(e)}"
+            reason = f"{MANIFEST} cannot be read: {errors.reason(e)}"
         if reason:
             raise Damaged(
                 f"damaged: {reason}", where=str(folder), fix="use another --step, or train on"
@@ -372,7 +372,7 @@ class Checkpoints:
             if not (folder / MANIFEST).exists():  # the training removed it while we read
                 raise self._gone(step) from e
             raise Damaged(
-                f"cannot be read: {_first_line(e)}",
+                f"cannot be read: {errors.reason(e)}",
                 where=str(folder),
                 fix="remove this folder to use an older checkpoint",
             ) from e
@@ -421,7 +421,7 @@ class Checkpoints:
         free = shutil.disk_usage(self._folder).free / 1e6
         logging.warning(
             "the save of step %d failed (%d of %d in a row): %s; %.0f MB are free there",
-            *(step, self._failures, FAILURES, _first_line(e), free),
+            *(step, self._failures, FAILURES, errors.reason(e), free),
         )
         with contextlib.suppress(OSError):
             if jax.process_index() == 0:
@@ -430,7 +430,7 @@ class Checkpoints:
                     shutil.rmtree(self._folder / str(step), ignore_errors=True)
                 self._sweep()
         if self._failures >= FAILURES:
-            raise self._unwritable(_first_line(e)) from e
+            raise self._unwritable(errors.reason(e)) from e
 
     def _unwritable(self, why: str):
         steps = self.steps()
@@ -573,7 +573,3 @@ def _difference(folder: pathlib.Path, step: int, manifest: dict) -> str | None:
 
 def _hash_of(manifest: dict) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(e: Exception) -> str:
-    return (str(e).splitlines() or [type(e).__name__])[0][:300]

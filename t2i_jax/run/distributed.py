@@ -80,18 +80,14 @@ def start(
     timer = threading.Timer(join_timeout, _give_up, (join_timeout, here))
     timer.daemon = True
     timer.start()
-    try:
+    what = "no program of several processes"
+    with errors.explained(errors.ConfigError, what, where=here, fix=FIX, of=Exception):
         jax.distributed.initialize(
             *explicit,
             initialization_timeout=join_timeout + 60,
             # Later than `_watch_others`, for the same reason.
             heartbeat_timeout_seconds=2 * heartbeat_timeout + 10,
         )
-    except Exception as e:
-        reason = (str(e).splitlines() or ["?"])[0][:300]
-        raise errors.ConfigError(
-            f"no program of several processes: {reason}", where=here, fix=FIX
-        ) from e
     timer.cancel()
     _watch_others(heartbeat_timeout)
     logging.info(
@@ -261,14 +257,14 @@ def _end_over(code: int) -> None:
 def _check_port(address: str) -> None:
     """Raises ConfigError unless process 0 can listen on the port of `address`."""
     port = address.rpartition(":")[2]
-    try:
-        with socket.socket() as s:
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(("", int(port)))
-    except (OSError, ValueError, OverflowError) as e:
-        raise errors.ConfigError(
-            f"cannot listen on port {port}: {e}", where=f"--coordinator={address}", fix=FIX
-        ) from e
+    what, where = f"cannot listen on port {port}", f"--coordinator={address}"
+    of = (OSError, ValueError, OverflowError)
+    with (
+        errors.explained(errors.ConfigError, what, where=where, fix=FIX, of=of),
+        socket.socket() as s,
+    ):
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(("", int(port)))
 
 
 def _give_up(limit: int, here: str) -> None:
