@@ -72,10 +72,10 @@ def wrap(family, spec):
             nets[adapter(name)] = {"params": params}
         return nets
 
-    losses = [_adapted(loss, options) for loss in family.losses]
+    losses = [_adapted(loss, spec) for loss in family.losses]
     frozen = tuple(adapter(name) for name in options if name not in family.trained)
     losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
-    predict = {name: _with(fn, options) for name, fn in family.predict.items()}
+    predict = {name: _with(fn, spec) for name, fn in family.predict.items()}
     unread = tuple(name for name in family.training_only if name not in options)
     return family._replace(init=init, losses=tuple(losses), predict=predict, training_only=unread)
 
@@ -107,18 +107,27 @@ def scale(option: Options) -> float:
     return (option.alpha or option.rank) / option.rank
 
 
-def beside(nets, options):
+def scaled(adapters, spec):
+    """Adapters by the net that they adapt, each B times its scale: what A·B adds as it is."""
+
+    def one(adapter, scale):
+        # A split parameter lies in a box, whose field stands behind the last key.
+        is_b = lambda path: [k.key for k in path if hasattr(k, "key")][-1] == "b"
+        by_scale = lambda path, x: x * scale if is_b(path) else x
+        return jax.tree_util.tree_map_with_path(by_scale, adapter)
+
+    options = _options(spec)
+    return {n: one(adapters[n], scale(options[n])) for n in options if n in adapters}
+
+
+def beside(nets, spec):
     """The nets of the family, adapted ones with A and scaled B in a collection of their own.
 
     An adapted net is left out where its adapter is missing, never used without it.
     """
-    whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
-    for name, option in options.items():
-        if name + SUFFIX in nets:
-            by = lambda path, x, s=scale(option): x * s if path[-1].key == "b" else x
-            adapter = jax.tree_util.tree_map_with_path(by, nets[name + SUFFIX]["params"])
-            whole[name] = {**nets[name], COLLECTION: adapter}
-    return whole
+    whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in spec}
+    own = {n: nets[n + SUFFIX]["params"] for n in spec if n + SUFFIX in nets}
+    return whole | {n: {**nets[n], COLLECTION: pair} for n, pair in scaled(own, spec).items()}
 
 
 def _adapts(layer, args, kwargs, context):

@@ -4,6 +4,7 @@ import functools
 import inspect
 import sys
 import time
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from absl import logging
 from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
 from t2i_jax.data import inputs, transforms
 from t2i_jax.pretrained import folder as folders
-from t2i_jax.pretrained import hf
+from t2i_jax.pretrained import hf, lora_files
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
@@ -397,7 +398,13 @@ class Pipeline:
 
     @classmethod
     def load(
-        cls, source: str, *, step: int | str | None = None, averaged: bool = True, load=None
+        cls,
+        source: str,
+        *,
+        step: int | str | None = None,
+        averaged: bool = True,
+        load=None,
+        lora: Mapping[str, float] | None = None,
     ) -> "Pipeline":
         """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
         model's folder, or `builtin:name`; with averaged parameters where there are any. Or a
@@ -405,12 +412,19 @@ class Pipeline:
 
         Args:
           load: net -> where its weights lie now, in place of what config.json says.
+          lora: of a pretrained pipeline, file of adapters -> weight, see `pretrained.lora_files`.
         Raises:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         compile_cache.enable()
         if folders.is_pipeline(source):
-            return cls._import(source, step, load or {})
+            return cls._import(source, step, load or {}, lora or {})
+        if lora:
+            raise errors.ConfigError(
+                "files of adapters go with a pretrained pipeline",
+                where="lora",
+                fix="leave them out; a run's own adapters are part of it",
+            )
         folder = weights.locate(source)
         config = weights.read_config(folder)
         weights.override(config, load or {})
@@ -432,15 +446,22 @@ class Pipeline:
             ) from e
 
     @classmethod
-    def _import(cls, source, step, load):
+    def _import(cls, source, step, load, files):
         if step is not None:
             raise errors.ConfigError(
                 f"a pretrained pipeline has no step {step}", where=source, fix="leave out --step"
             )
         config = weights.config_at(source)
         weights.override(config, load)
-        predictor = Predictor(config)
-        return cls(predictor, weights.imported(predictor.objective, config), source, None)
+        family = objective.make(config)
+        nets = weights.imported(family, config)
+        if files:
+            params = {name: net["params"] for name, net in nets.items()}
+            adapters = lora_files.opened(folders.open(source), params, files)
+            # Their scale is part of them, so that any rank will do here.
+            config.lora = {name: {"rank": 1} for name in adapters}
+            nets |= {f"{name}_lora": {"params": tree} for name, tree in adapters.items()}
+        return cls(Predictor(config), nets, source, None)
 
     @classmethod
     def _load(cls, source, folder, config, step, averaged):

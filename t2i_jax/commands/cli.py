@@ -16,7 +16,17 @@ from t2i_jax import errors
 from t2i_jax.run import distributed, logs
 
 PATHS = (  # flags that name a file or folder
-    *("workdir", "checkpoint", "load", "images", "data", "reference", "protocol", "extractor"),
+    *(
+        "workdir",
+        "checkpoint",
+        "load",
+        "lora",
+        "images",
+        "data",
+        "reference",
+        "protocol",
+        "extractor",
+    ),
     *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
     *("input", "image"),
 )

@@ -1,4 +1,8 @@
-"""Exports a run.   python -m t2i_jax export --workdir=runs/flow --output=models/flow"""
+"""Exports a run.   python -m t2i_jax export --workdir=runs/flow --output=models/flow
+
+--format=diffusers writes a run that began with a diffusers folder as such a folder again; of
+adapters pytorch_lora_weights.safetensors alone, or with --merge the whole folder.
+"""
 
 import pathlib
 
@@ -11,6 +15,7 @@ STEP, LOAD = cli.step_flag(), cli.load_flag()
 OUTPUT = flags.DEFINE_string("output", None, "A new folder.")
 CARD = flags.DEFINE_string("card", None, "A Markdown file to go with the weights.")
 DTYPE = flags.DEFINE_enum("dtype", "float16", ["float16", "float32"], "Type of the stored weights.")
+FORMAT = flags.DEFINE_enum("format", "own", ["own", "diffusers"], "Layout of what is written.")
 MERGE = flags.DEFINE_bool("merge", False, "Add LoRA adapters to the nets they adapt.")
 
 
@@ -33,6 +38,9 @@ def main():
         nets, config = lora.merge_run(nets, config)
         names = [name.removesuffix(lora.SUFFIX) for name in names]
     exported = {name: nets[name] for name in names}
+    if FORMAT.value == "diffusers":
+        _to_diffusers(output, exported, config)
+        return print(output)
     frozen = {
         name: net
         for name, net in nets.items()
@@ -43,6 +51,26 @@ def main():
     options = dict(card=card, dtype=DTYPE.value, frozen=weights.digests(frozen), known=pipe.words)
     weights.export(output, exported, config, **options)
     print(output)
+
+
+def _to_diffusers(output, nets, config) -> None:
+    from t2i_jax import lora, objective, weights
+    from t2i_jax.pretrained import lora_files, opener, writer
+
+    opened = writer.of_run(config)
+    params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
+    if not config.lora:
+        return writer.pipeline(opened, output, opened.by_part(params), DTYPE.value)
+    adapters = opened.by_part(lora.scaled(params, config.lora))
+    plain = config.copy_and_resolve_references()
+    plain.lora = {}
+    shapes = weights.abstract_nets(objective.make(plain), plain)
+    shapes = opened.by_part({name: net["params"] for name, net in shapes.items()})
+    plans = {
+        part: opener.open(opened.part(part)).plan({"params": shapes[part]}) for part in adapters
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    lora_files.write(output, adapters, plans, DTYPE.value)
 
 
 def _read_card(path: str) -> str:

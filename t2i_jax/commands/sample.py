@@ -25,6 +25,9 @@ IMAGE = flags.DEFINE_multi_string(
     "image", [], "What a prediction starts from: one picture for all prompts, or one for each."
 )
 SET = flags.DEFINE_multi_string("set", [], "name=value: any option of the prediction; repeatable.")
+LORA = flags.DEFINE_multi_string(
+    "lora", [], "A file of adapters for a pretrained pipeline, or FILE:weight; repeatable."
+)
 INTERPOLATE = flags.DEFINE_integer(
     "interpolate",
     0,
@@ -74,7 +77,8 @@ def main():
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    pipe = pipeline.Pipeline.load(source, step=step, load=cli.loads(MODEL["load"]))
+    options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters())
+    pipe = pipeline.Pipeline.load(source, **options)
     if frames:
         prompts.check_way(pipe)
         wanted = [r._replace(prediction="between") for r in wanted]
@@ -93,6 +97,18 @@ def main():
     for result, _ in () if frames else drawn:
         if isinstance(result, str):
             print(result)
+
+
+def _adapters() -> dict[str, float]:
+    """File -> weight, of --lora."""
+    found = {}
+    for text in LORA.value:
+        name, _, weight = text.rpartition(":")
+        try:
+            found[name or text] = float(weight) if name else 1.0
+        except ValueError:
+            found[text] = 1.0  # the colon belongs to the name
+    return found
 
 
 def predictions() -> str:

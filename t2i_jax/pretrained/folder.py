@@ -183,6 +183,27 @@ class Folder(NamedTuple):
             AUTOENCODER: self.part(AUTOENCODER),
         }
 
+    def by_part(self, nets: Mapping) -> dict:
+        """net "model" or "text" -> a tree of its parameters, as part -> the same."""
+        trees, several = {}, len(self.encoders) > 1
+        if "model" in nets:
+            trees[self.recipe.denoiser] = nets["model"]
+        for i, encoder in enumerate(self.encoders if "text" in nets else ()):
+            own = nets["text"].get(f"encoders_{i}") if several else nets["text"]
+            if own is not None:
+                trees[encoder.part] = own
+        return trees
+
+    def by_net(self, trees: Mapping) -> dict:
+        """The inverse of `by_part`."""
+        nets = {"model": trees[self.recipe.denoiser]} if self.recipe.denoiser in trees else {}
+        texts = {
+            f"encoders_{i}": trees[e.part] for i, e in enumerate(self.encoders) if e.part in trees
+        }
+        if texts:
+            nets["text"] = texts if len(self.encoders) > 1 else texts["encoders_0"]
+        return nets
+
 
 def is_pipeline(source) -> bool:
     """Whether a source is a folder with a model_index.json, or a repository of the hub."""

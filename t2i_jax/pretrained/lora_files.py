@@ -21,7 +21,8 @@ import safetensors.numpy
 from flax import traverse_util
 
 from t2i_jax import errors, images
-from t2i_jax.pretrained import tensors
+from t2i_jax.pretrained import folder as folders
+from t2i_jax.pretrained import opener, tensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # PEFT's options as JSON, among the file's notes
@@ -43,7 +44,7 @@ class Pair(NamedTuple):
 
 
 def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float32") -> pathlib.Path:
-    """Writes adapters in PEFT's layout; returns the file.
+    """Writes adapters in PEFT's layout, their scale multiplied in; returns the file.
 
     Args:
       adapters: part, such as "unet" -> its adapter.
@@ -54,16 +55,19 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
         ranks, modules = set(), []
         for path, pair in _pairs(adapter).items():
             source = plans[part][path]
-            for module, one in zip(modules_of(source), _split(source, pair), strict=True):
-                a, b = one.a.T, one.b.T
-                if len(source.axes) == 4:  # a convolution
-                    a = pair.a.reshape(*source.leaf.shape[:3], -1).transpose(3, 2, 0, 1)
-                    b = b[..., None, None]
-                for name, value in (("lora_A", a), ("lora_B", b)):
-                    key = f"{part}.{module}.{name}.weight"
-                    arrays[key] = np.ascontiguousarray(value, dtype)
-                ranks.add(a.shape[0])
-                modules.append(module)
+            a_L, b_L = (x if source.layers else x[None] for x in pair)
+            for of_layer, a, b in zip(source.by_layer, a_L, b_L, strict=True):
+                for tensor, b_out in zip(of_layer, np.split(b, len(of_layer), -1), strict=True):
+                    module = module_of(tensor)
+                    down, up = a.T, b_out.T
+                    if len(source.axes) == 4:  # a convolution
+                        down = a.reshape(*source.shape[:3], -1).transpose(3, 2, 0, 1)
+                        up = up[..., None, None]
+                    for name, value in (("lora_A", down), ("lora_B", up)):
+                        key = f"{part}.{module}.{name}.weight"
+                        arrays[key] = np.ascontiguousarray(value, dtype)
+                    modules.append(module)
+            ranks.add(pair.a.shape[-1])
         rank = max(ranks)
         own = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
         notes |= {f"{part}.{name}": value for name, value in own.items()}
@@ -86,9 +90,9 @@ def read(path: pathlib.Path, plans: Mapping) -> dict:
     for part, pairs in found.items():
         tree = {}
         for kernel, source in plans[part].items():
-            own = [pairs.pop(module, None) for module in modules_of(source)]
-            if any(own):
-                tree[kernel] = _joined(source, own, path)
+            own = [[pairs.pop(module_of(t), None) for t in layer] for layer in source.by_layer]
+            if any(map(any, own)):
+                tree[kernel] = _stacked(source, own, path)
         if pairs:
             raise errors.DataError(
                 f"{len(pairs)} modules are none of this model's {part}, such as "
@@ -101,7 +105,34 @@ def read(path: pathlib.Path, plans: Mapping) -> dict:
     return adapters
 
 
-def combined(adapters: Mapping[str, float]):
+def opened(folder: folders.Folder, shapes: Mapping, files: Mapping[str, float]) -> dict:
+    """net -> one adapter that adds what files say, each times its weight.
+
+    Args:
+      folder: the pipeline that they adapt.
+      shapes: net -> shapes of its parameters.
+      files: a file, or a folder with WEIGHTS in it -> its weight.
+    """
+    parts = {
+        part: tree
+        for part, tree in folder.by_part(shapes).items()
+        if part.startswith("text") or part == folder.recipe.denoiser
+    }
+    plans = {p: opener.open(folder.part(p)).plan({"params": tree}) for p, tree in parts.items()}
+    found = {}
+    for name, weight in files.items():
+        path = pathlib.Path(name).expanduser()
+        path = path / WEIGHTS if path.is_dir() else path
+        if not path.is_file():
+            raise errors.DataError(
+                "no such file", where=str(path), fix=f"give {WEIGHTS}, or the folder it lies in"
+            )
+        for part, adapter in read(path, plans).items():
+            found.setdefault(part, []).append((adapter, float(weight)))
+    return folder.by_net({part: combined(pairs) for part, pairs in found.items()})
+
+
+def combined(adapters):
     """One adapter that adds what several do, each times its weight: [(adapter, weight), …]."""
     sums = {}
     for adapter, weight in adapters:
@@ -114,9 +145,9 @@ def combined(adapters: Mapping[str, float]):
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def modules_of(source: tensors.Source) -> list[str]:
-    """The torch modules whose weights make a kernel."""
-    return [tensor.name.removesuffix(".weight") for tensor in source.tensors]
+def module_of(tensor) -> str:
+    """The torch module whose weight a tensor is."""
+    return tensor.name.removesuffix(".weight")
 
 
 def _pairs(adapter) -> dict[str, Pair]:
@@ -125,21 +156,29 @@ def _pairs(adapter) -> dict[str, Pair]:
     return {p: Pair(np.asarray(flat[f"{p}/a"]), np.asarray(flat[f"{p}/b"])) for p in sorted(paths)}
 
 
-def _split(source, pair: Pair) -> list[Pair]:
-    """The pair of each module that a kernel joins."""
-    return [Pair(pair.a, b) for b in np.split(pair.b, len(source.tensors), axis=-1)]
+def _stacked(source, layers, path) -> dict:
+    """The pair of a kernel, of its layers' pairs; ranks are filled up with zeros."""
+    pairs = [_joined(source, source.by_layer[i], own, path) for i, own in enumerate(layers)]
+    if not source.layers:
+        return pairs[0]
+    rank = max(pair["a"].shape[1] for pair in pairs)
+    fill = lambda x, axis: np.pad(
+        x, [(0, rank - x.shape[axis] if i == axis else 0) for i in range(2)]
+    )
+    return {k: np.stack([fill(p[k], axis) for p in pairs]) for k, axis in (("a", 1), ("b", 0))}
 
 
-def _joined(source, pairs, path) -> dict:
-    """The pair of a kernel that joins several modules; those without one add nothing."""
-    inputs, outputs = math.prod(source.leaf.shape[:-1]), source.leaf.shape[-1]
-    width, columns, rows = outputs // len(pairs), [], []
+def _joined(source, tensors, pairs, path) -> dict:
+    """The pair of a layer's kernel that joins several modules; those without one add nothing."""
+    inputs, outputs = math.prod(source.shape[:-1]), source.shape[-1]
+    width = outputs // len(pairs)
+    columns, rows = [np.zeros((inputs, 0), np.float32)], [np.zeros((0, outputs), np.float32)]
     for i, pair in enumerate(pairs):
         if pair is None:
             continue
         if pair.a.shape[0] != inputs or pair.b.shape[1] != width:
             raise errors.DataError(
-                f"{modules_of(source)[i][:100]} is for {pair.a.shape[0]} inputs and "
+                f"{module_of(tensors[i])[:100]} is for {pair.a.shape[0]} inputs and "
                 f"{pair.b.shape[1]} outputs, not {inputs} and {width}",
                 where=str(path),
                 fix="use adapters that were made for this model",
@@ -152,7 +191,6 @@ def _joined(source, pairs, path) -> dict:
 def _modules(path, plans) -> dict[str, dict[str, Pair]]:
     """part -> torch module -> its pair."""
     listed, notes = tensors.header(path)
-    whole = lambda tensor: tensor.read(tuple(slice(0, n) for n in tensor.shape))
     found, unread = {}, []
     for name, tensor in listed.items():
         if match := _PEFT.fullmatch(name):
@@ -165,7 +203,7 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
         else:
             unread.append(name)
             continue
-        found.setdefault(part, {}).setdefault(module, {})[kind] = whole(tensor)
+        found.setdefault(part, {}).setdefault(module, {})[kind] = tensor.whole()
     if unread or not found:
         raise errors.DataError(
             f"no LoRA adapters that we read: {', '.join(unread[:3]) or 'no tensors'}",
@@ -230,5 +268,6 @@ def _options(notes, path) -> dict[str, dict]:
 
 def _dotted(flat: str, plan) -> str:
     """The module that kohya writes with "_" for dots; as it is where the network lacks it."""
-    names = {m.replace(".", "_"): m for source in plan.values() for m in modules_of(source)}
+    modules = [module_of(tensor) for source in plan.values() for tensor in source.tensors]
+    names = {module.replace(".", "_"): module for module in modules}
     return names.get(flat, flat)

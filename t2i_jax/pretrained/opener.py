@@ -75,11 +75,11 @@ class Checkpoint(NamedTuple):
         """The shapes with the types that the file stores; DataError unless `load` will find every
         tensor, and no other.
         """
-        return {"params": tensors.stored(self._match(shapes))}
+        return {"params": tensors.stored(self.plan(shapes))}
 
     def load(self, shapes):
         """Variables {"params": …} of `module()`: shaped, typed and placed as `shapes`."""
-        return {"params": tensors.load(self._match(shapes))}
+        return {"params": tensors.load(self.plan(shapes))}
 
     def towers(self) -> dict[type, dict]:
         """What a network returns, `Cond` or `Features` -> its config: of most checkpoints one."""
@@ -87,7 +87,8 @@ class Checkpoint(NamedTuple):
             return self.family.towers(self.config)
         return {gives(self.family)[0]: self.config}
 
-    def _match(self, shapes):
+    def plan(self, shapes) -> dict[str, tensors.Source]:
+        """Path of each parameter -> the tensors that make it; errors as of `check`."""
         # Of two towers it is the one that knows the parameters.
         tables = [self.family.names(config) for config in self.towers().values()]
         names = max(tables, key=lambda names: tensors.known(shapes["params"], names))

@@ -24,7 +24,8 @@ class Names(NamedTuple):
     """How a family's parameters are called in torch.
 
     tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
-      `{}` stands for the layer's number on both sides, of several in their order. A leaf `kernel`
+      `{}` stands for the layer's number on both sides, of several in their order. Where a path has
+      one number less, as under a scan, its parameters are all layers' stacked. A leaf `kernel`
       is the torch `weight`, its input before its output and, of a convolution, height and width
       before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
       and a leaf `value` is what the torch name itself names.
@@ -59,11 +60,35 @@ _AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a ker
 
 
 class Source(NamedTuple):
-    """What makes one parameter: tensors, their axes put in order, joined along the last one."""
+    """What makes one parameter: tensors, their axes put in order, joined along the last one.
+
+    layers: how many of these are stacked along a first axis, as a scan wants them; their tensors
+      stand one after another. 0: the parameter is of one layer.
+    """
 
     leaf: jax.ShapeDtypeStruct
     tensors: list
     axes: tuple[int, ...]
+    layers: int = 0
+
+    @property
+    def by_layer(self) -> list[list]:
+        """The tensors of each layer."""
+        count = len(self.tensors) // max(self.layers, 1)
+        return [self.tensors[i : i + count] for i in range(0, len(self.tensors), count)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the parameter, in one layer."""
+        return _wide(self.leaf.shape[1:] if self.layers else self.leaf.shape)
+
+    def apart(self, value: np.ndarray) -> list[np.ndarray]:
+        """The tensors of a parameter's value, as in their file: the inverse of `load`."""
+        parts = []
+        for layer in value if self.layers else [value]:
+            for part in np.split(layer.reshape(self.shape), len(self.by_layer[0]), axis=-1):
+                parts.append(np.ascontiguousarray(part.transpose(np.argsort(self.axes))))
+        return parts
 
 
 def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Source]:
@@ -76,16 +101,18 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     found = _tensors(folder, names)
     plan, problems, used = {}, [], set()
     for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
-        sources, kernel = _sources(path, names)
+        sources, kernel, layers = _sources(path, names, leaf.shape)
         if not sources:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        wide = _wide(leaf.shape)
-        axes = tuple(range(len(wide)))
+        tensors = [found.get(name) for name in sources]
+        source = Source(leaf, tensors, (), layers)
+        axes = tuple(range(len(source.shape)))
         axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
-        plan[path] = Source(leaf, [found.get(source) for source in sources], axes)
+        plan[path] = source._replace(axes=axes)
         used.update(sources)
-        shape = _back((*wide[:-1], wide[-1] // len(sources)), axes)
+        *lead, last = source.shape
+        shape = _back((*lead, last // len(source.by_layer[0])), axes)
         for source in sources:
             has = found[source].shape if source in found else "none"
             if has != shape:
@@ -109,8 +136,8 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
 
 def known(abstract_params, names: Names) -> int:
     """How many parameters the names tell the tensors of."""
-    paths = traverse_util.flatten_dict(abstract_params, sep="/")
-    return sum(bool(_sources(path, names)[0]) for path in paths)
+    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
+    return sum(bool(_sources(path, names, leaf.shape)[0]) for path, leaf in leaves.items())
 
 
 def load(sources: dict[str, Source]):
@@ -155,6 +182,9 @@ class _Tensor(NamedTuple):
     kind: str
     shape: tuple[int, ...]
     start: int
+
+    def whole(self) -> np.ndarray:
+        return self.read(tuple(slice(0, n) for n in self.shape))
 
     def read(self, index) -> np.ndarray:
         """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
@@ -246,16 +276,28 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
     return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
 
 
-def _sources(path: str, names: Names) -> tuple[list[str], bool]:
-    """The torch tensors that make the parameter at `path`, and whether they are of a kernel."""
+def _sources(path: str, names: Names, shape) -> tuple[list[str], bool, int]:
+    """The torch tensors that make the parameter at `path`, whether they are of a kernel, and of how
+    many stacked layers.
+    """
     if names is OURS:
-        return [path], False
+        return [path], False, 0
     module, _, leaf = path.rpartition("/")
     numbers = re.findall(r"_(\d+)(?=/|$)", module)
-    modules = names.tensors.get(pattern(module), ())
+    wanted, layers = pattern(module), 0
+    modules, layered = names.tensors.get(wanted, ()), [numbers]
+    if not modules and shape:
+        # A scan's module has no number where the file has one for each layer.
+        for key in names.tensors:
+            places = [m.start() for m in re.finditer(r"_\{\}", key)]
+            for i, place in enumerate(places):
+                if key[:place] + key[place + 3 :] == wanted:
+                    modules, layers = names.tensors[key], shape[0]
+                    layered = [[*numbers[:i], n, *numbers[i:]] for n in range(layers)]
     modules = (modules,) if isinstance(modules, str) else modules
     ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
-    return [m.format(*numbers) + ending for m in modules], leaf == "kernel"
+    sources = [m.format(*numbers) + ending for numbers in layered for m in modules]
+    return sources, leaf == "kernel", layers
 
 
 def _array(source: Source):
@@ -267,11 +309,20 @@ def _array(source: Source):
 
 def _part(source: Source, index) -> np.ndarray:
     """A parameter at `index`, a slice for each axis."""
-    leaf, parts, wide = source.leaf, [], _wide(source.leaf.shape)
     index = index or (slice(None),)
+    if source.layers:
+        first, *rest = index
+        chosen = range(*first.indices(source.layers))
+        return np.stack([_of_layer(source, source.by_layer[i], rest) for i in chosen])
+    whole = _of_layer(source, source.tensors, index)
+    return whole if source.leaf.shape else whole[0]
+
+
+def _of_layer(source: Source, tensors, index) -> np.ndarray:
+    parts, wide = [], source.shape
     *lead, last = (range(*s.indices(n)) for s, n in zip(index, wide, strict=True))
-    width = wide[-1] // len(source.tensors)
-    for i, tensor in enumerate(source.tensors):
+    width = wide[-1] // len(tensors)
+    for i, tensor in enumerate(tensors):
         inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
         if not inside:
             continue
@@ -283,9 +334,8 @@ def _part(source: Source, index) -> np.ndarray:
                 where=str(tensor.path),
                 fix="copy the checkpoint again",
             )
-        parts.append(part.transpose(source.axes).astype(leaf.dtype, copy=False))
-    whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-    return whole if leaf.shape else whole[0]
+        parts.append(part.transpose(source.axes).astype(source.leaf.dtype, copy=False))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 
 def _wide(shape: tuple) -> tuple:

@@ -1,0 +1,113 @@
+"""Writes pipelines back as diffusers' folders: what was trained anew, all else as it was."""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Mapping
+
+import numpy as np
+import safetensors.numpy
+from flax import traverse_util
+
+from t2i_jax import errors, images
+from t2i_jax.pretrained import folder as folders
+from t2i_jax.pretrained import hf, opener, tensors
+
+LEFT = ("safety_checker", "image_encoder")  # parts that no pipeline of ours opens
+
+
+def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype: str) -> None:
+    """Writes a pipeline's folder with new parameters of some parts.
+
+    Args:
+      output: an empty or a new folder.
+      parts: part, such as "unet" -> its parameters.
+      dtype: of the tensors of these parts; those of others stay as they are.
+    """
+    for name in opened.index:  # what the hub has is fetched before anything is written
+        if opened.has(name) and name not in LEFT and _has_weights(name):
+            hf.locate(opened.part(name))
+    base = hf.locate_pipeline(opened.source)
+    output.mkdir(parents=True, exist_ok=True)
+    index = dict(opened.index)
+    for name in index:
+        if not opened.has(name):
+            continue
+        if name in LEFT or not (base / name).is_dir():
+            index[name] = [None, None]
+        elif name in parts:
+            component(opened.part(name), parts[name], output / name, dtype)
+        else:
+            _copied(base / name, output / name)
+    text = json.dumps(index, indent=2) + "\n"
+    images.write_whole(output / hf.PIPELINE, text.encode())
+
+
+def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
+    """Writes one network of transformers or diffusers with other parameters, in the files and under
+    the names that it had.
+    """
+    checkpoint = opener.open(source)
+    plan = checkpoint.plan({"params": params})
+    flat = traverse_util.flatten_dict(params, sep="/")
+    new = {}
+    for path, one in plan.items():
+        for tensor, value in zip(one.tensors, one.apart(np.asarray(flat[path])), strict=True):
+            new[tensor.name] = value.astype(dtype)
+    _copied(checkpoint.folder, output, weights=False)
+    files = tensors.files_of(checkpoint.folder)
+    for file in files:
+        arrays = {}
+        for name, tensor in tensors.header(file)[0].items():
+            arrays[name] = new[name] if name in new else tensor.whole()
+        images.write_whole(
+            output / _plain(file.name), safetensors.numpy.save(arrays, {"format": "pt"})
+        )
+    index = hf.weights(checkpoint.folder)
+    if index.suffix == ".json":
+        values = hf.read_json(index)
+        values["weight_map"] = {k: _plain(str(v)) for k, v in values["weight_map"].items()}
+        size = sum((output / _plain(file.name)).stat().st_size for file in files)
+        values["metadata"] = {"total_size": size}
+        images.write_whole(output / _plain(index.name), json.dumps(values, indent=2).encode())
+
+
+def of_run(config) -> folders.Folder:
+    """The pipeline that a run's config begins with.
+
+    Raises:
+      ConfigError: it begins with none.
+    """
+    source = config.load.get("model") or ""
+    if isinstance(source, str) and "#" in source:
+        whole = source.rpartition("#")[0]
+        if folders.is_pipeline(whole):
+            return folders.open(whole)
+    raise errors.ConfigError(
+        "the run's model is no part of a diffusers folder",
+        where="--format=diffusers",
+        fix="leave the flag out: the model is written in our own layout",
+    )
+
+
+def _has_weights(name: str) -> bool:
+    return not (name.startswith(("tokenizer", "feature_extractor")) or name == hf.SCHEDULER)
+
+
+def _plain(name: str) -> str:
+    """A file's name without a variant: what is written need not be in half precision."""
+    for variant in hf.VARIANTS:
+        name = name.replace(f"{variant}.", ".").replace(f"{variant}-", "-")
+    return name
+
+
+def _copied(folder: pathlib.Path, output: pathlib.Path, *, weights: bool = True) -> None:
+    """Copies the files of a part that we read: texts, and its weights perhaps."""
+    output.mkdir(parents=True, exist_ok=True)
+    kept = [path for pattern in hf.TEXTS for path in sorted(folder.glob(pattern))]
+    index = hf.weights(folder)
+    kept = [path for path in kept if not path.name.endswith(".index.json")]
+    if weights and index:
+        kept += [*tensors.files_of(folder), *([index] if index.suffix == ".json" else [])]
+    for path in kept:
+        shutil.copyfile(path, output / path.name)

@@ -1,0 +1,149 @@
+"""Pretrained pipelines are trained, whole or by adapters, and written back as diffusers reads them."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from configs import finetune, finetune_lora  # noqa: E402
+from t2i_jax import loop, pipeline  # noqa: E402
+from t2i_jax.commands import export  # noqa: E402
+from t2i_jax.pretrained import lora_files  # noqa: E402
+from tests import folders, test_latent  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+OPTIONS = dict(width=test_latent.WIDTH, height=test_latent.HEIGHT, steps=4, guidance=3.0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A pipeline of Stable Diffusion 1 as diffusers wrote it."""
+    folder = tmp_path_factory.mktemp("source")
+    folders.save(folders.sd1, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Eight photographs of different sizes with captions."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    rows = []
+    for i in range(8):
+        image = rng.integers(0, 256, (20 + i, 30 - i, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / f"{i}.png")
+        rows.append(json.dumps({"file_name": f"{i}.png", "text": folders.PROMPTS[i % 2]}))
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+def small(make, source, data, **changes):
+    config = make.get_config(f"source={source},path={data},steps=3,res=16")
+    config.text.dtype = config.model.model.dtype = "float32"
+    config.batch_size, config.strategy = 4, "data"
+    config.sample_every = config.save_minutes = 0
+    config.log_every = 1
+    for spec in config.optim.values():
+        spec.update(learning_rate=3e-2, warmup=0)
+    config.update(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def adapted(source, data, tmp_path_factory):
+    """A run that trained adapters of the U-net."""
+    workdir = tmp_path_factory.mktemp("lora")
+    loop.train(small(finetune_lora, source, data), workdir)
+    return workdir
+
+
+def noise():
+    shape = (2, test_latent.HEIGHT // 2, test_latent.WIDTH // 2, 4)
+    return np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+
+
+def theirs(folder, start):
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, lambda: test_latent.drawn(pipe, start, num_inference_steps=4)
+
+
+def written(workdir, output, monkeypatch, **flags):
+    """What `t2i_jax export --format=diffusers` writes."""
+    values = dict(WORKDIR=str(workdir), OUTPUT=str(output), FORMAT="diffusers", DTYPE="float32")
+    for name, value in (values | dict(MERGE=False) | flags).items():
+        monkeypatch.setattr(export, name, type("Flag", (), {"value": value}))
+    export.main()
+    return output
+
+
+def apart(a, b):
+    return np.abs(a.astype(int) - b.astype(int)).max()
+
+
+def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path, monkeypatch):
+    """Trained here, written as PEFT's file, opened there and here again."""
+    start = noise()
+    ours = pipeline.Pipeline.load(str(adapted))(folders.PROMPTS, noise=start, **OPTIONS)
+    folder = written(adapted, tmp_path / "lora", monkeypatch)
+    pipe, draw = theirs(source, start)
+    before = draw()
+    pipe.load_lora_weights(folder)
+    assert apart(draw(), ours) <= test_latent.CLOSE < 5 < apart(before, ours)
+    again = pipeline.Pipeline.load(str(source), lora={str(folder): 1.0})
+    assert apart(again(folders.PROMPTS, noise=start, **OPTIONS), ours) <= 1
+    none = pipeline.Pipeline.load(str(source), lora={str(folder): 0.0})
+    assert apart(none(folders.PROMPTS, noise=start, **OPTIONS), before) <= test_latent.CLOSE
+
+
+def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path, monkeypatch):
+    start = noise()
+    ours = pipeline.Pipeline.load(str(adapted))(folders.PROMPTS, noise=start, **OPTIONS)
+    folder = written(adapted, tmp_path / "merged", monkeypatch, MERGE=True)
+    assert apart(theirs(folder, start)[1](), ours) <= test_latent.CLOSE
+    assert (
+        apart(pipeline.Pipeline.load(str(folder))(folders.PROMPTS, noise=start, **OPTIONS), ours)
+        <= 1
+    )
+
+
+def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
+    """Of U-net and text encoder, with another alpha than rank, also of convolutions."""
+    import peft
+
+    torch.manual_seed(0)
+    start = noise()
+    pipe, draw = theirs(source, start)
+    kind = dict(r=3, lora_alpha=5, init_lora_weights=False)
+    targets = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.0.proj"]
+    pipe.unet.add_adapter(peft.LoraConfig(target_modules=targets, **kind))
+    pipe.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "fc1"], **kind))
+    layers = {
+        "unet_lora_layers": peft.get_peft_model_state_dict(pipe.unet),
+        "text_encoder_lora_layers": peft.get_peft_model_state_dict(pipe.text_encoder),
+    }
+    notes = {
+        "unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict(),
+        "text_encoder_lora_adapter_metadata": pipe.text_encoder.peft_config["default"].to_dict(),
+    }
+    for values in notes.values():
+        values["target_modules"] = sorted(values["target_modules"])
+    pipe.save_lora_weights(tmp_path, **layers, **notes)
+    ours = pipeline.Pipeline.load(str(source), lora={str(tmp_path / lora_files.WEIGHTS): 1.0})
+    assert apart(ours(folders.PROMPTS, noise=start, **OPTIONS), draw()) <= test_latent.CLOSE
+
+
+def test_a_whole_fine_tune_opens_in_diffusers(source, data, tmp_path, monkeypatch):
+    """It learns, goes on after a stop bit for bit, and draws the same there."""
+    config = small(finetune, source, data)
+    loop.train(config, tmp_path / "run")
+    start = noise()
+    ours = pipeline.Pipeline.load(str(tmp_path / "run"))(folders.PROMPTS, noise=start, **OPTIONS)
+    before = pipeline.Pipeline.load(str(source))(folders.PROMPTS, noise=start, **OPTIONS)
+    assert apart(before, ours) > 5
+    folder = written(tmp_path / "run", tmp_path / "tuned", monkeypatch)
+    assert apart(theirs(folder, start)[1](), ours) <= test_latent.CLOSE
