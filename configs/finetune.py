@@ -1,6 +1,7 @@
 """Trains the denoiser of a pretrained pipeline, whole, on your own pictures.
 
 python train.py --config=configs/finetune.py:source=DIR,path=DATA --workdir=runs/tuned
+(:debug for seconds, with a tiny pipeline of random weights)
 
 source: a folder of diffusers, or hf:org/name@revision: Stable Diffusion 1 and 2, SDXL, PixArt-α
   and -Σ, SD 3, FLUX.1. path: pictures and captions, see configs/folder_flow.py. res: pixels a
@@ -15,8 +16,11 @@ from t2i_jax.pretrained import folder
 
 
 def get_config(arg=None):
-    arg = common.parse_arg(arg, source="", path="", res=0, steps=2000, holdout=0.0)
-    made = folder.described(arg.source)
+    known = dict(source="", path="", res=0, steps=2000, holdout=0.0, debug=False)
+    arg = common.parse_arg(arg, **known)
+    source = arg.source or (str(folder.TINY) if arg.debug else "")
+    # What is no pipeline is told when the run starts, with all that is wrong beside it.
+    made = folder.described(source) if folder.is_pipeline(source) else folder.unknown(source)
     config = common.base()
     config.objective, config.text_length = made["objective"], made["text_length"]
     config.load, config.sample = made["load"], made["sample"]
@@ -33,4 +37,13 @@ def get_config(arg=None):
     config.evaluators = dict(held_out_loss=dict()) if arg.holdout else {}
     config.eval_every = 500 if arg.holdout else 0
     config.save_every, config.sample_every = 500, 250
+    return debugged(config, made["load"]) if arg.debug else config
+
+
+def debugged(config, load):
+    """`common.shrink` with the pipeline's own nets, on pictures of shapes, whatever the path."""
+    length = config.text_length
+    config = common.shrink(config)
+    config.load, config.text_length, config.data = load, length, dict(source="shapes", size=64)
+    config.model.model.dtype = "float32"
     return config

@@ -1,6 +1,7 @@
 """Teaches a pretrained pipeline your own pictures with low-rank adapters (LoRA).
 
 python train.py --config=configs/finetune_lora.py:source=DIR,path=DATA --workdir=runs/lora
+(:debug for seconds, with a tiny pipeline of random weights)
 
 Options are those of configs/finetune.py, and `rank`. Targets are the projections of attention;
 another choice is a pattern: --config.lora.model.match='attn|ff'. For adapters of the text encoder,
@@ -16,9 +17,9 @@ TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose
 
 
 def get_config(arg=None):
-    known = dict(source="", path="", res=0, steps=1000, holdout=0.0, rank=16)
+    known = dict(source="", path="", res=0, steps=1000, holdout=0.0, rank=16, debug=False)
     arg = common.parse_arg(arg, **known)
-    options = ("source", "path", "res", "steps", "holdout")
+    options = ("source", "path", "res", "steps", "holdout", "debug")
     config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in options))
     config.lora.model = dict(rank=arg.rank, match=TARGETS)
     config.optim = dict(

@@ -334,7 +334,7 @@ def _check_there(name: str, source) -> None:
 
 def digests(nets) -> dict[str, str]:
     """net -> the digest of its variables."""
-    return {name: fingerprint.digest({name: net}) for name, net in nets.items()}
+    return {name: fingerprint.digest({name: net}, widened=True) for name, net in nets.items()}
 
 
 def check_frozen(nets, known: dict[str, str] | str | None, found=None) -> None:

@@ -1,4 +1,7 @@
-"""Tiny random pipelines of diffusers with odd sizes, saved as folders: what tests compare with."""
+"""Tiny random pipelines of diffusers with odd sizes, saved as folders: what tests compare with.
+
+python -m tests.folders   writes the one that :debug configs use
+"""
 
 import diffusers
 import torch
@@ -211,3 +214,9 @@ def save(make, folder, seed=0):
 
 
 PIPELINES = {f.__name__: f for f in (sd1, sd2, sdxl, pixart, sd3, flux)}
+
+
+if __name__ == "__main__":
+    from t2i_jax.pretrained import folder
+
+    save(sd1, folder.TINY)

@@ -1,4 +1,4 @@
-"""Pretrained pipelines are trained, whole or by adapters, and written back as diffusers reads them."""
+"""Pretrained pipelines are trained, whole or by adapters, and written back for diffusers."""
 
 import json
 
@@ -74,8 +74,11 @@ def theirs(folder, start):
 
 def written(workdir, output, monkeypatch, **flags):
     """What `t2i_jax export --format=diffusers` writes."""
-    values = dict(WORKDIR=str(workdir), OUTPUT=str(output), FORMAT="diffusers", DTYPE="float32")
-    for name, value in (values | dict(MERGE=False) | flags).items():
+    values = dict(
+        WORKDIR=str(workdir), OUTPUT=str(output), FORMAT="diffusers", DTYPE="float32", CARD=None
+    )
+    values |= dict(MERGE=False, STEP=None, LOAD=[]) | flags
+    for name, value in values.items():
         monkeypatch.setattr(export, name, type("Flag", (), {"value": value}))
     export.main()
     return output
@@ -112,7 +115,7 @@ def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path, monkeypatch):
 
 
 def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
-    """Of U-net and text encoder, with another alpha than rank, also of convolutions."""
+    """With another alpha than rank, also of convolutions."""
     import peft
 
     torch.manual_seed(0)
@@ -121,18 +124,10 @@ def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
     kind = dict(r=3, lora_alpha=5, init_lora_weights=False)
     targets = ["to_q", "to_v", "to_out.0", "conv1", "proj_in", "ff.net.0.proj"]
     pipe.unet.add_adapter(peft.LoraConfig(target_modules=targets, **kind))
-    pipe.text_encoder.add_adapter(peft.LoraConfig(target_modules=["q_proj", "fc1"], **kind))
-    layers = {
-        "unet_lora_layers": peft.get_peft_model_state_dict(pipe.unet),
-        "text_encoder_lora_layers": peft.get_peft_model_state_dict(pipe.text_encoder),
-    }
-    notes = {
-        "unet_lora_adapter_metadata": pipe.unet.peft_config["default"].to_dict(),
-        "text_encoder_lora_adapter_metadata": pipe.text_encoder.peft_config["default"].to_dict(),
-    }
-    for values in notes.values():
-        values["target_modules"] = sorted(values["target_modules"])
-    pipe.save_lora_weights(tmp_path, **layers, **notes)
+    layers = peft.get_peft_model_state_dict(pipe.unet)
+    notes = pipe.unet.peft_config["default"].to_dict()
+    notes["target_modules"] = sorted(notes["target_modules"])
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=notes)
     ours = pipeline.Pipeline.load(str(source), lora={str(tmp_path / lora_files.WEIGHTS): 1.0})
     assert apart(ours(folders.PROMPTS, noise=start, **OPTIONS), draw()) <= test_latent.CLOSE
 

@@ -107,7 +107,10 @@ def test_the_sums_are_those_of_stored_checkpoints():
     old = fingerprint.digest(tree, format=2)
     assert old == OLD_DIGEST
     assert fingerprint.matches(tree, old)
-    assert fingerprint.matches(tree, fingerprint.digest(tree))
+    assert fingerprint.matches(tree, fingerprint.digest(tree, widened=True))
+    half = {"w": jnp.arange(8, dtype="bfloat16")}
+    whole = fingerprint.digest({"w": half["w"].astype("float32")}, widened=True)
+    assert fingerprint.digest(half, widened=True) == whole != fingerprint.digest(half)
     changed = {**tree, "x": x + 1}
     assert not fingerprint.matches(changed, old)
     assert not fingerprint.matches(changed, fingerprint.digest(tree))

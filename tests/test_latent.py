@@ -32,17 +32,10 @@ def drawn(theirs, noise_BhwC, **options):
         options.pop("negative_prompt", None)
     if type(theirs).__name__.startswith("PixArt"):
         options |= dict(use_resolution_binning=False, clean_caption=False)
+    asked = dict(height=HEIGHT, width=WIDTH, num_inference_steps=STEPS, guidance_scale=GUIDANCE)
+    asked |= dict(prompt=folders.PROMPTS, latents=latents, output_type="np")
     with torch.no_grad():
-        images = theirs(
-            prompt=folders.PROMPTS,
-            height=HEIGHT,
-            width=WIDTH,
-            num_inference_steps=STEPS,
-            guidance_scale=GUIDANCE,
-            latents=latents,
-            output_type="np",
-            **options,
-        ).images
+        images = theirs(**asked | options).images
     return np.round(images * 255).astype(np.uint8)
 
 

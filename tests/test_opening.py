@@ -1,5 +1,6 @@
 """Models and checkpoints as they are opened: what is imported, bounded and looked up."""
 
+import inspect
 import json
 import pathlib
 import shutil
@@ -153,10 +154,15 @@ def modules():
 
 @pytest.mark.parametrize(("model_type", "family"), list(modules()))
 def test_what_a_config_leaves_out_is_what_transformers_takes(model_type, family):
-    transformers = pytest.importorskip("transformers")
-    kind = transformers.AutoConfig.for_model(model_type)
-    whole = json.loads(kind.to_json_string(use_diff=False)) | {"model_type": model_type}
     short = {"model_type": model_type}
+    if model_type[0].isupper():  # a class of diffusers
+        diffusers = pytest.importorskip("diffusers")
+        arguments = inspect.signature(getattr(diffusers, model_type).__init__).parameters
+        whole = {n: a.default for n, a in arguments.items() if n != "self"} | short
+    else:
+        transformers = pytest.importorskip("transformers")
+        kind = transformers.AutoConfig.for_model(model_type)
+        whole = json.loads(kind.to_json_string(use_diff=False)) | short
     if "text_config" in whole:
         short |= {"text_config": {}, "vision_config": {}}
     made = lambda config: opener.Checkpoint(pathlib.Path(), config, family).module

@@ -220,7 +220,7 @@ def _pipeline(**options):
 def _digest(pipe) -> str:
     from t2i_jax.run import fingerprint
 
-    return fingerprint.digest(pipe.nets)
+    return fingerprint.digest(pipe.nets, widened=True)
 
 
 def _circumstances(started: float) -> dict:

@@ -58,7 +58,7 @@ def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT)
     sums: the format of the fingerprint of its weights.
     """
     module = text_encoder.make(config.load.get("text"), **config.text)
-    text = f"{config.objective} {module!r} {fingerprint.digest(nets, format=sums)}"
+    text = f"{config.objective} {module!r} {fingerprint.digest(nets, format=sums, widened=True)}"
     return {
         "sums": sums,
         "format": FORMAT,

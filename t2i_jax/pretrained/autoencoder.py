@@ -142,7 +142,7 @@ class AutoencoderKL(nn.Module):
 
     blocks: tuple[int, ...]
     channels: int = 3
-    layers: int = 2
+    layers: int = 1
     latent_channels: int = 4
     groups: int = 32
     scaling_factor: float = 0.18215

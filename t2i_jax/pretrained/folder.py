@@ -21,6 +21,8 @@ from t2i_jax.pretrained import hf, opener
 from t2i_jax.text import tokenize
 
 AUTOENCODER = "vae"
+# A pipeline of random weights in 200 kB, for tests and :debug configs; tests/folders.py wrote it.
+TINY = pathlib.Path(__file__).parent.parent / "builtin" / "tiny-pipeline"
 
 
 class Encoder(NamedTuple):
@@ -263,6 +265,12 @@ def described(source: str) -> dict:
             "steps": 4 if distilled else folder.recipe.steps,
         },
     }
+
+
+def unknown(source: str) -> dict:
+    """What `described` would say of a pipeline that cannot be opened yet."""
+    folder = Folder(source, {"_class_name": "StableDiffusionPipeline"}, {})
+    return dict(objective="latent", text_length=77, res=512, load=folder.sources(), sample={})
 
 
 class Captions:

@@ -20,7 +20,6 @@ _FIELDS = {
     "num_layers": "depth",
     "num_attention_heads": "heads",
     "attention_head_dim": "head_width",
-    "caption_channels": "text_width",
     "patch_size": "patch",
     "sample_size": "side",
 }
@@ -173,7 +172,6 @@ class PixArt(nn.Module):
     depth: int = 28
     heads: int = 16
     head_width: int = 72
-    text_width: int = 4096
     patch: int = 2
     side: int = 128
     out_channels: int = 8
@@ -229,7 +227,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
     sized = config.get("use_additional_conditions")
     return PixArt(
         **sizes,
-        out_channels=config.get("out_channels") or sizes["channels"],
+        out_channels=config.get("out_channels", 8) or sizes["channels"],
         interpolation=float(config.get("interpolation_scale") or max(sizes["side"] // 64, 1)),
         sized=sizes["side"] == 128 if sized is None else bool(sized),
         dtype=dtype,

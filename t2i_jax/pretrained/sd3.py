@@ -48,12 +48,12 @@ class SD3(nn.Module):
     """
 
     channels: int = 16
-    depth: int = 24
-    heads: int = 24
+    depth: int = 18
+    heads: int = 18
     head_width: int = 64
-    width: int = 1536
+    width: int = 1152
     patch: int = 2
-    places: int = 192
+    places: int = 96
     out_channels: int = 16
     normed: bool = False
     dual: tuple[int, ...] = ()

@@ -21,7 +21,6 @@ _FIELDS = {
     "layers_per_block": "layers",
     "norm_num_groups": "groups",
     "norm_eps": "epsilon",
-    "cross_attention_dim": "text_width",
 }
 _IMPLEMENTED = {
     **{"act_fn": "silu", "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1},
@@ -258,7 +257,6 @@ class UNet(nn.Module):
     layers: int = 2
     groups: int = 32
     epsilon: float = 1e-5
-    text_width: int = 1280
     linear: bool = False
     cosine_first: bool = True
     shift: float = 0.0

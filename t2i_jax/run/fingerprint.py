@@ -77,19 +77,22 @@ def of(tree, *, format: int = FORMAT, widened: bool = False) -> tuple[dict, list
     return prints, bad
 
 
-def digest(tree, *, format: int = FORMAT) -> str:
+def digest(tree, *, format: int = FORMAT, widened: bool = False) -> str:
     """One hash of all fingerprints of a tree, with its format in front: "3:…".
 
-    It does not tell how a net's numbers are stored, as long as they are equal.
+    widened: as of `of`; then it does not tell in which type equal numbers are stored.
     """
-    prints, _ = of(tree, format=format, widened=True)
+    prints, _ = of(tree, format=format, widened=widened)
     text = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
     return text if format == WEIGHTED else f"{format}:{text}"
 
 
 def matches(tree, known: str) -> bool:
-    """Whether the digest `known`, of this format or the one before, is the tree's."""
-    return known == digest(tree, format=FORMAT if ":" in known else WEIGHTED)
+    """Whether the digest `known`, of this format or the one before, is the tree's, perhaps of the
+    same numbers in another type.
+    """
+    kind = FORMAT if ":" in known else WEIGHTED
+    return any(known == digest(tree, format=kind, widened=w) for w in (False, True))
 
 
 def path_of(path) -> str:

@@ -99,7 +99,7 @@ BREAKS = (
     Break("X14", "weights.py", "isinstance(value, int | float) and not value <= limit:", "False:"),
     Break("X15", "text/fast.py", "if growth > GROWTH:", "if False:"),
     Break("X16", "pretrained/tensors.py", "not in hf.FLOATS:", "== 'none':"),
-    Break("X17", "pretrained/hf.py", "local = _allowed.get() is not None and", "local = False and"),
+    Break("X17", "pretrained/hf.py", "local = allowed is not None and", "local = False and"),
     # G11: errors name the fix.
     Break("C3", "errors.py", "Fix: {fix}", "{fix}"),
 )
