@@ -168,7 +168,8 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
     implemented = {"patch_size": 1, "out_channels": None}
     sizes = hf.fields(config, Flux, _FIELDS, implemented)
     axes = residual.sizes(config, "axes_dims_rope", (16, 56, 56), 3)
-    if sum(axes) != sizes["head_width"] or sizes["packed"] % PACK**2:
+    odd = any(width % 2 for width in axes)  # numbers turn in pairs
+    if odd or sum(axes) != sizes["head_width"] or sizes["packed"] % PACK**2:
         raise errors.ConfigError(
             f"axes_dims_rope {axes} of heads of {sizes['head_width']}, {sizes['packed']} channels",
             where=hf.CONFIG,

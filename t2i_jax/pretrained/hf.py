@@ -159,6 +159,22 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     return found
 
 
+def number(config: dict, name: str, default, kind: type = int):
+    """A number above 0 from a config.json; null and a missing one are the default.
+
+    Raises:
+      ConfigError: it is something else.
+    """
+    value = config.get(name)
+    if value is None:
+        return default
+    if type(value) not in (kind, int) or not 0 < value <= LARGE:
+        raise errors.ConfigError(
+            f"{name} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
+        )
+    return kind(value)
+
+
 def _minilm() -> pathlib.Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
     folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None

@@ -227,8 +227,10 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
     sized = config.get("use_additional_conditions")
     return PixArt(
         **sizes,
-        out_channels=config.get("out_channels", 8) or sizes["channels"],
-        interpolation=float(config.get("interpolation_scale") or max(sizes["side"] // 64, 1)),
+        out_channels=hf.number({"out_channels": 8} | config, "out_channels", sizes["channels"]),
+        interpolation=hf.number(
+            config, "interpolation_scale", max(sizes["side"] // 64, 1.0), float
+        ),
         sized=sizes["side"] == 128 if sized is None else bool(sized),
         dtype=dtype,
         remat=remat,

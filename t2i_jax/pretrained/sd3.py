@@ -123,11 +123,16 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
             where=hf.CONFIG,
             fix="use the config.json that was saved with the weights",
         )
+    dual = config.get("dual_attention_layers") or ()
+    if not isinstance(dual, list | tuple) or not all(type(n) is int for n in dual):
+        raise errors.ConfigError(
+            f"dual_attention_layers is {dual!r:.50}", where=hf.CONFIG, fix="give a list of numbers"
+        )
     return SD3(
         **sizes,
-        out_channels=config.get("out_channels") or sizes["channels"],
+        out_channels=hf.number(config, "out_channels", sizes["channels"]),
         normed=norm is not None,
-        dual=tuple(config.get("dual_attention_layers") or ()),
+        dual=tuple(dual),
         dtype=dtype,
         remat=remat,
     )
