@@ -21,7 +21,7 @@ from t2i_jax.objective import Aux, Loss, Objective, Pictures
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
-from t2i_jax.sampling import scheduler, solvers
+from t2i_jax.sampling import scheduler, solvers, tiles
 
 NETS = ("model", folders.AUTOENCODER)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
@@ -240,6 +240,7 @@ class Latent:
         sampler: Solver = "",
         width: Side = 0,
         height: Side = 0,
+        tile: Side = 0,
     ) -> Pictures:
         """Images for captions.   -> image_BHWC in [-1, 1]
 
@@ -248,12 +249,15 @@ class Latent:
           steps: solver steps.
           sampler: one of `solvers.SOLVERS`; by default what the folder's scheduler says.
           width, height: in pixels; 0: those that the model was trained for.
+          tile: side in pixels of the overlapping tiles that large images are decoded in, one after
+            another; 0: all at once.
         """
         size = self.size(height, width)
         keys_B = randomness.per_example(key, batch["index"])
         noise = self.noise(batch, keys_B, size)
         grid = self.grid(size, steps, sampler)
-        return self.solved(nets, batch, keys_B, grid.start * noise, grid, sampler, size, guidance)
+        z = self.solved(nets, batch, keys_B, grid.start * noise, grid, sampler, size, guidance)
+        return self.image(nets, z, tile)
 
     def img2img(
         self,
@@ -278,7 +282,17 @@ class Latent:
         grid = self.grid(size, steps, sampler).after(steps - min(int(steps * strength), steps))
         z0 = self.space.encode(nets, batch, keys_B)
         z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise
-        return self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
+        z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
+        return self.image(nets, z)
+
+    def image(self, nets, z, tile: int = 0):
+        """The images of latents, decoded in tiles of so many pixels a side.   -> image_BHWC"""
+        decode, side = (lambda z: self.space.decode(nets, z)), tile // self.vae.factor
+        if tile:
+            image = tiles.tiled(decode, z, tile=max(side, 2), factor=self.vae.factor)
+        else:
+            image = decode(z)
+        return jnp.clip(image, -1, 1)
 
     def parts(self, nets, batch, key, *, width: Side = 0, height: Side = 0):
         """What each network makes of captions and noise, to be compared with other programs.
@@ -306,7 +320,7 @@ class Latent:
         return self.scheduler.grid(steps, tokens=tokens, solver=sampler, even=self.recipe.evenly)
 
     def solved(self, nets, batch, keys_B, z, grid, sampler, size, guidance):
-        """The images that guided steps lead to from z at the grid's first time.   -> image_BHWC"""
+        """The latents that guided steps lead to from z at the grid's first time."""
         cond = self.cond(nets, batch["text"], size, guidance)
 
         def under(cond):
@@ -322,4 +336,4 @@ class Latent:
         step_keys = lambda n: jax.vmap(jax.random.fold_in, (0, None))(keys_B, n + 1)
         normal = lambda n: randomness.normal_each(step_keys(n), z.shape[1:])
         solve = solvers.SOLVERS[sampler or self.scheduler.name]
-        return jnp.clip(self.space.decode(nets, solve(output, z, grid, normal)), -1, 1)
+        return solve(output, z, grid, normal)

@@ -1,217 +1,331 @@
-"""AutoencoderKL: the autoencoder of Stable Diffusion 1 to 3 and FLUX.1 (arXiv:2112.10752).
+"""The autoencoders of latent diffusion (arXiv:2112.10752): of Stable Diffusion, XL, 3 and Flux, and
+those with a codebook.
 
-B batch · H W pixels · h w C latents
+B pictures · H W pixels, or places of a map · C channels · T = H·W · K codebook entries
 """
 
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, fields
+from t2i_jax.models import attention
 from t2i_jax.models.types import Moments
 from t2i_jax.pretrained import hf, residual, tensors
 
-KINDS = ("AutoencoderKL",)
-LOG_VARIANCE = (-30.0, 20.0)  # limits of it
+KINDS = ("AutoencoderKL", "VQModel")
+EPSILON = 1e-6
+LOGVAR = (-30.0, 20.0)  # what is beyond is cut off
 _FIELDS = {
-    "in_channels": "channels",
-    "layers_per_block": "layers",
-    "latent_channels": "latent_channels",
+    "block_out_channels": "widths",
+    "layers_per_block": "depth",
+    "latent_channels": "channels",
     "norm_num_groups": "groups",
+    "sample_size": "res",
     "scaling_factor": "scaling_factor",
+    "mid_block_add_attention": "attends",
 }
-_IMPLEMENTED = {"act_fn": "silu", "out_channels": 3, "latents_mean": None, "latents_std": None}
+_KL_FIELDS = {"use_quant_conv": "quant", "use_post_quant_conv": "post_quant"}
+_VQ_FIELDS = {"num_vq_embeddings": "entries", "vq_embed_dim": "entry_channels"}
+_IMPLEMENTED = {"in_channels": 3, "out_channels": 3, "act_fn": "silu", "norm_type": "group"}
+_IMPLEMENTED |= {"latents_mean": None, "latents_std": None}  # moments of each channel
+_BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
 def names(config) -> tensors.Names:
-    paths = ["quant_conv", "post_quant_conv"]
-    for half, way in (("encoder", "down"), ("decoder", "up")):
-        paths += [f"{half}/{x}" for x in ("conv_in", "conv_norm_out", "conv_out")]
-        for block in (f"{half}/{way}_blocks_{{}}", f"{half}/mid_block"):
-            paths += [f"{block}/resnets_{{}}/{part}" for part in residual.PARTS]
-        paths.append(f"{half}/{way}_blocks_{{}}/{way}samplers_{{}}/conv")
-        paths.append(f"{half}/mid_block/attentions_{{}}/group_norm")
-    table = tensors.alike(paths)
-    for half in ("encoder", "decoder"):
-        attend = f"{half}.mid_block.attentions.{{}}."
-        path = f"{half}/mid_block/attentions_{{}}"
-        table[f"{path}/qkv"] = tuple(f"{attend}to_{x}" for x in "qkv")
-        table[f"{path}/out"] = f"{attend}to_out.0"
-    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    return tensors.Names(table, renamed=tuple((f".{a}.", f".{b}.") for a, b in older.items()))
+    table = {name: name for name in ("quant_conv", "post_quant_conv")}
+    table["codebook"] = "quantize.embedding"
+    for coder, way, change in (
+        ("encoder", "down", "downsamplers"),
+        ("decoder", "up", "upsamplers"),
+    ):
+        level = f"{coder}.{way}_blocks.{{}}"
+        middle = f"{coder}.mid_block"
+        attends = f"{middle}.attentions.0"
+        table |= residual.names(f"{coder}/{way}_{{}}/resnets_{{}}", f"{level}.resnets.{{}}")
+        table |= residual.names(f"{coder}/middle/resnets_{{}}", f"{middle}.resnets.{{}}")
+        table |= {f"{coder}/{x}": f"{coder}.{x}" for x in ("conv_in", "conv_norm_out", "conv_out")}
+        table |= {
+            f"{coder}/{way}_{{}}/resample": f"{level}.{change}.0.conv",
+            f"{coder}/middle/attention/norm": f"{attends}.group_norm",
+            f"{coder}/middle/attention/qkv": tuple(f"{attends}.to_{x}" for x in "qkv"),
+            f"{coder}/middle/attention/out": f"{attends}.to_out.0",
+        }
+    old = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+    renamed = tuple((f"attentions.0.{x}.", f"attentions.0.{y}.") for x, y in old)
+    return tensors.Names(tensors=table, renamed=renamed)
 
 
-class Block(nn.Module):
-    """Residual blocks, then perhaps a change of size: the encoder's halves it, the decoder's
-    doubles it.
-    """
+class Attention(nn.Module):
+    """Attention of all places of a map to each other, in one head."""
 
-    features: int
-    layers: int
     groups: int
     dtype: str
-    widens: bool
-    smaller: bool = False
-    larger: bool = False
 
-    def setup(self):
-        block = lambda i: residual.Residual(
-            *(self.features, self.groups, 1e-6, self.dtype), widens=self.widens and i == 0
-        )
-        self.resnets = [block(i) for i in range(self.layers)]
-        if self.smaller:
-            self.downsamplers = [residual.Smaller(self.features, self.dtype, residual.FAR)]
-        if self.larger:
-            self.upsamplers = [residual.Larger(self.features, self.dtype)]
-
+    @nn.compact
     def __call__(self, x_BHWC):
-        for block in self.resnets:
-            x_BHWC = block(x_BHWC)
-        if self.smaller:
-            x_BHWC = self.downsamplers[0](x_BHWC)
-        return self.upsamplers[0](x_BHWC) if self.larger else x_BHWC
+        b, h, w, c = x_BHWC.shape
+        norm = residual.norm(self.groups, EPSILON, dtype=self.dtype, name="norm")
+        y_NC = norm(x_BHWC).reshape(-1, c)
+        qkv_ND = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(y_NC)
+        heads = jnp.split(qkv_ND.reshape(b, h * w, 1, 3 * c), 3, axis=-1)
+        y_NC = attention.attention(*heads).reshape(-1, c)
+        y_NC = nn.Dense(c, dtype=self.dtype, name="out")(y_NC)
+        return x_BHWC + y_NC.reshape(x_BHWC.shape)
 
 
 class Middle(nn.Module):
-    """Two residual blocks, and attention of all pixels between them."""
+    """What lies between encoder or decoder and the latents, at their size."""
 
-    features: int
+    attends: bool
     groups: int
     dtype: str
-    attends: bool
 
-    def setup(self):
-        sizes = (self.features, self.groups, 1e-6, self.dtype)
-        self.resnets = [residual.Residual(*sizes) for _ in range(2)]
+    @nn.compact
+    def __call__(self, x_BHWC):
+        sizes = (x_BHWC.shape[-1], self.groups, EPSILON, self.dtype)
+        x_BHWC = residual.Block(*sizes, name="resnets_0")(x_BHWC)
         if self.attends:
-            self.attentions = [residual.PixelAttention(self.groups, self.dtype)]
-
-    def __call__(self, x_BHWC):
-        x_BHWC = self.resnets[0](x_BHWC)
-        x_BHWC = self.attentions[0](x_BHWC) if self.attends else x_BHWC
-        return self.resnets[1](x_BHWC)
+            x_BHWC = Attention(self.groups, self.dtype, name="attention")(x_BHWC)
+        return residual.Block(*sizes, name="resnets_1")(x_BHWC)
 
 
-class Half(nn.Module):
-    """The encoder, or the decoder, whose blocks stand in the other order."""
+class Level(nn.Module):
+    """Residual blocks of maps of one size.   resample: then halves or doubles it, where given"""
 
-    blocks: tuple[int, ...]
-    out: int
-    layers: int
+    width: int
+    depth: int
+    resample: Any
     groups: int
-    attends: bool
     dtype: str
-    up: bool
 
-    def setup(self):
-        order = self.blocks[::-1] if self.up else self.blocks
-        middle = self.blocks[-1]
-        before = (order[0], *order[:-1])
-        made = [
-            Block(
-                *(n, self.layers + self.up, self.groups, self.dtype),
-                widens=n != before[i],
-                smaller=not self.up and i < len(order) - 1,
-                larger=self.up and i < len(order) - 1,
-            )
-            for i, n in enumerate(order)
-        ]
-        if self.up:
-            self.up_blocks = made
-        else:
-            self.down_blocks = made
-        self.conv_in = residual.conv(order[0], self.dtype)
-        self.mid_block = Middle(middle, self.groups, self.dtype, self.attends)
-        self.conv_norm_out = residual.GroupNorm(self.groups)
-        self.conv_out = residual.conv(self.out, self.dtype)
-
+    @nn.compact
     def __call__(self, x_BHWC):
-        x_BHWC = self.conv_in(x_BHWC)
-        x_BHWC = self.mid_block(x_BHWC) if self.up else x_BHWC
-        for block in self.up_blocks if self.up else self.down_blocks:
+        for i in range(self.depth):
+            block = residual.Block(
+                self.width, self.groups, EPSILON, self.dtype, name=f"resnets_{i}"
+            )
             x_BHWC = block(x_BHWC)
-        x_BHWC = x_BHWC if self.up else self.mid_block(x_BHWC)
-        return self.conv_out(nn.silu(self.conv_norm_out(x_BHWC)))
+        if self.resample:
+            x_BHWC = self.resample(self.width, dtype=self.dtype, name="resample")(x_BHWC)
+        return x_BHWC
 
 
-class AutoencoderKL(nn.Module):
-    """Images to a normal for each number of the latents, and latents to images.
+class Encoder(nn.Module):
+    """Pictures -> maps of `out` channels.   widths, depth: of each level and blocks in it"""
 
-    dtype: of the products. Norms are float32.
-    scaling_factor, shift_factor: what the latents that denoisers learn are, (latent − shift)·scale.
+    out: int
+    widths: tuple[int, ...]
+    depth: int
+    attends: bool
+    groups: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, image_BHWC):
+        parts = (self.groups, self.dtype)
+        x_BHWC = residual.conv(self.widths[0], dtype=self.dtype, name="conv_in")(image_BHWC)
+        for i, width in enumerate(self.widths):
+            last = i == len(self.widths) - 1
+            level = Level(width, self.depth, None if last else _halving, *parts, name=f"down_{i}")
+            x_BHWC = level(x_BHWC)
+        x_BHWC = Middle(self.attends, *parts, name="middle")(x_BHWC)
+        return _leave(self, x_BHWC)
+
+
+class Decoder(nn.Module):
+    """Maps -> pictures of `out` channels: the mirrored `Encoder`, one block more at each level."""
+
+    out: int
+    widths: tuple[int, ...]
+    depth: int
+    attends: bool
+    groups: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BHWC):
+        parts = (self.groups, self.dtype)
+        x_BHWC = residual.conv(self.widths[-1], dtype=self.dtype, name="conv_in")(x_BHWC)
+        x_BHWC = Middle(self.attends, *parts, name="middle")(x_BHWC)
+        for i, width in enumerate(reversed(self.widths)):
+            last = i == len(self.widths) - 1
+            resample = None if last else residual.doubling
+            x_BHWC = Level(width, self.depth + 1, resample, *parts, name=f"up_{i}")(x_BHWC)
+        return _leave(self, x_BHWC)
+
+
+def _halving(width: int, **options):
+    # The one row and column of padding stand below and to the right alone.
+    return residual.halving(width, ((0, 1), (0, 1)), **options)
+
+
+def _leave(coder, x_BHWC):
+    """The last layers of an encoder or decoder, within its compact method."""
+    norm = residual.norm(coder.groups, EPSILON, dtype=coder.dtype, name="conv_norm_out")
+    conv = residual.conv(coder.out, dtype=coder.dtype, name="conv_out")
+    return conv(nn.silu(norm(x_BHWC)))
+
+
+class Autoencoder(nn.Module):
+    """Pictures to the moments of their latents and back; `dtype` computes, parameters stay float32.
+
+    widths: of the levels, each with half the side of the one before.
+    depth: residual blocks of a level; the decoder's have one more.
+    channels: of the latents.
+    groups: of the norms.
+    res: side of the pictures it learned from.
+    scaling_factor, shift_factor: denoisers see (latent − shift_factor)·scaling_factor. The latents
+      here are those before.
+    attends: whether the smallest maps attend to themselves.
+    quant, post_quant: whether a 1 × 1 convolution stands behind the encoder, before the decoder.
     """
 
-    blocks: tuple[int, ...]
-    channels: int = 3
-    layers: int = 1
-    latent_channels: int = 4
+    widths: tuple[int, ...] = (64,)
+    depth: int = 1
+    channels: int = 4
     groups: int = 32
+    res: int = 32
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
+    attends: bool = True
     quant: bool = True
     post_quant: bool = True
-    attends: bool = True
     dtype: str = "float32"
 
     @property
     def factor(self) -> int:
-        """Pixels of an image's side for one of the latents'."""
-        return 2 ** (len(self.blocks) - 1)
+        """Pixels to a place of the latents, along either side."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def latent_channels(self) -> int:
+        return self.channels
+
+    @property
+    def tile(self) -> int:
+        """Side of the tiles that large latents are decoded in, see `sampling.tiles`."""
+        return max(self.res // self.factor, 2)
+
+    @property
+    def encoded(self) -> int:
+        """Channels behind the encoder."""
+        return 2 * self.channels
+
+    @property
+    def quantised(self) -> int:
+        """Channels behind its 1 × 1 convolution."""
+        return 2 * self.channels
 
     def setup(self):
-        sizes = (self.groups, self.attends, self.dtype)
-        c, n = self.latent_channels, self.layers
-        self.encoder = Half(self.blocks, 2 * c, n, *sizes, up=False)
-        self.decoder = Half(self.blocks, self.channels, n, *sizes, up=True)
+        sizes = (self.widths, self.depth, self.attends, self.groups, self.dtype)
+        self.encoder = Encoder(self.encoded, *sizes)
+        self.decoder = Decoder(3, *sizes)
         if self.quant:
-            self.quant_conv = residual.conv(2 * c, self.dtype, size=1)
+            self.quant_conv = nn.Conv(self.quantised, (1, 1), dtype=self.dtype)
         if self.post_quant:
-            self.post_quant_conv = residual.conv(c, self.dtype, size=1)
+            self.post_quant_conv = nn.Conv(self.channels, (1, 1), dtype=self.dtype)
+
+    def _encode(self, image_BHWC):
+        x_BHWC = self.encoder(image_BHWC)
+        x_BHWC = self.quant_conv(x_BHWC) if self.quant else x_BHWC
+        x_BHWC = x_BHWC.astype(jnp.float32)
+        if self.is_initializing():  # so that `init` makes the decoder's parameters, too
+            self.decode(x_BHWC[..., : self.latent_channels])
+        return x_BHWC
 
     def __call__(self, image_BHWC) -> Moments:
-        """The latents' means and log-variances, BhwC, for images in [-1, 1] whose sides `factor`
-        divides.
+        """The normal of the latents, float32, of pictures in [-1, 1]."""
+        mean_BHWC, logvar_BHWC = jnp.split(self._encode(image_BHWC), 2, axis=-1)
+        return Moments(mean_BHWC, jnp.clip(logvar_BHWC, *LOGVAR))
+
+    def decode(self, latent_BHWC):
+        """Pictures, float32, about in [-1, 1]: nothing is cut off."""
+        x_BHWC = self.post_quant_conv(latent_BHWC) if self.post_quant else latent_BHWC
+        return self.decoder(x_BHWC).astype(jnp.float32)
+
+
+class Quantised(Autoencoder):
+    """An autoencoder with a codebook (arXiv:2012.09841). Its latents are those before the codebook.
+
+    entries: of the codebook.
+    entry_channels: of an entry, and of the latents.
+    """
+
+    entries: int = 256
+    entry_channels: int = 4
+
+    @property
+    def latent_channels(self) -> int:
+        return self.entry_channels
+
+    @property
+    def encoded(self) -> int:
+        return self.channels
+
+    @property
+    def quantised(self) -> int:
+        return self.latent_channels
+
+    def setup(self):
+        super().setup()
+        self.codebook = nn.Embed(self.entries, self.latent_channels)
+
+    def __call__(self, image_BHWC) -> Moments:
+        """The latents of pictures in [-1, 1], float32, as `mean_BHWC`."""
+        return Moments(self._encode(image_BHWC))
+
+    def decode(self, latent_BHWC):
+        """Pictures of the codebook's nearest entries, float32, about in [-1, 1].
+
+        The gradient goes past the choice of entries, as if the latents had been theirs.
         """
-        h_BhwC = self.encoder(image_BHWC.astype(self.dtype))
-        h_BhwC = self.quant_conv(h_BhwC) if self.quant else h_BhwC
-        mean_BhwC, logvar_BhwC = jnp.split(h_BhwC.astype(jnp.float32), 2, -1)
-        if self.is_initializing():
-            self.decode(mean_BhwC)
-        return Moments(mean_BhwC, jnp.clip(logvar_BhwC, *LOG_VARIANCE))
-
-    def decode(self, latent_BhwC):
-        """Images of latents, float32 BHWC; values may lie beyond [-1, 1]."""
-        latent_BhwC = latent_BhwC.astype(self.dtype)
-        if self.post_quant:
-            latent_BhwC = self.post_quant_conv(latent_BhwC)
-        return self.decoder(latent_BhwC).astype(jnp.float32)
+        latent_NC = latent_BHWC.astype(jnp.float32).reshape(-1, self.latent_channels)
+        entry_KC = self.codebook.embedding
+        # |latent − entry|² without the latent's square, which is the same for all entries.
+        product_NK = jnp.matmul(latent_NC, entry_KC.T, precision="highest")
+        nearest_N = jnp.argmin(jnp.square(entry_KC).sum(-1) - 2 * product_NK, axis=-1)
+        change_NC = jax.lax.stop_gradient(self.codebook(nearest_N) - latent_NC)
+        return super().decode((latent_NC + change_NC).reshape(latent_BHWC.shape))
 
 
-def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> AutoencoderKL:
-    """The autoencoder that a config.json describes. Where it says `force_upcast`, as SDXL's, whose
-    numbers overflow float16, it computes in float32 instead of float16.
+def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder | Quantised:
+    """The autoencoder that a checkpoint's config.json describes.
 
+    Args:
+      dtype: what it computes in. Where config.json says `force_upcast` it is float32 in any case,
+        since activations of such a checkpoint overflow in half precision.
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
-    blocks = residual.sizes(config, "block_out_channels", (64,))
-    for field, kind in (("down", "DownEncoderBlock2D"), ("up", "UpDecoderBlock2D")):
-        types = config.get(f"{field}_block_types", [kind] * len(blocks))
-        if list(types) != [kind] * len(blocks):
+    config = {field: value for field, value in config.items() if value is not None}
+    if config["model_type"] == "VQModel":
+        config = {"latent_channels": 3} | config  # by default, and an entry has as many
+        config = {"vq_embed_dim": config["latent_channels"]} | config
+        sizes = hf.fields(config, Quantised, _FIELDS | _VQ_FIELDS, _IMPLEMENTED)
+    else:
+        sizes = hf.fields(config, Autoencoder, _FIELDS | _KL_FIELDS, _IMPLEMENTED)
+    for field, block in _BLOCKS.items():
+        wanted = [block] * len(sizes["widths"])
+        given = config.get(field, wanted)
+        if not isinstance(given, list | tuple) or list(given) != wanted:
             raise errors.ConfigError(
-                f"{field}_block_types {types} is not implemented",
+                f"{field} {config[field]!r:.100} is not implemented",
                 where=hf.CONFIG,
-                fix=f"use an autoencoder of {len(blocks)} {kind}",
+                fix=f"use a checkpoint with one {block} for each of block_out_channels",
             )
-    sizes = hf.fields(config, AutoencoderKL, _FIELDS, _IMPLEMENTED)
-    residual.check_groups(sizes["groups"], blocks)
-    if config.get("force_upcast", True) and dtype == "float16":
-        dtype = "float32"
-    return AutoencoderKL(
-        blocks,
-        **sizes,
-        shift_factor=float(config.get("shift_factor") or 0.0),
-        quant=config.get("use_quant_conv", True),
-        post_quant=config.get("use_post_quant_conv", True),
-        attends=config.get("mid_block_add_attention", True),
-        dtype=dtype,
+    if uneven := [width for width in sizes["widths"] if width % sizes["groups"]]:
+        raise errors.ConfigError(
+            f"block_out_channels of {uneven} do not divide by norm_num_groups {sizes['groups']}",
+            where=hf.CONFIG,
+            fix="use the config.json that was saved with the weights",
+        )
+    shift = fields.checked(float, "shift_factor", config.get("shift_factor", 0.0), where=hf.CONFIG)
+    upcast = fields.checked(
+        bool, "force_upcast", config.get("force_upcast", False), where=hf.CONFIG
     )
+    dtype = "float32" if upcast else dtype
+    kind = Quantised if config["model_type"] == "VQModel" else Autoencoder
+    return kind(**sizes, shift_factor=shift, dtype=dtype)

@@ -39,6 +39,7 @@ EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "
 # What a config.json may ask for at most: far more than any checkpoint has, and built in seconds.
 LARGEST = {"vocab": 2**22, "end": 2**22, "depth": 128, "res": 4096, "learned": 4096, "epsilon": 1.0}
 LARGE = 2**17  # of fields that LARGEST does not name
+LONGEST = 16  # entries of a list
 SHOWN = 10  # names in one message
 
 
@@ -146,13 +147,21 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     found = {}
     for theirs, ours in names.items():
         default = getattr(module, ours)
-        value = found[ours] = config.get(theirs, default)
-        if type(value) is not type(default) or (not isinstance(value, str) and not value > 0):
+        value = config.get(theirs, default)
+        value = found[ours] = tuple(value) if isinstance(value, list) else value
+        many = isinstance(default, tuple)
+        entries, like = (value, default[0]) if many else ((value,), default)
+        fits = [type(x) is type(like) and (isinstance(x, str | bool) or x > 0) for x in entries]
+        # An empty list has no sensible size, either.
+        if type(value) is not type(default) or value == () or not all(fits):
+            example = list(default) if many else default
             raise errors.ConfigError(
-                f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
+                f"{theirs} is {config[theirs]!r:.50}",
+                where=CONFIG,
+                fix=f"it should be like {example!r}",
             )
         limit = LARGEST.get(ours, LARGE)
-        if not isinstance(value, str) and value > limit:
+        if any(not isinstance(x, str) and x > limit for x in entries) or len(entries) > LONGEST:
             raise errors.ConfigError(
                 f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be at most {limit}"
             )

@@ -54,9 +54,8 @@ class Patches(nn.Module):
     patch: int
 
     def setup(self):
-        self.proj = residual.conv(
-            *(self.width, "float32", self.patch), strides=(self.patch,) * 2, padding="VALID"
-        )
+        side = dict(strides=(self.patch,) * 2, padding="VALID")
+        self.proj = residual.conv(self.width, self.patch, dtype="float32", **side)
 
     def __call__(self, x_BHWC):
         x_BHWD = self.proj(x_BHWC.astype(jnp.float32))

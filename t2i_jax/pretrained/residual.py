@@ -1,8 +1,6 @@
-"""Residual blocks of latent diffusion (arXiv:2112.10752): what its U-net and autoencoder share.
+"""Residual blocks of diffusers' convolutional networks.
 
-Submodules are called as in diffusers, so that `tensors.alike` finds their tensors.
-
-B batch · H W pixels · C channels · T tokens · E width of the time's embedding
+B pictures · H W pixels · C channels · D width of a state of time
 """
 
 import flax.linen as nn
@@ -10,112 +8,92 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax import errors
-from t2i_jax.models import attention, convolution
-from t2i_jax.models.layers import flat
+from t2i_jax.models import convolution
 from t2i_jax.pretrained import hf
 
-PARTS = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut", "time_emb_proj")  # of Residual
-BOTH, FAR = ((1, 1), (1, 1)), ((0, 1), (0, 1))  # sides that a strided convolution pads
+PARTS = ("norm1", "conv1", "time_emb_proj", "norm2", "conv2", "conv_shortcut")
 
 
-class GroupNorm(nn.Module):
-    """Group normalisation in float32 (arXiv:1803.08494); the result has x's type."""
-
-    groups: int
-    epsilon: float = 1e-6
-
-    def setup(self):
-        options = dict(epsilon=self.epsilon, dtype="float32", use_fast_variance=False)
-        self.norm = nn.GroupNorm(self.groups, **options)
-        nn.share_scope(self, self.norm)
-
-    def __call__(self, x_BHWC):
-        return self.norm(x_BHWC).astype(x_BHWC.dtype)
+def names(ours: str, theirs: str) -> dict[str, str]:
+    """The entries of `tensors.Names` for a `Block` at `ours`."""
+    return {f"{ours}/{part}": f"{theirs}.{part}" for part in PARTS}
 
 
-def conv(features: int, dtype: str, size: int = 3, **options) -> nn.Conv:
-    """A convolution whose kernel gradient is fast on CPUs, too."""
-    options = {"padding": size // 2, "dtype": dtype, **options}
-    return nn.Conv(features, (size, size), conv_general_dilated=convolution.conv, **options)
+def conv(width: int, size: int = 3, *, dtype: str, name: str | None = None, **options) -> nn.Conv:
+    """A convolution of NHWC by a square kernel; by default it keeps the sides."""
+    options = dict(conv_general_dilated=convolution.conv) | options
+    return nn.Conv(width, (size, size), dtype=dtype, name=name, **options)
 
 
-class Residual(nn.Module):
-    """Two convolutions, each after norm and SiLU, beside the input; `timed` adds an embedding of
-    the time between them.
+def halving(width: int, padding, **options) -> nn.Conv:
+    """A 3 × 3 convolution at every second pixel of either side."""
+    return conv(width, strides=(2, 2), padding=padding, **options)
+
+
+def doubling(width: int, **options) -> nn.Conv:
+    """A 3 × 3 convolution of a map whose sides are doubled by repeating its pixels."""
+    return conv(width, conv_general_dilated=convolution.of_doubled, **options)
+
+
+def norm(groups: int, epsilon: float, *, dtype: str, name: str | None = None) -> nn.GroupNorm:
+    """Statistics and the product are float32; `dtype` is that of the result."""
+    # The squares of differences from the mean: those of large values lose the digits.
+    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class Block(nn.Module):
+    """Two convolutions beside a skip, each behind a group norm; `dtype` computes.
+
+    epsilon: of the norms.
     """
 
-    features: int
-    groups: int
-    epsilon: float
-    dtype: str
-    timed: bool = False
-    widens: bool = False  # the input has other channels
+    width: int
+    groups: int = 32
+    epsilon: float = 1e-6
+    dtype: str = "float32"
 
-    def setup(self):
-        self.norm1, self.norm2 = (GroupNorm(self.groups, self.epsilon) for _ in range(2))
-        self.conv1, self.conv2 = (conv(self.features, self.dtype) for _ in range(2))
-        if self.timed:
-            self.time_emb_proj = nn.Dense(self.features, dtype=self.dtype)
-        if self.widens:
-            self.conv_shortcut = conv(self.features, self.dtype, size=1)
-
-    def __call__(self, x_BHWC, time_BE=None):
-        h_BHWC = self.conv1(nn.silu(self.norm1(x_BHWC)))
-        if self.timed:
-            h_BHWC += self.time_emb_proj(nn.silu(time_BE))[:, None, None]
-        h_BHWC = self.conv2(nn.silu(self.norm2(h_BHWC)))
-        return (self.conv_shortcut(x_BHWC) if self.widens else x_BHWC) + h_BHWC
+    @nn.compact
+    def __call__(self, x_BHWC, time_BD=None):
+        """time_BD: a state of time that is projected and added between the convolutions."""
+        dtype = self.dtype
+        y_BHWC = norm(self.groups, self.epsilon, dtype=dtype, name="norm1")(x_BHWC)
+        y_BHWC = conv(self.width, dtype=dtype, name="conv1")(nn.silu(y_BHWC))
+        if time_BD is not None:
+            project = nn.Dense(self.width, dtype=dtype, name="time_emb_proj")
+            y_BHWC += project(nn.silu(time_BD))[:, None, None]
+        y_BHWC = norm(self.groups, self.epsilon, dtype=dtype, name="norm2")(y_BHWC)
+        y_BHWC = conv(self.width, dtype=dtype, name="conv2")(nn.silu(y_BHWC))
+        if x_BHWC.shape[-1] != self.width:
+            x_BHWC = conv(self.width, 1, dtype=dtype, name="conv_shortcut")(x_BHWC)
+        return x_BHWC + y_BHWC
 
 
 class Smaller(nn.Module):
-    """A convolution of stride 2 over what `padding` adds at the sides."""
+    """A convolution of stride 2 over a row and column of zeros on all sides."""
 
-    features: int
-    dtype: str
-    padding: tuple = BOTH
-
-    def setup(self):
-        self.conv = conv(self.features, self.dtype, strides=(2, 2), padding=self.padding)
-
-    def __call__(self, x_BHWC):
-        return self.conv(x_BHWC)
-
-
-class Larger(nn.Module):
-    """Nearest neighbours at twice the size, or at `size`, then a convolution."""
-
-    features: int
-    dtype: str
-
-    def setup(self):
-        self.conv = conv(self.features, self.dtype)
-
-    def __call__(self, x_BHWC, size=None):
-        sides = x_BHWC.shape[1:3]
-        for axis, (now, then) in enumerate(zip(sides, size or [2 * n for n in sides], strict=True)):
-            if then == 2 * now:
-                x_BHWC = jnp.repeat(x_BHWC, 2, axis=axis + 1)
-            else:  # a side that was odd before it was halved
-                x_BHWC = jnp.take(x_BHWC, np.arange(then) * now // then, axis=axis + 1)
-        return self.conv(x_BHWC)
-
-
-class PixelAttention(nn.Module):
-    """Attention of all pixels with one head, beside the input."""
-
-    groups: int
+    width: int
     dtype: str
 
     @nn.compact
     def __call__(self, x_BHWC):
-        channels = x_BHWC.shape[-1]
-        h_BTC = GroupNorm(self.groups, name="group_norm")(x_BHWC)
-        h_BTC = h_BTC.reshape(len(x_BHWC), -1, channels)
-        qkv_BTC = flat(nn.Dense(3 * channels, dtype=self.dtype, name="qkv"), h_BTC)
-        heads = (attention.split_heads(x, 1) for x in jnp.split(qkv_BTC, 3, -1))
-        out_BTC = attention.merge_heads(attention.attention(*heads))
-        out_BTC = flat(nn.Dense(channels, dtype=self.dtype, name="out"), out_BTC)
-        return x_BHWC + out_BTC.reshape(x_BHWC.shape)
+        return halving(self.width, ((1, 1), (1, 1)), dtype=self.dtype, name="conv")(x_BHWC)
+
+
+class Larger(nn.Module):
+    """A convolution of a map at twice its size, or at `size`, by its nearest pixels."""
+
+    width: int
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x_BHWC, size):
+        now = x_BHWC.shape[1:3]
+        if tuple(size) == (2 * now[0], 2 * now[1]):
+            return doubling(self.width, dtype=self.dtype, name="conv")(x_BHWC)
+        for axis in (0, 1):  # a side that was odd before it was halved
+            nearest = np.arange(size[axis]) * now[axis] // size[axis]
+            x_BHWC = jnp.take(x_BHWC, nearest, axis=axis + 1)
+        return conv(self.width, dtype=self.dtype, name="conv")(x_BHWC)
 
 
 def sizes(config, name: str, default, entries: int = 0) -> tuple[int, ...]:

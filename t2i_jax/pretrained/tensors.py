@@ -105,20 +105,20 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
         if not sources:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        tensors = [found.get(name) for name in sources]
-        source = Source(leaf, tensors, (), layers)
-        axes = tuple(range(len(source.shape)))
+        made = Source(leaf, [None] * len(sources), (), layers)
+        axes = tuple(range(len(made.shape)))
         axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
-        plan[path] = source._replace(axes=axes)
         used.update(sources)
-        *lead, last = source.shape
-        shape = _back((*lead, last // len(source.by_layer[0])), axes)
+        *lead, last = made.shape
+        shape = _back((*lead, last // len(made.by_layer[0])), axes)
         for source in sources:
+            _flatten(found, source, shape)
             has = found[source].shape if source in found else "none"
             if has != shape:
                 problems.append(f"{source}: want {shape}, found {has}")
             elif (kind := found[source].kind) not in hf.FLOATS:
                 problems.append(f"{source}: want one of {', '.join(hf.FLOATS)}, found {kind}")
+        plan[path] = made._replace(tensors=[found.get(name) for name in sources], axes=axes)
     trunk = lambda source: found[source].name.startswith(names.prefixes)
     headed = any(map(trunk, found))
     for source in sorted(found.keys() - used):
@@ -274,6 +274,12 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
     notes = listed.pop("__metadata__", {})
     place = lambda t: (t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0])
     return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
+
+
+def _flatten(found: dict[str, _Tensor], source: str, shape: tuple) -> None:
+    """Takes a 1 × 1 convolution, as old files have it in attention, for the product it is."""
+    if source in found and found[source].shape == (*shape, 1, 1):
+        found[source] = found[source]._replace(shape=shape)
 
 
 def _sources(path: str, names: Names, shape) -> tuple[list[str], bool, int]:

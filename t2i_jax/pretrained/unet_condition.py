@@ -150,8 +150,8 @@ class Transformer(nn.Module):
 
     def setup(self):
         dense = lambda: nn.Dense(self.width, dtype=self.dtype)
-        project = dense if self.linear else lambda: residual.conv(self.width, self.dtype, size=1)
-        self.norm = residual.GroupNorm(self.groups)
+        project = dense if self.linear else lambda: residual.conv(self.width, 1, dtype=self.dtype)
+        self.norm = residual.norm(self.groups, 1e-6, dtype=self.dtype)
         self.proj_in, self.proj_out = project(), project()
         layer = layers.remat(Layer, self.remat)
         sizes = (self.width, self.heads, self.dtype)
@@ -180,12 +180,12 @@ class Transformer(nn.Module):
 class Block(nn.Module):
     """Residual blocks, each perhaps followed by a transformer, then perhaps a change of size.
 
-    inputs: channels that each residual block reads.
+    blocks: residual blocks.
     heads, depth: of the transformers; depth 0: there are none.
     """
 
     features: int
-    inputs: tuple[int, ...]
+    blocks: int
     heads: int
     depth: int
     groups: int
@@ -198,11 +198,11 @@ class Block(nn.Module):
     middle: bool = False
 
     def setup(self):
-        sizes = (self.features, self.groups, self.epsilon, self.dtype, True)
-        self.resnets = [residual.Residual(*sizes, n != self.features) for n in self.inputs]
+        sizes = (self.features, self.groups, self.epsilon, self.dtype)
+        self.resnets = [residual.Block(*sizes) for _ in range(self.blocks)]
         if self.depth:
             of = (self.features, self.heads, self.depth, self.groups, self.linear, self.dtype)
-            count = len(self.inputs) - self.middle
+            count = self.blocks - self.middle
             self.attentions = [Transformer(*of, self.remat) for _ in range(count)]
         if self.smaller:
             self.downsamplers = [residual.Smaller(self.features, self.dtype)]
@@ -277,26 +277,20 @@ class UNet(nn.Module):
         self.time_embedding = Embedding(width)
         if self.numbers:
             self.add_embedding = Embedding(width)
-        self.conv_in = residual.conv(self.blocks[0], self.dtype)
-        down, skips, before = [], [self.blocks[0]], self.blocks[0]
+        self.conv_in = residual.conv(self.blocks[0], dtype=self.dtype)
+        down, up = [], []
         for i, c in enumerate(self.blocks):
-            inputs = (before,) + (c,) * (n - 1)
             of = (self.heads[i], self.depths[i] * self.downs[i])
-            down.append(Block(c, inputs, *of, smaller=i < last, **shared))
-            skips += [c] * (n + (i < last))
-            before = c
-        up = []
+            down.append(Block(c, n, *of, smaller=i < last, **shared))
         for i, c in enumerate(self.blocks[::-1]):
-            inputs = tuple((before if k == 0 else c) + skips.pop() for k in range(n + 1))
             of = (self.heads[::-1][i], self.depths[::-1][i] * self.ups[i])
-            up.append(Block(c, inputs, *of, larger=i < last, **shared))
-            before = c
+            up.append(Block(c, n + 1, *of, larger=i < last, **shared))
         self.down_blocks, self.up_blocks = down, up
         c = self.blocks[-1]
         of = (self.heads[-1], self.depths[-1])
-        self.mid_block = Block(c, (c, c), *of, middle=True, **shared)
-        self.conv_norm_out = residual.GroupNorm(self.groups, self.epsilon)
-        self.conv_out = residual.conv(self.out_channels, self.dtype)
+        self.mid_block = Block(c, 2, *of, middle=True, **shared)
+        self.conv_norm_out = residual.norm(self.groups, self.epsilon, dtype=self.dtype)
+        self.conv_out = residual.conv(self.out_channels, dtype=self.dtype)
 
     def prepare(self, cond: Cond):
         """Keys and values of the text for every layer, and the embedding of the numbers."""
