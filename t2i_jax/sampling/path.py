@@ -105,7 +105,8 @@ def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
     kept_T = np.concatenate([[1.0], np.cumprod(1 - np.asarray(beta_T, np.float64))])
     alphas = jnp.asarray(np.sqrt(kept_T), jnp.float32)
     sigmas = jnp.asarray(np.sqrt(1 - kept_T), jnp.float32)
-    clocks = jnp.asarray(np.sqrt(1 / kept_T - 1), jnp.float32)
+    with np.errstate(divide="ignore"):  # a last step may leave nothing of the image
+        clocks = jnp.asarray(np.sqrt(1 / kept_T - 1), jnp.float32)
     steps = len(kept_T) - 1
     at = lambda table: lambda t: table[jnp.round(jnp.asarray(t) * steps).astype(jnp.int32)]
 

@@ -172,6 +172,12 @@ def from_config(config: Mapping) -> Scheduler:
     name = CLASSES[kind]
     _check(config, name)
     if kind.startswith("FlowMatch"):
+        if config.get("use_karras_sigmas"):
+            raise errors.ConfigError(
+                "use_karras_sigmas True is not implemented for flows",
+                where=CONFIG,
+                fix="set it to False",
+            )
         return Scheduler(config, name, paths.straight(), "v")
     predicted = config.get("prediction_type", "epsilon")
     if predicted not in KINDS:

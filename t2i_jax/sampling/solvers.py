@@ -67,18 +67,18 @@ def heun(output, z_BHWC, grid, normal):
     The grid has an entry for each step, and the next one's time beside it.
     """
 
-    def slope(z, time, alpha, sigma):
+    def parts(z, time, alpha, sigma):
         x, noise = prediction.parts(grid.kind, output(z, time), z, alpha, sigma)
-        return x, noise
+        # On the straight line z moves by its velocity, else z/α by the noise.
+        return x, noise, noise - x if grid.kind == "flow" else noise
 
     def step(z, g):
-        x, noise = slope(z, g.time_S, g.alpha_S, g.sigma_S)
+        x, noise, slope = parts(z, g.time_S, g.alpha_S, g.sigma_S)
         ahead = g.x_share_S * x + g.noise_share_S * noise  # z at the next α and σ
 
         def corrected(ahead):
-            _, later = slope(ahead, g.mix_S[0], g.x_share_S, g.noise_share_S)
-            # In z/α the slope is ε̂: half of the way goes along each.
-            return ahead + 0.5 * g.kept_S * (later - noise)
+            _, _, later = parts(ahead, g.mix_S[0], g.x_share_S, g.noise_share_S)
+            return ahead + 0.5 * g.kept_S * (later - slope)  # half of the way along each
 
         return jax.lax.cond(g.again_S, corrected, lambda ahead: ahead, ahead), None
 
