@@ -1,6 +1,9 @@
 """Pretrained pipelines are trained, whole or by adapters, and written back for diffusers."""
 
 import json
+import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,10 +15,10 @@ pytest.importorskip("peft")
 
 from configs import finetune, finetune_lora  # noqa: E402
 from t2i_jax import loop, pipeline  # noqa: E402
-from t2i_jax.commands import export  # noqa: E402
 from t2i_jax.pretrained import lora_files  # noqa: E402
 from tests import folders, test_latent  # noqa: E402
 
+ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 OPTIONS = dict(width=test_latent.WIDTH, height=test_latent.HEIGHT, steps=4, guidance=3.0)
 
@@ -72,15 +75,12 @@ def theirs(folder, start):
     return pipe, lambda: test_latent.drawn(pipe, start, num_inference_steps=4)
 
 
-def written(workdir, output, monkeypatch, **flags):
+def written(workdir, output, *flags):
     """What `t2i_jax export --format=diffusers` writes."""
-    values = dict(
-        WORKDIR=str(workdir), OUTPUT=str(output), FORMAT="diffusers", DTYPE="float32", CARD=None
+    command = [sys.executable, "-m", "t2i_jax", "export", "--format=diffusers", "--dtype=float32"]
+    subprocess.run(
+        [*command, f"--workdir={workdir}", f"--output={output}", *flags], cwd=ROOT, check=True
     )
-    values |= dict(MERGE=False, STEP=None, LOAD=[]) | flags
-    for name, value in values.items():
-        monkeypatch.setattr(export, name, type("Flag", (), {"value": value}))
-    export.main()
     return output
 
 
@@ -88,11 +88,11 @@ def apart(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 
-def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path, monkeypatch):
+def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path):
     """Trained here, written as PEFT's file, opened there and here again."""
     start = noise()
     ours = pipeline.Pipeline.load(str(adapted))(folders.PROMPTS, noise=start, **OPTIONS)
-    folder = written(adapted, tmp_path / "lora", monkeypatch)
+    folder = written(adapted, tmp_path / "lora")
     pipe, draw = theirs(source, start)
     before = draw()
     pipe.load_lora_weights(folder)
@@ -103,10 +103,10 @@ def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path, monkeypa
     assert apart(none(folders.PROMPTS, noise=start, **OPTIONS), before) <= test_latent.CLOSE
 
 
-def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path, monkeypatch):
+def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path):
     start = noise()
     ours = pipeline.Pipeline.load(str(adapted))(folders.PROMPTS, noise=start, **OPTIONS)
-    folder = written(adapted, tmp_path / "merged", monkeypatch, MERGE=True)
+    folder = written(adapted, tmp_path / "merged", "--merge")
     assert apart(theirs(folder, start)[1](), ours) <= test_latent.CLOSE
     assert (
         apart(pipeline.Pipeline.load(str(folder))(folders.PROMPTS, noise=start, **OPTIONS), ours)
@@ -132,7 +132,7 @@ def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
     assert apart(ours(folders.PROMPTS, noise=start, **OPTIONS), draw()) <= test_latent.CLOSE
 
 
-def test_a_whole_fine_tune_opens_in_diffusers(source, data, tmp_path, monkeypatch):
+def test_a_whole_fine_tune_opens_in_diffusers(source, data, tmp_path):
     """It learns, goes on after a stop bit for bit, and draws the same there."""
     config = small(finetune, source, data)
     loop.train(config, tmp_path / "run")
@@ -140,5 +140,5 @@ def test_a_whole_fine_tune_opens_in_diffusers(source, data, tmp_path, monkeypatc
     ours = pipeline.Pipeline.load(str(tmp_path / "run"))(folders.PROMPTS, noise=start, **OPTIONS)
     before = pipeline.Pipeline.load(str(source))(folders.PROMPTS, noise=start, **OPTIONS)
     assert apart(before, ours) > 5
-    folder = written(tmp_path / "run", tmp_path / "tuned", monkeypatch)
+    folder = written(tmp_path / "run", tmp_path / "tuned")
     assert apart(theirs(folder, start)[1](), ours) <= test_latent.CLOSE

@@ -158,10 +158,13 @@ def _plain(line, where):
                 f"unknown option --{letter}", where=where, fix="use --n, --d, --l or --s"
             )
         name = _LETTERS[letter]
-        fix = "give a number"
-        with errors.explained(errors.ConfigError, f"--{letter} {text!r}", where=where, fix=fix):
+        try:
             text = text if letter == "n" else " ".join(shlex.split(text))
             values[name] = {"seed": int, "steps": int, "guidance": float}.get(name, str)(text)
+        except ValueError as e:
+            raise errors.ConfigError(
+                f"--{letter} is {text!r}", where=where, fix="give a number"
+            ) from e
     return values
 
 
