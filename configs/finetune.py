@@ -7,8 +7,9 @@ source: a folder of diffusers, or hf:org/name@revision: Stable Diffusion 1 and 2
   and -Σ, SD 3, FLUX.1. path: pictures and captions, see configs/folder_flow.py. res: pixels a
   side, by default those that the pipeline was made for.
 
-Hardware: a TPU v5e-8 or a GPU of 80 GB for SDXL. Expected: depends on the pictures; look at
-samples/. Autoencoder and text encoders stay as they are, stored as in their files.
+Hardware: not tried with published weights; weights, gradients, moments and averages take 20 bytes
+a parameter, spread over all devices. Expected: depends on the pictures; look at samples/.
+Autoencoder and text encoders stay as they are, stored as in their files.
 """
 
 from configs import common

@@ -7,8 +7,8 @@ Options are those of configs/finetune.py, and `rank`. Targets are the projection
 another choice is a pattern: --config.lora.model.match='attn|ff'. For adapters of the text encoder,
 too: --config.lora.text='{"rank": 4}' and an entry text_lora in config.optim.
 
-Hardware: a GPU of 16 GB or one TPU chip for Stable Diffusion 1. Expected: depends on the pictures;
-look at samples/.
+Hardware: not tried with published weights; the frozen nets take what their files do. Expected:
+depends on the pictures; look at samples/.
 """
 
 from configs import common, finetune

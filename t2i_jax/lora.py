@@ -165,6 +165,7 @@ def _init(key, params, option: Options, name: str, seen):
     factors = {}
     for path, leaf in traverse_util.flatten_dict(params, sep="/").items():
         layer, _, kind = path.rpartition("/")
+        # A pipeline applies each of its encoders alone, so that paths lack the encoder's number.
         layer = re.sub(r"^encoders_\d+/", "", layer) if layer not in seen else layer
         if kind != "kernel" or layer not in seen or not re.search(option.match, path):
             continue

@@ -12,6 +12,7 @@ from absl import logging
 
 from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
 from t2i_jax.data import inputs, transforms
+from t2i_jax.lora import SUFFIX
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf, lora_files
 from t2i_jax.run import compile_cache
@@ -453,15 +454,16 @@ class Pipeline:
             )
         config = weights.config_at(source)
         weights.override(config, load)
-        family = objective.make(config)
-        nets = weights.imported(family, config)
+        predictor = Predictor(config)
+        nets = weights.imported(predictor.objective, config)
         if files:
             params = {name: net["params"] for name, net in nets.items()}
             adapters = lora_files.opened(folders.open(source), params, files)
             # Their scale is part of them, so that any rank will do here.
             config.lora = {name: {"rank": 1} for name in adapters}
-            nets |= {f"{name}_lora": {"params": tree} for name, tree in adapters.items()}
-        return cls(Predictor(config), nets, source, None)
+            nets |= {f"{n}{SUFFIX}": {"params": tree} for n, tree in adapters.items()}
+            predictor = Predictor(config)
+        return cls(predictor, nets, source, None)
 
     @classmethod
     def _load(cls, source, folder, config, step, averaged):

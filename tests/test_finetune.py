@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import finetune, finetune_lora
+from t2i_jax import loop, pipeline
+from t2i_jax.pretrained import lora_files
+from tests import test_latent
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-pytest.importorskip("peft")
-
-from configs import finetune, finetune_lora  # noqa: E402
-from t2i_jax import loop, pipeline  # noqa: E402
-from t2i_jax.pretrained import lora_files  # noqa: E402
-from tests import folders, test_latent  # noqa: E402
+peft = pytest.importorskip("peft")
+folders = test_latent.folders
 
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -125,8 +126,6 @@ def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path):
 
 def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
     """With another alpha than rank, also of convolutions."""
-    import peft
-
     torch.manual_seed(0)
     start = noise()
     pipe, draw = theirs(source, start)

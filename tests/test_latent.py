@@ -1,13 +1,17 @@
 """Pretrained pipelines: whole drawings equal diffusers', on folders that it wrote."""
 
+import re
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("diffusers")
+from t2i_jax import pipeline
+from t2i_jax.pretrained import folder
 
-from t2i_jax import pipeline  # noqa: E402
-from tests import folders  # noqa: E402
+torch = pytest.importorskip("torch")
+folders = pytest.importorskip("tests.folders")  # needs diffusers
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
@@ -19,9 +23,9 @@ CLOSE = 2  # of 255
 @pytest.fixture(scope="module", params=folders.PIPELINES)
 def pair(request, tmp_path_factory):
     """The name of a kind of pipeline, diffusers' and ours."""
-    folder = tmp_path_factory.mktemp(request.param)
-    theirs = folders.save(folders.PIPELINES[request.param], folder)
-    return request.param, theirs, pipeline.Pipeline.load(str(folder))
+    path = tmp_path_factory.mktemp(request.param)
+    theirs = folders.save(folders.PIPELINES[request.param], path)
+    return request.param, theirs, pipeline.Pipeline.load(str(path))
 
 
 def drawn(theirs, noise_BhwC, **options):
@@ -37,6 +41,15 @@ def drawn(theirs, noise_BhwC, **options):
     with torch.no_grad():
         images = theirs(**asked | options).images
     return np.round(images * 255).astype(np.uint8)
+
+
+def test_verify_says_what_both_compute():
+    """The command's own results and diffusers', of the pipeline that ships."""
+    command = [sys.executable, "-m", "t2i_jax", "verify", str(folder.TINY), "--with=diffusers"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    apart = [float(text) for text in re.findall(r"difference (\S+)", said)]
+    assert len(apart) == 3  # text, denoiser, autoencoder
+    assert max(apart) < 1e-4
 
 
 def test_a_rectangle_is_the_same(pair):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import errors
+from t2i_jax.sampling import scheduler, solvers
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-
-from t2i_jax import errors  # noqa: E402
-from t2i_jax.sampling import scheduler, solvers  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 SHAPE = (2, 3, 5, 4)  # BHWC

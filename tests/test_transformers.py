@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import errors
+from t2i_jax.models.types import Cond
+from t2i_jax.pretrained import opener
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-import safetensors.torch  # noqa: E402
-
-from t2i_jax import errors  # noqa: E402
-from t2i_jax.models.types import Cond  # noqa: E402
-from t2i_jax.pretrained import opener  # noqa: E402
+safetensors_torch = pytest.importorskip("safetensors.torch")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 
@@ -151,7 +151,7 @@ def made(name, path) -> Case:
     }
     (path / "grads").mkdir()
     (path / "grads/config.json").write_text((path / "net/config.json").read_text())
-    safetensors.torch.save_file(grads, path / "grads/diffusion_pytorch_model.safetensors")
+    safetensors_torch.save_file(grads, path / "grads/diffusion_pytorch_model.safetensors")
     out_BHWC = out_BCHW.detach().numpy().transpose(0, 2, 3, 1)
     return Case(str(path / "net"), str(path / "grads"), given, weight_BHWC, out_BHWC)
 

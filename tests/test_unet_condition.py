@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax.models.types import Cond, Output
+from t2i_jax.pretrained import opener
+
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-
-from t2i_jax.models.types import Cond, Output  # noqa: E402
-from t2i_jax.pretrained import opener  # noqa: E402
-from tests import folders  # noqa: E402
+folders = pytest.importorskip("tests.folders")
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers")
 

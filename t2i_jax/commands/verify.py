@@ -2,10 +2,10 @@
 
 python -m t2i_jax verify DIR [--with=diffusers] [--width=512] [--height=512]
 
-Each line is of one network: a hash of its weights as they lie in its files, then mean, standard
-deviation and the first numbers of what it makes of one prompt and of fixed noise. With
---with=diffusers, which needs torch and diffusers, each line stands beside theirs, with the largest
-difference relative to the largest number. float32 on a CPU should give less than 1e-3.
+First come hashes of the weights' files. Then come the networks' results for one prompt and fixed
+noise: shape, mean, standard deviation, first numbers. --with=diffusers, which needs torch, computes
+them there, too. It adds the largest difference, relative to the largest number. In float32 on a CPU
+that should be less than 1e-3.
 """
 
 import hashlib

@@ -1,6 +1,7 @@
 """Layers of pretrained transformers, for text and for images.
 
 B batch · L length · N = B·L tokens · D width · H head width · M width within the MLP
+T image tokens · S text tokens
 """
 
 import functools
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors
-from t2i_jax.models import attention
+from t2i_jax.models import attention, layers
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -109,6 +110,46 @@ class Layer(nn.Module):
         if not self.scaled:
             return x_ND
         return x_ND * Value(x_ND.shape[-1:], nn.initializers.ones, name=name)().astype(x_ND.dtype)
+
+
+class Attention(nn.Module):
+    """Attention of image tokens to themselves, or to keys and values of a text.   BTD -> BTD
+
+    The products are of `dtype`, and so is the result.
+
+    crosses: to a text, whose keys and values come ready from `keys_values`.
+    bias: of queries, keys and values. The last product always has one.
+    """
+
+    width: int
+    heads: int
+    dtype: str
+    crosses: bool = False
+    bias: bool = False
+
+    def setup(self):
+        dense = lambda n, bias: nn.Dense(n * self.width, use_bias=bias, dtype=self.dtype)
+        if self.crosses:
+            self.q, self.kv = dense(1, self.bias), dense(2, self.bias)
+        else:
+            self.qkv = dense(3, self.bias)
+        self.out = dense(1, True)
+
+    def keys_values(self, text_BSD):
+        """Keys and values of text tokens, BSNH both. They are the same at every solver step."""
+        pair = jnp.split(layers.flat(self.kv, text_BSD), 2, -1)
+        return tuple(attention.split_heads(x, self.heads) for x in pair)
+
+    def __call__(self, x_BTD, text_kv=None, mask_BS=None):
+        """mask_BS: False hides a text token."""
+        x_BTD = x_BTD.astype(self.dtype)
+        if self.crosses:
+            q_BTNH = attention.split_heads(layers.flat(self.q, x_BTD), self.heads)
+            seen_BTNH = attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS)
+        else:
+            parts = jnp.split(layers.flat(self.qkv, x_BTD), 3, -1)
+            seen_BTNH = attention.attention(*(attention.split_heads(x, self.heads) for x in parts))
+        return layers.flat(self.out, attention.merge_heads(seen_BTNH))
 
 
 class Causal(nn.Module):

@@ -8,7 +8,7 @@ B batch · H W pixels · C channels · T image tokens · S text tokens · D widt
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import fields
+from t2i_jax import fields, lora
 from t2i_jax.models import attention, layers
 from t2i_jax.models.types import Cond
 
@@ -91,7 +91,9 @@ class Backbone(nn.Module):
         # Keys and values of all blocks are computed before the scan, which then gets one block's at
         # each turn. So a sampler can compute them once.
         if self.scan:
-            stack = dict(variable_axes={"params": 0, "lora": 0}, split_rngs={"params": True})
+            stack = dict(
+                variable_axes={"params": 0, lora.COLLECTION: 0}, split_rngs={"params": True}
+            )
             keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)
             axes = (0, nn.broadcast, nn.broadcast)
             block = nn.scan(block, in_axes=axes, length=self.depth, **stack)

@@ -327,12 +327,13 @@ class Latent:
             prepared = self.model.apply(nets["model"], cond, method="prepare")
             return lambda z, t_B: self.model.apply(nets["model"], z, t_B, cond, prepared)
 
+        alone = under(cond)
         if self.distilled:  # it reads the scale, and one pass is enough
-            output = lambda z, t: under(cond)(z, jnp.full(len(z), t))
+            output = lambda z, t: alone(z, jnp.full(len(z), t))
         else:
             null = self.null(nets, batch, cond, size)
             pair = under(jax.tree.map(guide.interleave, cond, null))
-            output = guide.cfg(pair, under(cond), guidance, guide.ALWAYS)
+            output = guide.cfg(pair, alone, guidance, guide.ALWAYS)
         step_keys = lambda n: jax.vmap(jax.random.fold_in, (0, None))(keys_B, n + 1)
         normal = lambda n: randomness.normal_each(step_keys(n), z.shape[1:])
         solve = solvers.SOLVERS[sampler or self.scheduler.name]

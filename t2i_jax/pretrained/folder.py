@@ -29,7 +29,7 @@ class Encoder(NamedTuple):
     """One text encoder of a pipeline.
 
     part: its folder.
-    length: tokens that it reads; 0 means all that its tokenizer was made for.
+    length: tokens that it reads.
     options: of its `from_config`.
     masked: whether padding is hidden from it, and from the denoiser.
     optional: whether a pipeline may lack it.
@@ -51,7 +51,6 @@ class Recipe(NamedTuple):
     numbers: what further numbers the denoiser reads: "" for none, "sizes" of SDXL, "aspect" of
       PixArt-α, "guidance" of FLUX.1.
     guidance, steps: the pipeline's defaults.
-    lowered: captions are read in lower case.
     evenly: solver steps begin on an even grid, whatever the scheduler's own.
     """
 
@@ -61,7 +60,6 @@ class Recipe(NamedTuple):
     numbers: str = ""
     guidance: float = 7.5
     steps: int = 50
-    lowered: bool = False
     evenly: bool = False
 
 
@@ -120,10 +118,9 @@ RECIPES = {  # `_class_name` of model_index.json -> how it draws
         numbers="aspect",
         guidance=4.5,
         steps=20,
-        lowered=True,
     ),
     "PixArtSigmaPipeline": Recipe(
-        (Encoder("text_encoder", 300, masked=True),), _only, guidance=4.5, steps=20, lowered=True
+        (Encoder("text_encoder", 300, masked=True),), _only, guidance=4.5, steps=20
     ),
     "StableDiffusion3Pipeline": Recipe(
         (
@@ -254,15 +251,16 @@ def described(source: str) -> dict:
     vae = opener.open(folder.part(AUTOENCODER)).config
     factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     side = denoiser.get("sample_size", FLUX_SIDE)
-    distilled = folder.recipe.numbers == "guidance" and not denoiser.get("guidance_embeds")
+    # FLUX.1-schnell needs four steps and no guidance.
+    schnell = folder.recipe.numbers == "guidance" and not denoiser.get("guidance_embeds")
     return {
         **{"objective": "latent", "res": factor * side, "seed": 0, "batch_size": 4},
         "text_length": max(encoder.length for encoder in folder.recipe.encoders),
         **{"load": folder.sources(), "model": {}, "loss": {}, "optim": {}, "ema": {}},
         **{"evaluators": {}, "augment": (), "cache": "", "prompts": (), "allow_random": False},
         "sample": {
-            "guidance": 1.0 if distilled else folder.recipe.guidance,
-            "steps": 4 if distilled else folder.recipe.steps,
+            "guidance": 1.0 if schnell else folder.recipe.guidance,
+            "steps": 4 if schnell else folder.recipe.steps,
         },
     }
 
@@ -330,11 +328,6 @@ class Captions:
         ids_BL = jnp.where(none_B1, empty_L, ids_BL)
         real_BL = mask_BL | (none_B1 & (np.arange(len(empty_L)) < len(special)))
         return Tokens(ids_BL, real_BL if encoder.masked else jnp.ones_like(mask_BL))
-
-
-def empty(tokens):
-    """The tokens of as many empty captions, for `Captions`."""
-    return jax.tree.map(jnp.zeros_like, tokens)
 
 
 def numbers(recipe: Recipe, size, *, guidance=None, original=None, corner=(0, 0)):

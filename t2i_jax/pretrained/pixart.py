@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax import fields
-from t2i_jax.models import attention, blocks, layers
+from t2i_jax.models import blocks, layers
 from t2i_jax.models.layers import flat
 from t2i_jax.models.types import Cond, Output
 from t2i_jax.pretrained import dit, hf, residual, tensors
@@ -105,37 +105,6 @@ class Caption(nn.Module):
         return flat(self.linear_2, nn.gelu(flat(self.linear_1, seq_BSD.astype(jnp.float32))))
 
 
-class Attention(nn.Module):
-    """Attention of image tokens to themselves, or to keys and values that come ready."""
-
-    width: int
-    heads: int
-    dtype: str
-    crosses: bool = False
-
-    def setup(self):
-        dense = lambda n: nn.Dense(n * self.width, dtype=self.dtype)
-        if self.crosses:
-            self.q, self.kv = dense(1), dense(2)
-        else:
-            self.qkv = dense(3)
-        self.out = dense(1)
-
-    def keys_values(self, text_BSD):
-        pair = jnp.split(flat(self.kv, text_BSD), 2, -1)
-        return tuple(attention.split_heads(x, self.heads) for x in pair)
-
-    def __call__(self, x_BTD, text_kv=None, mask_BS=None):
-        x_BTD = x_BTD.astype(self.dtype)
-        if self.crosses:
-            q_BTNH = attention.split_heads(flat(self.q, x_BTD), self.heads)
-            seen_BTNH = attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS)
-        else:
-            parts = jnp.split(flat(self.qkv, x_BTD), 3, -1)
-            seen_BTNH = attention.attention(*(attention.split_heads(x, self.heads) for x in parts))
-        return flat(self.out, attention.merge_heads(seen_BTNH))
-
-
 class Block(nn.Module):
     """Self-attention, attention to the text and MLP; the first and last are modulated."""
 
@@ -145,8 +114,9 @@ class Block(nn.Module):
 
     def setup(self):
         self.table = blocks.Value((6, self.width))
-        self.attn1 = Attention(self.width, self.heads, self.dtype)
-        self.attn2 = Attention(self.width, self.heads, self.dtype, crosses=True)
+        sizes = (self.width, self.heads, self.dtype)
+        self.attn1 = blocks.Attention(*sizes, bias=True)
+        self.attn2 = blocks.Attention(*sizes, bias=True, crosses=True)
         self.ff = dit.FeedForward(self.width, self.dtype)
 
     def __call__(self, x_BTD, text_kv, mask_BS, mods_B6D):

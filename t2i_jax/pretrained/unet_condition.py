@@ -1,6 +1,6 @@
 """UNet2DConditionModel: the U-net of Stable Diffusion 1, 2 (arXiv:2112.10752) and XL (2307.01952).
 
-B batch · H W latents · C channels · T pixels as tokens · S text tokens · D width · N heads
+B batch · H W latents · C channels · T pixels as tokens · S text tokens · D width
 E width of the time's embedding · K numbers
 """
 
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from t2i_jax import errors, fields
-from t2i_jax.models import attention, layers
+from t2i_jax.models import blocks, layers
 from t2i_jax.models.layers import flat
 from t2i_jax.models.types import Cond, Output
 from t2i_jax.pretrained import hf, residual, tensors
@@ -68,37 +68,6 @@ def names(config) -> tensors.Names:
     return tensors.Names(table)
 
 
-class Attention(nn.Module):
-    """Attention of pixels to pixels, or to keys and values of the text that come ready."""
-
-    width: int
-    heads: int
-    dtype: str
-    crosses: bool = False
-
-    def setup(self):
-        dense = lambda n, bias=False: nn.Dense(n * self.width, use_bias=bias, dtype=self.dtype)
-        if self.crosses:
-            self.q, self.kv = dense(1), dense(2)
-        else:
-            self.qkv = dense(3)
-        self.out = dense(1, bias=True)
-
-    def keys_values(self, text_BSD):
-        """Keys and values of text tokens, BSNH both."""
-        pair = jnp.split(flat(self.kv, text_BSD), 2, -1)
-        return tuple(attention.split_heads(x, self.heads) for x in pair)
-
-    def __call__(self, x_BTD, text_kv=None, mask_BS=None):
-        if self.crosses:
-            q_BTNH = attention.split_heads(flat(self.q, x_BTD), self.heads)
-            seen_BTNH = attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS)
-        else:
-            parts = jnp.split(flat(self.qkv, x_BTD), 3, -1)
-            seen_BTNH = attention.attention(*(attention.split_heads(x, self.heads) for x in parts))
-        return flat(self.out, attention.merge_heads(seen_BTNH))
-
-
 class FeedForward(nn.Module):
     """GEGLU (arXiv:2002.05202): one half of a layer times the GELU of the other, then a layer."""
 
@@ -124,13 +93,13 @@ class Layer(nn.Module):
     def setup(self):
         norm = lambda: nn.LayerNorm(1e-5, dtype="float32", use_fast_variance=False)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
-        self.attn1 = Attention(self.width, self.heads, self.dtype)
-        self.attn2 = Attention(self.width, self.heads, self.dtype, crosses=True)
+        self.attn1 = blocks.Attention(self.width, self.heads, self.dtype)
+        self.attn2 = blocks.Attention(self.width, self.heads, self.dtype, crosses=True)
         self.ff = FeedForward(self.width, self.dtype)
 
     def __call__(self, x_BTD, text_kv, mask_BS):
-        x_BTD += self.attn1(self.norm1(x_BTD).astype(self.dtype))
-        x_BTD += self.attn2(self.norm2(x_BTD).astype(self.dtype), text_kv, mask_BS)
+        x_BTD += self.attn1(self.norm1(x_BTD))
+        x_BTD += self.attn2(self.norm2(x_BTD), text_kv, mask_BS)
         return x_BTD + self.ff(self.norm3(x_BTD).astype(self.dtype))
 
 
