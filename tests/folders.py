@@ -11,7 +11,7 @@ from tests import test_fast
 
 LATENT = 4  # channels of all autoencoders but those of 16
 NEGATIVE = "a grey square"
-PROMPTS = ["a red circle", "two circles"]
+PROMPTS = ["A red Circle", "two circles"]
 
 
 def clip_tokenizer():

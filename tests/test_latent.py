@@ -52,6 +52,18 @@ def test_verify_says_what_both_compute():
     assert max(apart) < 1e-4
 
 
+def test_without_strength_no_caption_changes_an_image():
+    pipe = pipeline.Pipeline.load(str(folder.TINY))
+    res = pipe.config.res
+    image_BHWC = np.random.default_rng(0).integers(0, 256, (1, res, res, 3), np.uint8)
+    drawn = [
+        pipe.draw("img2img", {"caption": [caption], "image": image_BHWC}, strength=0.0, steps=3)
+        for caption in folders.PROMPTS
+    ]
+    assert drawn[0].shape == image_BHWC.shape
+    np.testing.assert_array_equal(*drawn)
+
+
 def test_a_rectangle_is_the_same(pair):
     """Two prompts, a negative prompt, guidance, the folder's own scheduler."""
     name, theirs, ours = pair

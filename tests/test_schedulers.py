@@ -1,5 +1,6 @@
 """What a scheduler_config.json says, step for step as diffusers does it: whole trajectories."""
 
+import inspect
 import json
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from t2i_jax import errors
-from t2i_jax.sampling import scheduler, solvers
+from t2i_jax.sampling import prediction, scheduler, solvers
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -48,6 +49,8 @@ CASES = [
     ("LCMScheduler", BETAS, 4),
     ("LCMScheduler", BETAS | V, 1),
     ("DDPMScheduler", BETAS | dict(clip_sample=False), 6),
+    ("DDPMScheduler", BETAS | dict(clip_sample=False, timestep_spacing="trailing"), 6),
+    ("DDPMScheduler", BETAS | dict(clip_sample=False, timestep_spacing="linspace"), 6),
     (FLOW, dict(shift=3.0), 7),
     (FLOW, {}, 3),
     (FLOW, DYNAMIC, 6),
@@ -56,6 +59,18 @@ CASES = [
 ]
 WEIGHT = np.random.default_rng(3).normal(size=(4, 4)).astype(np.float32) / 2
 TOKENS = 300
+START = np.random.default_rng(4).normal(size=SHAPE).astype(np.float32)
+PLMS, UNCLIPPED = dict(skip_prk_steps=True), dict(clip_sample=False)
+FOLDERS = {  # fields of each class that others lack, or read otherwise
+    "DDIMScheduler": UNCLIPPED | ZERO | dict(set_alpha_to_one=False),
+    "PNDMScheduler": PLMS | dict(set_alpha_to_one=False, steps_offset=1),
+    "EulerDiscreteScheduler": dict(use_karras_sigmas=True, timestep_spacing="leading"),
+    "EulerAncestralDiscreteScheduler": V | dict(timestep_spacing="trailing"),
+    "HeunDiscreteScheduler": dict(use_karras_sigmas=True),
+    "DPMSolverMultistepScheduler": dict(use_karras_sigmas=True, final_sigmas_type="sigma_min"),
+    "LCMScheduler": dict(original_inference_steps=20),
+    "DDPMScheduler": UNCLIPPED | dict(timestep_spacing="linspace"),
+}
 
 
 def network(library, z, time):
@@ -70,55 +85,126 @@ def noise(n):
     return np.random.default_rng(100 + n).standard_normal(SHAPE).astype(np.float32)
 
 
-def theirs(name, config, steps, monkeypatch):
-    """The last state of diffusers' own loop, which begins with noise(0)."""
-    made = getattr(diffusers, name)(**config)
-    drawn = iter(range(1, 100))
+def theirs(made, steps, monkeypatch, begin=0):
+    """The last state of the loop of a scheduler of diffusers, which begins with noise(0), or with
+    noise(0) added to START as its image-to-image does.
+    """
+    drawn = iter(range(begin + 1, 100))
     fresh = lambda *args, **options: torch.from_numpy(noise(next(drawn)))
     monkeypatch.setattr(f"{type(made).__module__}.randn_tensor", fresh, raising=False)
-    if config.get("use_dynamic_shifting"):
-        slope = (config["max_shift"] - config["base_shift"]) / (4096 - 256)
-        made.set_timesteps(steps, mu=config["base_shift"] + slope * (TOKENS - 256))
+    if made.config.get("use_dynamic_shifting"):
+        slope = (made.config["max_shift"] - made.config["base_shift"]) / (4096 - 256)
+        made.set_timesteps(steps, mu=made.config["base_shift"] + slope * (TOKENS - 256))
     else:
         made.set_timesteps(steps)
-    z = torch.from_numpy(noise(0)) * getattr(made, "init_noise_sigma", 1.0)
+    times = made.timesteps[begin * made.order :]
+    if begin:
+        if hasattr(made, "set_begin_index"):
+            made.set_begin_index(begin * made.order)
+        start, first = torch.from_numpy(START), torch.from_numpy(noise(0))
+        if hasattr(made, "add_noise"):
+            z = made.add_noise(start, first, times[:1])
+        else:
+            z = made.scale_noise(start, times[:1], first)
+    else:
+        z = torch.from_numpy(noise(0)) * getattr(made, "init_noise_sigma", 1.0)
     scale = getattr(made, "scale_model_input", lambda z, t: z)
-    for time in made.timesteps:
+    for time in times:
         out = network(torch, scale(z, time), time)
         z = made.step(out, time, z, return_dict=False)[0]
-    return z.numpy(), json.loads(made.to_json_string())
+    return z.numpy()
+
+
+def ours(saved, steps, *, solver="", begin=0):
+    """The same by a grid; without compiling, as it is short."""
+    of = scheduler.from_config(saved)
+    grid = of.grid(steps, tokens=TOKENS, solver=solver, strength=1 - begin / steps)
+    output = lambda z, time: network(jnp, z, time)
+    if begin:
+        z = grid.alpha_S[0] * START + grid.sigma_S[0] * noise(0)
+    else:
+        z = grid.start * noise(0)
+    with jax.disable_jit():
+        z = solvers.SOLVERS[solver or of.name](
+            output, jnp.asarray(z), grid, lambda n: noise(int(n) + begin + 1)
+        )
+    if saved.get("final_sigmas_type") == "sigma_min" and (solver or of.name) == "euler":
+        z /= grid.x_share_S[-1]  # their state is z / α
+    return np.asarray(z)
+
+
+def near(got, want):
+    assert np.isfinite(want).all()
+    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+
+
+def made_and_saved(name, config):
+    made = getattr(diffusers, name)(**config)
+    return made, json.loads(made.to_json_string())
 
 
 @pytest.mark.parametrize(("name", "config", "steps"), CASES)
 def test_a_trajectory_is_that_of_diffusers(name, config, steps, monkeypatch):
-    want, saved = theirs(name, config, steps, monkeypatch)
-    ours = scheduler.from_config(saved)
-    grid = ours.grid(steps, tokens=TOKENS)
-    fresh = jnp.stack([noise(n + 1) for n in range(steps)])
+    made, saved = made_and_saved(name, config)
+    near(ours(saved, steps), theirs(made, steps, monkeypatch))
+
+
+def test_a_compiled_trajectory_is_the_same(monkeypatch):
+    made, saved = made_and_saved("EulerAncestralDiscreteScheduler", BETAS)
+    fresh = jnp.stack([noise(n + 1) for n in range(6)])
+    grid = scheduler.from_config(saved).grid(6)
     output = lambda z, time: network(jnp, z, time)
-    solve = jax.jit(lambda z: solvers.SOLVERS[ours.name](output, z, grid, lambda n: fresh[n]))
-    got = solve(grid.start * noise(0))
-    if config.get("final_sigmas_type") == "sigma_min" and name.startswith("Euler"):
-        got = got * np.sqrt(
-            1
-            + scheduler._levels(ours.config, "euler", scheduler._kept(ours.config, "euler"), steps)[
-                1
-            ][-1]
-            ** 2
-        )  # their state is z / α
-    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+    solve = jax.jit(lambda z: solvers.linear(output, z, grid, lambda n: fresh[n]))
+    near(np.asarray(solve(grid.start * noise(0))), theirs(made, 6, monkeypatch))
 
 
-def test_another_solver_takes_the_folders_betas_as_diffusers_does(monkeypatch):
-    saved = json.loads(diffusers.PNDMScheduler(**BETAS, skip_prk_steps=True).to_json_string())
-    other = diffusers.EulerDiscreteScheduler.from_config(saved)
-    monkeypatch.setattr(diffusers, "Other", lambda: other, raising=False)
-    want, _ = theirs("Other", {}, 6, monkeypatch)
-    grid = scheduler.from_config(saved).grid(6, solver="euler")
-    got = solvers.SOLVERS["euler"](
-        lambda z, time: network(jnp, z, time), grid.start * noise(0), grid, None
-    )
-    assert np.abs(got - want).max() <= 1e-4 * np.abs(want).max()
+@pytest.mark.parametrize("solver", scheduler.OWN)
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_another_solver_reads_of_a_folder_what_its_class_has(folder, solver, monkeypatch):
+    _, saved = made_and_saved(folder, BETAS | FOLDERS[folder])
+    name = next(name for name, of in scheduler.CLASSES.items() if of == solver)
+    want = theirs(getattr(diffusers, name).from_config(saved | PLMS | UNCLIPPED), 5, monkeypatch)
+    near(ours(saved, 5, solver=solver), want)
+
+
+@pytest.mark.parametrize("begin", [1, 3])
+@pytest.mark.parametrize("name", scheduler.CLASSES)
+def test_what_begins_with_an_image_goes_on_as_diffusers_does(name, begin, monkeypatch):
+    discrete = {} if name.startswith("Flow") else BETAS | FOLDERS[name]
+    made, saved = made_and_saved(name, discrete)
+    near(ours(saved, 6, begin=begin), theirs(made, 6, monkeypatch, begin))
+
+
+@pytest.mark.parametrize("name", scheduler.CLASSES)
+def test_no_strength_leaves_no_steps(name):
+    _, saved = made_and_saved(name, {} if name.startswith("Flow") else FOLDERS[name])
+    assert not len(scheduler.from_config(saved).grid(6, strength=0.0).time_S)
+
+
+def test_the_fields_of_solvers_are_those_of_the_classes():
+    known = set(" ".join((scheduler.COMMON, *scheduler.OWN.values())).split())
+    for name, solver in scheduler.CLASSES.items():
+        if solver in scheduler.OWN and not name.startswith("Flow"):
+            has = set(inspect.signature(getattr(diffusers, name).__init__).parameters) & known
+            own = set(f"{scheduler.COMMON} {scheduler.OWN[solver]}".split())
+            unread = {"set_alpha_to_one"} if solver == "lcm" else set()  # nor does their step
+            assert has == own | unread, name
+
+
+def test_one_step_of_a_stretched_flow_is_finite():
+    saved = {"_class_name": FLOW} | DYNAMIC | dict(shift_terminal=0.02)
+    grid = scheduler.from_config(saved).grid(1, tokens=TOKENS)
+    assert grid.sigma_S.tolist() == [1.0]
+    assert np.isfinite(grid.x_share_S).all()
+
+
+def test_noise_alone_says_nothing_of_the_image():
+    saved = dict(clip_sample=False, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    made = scheduler.from_config({"_class_name": "DDIMScheduler"} | saved)
+    with pytest.raises(errors.ConfigError, match="nothing is left of the image"):
+        made.grid(5)
+    made.grid(5, solver="euler")  # its class leaves a little
+    made.grid(5, strength=0.5)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +216,9 @@ def test_another_solver_takes_the_folders_betas_as_diffusers_does(monkeypatch):
         ("EulerDiscreteScheduler", {"prediction_type": "flow"}, "prediction_type"),
         ("EulerDiscreteScheduler", {"beta_schedule": "sine"}, "beta_schedule"),
         ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ("DPMSolverMultistepScheduler", {"lambda_min_clipped": -5.1}, "lambda_min_clipped"),
+        ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample"),
+        ("PNDMScheduler", {}, "skip_prk_steps"),
         (FLOW, {"use_karras_sigmas": True}, "use_karras_sigmas"),
     ],
 )
@@ -138,12 +227,23 @@ def test_what_is_not_implemented_is_refused(name, change, message):
         scheduler.from_config({"_class_name": name} | change)
 
 
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", FLOW])
 @pytest.mark.parametrize("kind", ["eps", "v", "x"])
-def test_weights_by_signal_to_noise(kind):
-    """Written out: min(SNR, γ) over what each prediction's error is multiplied by."""
-    path = scheduler.from_config({"_class_name": "EulerDiscreteScheduler"} | BETAS).path
-    time = jnp.array([0.1, 0.5, 1.0])
-    snr = np.square(path.alpha(time) / path.sigma(time))
-    divided = {"eps": snr, "v": snr + 1, "x": 1}[kind]
-    want = np.minimum(snr, 5.0) / divided
-    np.testing.assert_allclose(scheduler.min_snr(path, kind, time, 5.0), want, rtol=1e-5)
+def test_weights_by_signal_to_noise(kind, name):
+    """Of an error of what the network puts out, which is another one of the image: min(SNR, γ)."""
+    path = scheduler.from_config({"_class_name": name}).path
+    time = jnp.array([0.1, 0.5, 0.9])
+    alpha, sigma = path.alpha(time), path.sigma(time)
+    told = {"v": "v" if name != FLOW else "flow"}.get(kind, kind)
+    x = lambda out: prediction.parts(told, out, 1.0, alpha, sigma)[0]
+    want = np.minimum(np.square(alpha / sigma), 5.0) * np.square(x(1.5) - x(0.5))
+    np.testing.assert_allclose(scheduler.min_snr(path, kind, time, 5.0), want, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["eps", "v", "x"])
+def test_weights_are_finite_at_both_ends(kind):
+    saved = {"_class_name": "EulerDiscreteScheduler", "rescale_betas_zero_snr": True}
+    path = scheduler.from_config(saved).path
+    weight = scheduler.min_snr(path, kind, jnp.array([0.0, 1.0]), 5.0)
+    assert np.isfinite(weight).all()
+    assert weight[1] == {"eps": 1, "v": 0, "x": 0}[kind]

@@ -279,8 +279,10 @@ class Latent:
         size = batch["image"].shape[1:3]
         keys_B = randomness.per_example(key, batch["index"])
         noise = self.noise(batch, keys_B, size)
-        grid = self.grid(size, steps, sampler).after(steps - min(int(steps * strength), steps))
+        grid = self.grid(size, steps, sampler, strength)
         z0 = self.space.encode(nets, batch, keys_B)
+        if not len(grid.time_S):
+            return self.image(nets, z0)
         z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise
         z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
         return self.image(nets, z)
@@ -314,10 +316,15 @@ class Latent:
         shape = (height, width, self.space.shape[-1])
         return randomness.given_or_normal(batch, keys_B, shape)
 
-    def grid(self, size, steps: int, sampler: str):
-        """The solver's numbers for pictures of a size in pixels."""
-        tokens = math.prod(side // self.unit for side in size)
-        return self.scheduler.grid(steps, tokens=tokens, solver=sampler, even=self.recipe.evenly)
+    def grid(self, size, steps: int, sampler: str, strength: float = 1.0):
+        """The solver's numbers for pictures of a size in pixels; see `Scheduler.grid`."""
+        return self.scheduler.grid(
+            steps,
+            tokens=math.prod(side // self.unit for side in size),
+            solver=sampler,
+            even=self.recipe.evenly,
+            strength=strength,
+        )
 
     def solved(self, nets, batch, keys_B, z, grid, sampler, size, guidance):
         """The latents that guided steps lead to from z at the grid's first time."""

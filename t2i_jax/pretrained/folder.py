@@ -33,6 +33,7 @@ class Encoder(NamedTuple):
     options: of its `from_config`.
     masked: whether padding is hidden from it, and from the denoiser.
     optional: whether a pipeline may lack it.
+    lowered: whether captions are read in lower case.
     """
 
     part: str
@@ -40,6 +41,7 @@ class Encoder(NamedTuple):
     options: Mapping = {}
     masked: bool = False
     optional: bool = False
+    lowered: bool = False
 
 
 class Recipe(NamedTuple):
@@ -113,14 +115,14 @@ RECIPES = {  # `_class_name` of model_index.json -> how it draws
         guidance=5.0,
     ),
     "PixArtAlphaPipeline": Recipe(
-        (Encoder("text_encoder", 120, masked=True),),
+        (Encoder("text_encoder", 120, masked=True, lowered=True),),
         _only,
         numbers="aspect",
         guidance=4.5,
         steps=20,
     ),
     "PixArtSigmaPipeline": Recipe(
-        (Encoder("text_encoder", 300, masked=True),), _only, guidance=4.5, steps=20
+        (Encoder("text_encoder", 300, masked=True, lowered=True),), _only, guidance=4.5, steps=20
     ),
     "StableDiffusion3Pipeline": Recipe(
         (
@@ -289,10 +291,10 @@ class Captions:
             for checkpoint, e in zip(checkpoints, folder.encoders, strict=True)
         ]
         lengths = [min(e.length, length) if length else e.length for e in folder.encoders]
-        self.tokenizers = {
-            e.part: tokenize.open(str(c.folder), n)
-            for e, c, n in zip(folder.encoders, checkpoints, lengths, strict=True)
-        }
+        self.tokenizers = {}
+        for e, c, n in zip(folder.encoders, checkpoints, lengths, strict=True):
+            tokenizer = tokenize.open(str(c.folder), n)
+            self.tokenizers[e.part] = tokenizer.lowered() if e.lowered else tokenizer
 
     def init(self, key, tokens):
         """Variables of all encoders. Several lie side by side, as `opener.load` makes them."""

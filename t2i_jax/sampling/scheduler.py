@@ -6,6 +6,7 @@ the host; a program gets them as arrays.
 S calls of the network · T steps of training
 """
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -35,13 +36,31 @@ SPACING = {  # solver -> its class's timestep_spacing, where the config says non
     **dict.fromkeys(("ddim", "pndm", "lcm", "ddpm"), "leading"),
     **dict.fromkeys(("euler", "euler_ancestral", "heun", "dpmpp_2m"), "linspace"),
 }
+OWN = {  # solver -> the fields of its class, beside those that all have
+    "ddim": "clip_sample thresholding set_alpha_to_one rescale_betas_zero_snr",
+    "pndm": "skip_prk_steps set_alpha_to_one",
+    "euler": "interpolation_type timestep_type sigma_min sigma_max final_sigmas_type "
+    "use_karras_sigmas use_exponential_sigmas use_beta_sigmas rescale_betas_zero_snr",
+    "euler_ancestral": "rescale_betas_zero_snr",
+    "heun": "clip_sample use_karras_sigmas use_exponential_sigmas use_beta_sigmas",
+    "dpmpp_2m": "thresholding algorithm_type solver_type solver_order lower_order_final "
+    "euler_at_final lambda_min_clipped variance_type final_sigmas_type use_karras_sigmas "
+    "use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas rescale_betas_zero_snr",
+    "lcm": "clip_sample thresholding original_inference_steps timestep_scaling "
+    "rescale_betas_zero_snr",
+    "ddpm": "clip_sample thresholding variance_type rescale_betas_zero_snr",
+}
+COMMON = (
+    "num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type "
+    "timestep_spacing steps_offset"
+)
 REFUSED = {  # field -> the values that change no number
     "thresholding": (False,),
     "clip_sample": (False,),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "use_lu_lambdas": (False, None),
-    "use_flow_sigmas": (False, None),
+    "use_exponential_sigmas": (False,),
+    "use_beta_sigmas": (False,),
+    "use_lu_lambdas": (False,),
+    "use_flow_sigmas": (False,),
     "invert_sigmas": (False,),
     "stochastic_sampling": (False,),
     "algorithm_type": ("dpmsolver++",),
@@ -50,12 +69,17 @@ REFUSED = {  # field -> the values that change no number
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
     "time_shift_type": ("exponential",),
-    "variance_type": ("fixed_small", None),
-    "sigma_min": (None,),
-    "sigma_max": (None,),
+    "variance_type": ("fixed_small",),
+    "lambda_min_clipped": (-math.inf,),
+    "sigma_min": (),
+    "sigma_max": (),
+    "skip_prk_steps": (True,),
 }
-CLIPS = ("ddim", "ddpm", "lcm")  # solvers that clip_sample concerns
-CLIPPING = ("DDIMScheduler", "DDPMScheduler")  # classes that clip where their config says nothing
+DEFAULTS = {  # of classes, where they are none of ours
+    "DDIMScheduler": {"clip_sample": True},
+    "DDPMScheduler": {"clip_sample": True},
+    "PNDMScheduler": {"skip_prk_steps": False},
+}
 KARRAS = 7.0  # ρ of the grid (Karras et al. 2022, eq. 5)
 SMALLEST = 2.0**-24  # α² at a last step of no signal, as Euler's class has it
 LCM_DATA = 0.5  # σ_data of LCM's boundary scaling
@@ -96,11 +120,13 @@ class Grid(NamedTuple):
         )
 
     def after(self, begin: int) -> "Grid":
-        """The grid without its first `begin` steps, for what begins with less noise."""
-        if self.repeats and begin:
-            begin += 1  # PLMS does its first step twice
+        """The grid without its first `begin` calls, for what begins with less noise."""
+        if not begin:
+            return self
         rest = {k: v[begin:] for k, v in self._asdict().items() if k.endswith("_S")}
-        return self._replace(**rest, start=1.0)
+        mix_S = rest["mix_S"].copy()
+        mix_S[:1] = mix_S[:1].sum(1, keepdims=True) * np.eye(1, mix_S.shape[1])  # none is before
+        return self._replace(**rest | {"mix_S": mix_S}, start=1.0)
 
 
 class Scheduler(NamedTuple):
@@ -131,15 +157,26 @@ class Scheduler(NamedTuple):
         """What the network is told at a time of the path."""
         return t * self.steps if self.flow else t * self.steps - 1
 
-    def grid(self, steps: int, *, tokens: int = 0, solver: str = "", even: bool = False) -> Grid:
+    def grid(
+        self,
+        steps: int,
+        *,
+        tokens: int = 0,
+        solver: str = "",
+        even: bool = False,
+        strength: float = 1.0,
+    ) -> Grid:
         """The numbers of so many steps.
 
         Args:
           tokens: of a picture, which a scheduler may shift its noise by.
-          solver: another than the config's. It has the config's fields and its class's defaults.
+          solver: another than the config's. Its class reads the fields that it has, and takes its
+            own defaults for the others.
           even: the noise levels of a flow begin as 1, 1 − 1/steps, …, as FLUX.1 wants.
+          strength: share of the steps that are done, the last ones. Their grid may be empty.
         Raises:
-          ConfigError: a solver of other paths, or more steps than there are.
+          ConfigError: a solver of other paths, more steps than there are, or a network that says
+            the noise where nothing else is.
         """
         solver = solver or self.name
         if self.flow != (solver in FLOW) and self.flow:
@@ -150,11 +187,25 @@ class Scheduler(NamedTuple):
             )
         if self.flow:
             sigma_S = _flow_sigmas(self.config, self.steps, steps, tokens, even)
-            return _explicit(solver, sigma_S[:-1] * self.steps, 1 - sigma_S, sigma_S, "flow")
-        _check(self.config, solver)
-        kept_T = _kept(self.config, solver)
-        made = {"pndm": _pndm, "dpmpp_2m": _dpm, "lcm": _lcm}.get(solver, _discrete)
-        return made(self.config, solver, kept_T, steps, self.kind)
+            grid = _explicit(solver, sigma_S[:-1] * self.steps, 1 - sigma_S, sigma_S, "flow")
+            return grid.after(int(steps - steps * strength))
+        config = _own(self.config, solver)
+        _check(config)
+        kept_T = _kept(config, solver)
+        begin = steps - int(steps * strength)
+        if solver == "pndm":
+            grid = _pndm(config, solver, kept_T, steps, self.kind, begin)
+        else:
+            made = {"dpmpp_2m": _dpm, "lcm": _lcm}.get(solver, _discrete)
+            grid = made(config, solver, kept_T, steps, self.kind).after(begin)
+        if self.kind == "eps" and not grid.alpha_S.all():
+            raise errors.ConfigError(
+                "prediction_type epsilon with rescale_betas_zero_snr: where nothing is left of the "
+                "image, the noise says nothing of it",
+                where=CONFIG,
+                fix="use --sampler=euler, or timestep_spacing leading",
+            )
+        return grid
 
 
 def from_config(config: Mapping) -> Scheduler:
@@ -165,13 +216,13 @@ def from_config(config: Mapping) -> Scheduler:
     """
     config = {key: value for key, value in config.items() if value is not None}
     kind = config.get("_class_name")
-    if kind in CLIPPING:
-        config = {"clip_sample": True} | config
     if kind not in CLASSES:
         raise errors.unknown("scheduler", str(kind), CLASSES, where=CONFIG)
     name = CLASSES[kind]
-    _check(config, name)
-    if kind.startswith("FlowMatch"):
+    config = DEFAULTS.get(kind, {}) | config
+    flow = kind.startswith("FlowMatch")
+    _check(config if flow else _own(config, name))
+    if flow:
         if config.get("use_karras_sigmas"):
             raise errors.ConfigError(
                 "use_karras_sigmas True is not implemented for flows",
@@ -188,30 +239,28 @@ def from_config(config: Mapping) -> Scheduler:
 def min_snr(path: paths.Path, kind: str, t_B, gamma: float):
     """Weights of losses by signal to noise (Hang et al. 2023, arXiv:2303.09556, 3.4).   -> B
 
-    min(SNR, γ) of an image, divided by SNR for noise, and by SNR + 1 for v. On the straight line
-    the velocity's weight is that of noise: its error is the image's times 1/σ².
+    min(SNR, γ) of an image. The image's error is σ times that of v, also of a straight line's
+    velocity, and σ/α times that of the noise: so the weights are divided by 1/σ² and by SNR.
     """
-    snr_B = jnp.square(path.alpha(t_B)) / jnp.maximum(jnp.square(path.sigma(t_B)), 1e-12)
-    limited_B = jnp.minimum(snr_B, gamma)
-    if kind == "x":
-        return limited_B
-    return limited_B / (snr_B + (kind == "v"))
+    noise_B = jnp.square(path.sigma(t_B))
+    snr_B = jnp.square(path.alpha(t_B)) / jnp.maximum(noise_B, 1e-12)
+    if kind == "eps":
+        return jnp.minimum(1.0, gamma / jnp.maximum(snr_B, 1e-12))
+    return jnp.minimum(snr_B, gamma) * (noise_B if kind == "v" else 1.0)
 
 
-def _check(config, solver: str) -> None:
+def _own(config, solver: str) -> dict:
+    """The fields of a config that a solver's class has."""
+    return {key: config[key] for key in f"{COMMON} {OWN[solver]}".split() if key in config}
+
+
+def _check(config) -> None:
     for field, values in REFUSED.items():
-        if field == "clip_sample" and solver not in CLIPS:
-            continue
         if field in config and config[field] not in values:
+            fix = f"set it to {json.dumps(values[0])}" if values else "leave it out"
             raise errors.ConfigError(
-                f"{field} {config[field]!r} is not implemented",
-                where=CONFIG,
-                fix=f"set it to {values[0]!r}",
+                f"{field} {config[field]!r} is not implemented", where=CONFIG, fix=fix
             )
-    if solver == "pndm" and not config.get("skip_prk_steps", solver != "pndm"):
-        raise errors.ConfigError(
-            "skip_prk_steps false is not implemented", where=CONFIG, fix="set it to true"
-        )
 
 
 def _betas(config):
@@ -352,8 +401,8 @@ def _by_steps(config, solver, kept_T, steps, kind) -> Grid:
     """DDIM, and DDPM's ancestral steps with the smaller of its variances."""
     time_S = _times(config, solver, steps)
     now_S, next_S = _ends(config, kept_T, time_S, steps, solver)
-    if solver == "ddpm":
-        next_S = np.where(time_S - len(kept_T) // steps >= 0, next_S, 1.0)
+    if solver == "ddpm":  # its class goes to the next of the times
+        next_S = np.append(now_S[1:], 1.0)
     numbers = (time_S, np.sqrt(now_S), np.sqrt(1 - now_S))
     if solver == "ddim":
         ends = dict(x_share_S=np.sqrt(next_S), noise_share_S=np.sqrt(1 - next_S))
@@ -369,30 +418,31 @@ def _by_steps(config, solver, kept_T, steps, kind) -> Grid:
     )
 
 
-def _pndm(config, solver, kept_T, steps, kind) -> Grid:
+def _pndm(config, solver, kept_T, steps, kind, begin: int) -> Grid:
     """PLMS: the outputs of the last four times, mixed as Adams and Bashforth do. The second call
     does the first step again with the mean of both outputs.
+
+    The second time is in the list of calls twice. Without its first `begin` calls the list has it
+    once, and diffusers' class goes on all the same: its third call is told a step too little noise.
     """
     time_S = _times(config, solver, steps)
-    now_S, next_S = _ends(config, kept_T, time_S, steps, solver)
-    if steps > 1:
-        twice = [0, 0, *range(1, steps)]
-        time_S = time_S[[0, 1, *range(1, steps)]]
-        now_S, next_S = now_S[twice], next_S[twice]
-        unit = len(kept_T) // steps
-        now_S[1], next_S[1] = kept_T[int(time_S[1]) + unit], kept_T[int(time_S[1])]
+    twice = [0, 1, *range(1, steps)] if steps > 1 else [0]
+    time_S = time_S[twice[begin:] if begin < steps else []]
+    calls = np.arange(len(time_S))
+    # The second call is told where the first one led to, and goes there from where that began.
+    from_S = time_S + np.where(calls == 1, len(kept_T) // steps, 0)
+    now_S, next_S = _ends(config, kept_T, from_S, steps, solver)
     adams = np.array([[1, 0, 0, 0], [1 / 2, 1 / 2, 0, 0], [3 / 2, -1 / 2, 0, 0]])
     adams = [*adams, np.array([23, -16, 5, 0]) / 12, np.array([55, -59, 37, -9]) / 24]
-    calls = np.arange(len(time_S))
     return _grid(
         kind,
         time_S,
         *(np.sqrt(now_S), np.sqrt(1 - now_S)),
         x_share_S=np.sqrt(next_S),
         noise_share_S=np.sqrt(1 - next_S),
-        mix_S=np.stack([adams[min(n, 4)] for n in calls]),
+        mix_S=np.array([adams[min(n, 4)] for n in calls]).reshape(-1, 4),
         again_S=calls == 1,
-        repeats=steps > 1,
+        repeats=len(calls) > 1,
     )
 
 
@@ -457,7 +507,8 @@ def _flow_sigmas(config, total: int, steps: int, tokens: int, even: bool):
         sigma_S = math.exp(mu) / (math.exp(mu) + (1 / sigma_S - 1))
     else:
         sigma_S = moved(sigma_S)
-    if end := config.get("shift_terminal"):
+    end = config.get("shift_terminal")
+    if end and steps > 1:  # one step begins with noise alone, and is left there
         rest_S = 1 - sigma_S
         sigma_S = 1 - rest_S * (1 - end) / rest_S[-1]
     return np.append(sigma_S, 0.0)

@@ -1,6 +1,7 @@
 """Captions -> token numbers, and back.   B batch · L text length"""
 
 import contextlib
+import copy
 import functools
 import hashlib
 import os
@@ -42,7 +43,7 @@ class Tokenizer:
     def __init__(self, encode, decode, *, before, after, end, pad, length, vocab_size, fingerprint):
         self._encode, self._decode, self._before, self._after = encode, decode, before, after
         self.length, self.vocab_size, self.fingerprint = length, vocab_size, fingerprint
-        self.end, self.pad = end, pad
+        self.end, self.pad, self._normalised = end, pad, normalise
         self._room = length - len(before) - len(after)
         if self._room < 1:
             raise errors.ConfigError(
@@ -52,7 +53,7 @@ class Tokenizer:
             )
 
     def __call__(self, captions) -> tuple[Tokens, list[str | None]]:
-        texts = [normalise(caption) for caption in captions]
+        texts = [self._normalised(caption) for caption in captions]
         ids_BL = np.full((len(texts), self.length), self.pad, np.int32)
         mask_BL = np.zeros(ids_BL.shape, bool)
         cut = []
@@ -69,6 +70,13 @@ class Tokenizer:
             lost = f"{lost} {normalise(captions[row][CHARACTERS:])}".strip()
             cut.append(lost or None)
         return Tokens(ids_BL, mask_BL), cut
+
+    def lowered(self) -> "Tokenizer":
+        """One that reads captions in lower case."""
+        other = copy.copy(self)
+        other._normalised = lambda caption: normalise(caption.lower())
+        other.fingerprint = f"{self.fingerprint}-lowered"
+        return other
 
     @property
     def special(self) -> list[int]:
