@@ -19,6 +19,11 @@ def split_each(keys_B, n: int):
     return tuple(keys_BN[:, i] for i in range(n))
 
 
+def fold_each(keys_B, n: int):
+    """One more key per example for each number, independent of the keys themselves.   -> B"""
+    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
+
+
 def normal_each(keys_B, shape):
     """Standard normal noise, one draw per example.   -> B + shape"""
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys_B)

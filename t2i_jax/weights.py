@@ -41,6 +41,13 @@ def locate(source: str) -> pathlib.Path:
             raise errors.unknown("built-in model", name, known, where=source)
         return folder
     folder = pathlib.Path(source)
+    if folder.suffix == ".safetensors" and folder.is_file():
+        raise errors.ConfigError(
+            "one file of weights, which says neither sizes nor words",
+            where=source,
+            fix=f"write it as a folder: python -m t2i_jax convert single --input={source} "
+            "--like=DIR --output_dir=NEW",
+        )
     if not folder.is_dir():
         raise errors.ConfigError(
             "no such folder",

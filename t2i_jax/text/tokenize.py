@@ -74,7 +74,7 @@ class Tokenizer:
     def lowered(self) -> "Tokenizer":
         """One that reads captions in lower case."""
         other = copy.copy(self)
-        other._normalised = lambda caption: normalise(caption.lower())
+        other._normalised = lambda caption: normalise(normalise(caption).lower())
         other.fingerprint = f"{self.fingerprint}-lowered"
         return other
 
