@@ -127,6 +127,7 @@ class Flow:
             value_B = self.loss_at(nets, x, cond, noise, jnp.full(keys_B.shape, t))
             return losses.weighted_mean(value_B, batch["weight"])
 
+        # One time after another: all at once would need the memory of eight batches.
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
     def sample(
@@ -180,6 +181,7 @@ class Flow:
         keys_B = randomness.per_example(key, batch["index"])
         noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
         z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
+        # All steps are done at any strength: their number is a shape, and one program serves all.
         ts_S = strength * ode.times(steps, shift)
         return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)
 
@@ -188,6 +190,7 @@ class Flow:
         cond, path = self.text.encode(nets, batch), self.path
 
         def under(cond):
+            # What follows from the caption alone is computed once, not in each step of the solver.
             prepared = self.model.apply(nets["model"], cond, method="prepare")
 
             def velocity(state, t_B):
@@ -199,6 +202,7 @@ class Flow:
 
         null = self.text.negative(nets, batch)
         if null is None:
+            # Training drops captions to the same null condition.
             null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
         pair = under(jax.tree.map(guide.interleave, cond, null))
         field = guide.cfg(pair, under(cond), guidance, interval)
