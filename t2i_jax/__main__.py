@@ -30,6 +30,7 @@ def main() -> None:
         print(f"t2i_jax: {e}", file=sys.stderr)
         sys.exit(e.exit_code)
     else:
+        # The command reads sys.argv itself, where its own name would be no flag.
         del sys.argv[1]
         runpy.run_module(COMMANDS[name][0], run_name="__main__", alter_sys=True)
 

@@ -32,6 +32,7 @@ def check(config) -> None:
         raise errors.ConfigError(
             "nothing is evaluated", where="config.best", fix="set eval_every and evaluators"
         )
+    # A minus in front says that less is better. It is no part of the name.
     measured = config.best.removeprefix("-").partition("/")[0]
     if config.best and measured not in config.evaluators:
         raise errors.ConfigError(

@@ -58,6 +58,7 @@ def of_storage(where):
     except Error:
         raise
     except OSError as e:
+        # An OSError may also come from a socket. Advice about disks would mislead there.
         if e.errno not in OF_DISKS:
             raise
         raise StorageError(
@@ -112,6 +113,7 @@ def check_local(path, where: str) -> None:
 
     pathlib would take it for a folder called "gs:" and write there without a word.
     """
+    # One slash is enough: a Path has lost the second. A drive of Windows has one letter only.
     if scheme := re.match(r"([a-z][a-z0-9+.-]+):/", str(path), re.IGNORECASE):
         raise ConfigError(
             f"{str(path)!r} lies in no file system: {scheme[1]}:// is not supported",

@@ -152,6 +152,7 @@ def checked(annotation, name: str, value, *, where: str):
     place, typed = _place(where, name), _fits(kind, value)
     for rule in rules if typed else ():
         entries = [value] if rule.whole or not isinstance(value, tuple | list) else value
+        # None is a matter of the type, as in `float | None`. Rules are of the other values.
         bad = [entry for entry in entries if not (entry is None or rule.fits(entry))]
         if bad and rule.names is not None:
             raise errors.unknown(name, bad[0], rule.names, where=place)
@@ -182,12 +183,14 @@ def signature(kind: Callable) -> inspect.Signature:
 def is_static(parameter: inspect.Parameter, value) -> bool:
     """Whether this value of a prediction's option is a constant of the compiled program."""
     marks = getattr(parameter.annotation, "__metadata__", ())
+    # Marks are tuples, which `in` compares by value: Static(1.0) is found for 1.0 alone.
     return isinstance(value, int | str) or STATIC in marks or Static(value) in marks
 
 
 def _parameters(kind, given: int) -> dict[str, inspect.Parameter]:
     """The fields by name, without the first `given` and without Flax's own."""
     parameters = list(signature(kind).parameters.values())[given:]
+    # Linen gives every module these two fields, which are no sizes of a network.
     flax = ("parent", "name") if hasattr(kind, "__dataclass_fields__") else ()
     other = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_KEYWORD)
     return {p.name: p for p in parameters if p.kind not in other and p.name not in flax}
@@ -235,6 +238,7 @@ def _cast(kind, value):
     if origin is tuple:
         return tuple(map(_cast, _entries(parts, len(value)), value))
     if origin in UNIONS:
+        # The first part that fits wins: `int | float` keeps 3 a whole number.
         return _cast(next(part for part in parts if _fits(part, value)), value)
     return value
 
@@ -251,6 +255,7 @@ def _named(kind) -> str:
         return " or ".join(map(_named, parts))
     if origin is tuple:
         number = "" if parts[1:] == (...,) else f"{len(parts)} "
+        # The plural loses the article and may change its end: a dictionary, dictionaries.
         return f"{number}{_named(parts[0]).partition(' ')[2]}s".replace("ys", "ies")
     return NAMES.get(kind, "None")
 

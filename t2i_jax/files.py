@@ -17,6 +17,7 @@ def read_text(path, *, limit: int = LIMIT) -> str:
     """
     # Its size is not asked first: that of a pipe or of a file in /proc is 0.
     with open(path, "rb") as file:
+        # The byte beyond the limit tells that there are more, without reading them all.
         data = file.read(limit + 1)
     if len(data) > limit:
         size = max(os.path.getsize(path), len(data))  # of a pipe, what was read
@@ -34,6 +35,7 @@ def remembered(read):
     @functools.wraps(read)
     def again(folder, *args):
         stats = [(entry.name, entry.stat()) for entry in os.scandir(folder)]
+        # The inode tells of a file that was replaced by one as long, within a tick of the clock.
         version = sorted((name, s.st_ino, s.st_size, s.st_mtime_ns) for name, s in stats)
         return cached(folder, args, tuple(version))
 

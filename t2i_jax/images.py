@@ -112,6 +112,7 @@ def _exif(metadata: dict | None, parameters: str | None) -> Image.Exif:
     exif = Image.Exif()
     own = exif.get_ifd(ExifTags.IFD.Exif)
     if metadata is not None:
+        # MakerNote is every camera's, too. The name in front marks ours for `_note`.
         own[ExifTags.Base.MakerNote] = f"{METADATA_KEY}\0{_to_json(metadata)}".encode()
     if parameters is not None:
         text = parameters[: _PARAMETERS_LIMIT - 1]
@@ -130,6 +131,7 @@ def read_metadata(path) -> dict | None:
     if not os.path.isfile(path) and os.path.exists(path):  # opening a named pipe would block
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     try:
+        # Only what `save` writes is tried, so a stranger's file meets no other decoder.
         with Image.open(path, formats=FORMATS) as image:
             text = _note(image)
     except Image.UnidentifiedImageError as e:
@@ -163,6 +165,7 @@ def check_folder(path, flag: str) -> None:
     """
     path = pathlib.Path(path)
     with writing(path, flag):
+        # `exists` may raise, for a name too long or a folder that may not be entered.
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise _unwritable(path, f"{existing} is a file", flag)

@@ -121,6 +121,7 @@ def _listed(values, where: str, wanted: str) -> list:
     """The values as a list. A single string becomes a list of one."""
     if isinstance(values, str):
         return [values]
+    # Both can be iterated, but to keys or to numbers.
     if isinstance(values, dict | bytes) or not hasattr(values, "__iter__"):
         raise errors.ConfigError(f"{where} is {values!r}", where=where, fix=f"give {wanted}")
     return list(values)

@@ -82,6 +82,7 @@ def _train(config, workdir, signals, restart: bool) -> dict:
                 except errors.NonFiniteError as e:
                     if not run.goes_back(e):
                         raise
+                # Since the checkpoint nothing new was trained that a sudden end could lose.
                 signals.begun = False
                 run, restart = Run(config, workdir), False
         finally:
@@ -100,6 +101,7 @@ class Run:
     def __init__(self, config, workdir: pathlib.Path, devices=None, restart: bool = False):
         steps = config.steps or (0 if restart else minutes.steps_before(config, workdir))
         self.unmeasured = bool(config.minutes) and not steps
+        # A stand-in for steps not measured yet: with it all else can be checked and compiled.
         config = minutes.with_steps(config, steps or (1000 if self.unmeasured else 0))
         checks.check(config)
         compile_cache.enable()
@@ -110,8 +112,10 @@ class Run:
         self.predictor = pipeline.Predictor(config, layout=self.layout)
         self.family = family = self.predictor.objective
         if "sample" in family.predict:
+            # Only traced: a wrong option of config.sample would else strike at the first picture.
             self.predictor.trace("sample")
         self.optimisers = optim.make_all(config, family.trained)
+        # The first process decides: with other seeds the processes would train on different noise.
         self._rollbacks = 0 if restart else distributed.as_first(rundir.rollbacks(workdir))
         seed = config.seed + SEEDS_APART * self._rollbacks  # other noise, other order of data
         self.source = loader.make_source(config)
@@ -130,6 +134,7 @@ class Run:
             bad_budget=config.bad_budget,
         )
         begun = not restart and (workdir / "checkpoints").is_dir()
+        # A run that has begun holds its trained nets itself. Their sources may be gone by now.
         held = family.trained if begun else ()
         self.frozen = weights.frozen_shapes(family, config, except_nets=held)  # see load_frozen
 
@@ -225,6 +230,8 @@ class Run:
             logging.info("but for pretrained %s", sorted(nets))
             lacking = [name for name in self.family.trained if name not in nets]
             placed = self.layout.nets({name: self.shapes.nets[name] for name in lacking})
+            # All nets share one key, as in `_init`. jit drops what computes the nets that nobody
+            # asks for.
             fresh = lambda *args: {name: self.family.init(*args)[name] for name in lacking}
             nets |= jax.jit(fresh, out_shardings=placed)(key, zeros)
         begin = functools.partial(step.start, self.optimisers, dict(config.ema))
@@ -240,6 +247,7 @@ class Run:
         config, workdir, row = self.config, self.workdir, {}
         self._prepare(signals)
         checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
+        # The first process has made the folder and swept it. The others must not list it before.
         distributed.barrier("workdir")
         if jax.process_index() == 0:
             rundir.describe(workdir, config, self.source, self.family.inputs)
@@ -255,7 +263,9 @@ class Run:
             workdir, start=start, stop=config.steps, batch_size=config.batch_size
         )
         self._opened = (checkpoints, writer, start)
+        # A batch follows from its number, so nobody has to note which records a step has read.
         examples = lambda n: [int(i) for i in self.batches.batch(n - 1).records]
+        # A thousand: the window over which skipped steps are counted, so that starts share it.
         well = health.Health(workdir, writer.before(1000), config.watch, examples, self.shapes.nets)
         meta = rundir.meta(config, self.source, self._frozen_digests)
 
@@ -277,6 +287,7 @@ class Run:
             while True:
                 # Evaluate what is due after n steps, before the state of step n is gone.
                 if not evaluated:
+                    # A stop may cut the drawing short. The next start sees that no file is there.
                     with contextlib.suppress(interrupt.Stop), watchdog.phase("hooks"):
                         failpoints.hit("hooks.before", n)
                         self.hooks.run(n, state, self.frozen, writer, resumed=n == start)
@@ -284,11 +295,14 @@ class Run:
                 self.hooks.collect(writer, checkpoints)
                 # Save: by steps, by time, and where the run ends or is asked to.
                 last = signals.requested_at(n) or n == config.steps
+                # A step that is rated is saved as well: to be the best, it must lie on the disk.
                 due = n % config.save_every == 0 or self.hooks.rates(n) or self._late(n, since)
                 if n > saved and (last or due):
                     row = flush()
                     with watchdog.phase("save"):
                         failpoints.hit("save.before", n)
+                        # A save removes old checkpoints. Before, all ratings must be known, as the
+                        # best one stays.
                         self.hooks.collect(writer, checkpoints, before=n)
                         checkpoints.save(state, meta)
                         failpoints.hit("save.started", n)
@@ -298,19 +312,24 @@ class Run:
                 # Take a batch; a signal here need not wait, as nothing has changed yet.
                 try:
                     arrays = self._next_batch(stream, n, writer, signals)
+                    # Compiled here and not by the first call: a wait in C would hold a signal back.
                     if compiled is None:
                         args = state, self.frozen, arrays
                         compiled = compile_cache.compile_step(self.update, *args, signals=signals)
                         writer.pause()
+                        # Only now, as a death while compiling tells nothing about the checkpoint.
                         checkpoints.begins(start)
                 except interrupt.Stop:
                     continue  # asked to stop by now: first the state is saved
                 # Step: the host runs ahead of the devices, but not far.
                 failpoints.hit("step.before", n + 1)
+                # From here on a sudden end would lose a step, so a signal waits for a save.
                 signals.begun = True
+                # Any transfer that nobody asked for would be paid in every step, so it is an error.
                 with watchdog.phase("step"), jax.transfer_guard("disallow"):
                     state, values = compiled(state, self.frozen, arrays)
                     in_flight.append(values)
+                    # The first step is awaited at once: the start has progressed only behind it.
                     if len(in_flight) > MAX_IN_FLIGHT or n == start:
                         jax.block_until_ready(in_flight.popleft())
                 n, evaluated = n + 1, False
@@ -343,6 +362,7 @@ class Run:
 
     def _late(self, n: int, since: float) -> bool:
         """Whether config.save_minutes have passed since the last save; alike on every process."""
+        # All processes must save after the same step, though their clocks differ.
         if not self.config.save_minutes or (jax.process_count() > 1 and n % self.config.log_every):
             return False  # asking the first process takes time
         return distributed.as_first(time.monotonic() - since > 60 * self.config.save_minutes)

@@ -56,6 +56,7 @@ def wrap(family, spec):
 
     def init(key, batch):
         key_family, key_adapters = jax.random.split(key)
+        # Parameters alone do not tell a layer that can be adapted from another, but its call does.
         seen = set()
         with nn.intercept_methods(functools.partial(_noted, seen)):
             nets = dict(family.init(key_family, batch))
@@ -135,10 +136,13 @@ def _adapts(layer, args, kwargs, context):
     out, module = layer(*args, **kwargs), context.module
     if not _is_layer(context) or not module.has_variable(COLLECTION, "kernel"):
         return out
+    # `get_variable` does not open the boxes of split arrays, as Linen does for parameters.
     pair, (x,) = meta.unbox(module.get_variable(COLLECTION, "kernel")), args
     a, b = pair["a"], pair["b"]
     if isinstance(module, nn.Conv):  # A is a convolution to `rank` channels, B one of 1 × 1
         kernel = a.reshape(*module.kernel_size, -1, a.shape[-1])
+        # The clone keeps strides, padding and type. Without parent it is no part of the net. It has
+        # no adapter, so it passes through `_adapts` unchanged.
         side = module.clone(features=a.shape[-1], use_bias=False, parent=None, name=None)
         x = side.apply({"params": {"kernel": kernel}}, x)
     else:
@@ -173,6 +177,7 @@ def _init(key, params, option: Options, name: str, seen):
         lead = leaf.shape[:1] if leaf.ndim == 3 else ()
         inputs, outputs = math.prod(leaf.shape[len(lead) : -1]), leaf.shape[-1]
         shape = (*lead, inputs, option.rank)
+        # The number of factors grows with each layer, so no key comes twice.
         draw = jax.random.normal(jax.random.fold_in(key, len(factors)), shape)
         factors[f"{path}/a"] = draw / math.sqrt(inputs)
         factors[f"{path}/b"] = jnp.zeros((*lead, option.rank, outputs))

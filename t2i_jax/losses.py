@@ -45,9 +45,11 @@ def different_captions(tokens):
     """
     leaves = jax.tree.leaves(tokens)  # numbers and mask of each tokenizer
     ids_BL, mask_BL = (jnp.concatenate(x, axis=1) for x in (leaves[::2], leaves[1::2]))
+    # The mask is part of the word, as padding may have the number of a real token.
     word_BL = 2 * ids_BL.astype(jnp.uint32) + mask_BL
     place_L = jnp.arange(word_BL.shape[1], dtype=jnp.uint32)
     same_BB = True
+    # The seeds are the halves of 2⁶⁴ / φ. Any two different numbers would do.
     for seed in (0x9E3779B9, 0x7F4A7C15):  # two hashes of 32 bits: JAX has no uint64 by default
         # Each pair of token and place gets its own number (Zobrist 1970), so that order counts.
         drawn_BL = _mixed(word_BL ^ _mixed(place_L + jnp.uint32(seed)))

@@ -113,6 +113,7 @@ def make(config) -> Objective:
     """The objective that `config.objective` names, with the adapters of `config.lora`."""
     family = plugins.load("objectives", config.objective).make(config)
     if family.inputs is None:
+        # By name and not imported: `data` builds on this module.
         usual = plugins.load("data", "inputs").picture_and_caption
         family = family._replace(inputs=usual(config))
     return lora.wrap(family, config.lora) if config.lora else family

@@ -111,6 +111,8 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
             )
     # Muon's Adam may have a rate of its own. It follows the same schedule.
     rates = {option: spec[option] / peak for option in spec if option.endswith("_learning_rate")}
+    # Injected options are arrays in the state. Fixed ones stay Python's, so that optax can branch
+    # on them and checkpoints do not hold them.
     fixed = tuple(option for option in spec if option not in {**pairs, **rates})
     rates["learning_rate"] = 1.0
     spec |= {option: float(pair[0]) for option, pair in pairs.items()}
@@ -126,6 +128,7 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
             jax.tree.leaves(state)
         )
         if clip is not None:
+            # Clipping has no state, so it stays outside of `inner` and of what checkpoints hold.
             grads, _ = optax.clip_by_global_norm(clip).update(grads, optax.EmptyState())
         # The loop's step decides all hyperparameters: optax's own counter counts calls (ADR 2).
         now = {option: annealed(pair, step, steps) for option, pair in pairs.items()}

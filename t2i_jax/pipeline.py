@@ -41,6 +41,7 @@ class Predictor:
             _check_signature(name, fn)
         read = [one for one in self.objective.inputs if one.tokenizer is not None]
         self.tokenizers = {key: one.tokenizer for one in read for key in one.shapes}
+        # Bounded, as users choose static options such as steps, and each program stays in memory.
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
 
@@ -97,6 +98,7 @@ class Predictor:
         """
         self.poll()
         fn, arrays = self._bind(name, options)
+        # One type for all seeds, and an argument: another seed then needs no other program.
         return fn(nets, batch, np.asarray(seed, np.uint32), arrays)
 
     def _bind(self, name, options):
@@ -105,6 +107,7 @@ class Predictor:
         parameters = fields.signature(self.objective.predict[name]).parameters
         static = {k: v for k, v in options.items() if fields.is_static(parameters[k], v)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
+        # Sorted, as the key of a cache must not depend on the order of options.
         return self._compiled(name, tuple(sorted(static.items()))), arrays
 
     def _compile(self, name, static):
@@ -169,6 +172,7 @@ class Predictor:
         if index is not None:
             whole["index"] = np.asarray(index).astype(np.int32)
         for start in range(0, n, size):
+            # The last example fills the batch up. Its copies are cut off behind the drawing.
             rows = np.minimum(np.arange(start, start + size), n - 1)
             batch = jax.tree.map(lambda x, rows=rows: x[rows], whole)
             found = self._run_aloud(name, nets, batch, examples, seed=seed_B[rows], **options)
@@ -220,6 +224,7 @@ class Predictor:
         try:
             jaxpr = fn.trace(*arguments).jaxpr.jaxpr
         except KeyError as e:
+            # Only the lack of an example is the user's. Other keys are a fault of the family.
             lacking = [kind for kind in made_of.get(e.args[0], ()) if kind not in kinds]
             if not lacking:
                 raise
@@ -229,6 +234,7 @@ class Predictor:
                 fix="give one",
             ) from e
         _, batch, *_ = jax.tree.unflatten(jax.tree.structure(arguments), jaxpr.invars)
+        # An input is read if an equation has it, or a result is the input itself.
         used = {id(var) for equation in jaxpr.eqns for var in equation.invars}
         used |= {id(var) for var in jaxpr.outvars}
         read = {
@@ -292,6 +298,7 @@ class Predictor:
         given = {key: rows for key, rows in given.items() if rows is not None}
         batch, n = self._made(given), len(next(iter(given.values())))
         if any(negative_prompt or ()):
+            # Where all are empty, the key is left out, and the null condition takes its place.
             away = self._made({"caption": [text or "" for text in negative_prompt]})
             batch |= {f"negative_{key}": tokens for key, tokens in away.items()}
         if noise is not None:
@@ -430,6 +437,7 @@ class Pipeline:
         config = weights.read_config(folder)
         weights.override(config, load or {})
         try:
+            # A model's config names what its author chose. Only what the caller names is fetched.
             with hf.offline_except(*weights.named(load)):
                 return cls._load(source, folder, config, step, averaged)
         except (errors.DataError, errors.ConfigError) as e:
@@ -440,6 +448,7 @@ class Pipeline:
             places |= {f"config.load.{name}={source}": name for source, name in places.items()}
             if e.where not in places:
                 raise
+            # The kind stays, and with it the exit code.
             raise type(e)(
                 e.what,
                 where=f"{e.where}, which {described} names in config.load",

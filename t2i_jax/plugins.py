@@ -13,8 +13,10 @@ ENTRIES = ("make", "Backbone", "from_config")  # what a pluggable module has one
 def load(kind: str, name: str):
     """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
     package = importlib.import_module(f"t2i_jax.{kind}")
+    # Packages are left out: objectives/parts holds what families share.
     known = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg]
     module = importlib.import_module(f"t2i_jax.{kind}.{name}") if name in known else None
+    # A file without an entry only serves others, so its name counts as unknown.
     if not any(hasattr(module, entry) for entry in ENTRIES):
         raise errors.ConfigError(
             f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)

@@ -300,6 +300,7 @@ def _mesh(axes: dict, devices) -> jax.sharding.Mesh:
             where="config.mesh",
             fix="set one axis to -1",
         )
+    # Auto leaves shardings between our constraints to XLA. So models need not name any.
     kinds = (AxisType.Auto,) * len(axes)
     if isinstance(devices, int):
         return jax.sharding.AbstractMesh(sizes, tuple(axes), axis_types=kinds)
@@ -333,6 +334,7 @@ def _primes(n: int) -> list[int]:
 
 
 def _bytes(shape, dtype) -> int:
+    # Without x64 JAX holds types of 64 bits in 32.
     return math.prod(shape) * jax.dtypes.canonicalize_dtype(dtype).itemsize
 
 

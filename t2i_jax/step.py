@@ -89,10 +89,13 @@ def make_update(
                 for leaf in jax.tree.leaves(changed):
                     finite &= jnp.isfinite(leaf).all()
             for name in loss.nets:
+                # One pass serves twice: the sums give the norm, and tell which array is not finite.
                 squares = [jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads[name])]
                 norm = jnp.sqrt(sum(squares))
                 finite &= jnp.isfinite(norm) & jnp.isfinite(value)
                 params = nets[name]["params"]
+                # Under zero1 and fsdp the gradients are split like the optimiser's state. So each
+                # device updates its own part.
                 updates, opt[name] = optimisers[name].update(
                     layout.scatter(name, grads[name]), opt[name], params, state.step
                 )
@@ -141,6 +144,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
     def value_and_grad(nets, batch, gather=lambda nets: nets):
         def scalar(params, nets):
             trained = {name: {**nets[name], "params": params[name]} for name in params}
+            # Gathered inside of what is differentiated: so the gradients come back split.
             return loss.fn(gather({**nets, **trained}), batch, key, step)
 
         params = {name: nets[name]["params"] for name in loss.nets}

@@ -36,6 +36,7 @@ def locate(source: str) -> pathlib.Path:
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
         known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
+        # The parent counts as well: `builtin:../x/shapes` ends in a known name, too.
         if folder.name not in known or folder.parent != BUILTIN:
             name = source.removeprefix("builtin:")
             raise errors.unknown("built-in model", name, known, where=source)
@@ -75,6 +76,7 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
     for key, kind in KINDS.items():
+        # Not isinstance, by which True would be a whole number.
         if key in values and (type(values[key]) is not kind):
             raise errors.DataError(
                 f"{key!r} is {values[key]!r:.50} in it, not {kind.__name__}",
@@ -152,6 +154,7 @@ def _check_size(values, path) -> None:
         else:
             sizes.append((name, value, limits.get(name.rpartition(".")[2], hf.LARGE)))
     for name, value, limit in sizes:
+        # Not `value > limit`, which NaN would pass. JSON of Python may hold NaN.
         if isinstance(value, int | float) and not value <= limit:
             raise errors.ConfigError(
                 f"{name} is {value!r:.50}", where=str(path), fix=f"it should be at most {limit}"
@@ -168,6 +171,7 @@ def abstract_batch(family: objective.Objective, batch_size: int):
 
 def abstract_nets(family: objective.Objective, config):
     """net -> shapes of its variables, trained and frozen."""
+    # The key is abstract, too: shapes need no device.
     key = jax.eval_shape(lambda: jax.random.key(0))
     return jax.eval_shape(family.init, key, abstract_batch(family, config.batch_size))
 
@@ -246,9 +250,11 @@ def _filled(family, config, shapes, shardings):
         if name in given:
             nets[name] = load_net(given[name], name, target)
         else:
+            # The run's seed: a random frozen net must be the same at each start.
             key = jax.random.key(config.seed)
             batch = abstract_batch(family, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
+            # Within jit, what computes the other nets is dropped as unused.
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
     return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
 
@@ -283,6 +289,7 @@ def override(config, given) -> None:
                 where="--load",
                 fix=errors.nearest(name, list(config.load)),
             )
+        # A ConfigDict refuses another type, such as a text in place of several.
         with config.ignore_type():
             config.load[name] = source
 
@@ -341,6 +348,7 @@ def _check_there(name: str, source) -> None:
 
 def digests(nets) -> dict[str, str]:
     """net -> the digest of its variables."""
+    # Widened: a net is the same, whichever type its file stores the numbers in.
     return {name: fingerprint.digest({name: net}, widened=True) for name, net in nets.items()}
 
 
@@ -390,6 +398,7 @@ def _placed(shapes, shardings):
 
 
 def _here():
+    # Local: the first of all devices may belong to another process.
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
@@ -457,6 +466,7 @@ def export(
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     note = {"frozen": json.dumps(frozen)} if frozen else None
     arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
+    # The config comes after the weights: by it a folder counts as a model, see `locate`.
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(arrays, note))
     images.write_whole(folder / "config.json", to_json(config).encode())
     images.write_whole(folder / "README.md", card.encode())

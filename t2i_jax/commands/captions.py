@@ -24,9 +24,11 @@ def main():
 
     run = loop.Run(CONFIG.value, pathlib.Path(WORKDIR.value))
     run.load_frozen()
+    # Before the encoding: training with these nets would be refused afterwards.
     rundir.check_frozen(run.workdir, run.frozen)
     started = time.perf_counter()
     folder = run.workdir / cache.FOLDER
+    # The lock keeps a training of this workdir from starting on half of the files.
     with interrupt.Interrupt(run.workdir) as signals, owner.held(run.workdir, signals):
         manifest = cache.write(folder, *run.caption_states())
     size = sum(manifest["files"].values())

@@ -117,6 +117,7 @@ class _Step(flags.ArgumentParser):
     """Parses --step."""
 
     def parse(self, argument):
+        # absl makes an IllegalFlagValueError of int's ValueError, and `_bad_flag` reads that.
         return argument if argument == "best" else int(argument)
 
     def flag_type(self):
@@ -181,6 +182,8 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
     debug = any(a.lstrip("-") in ("debug", "debug=true", "debug=1") for a in argv[1:])
     wanted = any(a in HELP for a in argv[1:])
     if wanted:
+        # absl files a flag under the module that defines it. Those of `sampling_flags` and the like
+        # are this module's.
         ours = (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(sys.modules[__name__]))
         print(sys.modules["__main__"].__doc__, *ours, sep="\n")
     try:
@@ -194,6 +197,7 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
         if wanted:
             if more_help:
                 logging.set_verbosity(logging.ERROR)
+                # Nothing is required here: who asks for help may not know yet what is.
                 _parse([a for a in argv if a not in HELP], (), arguments="")
                 print(more_help())
             sys.exit(0)
@@ -206,10 +210,12 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
             raise
         _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
+        # 75 is EX_TEMPFAIL, as of `errors.Preempted`: another start goes on.
         _fail("interrupted (at the terminal). Fix: start the same command again to go on", 75)
     except Exception as e:
         if debug:
             raise
+        # The death of another process shows as an error of the next exchange with it.
         if lost := distributed.lost_peer(e):
             _fail(lost, 70)
         text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
@@ -230,6 +236,7 @@ def _parse(argv, required, arguments) -> list[str]:
             getattr(flags.FLAGS[name].value, "lock", None)
     except Exception as e:  # absl and ml_collections raise many kinds for a bad flag or override
         *_, last = str(e).strip().splitlines() or [type(e).__name__]  # of a config file's traceback
+        # An error of a config file arrives as the text of its traceback, without its type.
         if "ConfigError: " in last:
             raise errors.ConfigError(last.partition("ConfigError: ")[2]) from e
         if bad := _bad_flag(e):
@@ -252,6 +259,7 @@ def _parse(argv, required, arguments) -> list[str]:
     for name in PATHS:
         value = flags.FLAGS[name].value if name in flags.FLAGS else None
         for path in value if isinstance(value, list) else [value or ""]:
+            # Of --load, which is net=DIR, only the part behind the equals sign is a path.
             errors.check_local(path.rpartition("=")[2], f"--{name}")
     for path in rest[1:]:
         errors.check_local(path, "the command line")
@@ -279,6 +287,7 @@ def _sizes(argv, where: str) -> str:
     nets = ["<net>"]
     if where.startswith("--config.model."):
         for argument, after in zip(argv, [*argv[1:], ""], strict=True):
+            # Both --config=FILE and --config FILE are allowed.
             flag, equals, text = argument.partition("=")
             if flag.lstrip("-") == "config":
                 # The config that failed is gone with its flag, so it is made once more.
@@ -355,12 +364,14 @@ def _config_file(text: str, folder: pathlib.Path) -> str:
     if not path.is_file() and ours.is_file() and str(path.parent) in (".", "configs"):
         path = ours
     if path.is_file():
+        # The text is searched, since importing another script would run it.
         if "get_config" not in path.read_text(errors="replace"):
             raise errors.ConfigError(
                 "it has no function get_config", where=str(path), fix="name one of configs/"
             )
         return f"{path}{colon}{options}"
     files = [*folder.glob("*.py"), *path.parent.glob("*.py")]
+    # In a checkout's root lie scripts that are no configs.
     names = {p.stem for p in files} - {"__init__", "common", "train", "sample", "setup"}
     raise errors.ConfigError(
         f"no config {name!r}", where="--config", fix=errors.nearest(path.stem, names)

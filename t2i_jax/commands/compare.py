@@ -104,6 +104,7 @@ class Run(NamedTuple):
         values = {k: v for row in self.events for k, v in row.items() if k != "step"}
         for name, row in self.results.items():
             values |= {f"{name}/{k}": v for k, v in row.items() if k not in NO_METRICS}
+        # `type`, as `isinstance` would take True for an int.
         return {k: v for k, v in values.items() if type(v) in (int, float)}
 
 
@@ -130,6 +131,7 @@ def read(workdirs) -> list[Run]:
 
 def _name(folder: pathlib.Path, folders) -> str:
     """The shortest end of a path that no other path has."""
+    # It ends: `read` refuses equal folders, and absolute paths differ as a whole at the latest.
     for n in itertools.count(1):
         end = folder.parts[-n:]
         if [other.parts[-n:] for other in folders].count(end) == 1:
@@ -146,6 +148,7 @@ def _read(folder: pathlib.Path, name: str) -> Run:
         if lacking:
             raise ValueError(f"no {lacking} in it" if folder.is_dir() else "no such folder")
         config = json.loads(files.read_text(needed[0]))
+        # A KeyError here means no run. Later it would look like a fault of this command.
         config["batch_size"], config["objective"]
     return Run(
         name,
@@ -208,6 +211,7 @@ def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     heads = [s if shorts.count(s) == 1 else n for n, s in zip(names, shorts, strict=True)]
     head = ["run", "family", "steps", "images seen", "core-hours", "images / core-s", *heads]
     rows = [head]
+    # Sign · sign · ∞ is ∞: a run without the metric comes last in either direction.
     for run in sorted(runs, key=lambda r: sign * r.values().get(metric, sign * float("inf"))):
         hours, seen = run.hours_at(run.steps), run.images_at(run.steps)
         cost = [_three(hours), _three(seen / hours / 3600)] if hours else ["", ""]
@@ -345,6 +349,7 @@ def page(note, tables, pictures) -> str:
         f"<h1>{TITLE}</h1><p>{html.escape(note)}</p>",
     ]
     for rows in filter(None, tables):
+        # Names and prompts are text from anywhere. Unescaped they could bring tags into the page.
         cells = [
             "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
             for row, tag in zip(rows, ["th", *["td"] * (len(rows) - 1)], strict=True)
@@ -372,6 +377,7 @@ def main(workdirs):
     measured = {name for run in runs for row in (*run.losses, *run.events) for name in row}
     for name in CURVES.value:
         errors.check_known("metric", name, measured - {"step"}, where="--curves")
+    # Read before anything is written, as the file may lack the marks.
     into = _marked(INTO.value) if INTO.value else None
     # ---- Images, notes and tables ----
     losses = sorted({k for run in runs for row in run.losses[-1:] for k in row if "/loss" in k})

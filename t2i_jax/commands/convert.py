@@ -137,11 +137,13 @@ def _checkpoint(state, config) -> dict[str, bytes]:
     }
     with tempfile.TemporaryDirectory() as temporary:
         for name, data in written.items():
+            # The trial reads the very bytes that are kept afterwards.
             (pathlib.Path(temporary) / name).write_bytes(data)
         checkpoint = opener.open(temporary)
         net = checkpoint.module()
         image = jax.ShapeDtypeStruct((1, net.res, net.res, 3), jnp.float32)
         try:
+            # Shapes alone are traced, so no parameters are drawn for the trial.
             checkpoint.load(jax.eval_shape(net.init, jax.random.key(0), image))
         except errors.DataError as e:
             raise errors.DataError(

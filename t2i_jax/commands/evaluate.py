@@ -125,6 +125,7 @@ def _by_protocol() -> dict:
     from t2i_jax.evaluators import protocol as judge
     from t2i_jax.run import compile_cache
 
+    # Loading a pipeline enables it, too, but with --images there is none.
     compile_cache.enable()
     ours = _protocol()
     started = time.perf_counter()
@@ -141,6 +142,7 @@ def _by_protocol() -> dict:
         model = {
             "images": IMAGES.value,
             "images_sha256": folder.fingerprint,
+            # Only after `Measure` has read all images `broken` is complete.
             "num_images": len(folder) - len(folder.broken),
             "broken": len(folder.broken),
         }
@@ -155,6 +157,7 @@ def _by_protocol() -> dict:
     return {
         "protocol": ours.name,
         **model,
+        # Evaluators give floats alone, counts among them.
         **{k: int(v) if "num_" in k else v for k, v in measure.metrics().items()},
         **measure.provenance,
         "definition": ours._asdict(),
@@ -183,6 +186,7 @@ def _by_evaluators() -> dict:
     result = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
     if "sample" in pipe.predictor.objective.predict:
         result["sample"] = pipe.predictor.check("sample", **options)
+    # None and not {}: an empty dictionary would replace the config's own options.
     flagged = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
     flagged = {name: value for name, value in flagged.items() if value is not None}
     for name in EVALUATORS.value:
@@ -220,6 +224,7 @@ def _pipeline(**options):
 def _digest(pipe) -> str:
     from t2i_jax.run import fingerprint
 
+    # Widened: weights of equal values are one model, whatever type they are stored in.
     return fingerprint.digest(pipe.nets, widened=True)
 
 

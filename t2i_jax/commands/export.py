@@ -64,6 +64,8 @@ def _to_diffusers(output, nets, config) -> None:
     adapters = opened.by_part(lora.scaled(params, config.lora))
     plain = config.copy_and_resolve_references()
     plain.lora = {}
+    # The names of tensors come from a plan of the whole nets. An adapter has no tensor in the
+    # folder.
     shapes = weights.abstract_nets(objective.make(plain), plain)
     shapes = opened.by_part({name: net["params"] for name, net in shapes.items()})
     plans = {

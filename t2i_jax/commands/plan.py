@@ -112,6 +112,7 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
     Raises:
       ConfigError: a memory that is not positive, or an unknown topology.
     """
+    # Written so that it fails for NaN, too, of which every comparison is false.
     if memory_gb is not None and not 0 < memory_gb < math.inf:
         raise errors.ConfigError(
             f"memory_gb is {memory_gb}",
@@ -162,6 +163,7 @@ def training(run, memory: int | None = None) -> dict:
     except DoesNotFit as e:
         return values | {"peak_bytes": e.used, "fits": False}
     values |= {
+        # The step donates its state and nothing else (`loop.Run`).
         "state_bytes": need.donated,
         "argument_bytes": need.arguments,
         "temporary_bytes": need.temporaries,
@@ -211,9 +213,12 @@ def flops(jaxpr) -> int:
         name, shape = eqn.primitive.name, lambda v: v.aval.shape
         if name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
+            # Each entry of the result is a sum over the contracted axes: 2 m n k in all.
             inner = math.prod(shape(eqn.invars[0])[i] for i in contracted)
             total += 2 * math.prod(shape(eqn.outvars[0])) * inner
         elif name == "conv_general_dilated":
+            # `rhs_spec` begins with the axis of output channels. A grouped kernel has its group's
+            # inputs alone.
             kernel, out = eqn.invars[1], eqn.params["dimension_numbers"].rhs_spec[0]
             inner = math.prod(shape(kernel)) // shape(kernel)[out]
             total += 2 * math.prod(shape(eqn.outvars[0])) * inner
@@ -340,6 +345,7 @@ class _Program:
                 counter = re.findall(r"%[\w.\-]+", roots[0].split(" tuple(")[1])[place]
                 added = re.search(r" add\((%[\w.\-]+), (%[\w.\-]+)\)", body.get(counter, ""))
                 steps = [_number(body, x) for x in added.groups()] if added else []
+                # A scan counts from 0. Its last step may pass the limit, so the division rounds up.
                 return -(-limit // next((x for x in steps if x), 1))
         return 1
 
@@ -375,6 +381,7 @@ def _size(result: str, *, halved: bool) -> int:
     sizes = [
         _width(kind) * math.prod(int(n) for n in dims.split(",") if n)
         for kind, dims in re.findall(r"(\w+)\[([\d,]*)\]", result)
+        # The start of a collective-permute also has u32 scalars, which are no data.
         if not (halved and kind == "u32" and not dims)
     ]
     return sum(sizes[len(sizes) // 2 :]) if halved else sum(sizes)

@@ -127,6 +127,7 @@ def read_file(path, default: Request) -> list[Request]:
         if not line.strip() or line.startswith("#"):
             continue
         values = _json_line(line, where) if line.lstrip().startswith("{") else _plain(line, where)
+        # `draw` groups requests by their options, and a list cannot be part of a key.
         values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         options = dict(default.options)
         request = default._replace(prompt=values.pop("prompt", ""))
@@ -159,6 +160,7 @@ def _plain(line, where):
             )
         name = _LETTERS[letter]
         try:
+            # An apostrophe in a negative prompt would be an open quote to shlex.
             text = text if letter == "n" else " ".join(shlex.split(text))
             values[name] = {"seed": int, "steps": int, "guidance": float}.get(name, str)(text)
         except ValueError as e:
@@ -189,8 +191,10 @@ def from_picture(path) -> Recorded:
     rows = found.get("pictures", [found]) if found else []
     fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)
     fits = fits and all(isinstance(row, dict) for row in rows)
+    # What all pictures share stands beside their list, see `_together`.
     shared = {k: found[k] for k in ("options", "prediction", "image") if k in (found or {})}
     rows = [{**shared, **row} for row in rows] if fits else []
+    # A picture may come from anywhere, so no entry is trusted to be of its type.
     needed = {"prompt": str, "seed": int, "index": int, "options": dict}
     optional = {"prediction": str, "image": dict}
     frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
@@ -245,6 +249,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
         longer than the model reads.
     """
     settings = check_options(pipe, requests)
+    # `check_options` has refused a negative prompt without an option `guidance`.
     if any(
         r.negative_prompt and o["guidance"] == 1 for r, o in zip(requests, settings, strict=True)
     ):
@@ -254,6 +259,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
     pipe.tell_unknown_words(texts)
     groups: dict[tuple, list[int]] = {}
     for i, r in enumerate(requests):
+        # A batch with other kinds of examples is another program, even with equal options.
         examples = (bool(r.prompt), bool(r.source), bool(r.negative_prompt))
         key = (r.prediction, *examples, tuple(settings[i].items()))
         groups.setdefault(key, []).append(i)
@@ -276,6 +282,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
         )
         drawn |= dict(zip(jobs, found, strict=True))
     out = []
+    # Groups are drawn in turn. Sorting restores the order of the requests.
     for i, k in sorted(drawn):
         metadata = _settings(pipe, requests[i], settings[i], k)
         if cut := cuts.get(requests[i].prompt):
@@ -310,6 +317,8 @@ def _together(each) -> dict:
     Pictures of a prompt that follow each other are one entry with a "count".
     """
     common = {k: v for k, v in each[0].items() if all(one[k] == v for one in each)}
+    # Prompt, seed and index stay in each entry even where they are equal: `from_picture` wants
+    # them.
     common = {k: common[k] for k in SHARED if k in common}
     pictures = []
     for one in each:
@@ -400,6 +409,7 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
     settings = settings if metadata else None
     with images.writing(folder, "--output_dir"):
         strip = images.claim(folder, "strip.png")
+        # Neighbouring rows share an image: where one way ends, the next begins.
         rows = [drawn[i : i + frames + 1] for i in range(0, len(drawn) - 1, frames)]
         images.save(strip, images.rows(rows), settings, text)
         animation = images.claim(folder, "animation.webp")
@@ -443,6 +453,7 @@ def parameters_text(metadata: dict, size: int) -> str:
 def _parameters_of(settings: dict, size: int) -> str:
     """The same of several pictures: all prompts, and the settings of the first."""
     rows = settings["pictures"]
+    # Defaults come first, as `_together` leaves out what is None.
     first = {"options": {}, "negative_prompt": None, **settings, **rows[0]}
     prompts = " | ".join(dict.fromkeys(row["prompt"] for row in rows))
     return parameters_text({**first, "prompt": prompts}, size)

@@ -63,6 +63,7 @@ def main():
     if REPRODUCE.value:
         recorded = prompts.from_picture(REPRODUCE.value)
         step = recorded.step if step is None else step
+        # Only a built-in name is a place. Of a run a picture records the folder's name alone.
         default_model = recorded.model if recorded.model.startswith("builtin:") else None
         hint = f"; the picture was drawn with {recorded.model}"
         wanted, grid, frames = recorded.requests, grid or recorded.grid, recorded.frames
@@ -73,6 +74,7 @@ def main():
         raise errors.ConfigError(
             "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
         )
+    # This look makes nothing: a model that does not load must leave no empty folder.
     images.check_folder(OUTPUT_DIR.value, "--output_dir")
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
@@ -119,6 +121,7 @@ def predictions() -> str:
     from t2i_jax.commands import prompts
 
     source = cli.model(MODEL)
+    # The config says it all, so no weights are read for a help text.
     predictor = pipeline.Predictor(weights.config_at(source))
     lines = [f"predictions of {source}:"]
     for name, fn in predictor.objective.predict.items():
@@ -137,6 +140,7 @@ def _check_together() -> None:
         (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE)),
         (REPRODUCE, (*asked, PREDICT, SET, *OPTIONS.values())),
     ):
+        # `present` and not the value: a default was asked for by nobody.
         given = [f"--{flag.name}" for flag in void if flag.present]
         if main_flag.value and given:
             raise errors.ConfigError(

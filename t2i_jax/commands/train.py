@@ -36,6 +36,7 @@ def main():
     from t2i_jax import loop, objective
     from t2i_jax.commands import plan
 
+    # Before anything asks for a device: that would start JAX for this process alone.
     distributed.start(**cli.given(PROCESSES))
     asked, config = cli.given(PLAN), CONFIG.value
     by_net = objective.model_by_net(config)  # a file for an older version still trains

@@ -37,6 +37,7 @@ def main(source):
     pipe = pipeline.Pipeline.load(source[0])
     family = pipe.predictor.objective.predict["parts"].__self__
     sides = [side // family.vae.factor for side in family.size(HEIGHT.value, WIDTH.value)]
+    # The noise is numpy's, as JAX and torch draw other numbers from one seed.
     noise = np.random.default_rng(0).standard_normal((1, *sides, family.space.shape[-1]))
     batch = pipe.predictor.batch(caption=[PROMPT.value], noise=noise)
     options = dict(width=WIDTH.value, height=HEIGHT.value)
@@ -95,13 +96,16 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
     net.register_forward_hook(watch, with_kwargs=True)
     z = torch.from_numpy(np.ascontiguousarray(noise_BhwC.transpose(0, 3, 1, 2)))
     b, c, h, w = z.shape
+    # Pipelines of packed tokens, such as Flux, want latents that are packed already.
     given = theirs._pack_latents(z, b, c, h, w) if hasattr(theirs, "_pack_latents") else z
     factor = family.vae.factor
     try:
         with torch.no_grad():
             theirs(
                 PROMPT.value,
+                # The first of 20 steps is what our prediction "parts" computes.
                 num_inference_steps=20,
+                # Above 1 the batch would also hold the empty prompt.
                 guidance_scale=1.0,
                 latents=given,
                 height=h * factor,
@@ -110,11 +114,13 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
     except StopIteration:
         pass
     with torch.no_grad():
+        # The inverse of how latents are made: (x − shift) · scale.
         latent = z / family.vae.scaling_factor + family.vae.shift_factor
         seen["autoencoder"] = theirs.vae.decode(latent, return_dict=False)[0]
     if seen["denoiser"].ndim == 3:  # packed tokens
         sides = (h * factor, w * factor, theirs.vae_scale_factor)
         seen["denoiser"] = theirs._unpack_latents(seen["denoiser"], *sides)
+    # PixArt's network gives twice the channels. The second half is a variance, which is not used.
     seen["denoiser"] = seen["denoiser"][:, :c]
     last = lambda x: x.transpose(0, 2, 3, 1) if x.ndim == 4 else x
     return {k: last(x.detach().numpy()[-1:]) for k, x in seen.items() if x is not None}

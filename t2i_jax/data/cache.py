@@ -98,11 +98,13 @@ def states(folder: pathlib.Path, encode, source, tokenizer, identity) -> Input:
       ConfigError: the folder's states are another encoder's, tokenizer's or data set's, or those in
         memory would take more than LIMIT bytes.
     """
+    # As process 0 sees it: all processes must compute together, or none.
     if not distributed.as_first((folder / MANIFEST).exists()):
         return precompute(encode, source, tokenizer, kept=_kept(identity()))
     where = folder / MANIFEST
     with errors.explained(errors.DataError, "cannot be read", where=where, fix=AGAIN):
         manifest = json.loads(where.read_text())
+    # Manifests from before this key were written with the older sums.
     known = identity(sums=manifest.setdefault("sums", fingerprint.WEIGHTED))
     stale = [key for key in known if manifest.get(key) != known[key]]
     if stale:
@@ -134,6 +136,7 @@ def _from_files(folder, manifest, tokenizer) -> Input:
     def read(records):
         for record in captions.__getitems__(places[records].tolist()):
             values = np.frombuffer(record, DTYPE)
+            # The pooled vector stands first, since only its length is the same for all.
             yield values[manifest["pooled"] :].reshape(-1, width), values[: manifest["pooled"]]
 
     width = manifest["width"]
@@ -184,6 +187,7 @@ def _encoded(encode, source, tokenizer, batch_size: int, kept) -> dict:
     flat = pooled = None
     offsets = np.concatenate([[0], np.cumsum(captions.lengths)])
     for row, seq_VD, pooled_P in captions.states(encode, captions.order, batch_size):
+        # The width, and with it the size of all states, is known with the first of them.
         if flat is None:
             numbers = offsets[-1] * seq_VD.shape[-1] + len(captions.order) * len(pooled_P)
             _check_size(int(numbers) * DTYPE.itemsize)
@@ -195,6 +199,7 @@ def _encoded(encode, source, tokenizer, batch_size: int, kept) -> dict:
     states = {"flat": flat, "pooled": pooled, "offsets": offsets}
     states["row_of_record"] = captions.row_of_record
     if kept and sum(x.nbytes for x in states.values()) <= KEPT_LIMIT:
+        # The states are in memory by now, so a full disk must not stop the training.
         temporary = kept.with_suffix(f".{os.getpid()}.tmp")
         try:
             safetensors.numpy.save_file(states, temporary, {"sha256": _sum(states)})
@@ -276,14 +281,17 @@ def write(folder: pathlib.Path, encode, source, tokenizer, identity) -> dict:
         files[name] = _write_file(folder / name, records)
         images.write_whole(folder / BUILDING, json.dumps([known, files]).encode())
         logging.info("%d of %d captions", start + len(rows), len(order))
+    # One caption again: after a restart with all files whole, nothing else tells the sizes.
     _, seq_VD, pooled_P = next(captions.states(encode, order[:1], 1))
     sizes = {"width": seq_VD.shape[-1], "pooled": len(pooled_P), "dtype": DTYPE.name}
     place_of_row = np.empty(len(order), np.int64)
+    # The inverse permutation: files hold rows in the order of their length.
     place_of_row[order] = np.arange(len(order))
     manifest = {**known, **sizes, "captions": len(order), "files": files}
     with _writing(folder):
         with (folder / PLACES).open("wb") as f:
             np.save(f, place_of_row[captions.row_of_record])
+        # The manifest comes last: `states` takes a folder with one for whole.
         images.write_whole(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
@@ -297,6 +305,7 @@ def _begin(folder: pathlib.Path, known: dict) -> dict:
         before, files = None, {}
     size = lambda name: (folder / name).stat().st_size if (folder / name).is_file() else None
     files = {name: n for name, n in files.items() if before == known and size(name) == n}
+    # The manifest goes first, so that no reader takes the rest for whole.
     for path in [p for name in (MANIFEST, PLACES, "states-*") for p in folder.glob(name)]:
         if path.name not in files:
             path.unlink()
@@ -306,6 +315,7 @@ def _begin(folder: pathlib.Path, known: dict) -> dict:
 def _write_file(path: pathlib.Path, records) -> int:
     """Writes records, whole or not at all.   -> bytes"""
     temporary = path.with_suffix(".tmp")
+    # Groups of one: reading a record would decompress its whole group.
     writer = array_record_module.ArrayRecordWriter(str(temporary), "group_size:1")
     for record in records:
         # Not around the loop: making the records computes, and fails for other reasons.
@@ -342,6 +352,8 @@ class _Captions:
                 *(len(cut), len(texts), cut[0][0][:80], cut[0][1][:80]),
             )
         self.lengths = _mask(self._tokens, tokenizer).sum(1)
+        # Stable, as `write` counts on the same order when it goes on with files of an earlier
+        # start.
         self.order = np.argsort(self.lengths, kind="stable")
 
     def states(self, encode, order, batch_size: int):
@@ -351,11 +363,13 @@ class _Captions:
         """
 
         def cut(tokens):
+            # A batch of empty captions may have no token at all, and still needs a length.
             width = max(tokens.mask_BL.sum(1).max(), 1)
             return Tokens(*(x[:, : -(-width // BUCKET) * BUCKET] for x in tokens))
 
         for start in range(0, len(order), batch_size):
             wanted = order[start : start + batch_size]
+            # A short last batch repeats its rows, as another size would compile again.
             rows = np.resize(wanted, batch_size)
             tokens = jax.tree.map(lambda x, rows=rows: x[rows], self._tokens)
             tokens = jax.tree.map(cut, tokens, is_leaf=lambda x: isinstance(x, Tokens))

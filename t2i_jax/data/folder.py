@@ -37,6 +37,7 @@ class Source:
             raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {shown}")
         try:
             image_HWC = transforms.decode((self._root / name).read_bytes(), self._res)
+        # It would be missing again. Other errors of the disk pass, and the loader tries again.
         except FileNotFoundError as e:
             raise transforms.BadExample(f"missing file: {shown}") from e
         except transforms.BadExample as e:
@@ -193,6 +194,7 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
         if picture in captions or not text:
             continue
         read.add(text)
+        # "utf-8-sig" drops the byte order mark that some editors write in front.
         with open(root / text, encoding="utf-8-sig", errors="replace") as f:
             caption, _, more = f.read(CAPTION_LIMIT).strip().partition("\n")
         captions[picture] = [caption.strip()]
@@ -264,6 +266,7 @@ def _rows(root, metadata: str):
     """Yields (image relative to root, caption) of each row of a metadata file."""
     folder, line = pathlib.PurePosixPath(metadata).parent, 0
     read = _json_rows if metadata.lower().endswith("jsonl") else _csv_rows
+    # `csv` wants newline="": quoted fields may hold line breaks.
     with open(root / metadata, encoding="utf-8-sig", errors="replace", newline="") as f:
         try:
             for line, row in read(f):
@@ -271,6 +274,7 @@ def _rows(root, metadata: str):
                 if picture.is_absolute() or ".." in picture.parts:
                     raise _leaves(str(picture), f"{root / metadata} line {line}")
                 yield (folder / picture).as_posix(), row["text"]
+        # A DataError is also a ValueError, and the next clause would wrap it.
         except errors.Error:
             raise
         except (ValueError, TypeError, KeyError, RecursionError, csv.Error) as e:

@@ -65,6 +65,7 @@ def caption(tokenizer, key: str = "text") -> Input:
         captions = [example["caption"] for example in examples]
         tokens, cuts = tokenize.read(tokenizer, captions)
         for text, lost in zip(captions, cuts, strict=True):
+            # Predictions pass no generators, and their callers tell of cuts themselves.
             if rngs[0] and lost and next(told) == 0:
                 logging.warning(
                     "captions are too long and cut (config.text_length, or an encoder's limit), "
@@ -111,11 +112,13 @@ def make(inputs, examples, rngs, records) -> dict:
     Raises:
       TypeError: an input does not make what its shapes say.
     """
+    # Copies, as inputs add their keys to them below and a source may keep its own.
     arrays, examples = {}, [dict(example) for example in examples]
     for one in inputs:
         made = one.make(examples, rngs, records)
         said = jax.tree.map(lambda s: (len(examples), *s.shape, np.dtype(s.dtype)), one.shapes)
         there = jax.tree.map(lambda x: (*x.shape, x.dtype), made)
+        # Assigning to the loader's arrays would broadcast a wrong shape without a word.
         if said != there:
             raise TypeError(f"an input says it makes {said}, and makes {there}")
         arrays |= made

@@ -103,17 +103,21 @@ class Loader:
 
     def batch(self, step: int) -> Batch:
         """The batch of a step, the same whenever it is asked for."""
+        # Parts are handed out under the lock and awaited outside: the next batch's queue up behind.
         with self._in_order:
             positions = [int(step) * self._batch_size + slot for slot in self._slots]
             records = np.array([self._record(position) for position in positions], np.int64)
             b = len(records)
             shapes = {key: s for one in self.inputs for key, s in one.shapes.items()}
+            # Zeros, not empty memory: the row of a broken example stays as it is here.
             arrays = jax.tree.map(lambda s: np.zeros((b, *s.shape), s.dtype), shapes)
 
             def fill(rows):
                 """Fills the rows that can be.   -> (row, reason) of the others"""
                 try:
                     examples = [self._read(int(records[row])) for row in rows]
+                    # Keyed by the position, so neither threads nor processes nor a restart change
+                    # the draws.
                     seeds = [(self._seed, positions[row]) for row in rows]
                     rngs = [np.random.default_rng(seed) for seed in seeds]
                     made = inputs.make(self.inputs, examples, rngs, records[rows])
@@ -122,6 +126,7 @@ class Loader:
                         return [(rows[0], str(e))]
                     # One of them is broken: alone each says whether it is the one.
                     return [bad for row in rows for bad in fill([row])]
+                # No two threads have a row in common, so this needs no lock.
                 jax.tree.map(lambda array, part: array.__setitem__(rows, part), arrays, made)
                 return []
 
@@ -151,9 +156,12 @@ class Loader:
         example = sum(math.prod(s.shape) * np.dtype(s.dtype).itemsize for s in shapes)
         ahead = HELD // (len(self._slots) * max(example, 1))
         ahead = min(max(ahead, AHEAD[0]), AHEAD[-1])
+        # One thread of grain for each batch in the making. It mostly waits for the pool's threads.
         reading = grain.ReadOptions(num_threads=ahead, prefetch_buffer_size=ahead)
+        # A range of grain needs an end.
         stop = sys.maxsize if stop is None else stop
         steps = grain.MapDataset.range(start, stop)
+        # Unclosed, grain's threads would live on after the consumer has stopped.
         with contextlib.closing(iter(steps.map(self.batch).to_iter_dataset(reading))) as batches:
             for step, batch in enumerate(batches, start):
                 self._count(step, batch)
@@ -162,7 +170,9 @@ class Loader:
     def _record(self, position: int) -> int:
         n = len(self._source)
         epoch, place = divmod(position, n)
+        # SeedSequence mixes both, so neighbouring seeds and epochs have unrelated orders.
         key = int(np.random.SeedSequence((self._seed, epoch)).generate_state(1)[0])
+        # A keyed permutation finds any place without a list of all. Four rounds are its least.
         return int(index_shuffle(place, max_index=n - 1, seed=key, rounds=4))
 
     def _read(self, record: int) -> dict:

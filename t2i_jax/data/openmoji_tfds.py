@@ -84,6 +84,7 @@ def caption(code: str, name: str) -> str:
       name: its Unicode name, such as ":woman_astronaut_dark_skin_tone:".
     """
     text, tones = _words(name)
+    # Two regional indicators are a country's flag. A black flag with tags (E00..) is a region's.
     if re.fullmatch(r"(1F1[EF].)-(1F1[EF].)|1F3F4-E0.*", code):
         text = f"flag of {text}"
     elif re.search(r"o'clock$|-thirty$", text):

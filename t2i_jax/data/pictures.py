@@ -90,6 +90,7 @@ class Pictures:
     def _read_captions(self, sizes) -> list[str | None]:
         others = any(not name.lower().endswith(folder.PICTURES) for name in sizes)
         try:
+            # Where only images lie `captioned` would raise an error for want of captions.
             pairs = folder.captioned(self._root, sizes, self._names, warn=False) if others else []
         except errors.DataError as e:
             if "no captions" not in e.what:  # a broken metadata file must not pass for none

@@ -89,6 +89,7 @@ def _scene(rng, split) -> Scene:
     background = _pick(rng, tuple(BACKGROUNDS))
     kinds, cells, relation = [_pair(rng, held_out=split == "heldout")], [int(rng.integers(9))], None
     if rng.random() < 0.5:
+        # Before or behind: in "heldout" the held-out pair can be either object.
         kinds.insert(int(rng.integers(2)), _pair(rng, held_out=False))
         cells, relation = _related_cells(rng)
     sizes = [_pick(rng, tuple(SIZES)) for _ in kinds]
@@ -106,7 +107,9 @@ def _pick(rng, choices):
 
 def _pair(rng, *, held_out: bool):
     if held_out:
+        # Sorted, as the order of a set of strings changes from process to process.
         return _pick(rng, sorted(HELD_OUT))
+    # Drawing again keeps all other pairs equally likely.
     while (pair := (_pick(rng, tuple(COLOURS)), _pick(rng, SHAPES))) in HELD_OUT:
         pass
     return pair
@@ -151,6 +154,7 @@ def coverage(shape: str, centre, diameter: float, res: int) -> np.ndarray:
     """
     grid = (np.arange(res, dtype=np.float32) + 0.5) / res
     x, y = np.meshgrid(grid - centre[0], grid - centre[1])
+    # In pixels: the share falls from 1 to 0 within half a pixel on both sides of the edge.
     return np.clip(0.5 - _DISTANCES[shape](x, y, diameter / 2) * res, 0, 1)
 
 
@@ -167,6 +171,7 @@ def _square(x, y, r):
 
 
 def _triangle(x, y, r):
+    # The normal (2, −1) of a side has the length √5.
     side = (2 * np.abs(x) - y - r) / np.sqrt(5, dtype=np.float32)  # as high as wide, the tip up
     return np.maximum(side, np.abs(y) - r)
 
@@ -187,10 +192,12 @@ def _star(x, y, r):
 
 def _cross(x, y, r):
     x, y = np.abs(x), np.abs(y)
+    # Of signed distances the minimum is a union and the maximum an intersection: two bars.
     return np.minimum(np.maximum(x - r, y - r / 3), np.maximum(x - r / 3, y - r))
 
 
 def _ring(x, y, r):
+    # The edges lie at r and at 0.56 r.
     return np.abs(np.sqrt(x * x + y * y) - 0.78 * r) - 0.22 * r
 
 
@@ -255,6 +262,7 @@ def _article(word: str) -> str:
 # The grammar of `caption` as one regular expression. {0} is the number of the object.
 _NOUN = (
     rf"an? (?:(?P<size{{0}}>{'|'.join(SIZES)}) )?"
+    # A name may occur once in an expression, hence colour and colour_.
     rf"(?:(?P<colour{{0}}>{'|'.join(COLOURS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})"
     rf"|(?P<shape_{{0}}>{'|'.join(SHAPES)}) in (?P<colour_{{0}}>{'|'.join(COLOURS)}))"
 )
@@ -315,6 +323,7 @@ class Source:
         return self._size
 
     def __getitem__(self, index: int) -> dict:
+        # A loop over the source, as in `shapes_tfds`, ends by this error alone.
         if not 0 <= index < self._size:
             raise IndexError(index)
         drawn, text = self._example(index)
@@ -330,6 +339,7 @@ class Source:
 
     def _example(self, index) -> tuple[Scene, str]:
         rng = _generator(self._split, self._seed, int(index))
+        # The scene is drawn first, so that `scene` finds it without the caption's draws.
         drawn = _scene(rng, self._split)
         return drawn, caption(drawn, rng)
 

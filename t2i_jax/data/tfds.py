@@ -85,6 +85,7 @@ class Source:
         texts = [texts] if isinstance(texts, bytes) else texts
         if not len(texts):
             raise transforms.BadExample(f"no caption: record {record}")
+        # An image with fewer captions repeats them: all have equally many examples.
         return _at(example, self._image), texts[which % len(texts)].decode(errors="replace")
 
 
@@ -118,6 +119,7 @@ def make(
     """
     if holdout:
         # TFDS's own notation for parts of a split. It cuts at the same example on every machine.
+        # Fixed decimals, as TFDS reads no exponent such as 1e-05.
         percent = f"{100 * holdout:.6f}%"
         parts = {"train": f"train[{percent}:]", "test": f"train[:{percent}]"}
         if split not in parts or not 0 < holdout < 1:

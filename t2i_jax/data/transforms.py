@@ -44,8 +44,11 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
             w, h = image.size  # from the header: no pixel is decoded before the check
             if w * h > PIXEL_LIMIT or max(w, h) > SIDE_LIMIT:
                 raise BadExample(f"too many pixels: {w} × {h}")
+            # Only JPEG has drafts, and other formats ignore it. The default `res` reduces nothing,
+            # as no side may be that long.
             image.draft(None, (2 * res, 2 * res))
             return _rgb(ImageOps.exif_transpose(image))
+    # A BadExample is an Exception, too, and the last clause would rename it.
     except BadExample:
         raise
     except Image.UnidentifiedImageError as e:
@@ -58,6 +61,7 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
 
 def _rgb(image: Image.Image) -> np.ndarray:
     # Pillow's own conversion of 16-bit grey clips it at 255.
+    # The factor: 65,535 / 257 = 255.
     if image.mode.startswith("I"):
         grey_HW1 = np.round(np.asarray(image) / 257).astype(np.uint8)[..., None]
         return np.repeat(grey_HW1, 3, axis=-1)
@@ -101,6 +105,7 @@ def pad(image_HWC: np.ndarray) -> np.ndarray:
 
 def to_float(image_HWC: np.ndarray) -> np.ndarray:
     """uint8 -> float32 in [-1, 1]"""
+    # `sharding._to_float` gives the same bits on devices (ADR 17): change both together.
     return image_HWC.astype(np.float32) / 127.5 - 1
 
 

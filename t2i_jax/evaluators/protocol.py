@@ -91,6 +91,7 @@ def _r_precision(drawn, real, *, candidates=100, seed=0):
 
 
 def _cmmd(drawn, real):
+    # CMMD's σ suits vectors of length 1.
     return {"cmmd": kernel.cmmd(_unit(real["image_emb"]), _unit(drawn["image_emb"]))}
 
 
@@ -195,6 +196,7 @@ class Networks:
         for name, options in protocol.metrics.items():
             errors.check_known("metric", name, METRICS, where=where)
             fn = METRICS[name].fn
+            # Two arguments, drawn and real, stand before the options.
             fields.check(fn, options, where=f"{where}, {name}", given=2)
             if name in LEAST:
                 option, default = LEAST[name]
@@ -371,6 +373,7 @@ class Measure:
                 for _ in pictures
             ]
             columns |= {name: self._nets.of_pairs(name, pictures, own) for name in pairs}
+        # The first process alone computes metrics, so the others need no judge.
         if "captions" in wanted and self._first:
             columns["captions"] = list(texts)
             columns["shapes"] = [self._judges.submit(_judge, pictures, texts)]
@@ -458,6 +461,7 @@ class Measure:
         if distributed.as_first(path.is_file()):
             # Other processes may be on hosts without this file. They do not need it, as the first
             # alone calls `metrics`.
+            # The name holds half of the hash, the file the whole.
             arrays = statistics.load_arrays(path, expected={"made_of": key}) if self._first else {}
         else:
             logging.info("features of %d pictures, once …", sum(map(len, sources)))

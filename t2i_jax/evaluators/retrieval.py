@@ -53,6 +53,7 @@ def make(
     for record, example in loader.sound(source, range(min(num_images, len(source)))):
         chosen.setdefault(example["caption"], record)
     groups = len(chosen) // candidates
+    # Recall at 10 of 10 candidates would be 1 whatever the model is.
     if not groups or candidates <= max(PLACES):
         raise errors.ConfigError(
             f"{candidates} candidates of {len(chosen)} different captions",

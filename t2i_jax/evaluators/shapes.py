@@ -70,6 +70,7 @@ def judge(image_HWC: np.ndarray, caption: str) -> dict[str, bool]:
     said, seen = shapes.parse(caption), read(image_HWC)
     number = len(said.objects)
     # Objects have no order. The assignment with the most right attributes counts.
+    # The Nones stand for objects that are missing.
     orders = itertools.permutations([*seen.objects, *[None] * number], number)
     hits = max((_hits(said, order) for order in orders), key=lambda hits: sum(h for _, h in hits))
     hits += [("count", len(seen.objects) == number)]
@@ -116,6 +117,7 @@ def make(
         )
     captions = []
     for place, split in enumerate(splits):
+        # Where the number does not divide, the first splits have one more.
         size = len(range(place, num_images, len(splits)))
         options = dict(split=split, size=size, seed=seed)
         captions += fields.build(shapes.make, options, where="evaluator shapes").captions()
@@ -227,6 +229,7 @@ def _object(from_ground_HWC, ground_C, region_HW) -> Seen:
     best = int(match_S.argmax())
     diameter = diameter_S[best] / res
     centre = (centre_S2[best] + [crop[1].start, crop[0].start]) / res
+    # The larger diameter over the smaller: too large and too small count alike.
     ratio = {n: np.exp(abs(np.log(diameter / d))) for n, d in shapes.SIZES.items()}
     size = min(ratio, key=ratio.get)
     column, row = (int(np.argmin(np.abs(np.subtract(shapes.CENTRES, v)))) for v in centre)
@@ -247,6 +250,7 @@ def _unmixed(from_ground_NC, ground_C):
     distances counts as 1.
     """
     axis_KC = np.array(list(shapes.COLOURS.values()), np.float32) - ground_C
+    # Least squares: a pixel's projection on the line from the ground to a colour.
     alpha_NK = np.clip(from_ground_NC @ axis_KC.T / np.square(axis_KC).sum(-1), 0, 1)
     misfit_NK = np.linalg.norm(from_ground_NC[:, None] - alpha_NK[..., None] * axis_KC, axis=-1)
     misfit_K = np.sqrt(np.square(misfit_NK).mean(0))
@@ -279,6 +283,7 @@ def _moments():
     rows = (np.arange(256) + 0.5) / 256 - 0.5
     moments = []
     for shape in shapes.SHAPES:
+        # A diameter of 0.8 leaves room for the star's tips, which reach 1.1 of the radius.
         drawn_HW = shapes.coverage(shape, (0.5, 0.5), 0.8, 256)
         area = drawn_HW.sum()
         moments.append((rows @ drawn_HW.sum(1) / area / 0.8, area / (0.8 * 256) ** 2))
@@ -290,6 +295,7 @@ def _regions(mask_HW) -> list[np.ndarray]:
     # Every pixel starts with a label of its own, and the largest label spreads until nothing
     # changes.
     label_HW = np.arange(1, mask_HW.size + 1).reshape(mask_HW.shape) * mask_HW
+    # No label ever falls, so equal sums mean equal labels.
     while (spread_HW := _spread(label_HW) * mask_HW).sum() != label_HW.sum():
         label_HW = spread_HW
     labels, sizes = np.unique(label_HW[mask_HW], return_counts=True)

@@ -55,6 +55,7 @@ def cutout(image_HWC, key):
     h, w, _ = image_HWC.shape
     y, x = jax.random.uniform(key, (2,))
     inside = lambda n, at: jnp.abs(jnp.arange(n) + 0.5 - at * n) < HOLE * n / 2
+    # Values lie in [-1, 1], so 0 is grey.
     return jnp.where((inside(h, y)[:, None] & inside(w, x))[..., None], 0, image_HWC)
 
 

@@ -14,6 +14,7 @@ from t2i_jax import errors
 from t2i_jax.models import attention, layers
 
 ACTIVATIONS = {
+    # In published configs "gelu" is the exact function. By default Flax approximates it.
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_new": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu,
@@ -109,6 +110,7 @@ class Layer(nn.Module):
     def _scale(self, x_ND, name: str):
         if not self.scaled:
             return x_ND
+        # The parameter is float32 and would widen tokens of half precision.
         return x_ND * Value(x_ND.shape[-1:], nn.initializers.ones, name=name)().astype(x_ND.dtype)
 
 

@@ -39,6 +39,7 @@ class Convolutional(nn.Module):
     def __call__(self, image_BHWC) -> Features:
         sizes = pyramid.widths(self.res, self.width, self.least)[::-1]
         x, maps = unet.Conv(sizes[0], name="enter")(image_BHWC), []
+        # None stands for the smallest size, after whose blocks nothing is left to shrink.
         for i, out in enumerate((*sizes[1:], None)):
             for j in range(self.depth):
                 x = pyramid.Plain(name=f"block_{i}_{j}")(x)

@@ -24,6 +24,7 @@ def conv(x_BHWC, kernel_HWIO, *args, **options):
     # With several devices the program stays the plain one.
     whole = functools.partial(_whole, args=args, options=options)
     rows = math.prod(x_BHWC.shape[:3])
+    # Two of the numbers are powers of two. So the gcd is the largest power that divides all.
     parts = math.gcd(len(x_BHWC), PARTS, _power_of_two(rows // ROWS))
     if parts < 2 or rows < FEW or jax.device_count() > 1:
         return whole(x_BHWC, kernel_HWIO)
@@ -48,6 +49,7 @@ def conv(x_BHWC, kernel_HWIO, *args, **options):
         y = fn(x, kernel)
         return y, sum(terms) if terms else jnp.zeros_like(y)
 
+    # Symbolic zeros spare the convolution of an operand that has no tangent.
     fn.defjvp(tangent, symbolic_zeros=True)
     return fn(x_BHWC, kernel_HWIO)
 
@@ -60,6 +62,7 @@ def of_doubled(x_BHWC, kernel_HWIO, *_, **__):
     products in place of 36, and on CPUs 1.7 times as fast.
     """
     b, h, w, _ = x_BHWC.shape
+    # At the default precision some accelerators would round the float32 kernel to fewer bits.
     folded = jnp.einsum("apk,bql,klio->abpqio", FOLD, FOLD, kernel_HWIO, precision="highest")
     folded = folded.astype(kernel_HWIO.dtype)
 

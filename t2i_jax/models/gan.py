@@ -108,6 +108,7 @@ class Generator(nn.Module):
         # A fixed key: the mean must be the same in every batch and in every program.
         z_MZ = jax.random.normal(jax.random.key(0), (MEAN_OF, self.noise))
         b = len(cond.pooled_BD)
+        # `style` reads nothing else of a condition. Row m·B + b has noise m and caption b.
         many = cond._replace(pooled_BD=jnp.tile(cond.pooled_BD, (MEAN_OF, 1)))
         return self.style(jnp.repeat(z_MZ, b, 0), many).reshape(MEAN_OF, b, -1).mean(0)
 
@@ -142,6 +143,7 @@ class OneStep(nn.Module):
         return z_BHWC
 
     def mean_style(self, cond: Cond):
+        # The style is the noise itself, whose mean is 0 for every caption.
         return jnp.zeros((len(cond.pooled_BD), *self.z_shape))
 
     def draw(self, z_BHWC, cond: Cond):
@@ -223,10 +225,12 @@ class Projected(nn.Module):
             while x.shape[1] >= 4 * pyramid.BASE and x.shape[1] % 2 == 0:
                 x = pyramid.Shrink(self.width, name=f"shrink_{i}_{x.shape[1]}")(x)
             x = pyramid.Plain(name=f"block_{i}")(layers.Dense(self.width, name=f"enter_{i}")(x))
+            # Maps of foreign networks may have an odd side, such as 7, which cannot be halved.
             if x.shape[1] % 2 == 0:
                 x = nn.leaky_relu(x, pyramid.SLOPE)
                 x = pyramid.Shrink(self.width, name=f"shrink_{i}")(x)
             h_BD += pyramid.Flat(self.width, name=f"mix_{i}")(x)
+        # The root keeps the variance of the sum near that of one map.
         h_BD, regions_BHWC = h_BD / len(maps) ** 0.5, maps[len(maps) // 2]
 
         def judgement(cond):
@@ -276,6 +280,7 @@ class Discriminator(nn.Module):
             h = self._level(last - 1, x_BHWC + self._read(x_BHWC, tokens_BSD, mask_BS))
             h_BD = self.mix(self._level(last, self.shrink[-1](h)))
             text_BE = self.text(self.text_norm(cond.pooled_BD))
+            # The first token is the null token of `TextTokens`, which is no word.
             return self.head(h_BD, x_BHWC, text_BE, tokens_BSD[:, 1:], cond.mask_BL)
 
         return tuple(judgement(cond) for cond in conds)

@@ -37,6 +37,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         wide = x.astype(jnp.float32)  # squares in half precision lose digits, or overflow
+        # The epsilon keeps the root of a zero vector, and its gradient, finite.
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
         if self.scale:
             wide = wide * self.param("scale", nn.initializers.ones, (x.shape[-1],))
@@ -114,6 +115,7 @@ class TextTokens(nn.Module):
         b = seq_BLE.shape[0]
         tokens_BLD = Dense(self.width, dtype=self.dtype, name="project")(RMSNorm()(seq_BLE))
         null_D = self.param("null", nn.initializers.normal(0.02), (self.width,))
+        # A float32 parameter would widen all other tokens when they are joined.
         null_B1D = jnp.broadcast_to(null_D.astype(tokens_BLD.dtype), (b, 1, self.width))
         mask_BS = jnp.concatenate([jnp.ones((b, 1), bool), mask_BL], 1)
         return jnp.concatenate([null_B1D, tokens_BLD], 1), mask_BS
@@ -174,6 +176,7 @@ def positions_2d(h: int, w: int, width: int):
             fix="use larger patches, smaller pictures or a narrower network",
         )
     # Positions are shares of the side, not pixels. So a network may read another resolution.
+    # A rate of 1 is half a wave along a side, one of 32 sixteen waves.
     rates = np.exp(np.linspace(0, np.log(32.0), width // 4))
 
     def waves(n):

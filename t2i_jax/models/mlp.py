@@ -48,6 +48,7 @@ class Generator(nn.Module):
     def __call__(self, z_BZ, cond: Cond):
         return self.draw(self.style(z_BZ, cond), cond)
 
+    # Borrowed: it asks for `style` and `noise` alone, which this class has, too.
     mean_style = gan.Generator.mean_style
     between = staticmethod(gan.Generator.between)
 

@@ -26,6 +26,7 @@ def widths(res: int, width: int, least: int) -> tuple[int, ...]:
 
 def check(res: int) -> None:
     """Raises ConfigError unless halving leads from `res` to BASE."""
+    # Only a power of two shares no bit with the number before it.
     if res < 2 * BASE or res & (res - 1):
         raise errors.ConfigError(
             f"res is {res}", where="config.res", fix="use 8, 16, 32, 64, 128, …"
@@ -39,6 +40,7 @@ class Plain(nn.Module):
     def __call__(self, x_BHWC):
         width = x_BHWC.shape[-1]
         h = unet.Conv(width)(nn.leaky_relu(x_BHWC, SLOPE))
+        # The last kernel is zero: without normalisation a random one would add variance each time.
         return x_BHWC + unet.Conv(width, zero=True)(nn.leaky_relu(h, SLOPE))
 
 

@@ -33,8 +33,10 @@ def advanced(params, vectors):
     def iterated(m, u):
         v = m.T @ (m @ u)
         length = jnp.linalg.norm(v)
+        # `where` computes both of its sides, so the divisor must not be 0 on either.
         return jnp.where(length > TINY, v / jnp.maximum(length, TINY), u)
 
+    # The vectors are the state of an iteration, which no loss differentiates.
     return jax.lax.stop_gradient(_of_each(iterated, params, vectors))
 
 

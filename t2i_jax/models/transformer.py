@@ -91,10 +91,12 @@ class Backbone(nn.Module):
         # Keys and values of all blocks are computed before the scan, which then gets one block's at
         # each turn. So a sampler can compute them once.
         if self.scan:
+            # Every block has its own parameters and adapters, and its own random first values.
             stack = dict(
                 variable_axes={"params": 0, lora.COLLECTION: 0}, split_rngs={"params": True}
             )
             keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)
+            # Each block reads its own keys and values. The condition and the mask serve all.
             axes = (0, nn.broadcast, nn.broadcast)
             block = nn.scan(block, in_axes=axes, length=self.depth, **stack)
         copies = 1 if self.scan else self.depth

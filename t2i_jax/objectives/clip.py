@@ -95,6 +95,7 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
     """
     sizes = {"image": {}, "caption": {}, **model}
     plugins.check_nets(sizes, NETS, where=where)
+    # SigLIP's start (arXiv:2303.15343): with so few positives, most pairs begin as negatives.
     learned = dict(scale=math.log(10), offset=-10.0) if sigmoid else {}
     if source and not sizes["image"]:
         net = opener.open(source).module(Features)

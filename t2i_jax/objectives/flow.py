@@ -128,6 +128,7 @@ class Flow:
             value_B = self.loss_at(nets, x, cond, noise, jnp.full(keys_B.shape, t))
             return losses.weighted_mean(value_B, batch["weight"])
 
+        # One time after another: all at once would need the memory of eight batches.
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
     def sample(
@@ -180,8 +181,13 @@ class Flow:
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
+<<<<<<< HEAD
         x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
         z = self.path.mix(x, noise, strength)
+=======
+        z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
+        # All steps are done at any strength: their number is a shape, and one program serves all.
+>>>>>>> edit
         ts_S = strength * ode.times(steps, shift)
         return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)
 
@@ -190,6 +196,7 @@ class Flow:
         cond, path = self.text.encode(nets, batch), self.path
 
         def under(cond):
+            # What follows from the caption alone is computed once, not in each step of the solver.
             prepared = self.model.apply(nets["model"], cond, method="prepare")
 
             def velocity(state, t_B):
@@ -201,6 +208,7 @@ class Flow:
 
         null = self.text.negative(nets, batch)
         if null is None:
+            # Training drops captions to the same null condition.
             null = condition.drop(cond, jnp.ones(batch["index"].shape, bool))
         pair = under(jax.tree.map(guide.interleave, cond, null))
         field = guide.cfg(pair, under(cond), guidance, interval)

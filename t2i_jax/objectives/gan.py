@@ -193,7 +193,9 @@ class GAN(NamedTuple):
         """The game, the contrast, images beside captions of others, and the penalties."""
         options, critic, weight_B = self.options, self.critic, batch["weight"]
         game, _ = games.GAMES[options.game]
+        # No stop_gradient is needed: the loss is differentiated for the discriminator alone.
         drawn = self._drawn(nets, batch, key)
+        # Once a step is enough: the generator's loss then sees the same vectors.
         nets, mutated = critic.advanced(nets)
         conds = (drawn.cond,)
         if options.mismatch:
@@ -221,6 +223,7 @@ class GAN(NamedTuple):
         _, game = games.GAMES[options.game]
         drawn, real_B = self._drawn(nets, batch, key), 0.0
         (fake,) = critic.judge(nets, drawn.image_BHWC, (drawn.cond,), drawn.augment_B, step)
+        # Other games' generators are not compared with real images, which saves a pass.
         if options.game == "relativistic":
             real_B = critic.logit(nets, batch["image"], drawn.cond, drawn.augment_B, step)
         value = losses.weighted_mean(game(real_B, fake.logit_B), batch["weight"])
@@ -289,6 +292,7 @@ class GAN(NamedTuple):
         mix = lambda a, b: (1 - share) * a + share * b
         style_B = self.generator.between(style_B, follow(style_B), share)
         other = follow(cond)
+        # At either end the caption that has no share is not read.
         either_BL = (cond.mask_BL & (share < 1)) | (other.mask_BL & (share > 0))
         cond = Cond(
             mix(cond.seq_BLD, other.seq_BLD), either_BL, mix(cond.pooled_BD, other.pooled_BD)
@@ -322,6 +326,7 @@ class GAN(NamedTuple):
             mean_B = self.generator.apply(nets["gen"], cond, method="mean_style")
             return mean_B + truncation * (style_B - mean_B)
 
+        # The mean takes the styles of many draws. At 1 it would change nothing.
         return jax.lax.cond(truncation == 1, lambda: style_B, truncated), cond
 
     def _render(self, nets, style_B, cond):

@@ -209,6 +209,7 @@ class Latent:
         draw_B = jax.vmap(jax.random.uniform)(keys[4])
         # A dropped caption is an empty one before it is encoded.
         dropped = lambda x: jnp.where(draw_B[:, None] < self.options.text_dropout, 0, x)
+        # The cast makes a mask of bools again, of which `where` with 0 makes integers.
         tokens = jax.tree.map(lambda x: dropped(x).astype(x.dtype), batch["text"])
         cond = self.cond(nets, tokens, size, self.options.guidance)
         value_B = self.loss_at(nets, z0, cond, noise, t_B)
@@ -225,6 +226,7 @@ class Latent:
             value_B = self.loss_at(nets, z0, cond, noise, jnp.full(len(noise), t))
             return losses.weighted_mean(value_B, batch["weight"])
 
+        # One time after another: all at once would need the memory of eight batches.
         return jax.lax.map(at, jnp.array(HELD_OUT_TIMES))
 
     # ---- Drawing ----
@@ -265,6 +267,7 @@ class Latent:
         batch,
         key,
         *,
+        # Static: it decides how many steps are done, which is a shape.
         strength: Annotated[float, fields.between(0, 1), fields.STATIC] = 0.8,
         guidance: Guidance = 5.0,
         steps: Steps = 28,
@@ -329,6 +332,7 @@ class Latent:
         cond = self.cond(nets, batch["text"], size, guidance)
 
         def under(cond):
+            # As in `flow`: what follows from the caption alone is computed once for all steps.
             prepared = self.model.apply(nets["model"], cond, method="prepare")
             return lambda z, t_B: self.model.apply(nets["model"], z, t_B, cond, prepared)
 

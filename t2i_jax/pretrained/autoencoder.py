@@ -16,6 +16,7 @@ from t2i_jax.models.types import Moments
 from t2i_jax.pretrained import hf, residual, tensors
 
 KINDS = ("AutoencoderKL", "VQModel")
+# The published networks have it, though no config.json says so.
 EPSILON = 1e-6
 LOGVAR = (-30.0, 20.0)  # what is beyond is cut off
 _FIELDS = {
@@ -53,6 +54,7 @@ def names(config) -> tensors.Names:
             f"{coder}/middle/attention/qkv": tuple(f"{attends}.to_{x}" for x in "qkv"),
             f"{coder}/middle/attention/out": f"{attends}.to_out.0",
         }
+    # Checkpoints of the first versions of diffusers call the attention's products so.
     old = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
     renamed = tuple((f"attentions.0.{x}.", f"attentions.0.{y}.") for x, y in old)
     return tensors.Names(tensors=table, renamed=renamed)
@@ -68,6 +70,7 @@ class Attention(nn.Module):
     def __call__(self, x_BHWC):
         b, h, w, c = x_BHWC.shape
         norm = residual.norm(self.groups, EPSILON, dtype=self.dtype, name="norm")
+        # Places of all pictures as rows of one matrix: faster on CPUs, see `layers.flat`.
         y_NC = norm(x_BHWC).reshape(-1, c)
         qkv_ND = nn.Dense(3 * c, dtype=self.dtype, name="qkv")(y_NC)
         heads = jnp.split(qkv_ND.reshape(b, h * w, 1, 3 * c), 3, axis=-1)
@@ -207,6 +210,7 @@ class Autoencoder(nn.Module):
     @property
     def tile(self) -> int:
         """Side of the tiles that large latents are decoded in, see `sampling.tiles`."""
+        # Tiles of one place could not overlap: they would step by 0.
         return max(self.res // self.factor, 2)
 
     @property
@@ -285,8 +289,10 @@ class Quantised(Autoencoder):
         latent_NC = latent_BHWC.astype(jnp.float32).reshape(-1, self.latent_channels)
         entry_KC = self.codebook.embedding
         # |latent − entry|² without the latent's square, which is the same for all entries.
+        # Accelerators round factors to bfloat16 or TF32 by default. Another entry might then win.
         product_NK = jnp.matmul(latent_NC, entry_KC.T, precision="highest")
         nearest_N = jnp.argmin(jnp.square(entry_KC).sum(-1) - 2 * product_NK, axis=-1)
+        # The sum of both is the entry's value with the latent's gradient.
         change_NC = jax.lax.stop_gradient(self.codebook(nearest_N) - latent_NC)
         return super().decode((latent_NC + change_NC).reshape(latent_BHWC.shape))
 
@@ -300,6 +306,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
+    # A null stands for the default, as a missing field does.
     config = {field: value for field, value in config.items() if value is not None}
     if config["model_type"] == "VQModel":
         config = {"latent_channels": 3} | config  # by default, and an entry has as many

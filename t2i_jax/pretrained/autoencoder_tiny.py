@@ -64,6 +64,7 @@ class Encoder(nn.Module):
         x_BHWC = residual.conv(self.widths[0], dtype=dtype, name=name())(x_BHWC)
         for i, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
             if i:
+                # "SAME" would pad even sides below and to the right alone.
                 half = dict(padding=((1, 1), (1, 1)), use_bias=False, dtype=dtype)
                 x_BHWC = residual.halving(width, **half, name=name())(x_BHWC)
             for _ in range(depth):

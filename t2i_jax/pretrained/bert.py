@@ -70,6 +70,7 @@ KINDS = ("bert", "distilbert", *ROBERTAS)
 
 
 def names(config) -> tensors.Names:
+    # `vocab_` begins the parts of DistilBERT's head for hidden words.
     heads = ("cls.*", "classifier.*", "qa_outputs.*", "lm_head.*", "vocab_*")
     return tensors.Names(
         tensors=_DISTILBERT if config["model_type"] == "distilbert" else _BERT,
@@ -111,6 +112,7 @@ class Bert(nn.Module):
     @nn.compact
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
         """BLD after the embeddings and after every layer; only valid tokens mean anything."""
+        # Called for RoBERTa, too, as it refuses captions that are too long.
         place_BL = blocks.positions(text_BL, self.positions)[None]
         if self.padding is not None:
             counted_BL = text_BL != self.padding
@@ -139,6 +141,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Bert:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
     if config["model_type"] == "distilbert":
+        # Where a config.json lacks a field, its class's default holds, which is not BERT's.
         config = {"n_layers": 6} | config
         sizes = hf.fields(config, Bert, _DISTILBERT_FIELDS) | {"segments": 0}
     else:
@@ -147,6 +150,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Bert:
         sizes = hf.fields(config, Bert, _FIELDS, _IMPLEMENTED)
     if config["model_type"] in ROBERTAS:
         pad = config.get("pad_token_id", 1)
+        # The table needs one place at least behind the padding's.
         if type(pad) is not int or not 0 <= pad < sizes["max_length"] - 1:
             raise errors.ConfigError(
                 f"pad_token_id is {pad!r}", where=hf.CONFIG, fix="it should be like 1"

@@ -126,6 +126,7 @@ class ClipText(blocks.Causal):
         """Token states, zero where the mask is False, and the end token's last, projected."""
         *states, last_BLD = self.states(text_BL, mask_BL)
         seq_BLD = states[-1 - self.skip] if self.skip else last_BLD
+        # The first place counts: padding often has the end's number, too, and is not always masked.
         if self.end == FIRST_END:
             end_B = jnp.argmax(jnp.where(mask_BL, text_BL, -1), axis=1)
         else:

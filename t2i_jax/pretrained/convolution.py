@@ -12,6 +12,7 @@ from t2i_jax import errors
 class Norm(nn.Module):
     """Batch norm by stored statistics: `mean` and `var` are parameters, too."""
 
+    # The default of TensorFlow, where these networks were trained; torch's is 1e-5.
     epsilon: float = 1e-3
 
     @nn.compact
@@ -21,6 +22,7 @@ class Norm(nn.Module):
         bias_C = self.param("bias", nn.initializers.zeros, shape)
         mean_C = self.param("mean", nn.initializers.zeros, shape)
         var_C = self.param("var", nn.initializers.ones, shape)
+        # One factor and one term for each channel: a map takes one product and one sum.
         factor_C = scale_C * jax.lax.rsqrt(var_C + self.epsilon)
         return x_BHWC * factor_C + (bias_C - mean_C * factor_C)
 
@@ -43,6 +45,7 @@ class Depthwise(nn.Module):
         sides = x_BHWC.shape[1:3]
         pads = jax.lax.padtype_to_pads(sides, window, strides, "SAME")
         x_BHWC = jnp.pad(x_BHWC, ((0, 0), *pads, (0, 0)))
+        # From the first to the last pixel that one tap reads: "SAME" makes ⌈side / stride⌉ outputs.
         spans = [(-(-side // self.stride) - 1) * self.stride + 1 for side in sides]
         part = lambda i, j: x_BHWC[
             :, i : i + spans[0] : self.stride, j : j + spans[1] : self.stride

@@ -52,6 +52,7 @@ def names(config) -> tensors.Names:
             "norm": "layernorm",
         },
         prefixes=("dinov2.", "dinov2_with_registers."),
+        # The mask token hides patches in pretraining alone.
         ignored=("embeddings.mask_token", "classifier.*"),
     )
 
@@ -102,6 +103,7 @@ class Dino(nn.Module):
 
     def states(self, image_BHWC) -> list[jax.Array]:
         """BLD before the layers and after each, not normed but for one more: the last's, normed."""
+        # `res` may be no multiple of a patch, where it is the side that the positions belong to.
         if image_BHWC.shape[1:] != (self.res, self.res, 3):
             vit.check_side(image_BHWC, self.patch)
         x_BHWD = self.patches(vit.normalise(image_BHWC, self.mean, self.std))
@@ -153,6 +155,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", res: int | Non
     blocks.check(sizes)
     vit.check_patches(sizes, sizes["learned"])
     crop = config.get("preprocessor", {}).get("crop_size", sizes["learned"])
+    # Older preprocessors write one number, newer ones height and width.
     crop = crop.get("height") if isinstance(crop, dict) else crop
     sizes["res"] = crop if res is None else res
     whole = sizes["res"] == sizes["learned"] or (

@@ -20,6 +20,7 @@ SINUSOIDS = 256  # of a time or a guidance scale
 
 def norm(x_BTD):
     """Layer norm without parameters, float32 (DiT, arXiv:2212.09748)."""
+    # In two passes: the mean of squares minus the squared mean loses digits.
     wide = x_BTD.astype(jnp.float32)
     wide -= wide.mean(-1, keepdims=True)
     return wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + 1e-6)
@@ -195,6 +196,7 @@ class JointBlock(nn.Module):
         out, out_text = self.attn(entered(x_BTD, shift, scale), h_text, turn)
         if self.dual:
             shift2, scale2, gate2 = second
+            # It reads the block's input, too, not what the first attention adds.
             out2, _ = self.attn2(entered(x_BTD, shift2, scale2))
         x_BTD = x_BTD + layers.gate(out, gate)
         x_BTD = x_BTD + layers.gate(out2, gate2) if self.dual else x_BTD

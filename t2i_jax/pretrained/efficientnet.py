@@ -75,6 +75,7 @@ class EfficientNet(nn.Module):
     def __call__(self, image_BHWC) -> Features:
         convolution.check(image_BHWC, self.res, "EfficientNet")
         x_BHWC = (127.5 * image_BHWC + 0.5) / 128  # as trained, (x - 127) / 128 of 0 … 255
+        # Strided ones pad more at the end, as TensorFlow does and Linen by default, but not torch.
         conv = lambda *args, name: nn.Conv(*args, use_bias=False, name=name)
         x_BHWC = conv(STEM, (3, 3), 2, name="conv_stem")(x_BHWC)
         x_BHWC = nn.relu6(convolution.Norm(name="bn0")(x_BHWC))

@@ -61,6 +61,7 @@ class SingleBlock(nn.Module):
         h_BTD = dit.entered(x_BTD, shift, scale).astype(self.dtype)
         q, k, v = self.attn(h_BTD)
         seen_BTD = attention.merge_heads(attention.attention(turn(q), turn(k), v))
+        # The kernel's rows are in this order. Linen's GELU is the tanh form, as theirs here.
         both = jnp.concatenate([seen_BTD, nn.gelu(flat(self.proj_mlp, h_BTD))], -1)
         return x_BTD + layers.gate(flat(self.proj_out, both), gate)
 
@@ -123,11 +124,13 @@ class Flux(nn.Module):
         c_BD = self.time_text_embed(t_B, of_text_BD)
         b, height, width, c = z_BHWC.shape
         rows, columns = height // PACK, width // PACK
+        # A token lists its four pixels channel by channel, as the pipeline of diffusers packs them.
         grid = z_BHWC.reshape(b, rows, PACK, columns, PACK, c).transpose(0, 1, 3, 5, 2, 4)
         x_BTD = flat(self.x_embedder, grid.reshape(b, rows * columns, -1).astype(jnp.float32))
         turn = turned(rows, columns, self.axes)
         for block in self.transformer_blocks:
             x_BTD, text_BSD = block(x_BTD, text_BSD, c_BD, turn)
+        # Diffusers has the text first. Attention sees no order, and `turn` wants the image first.
         x_BTD = jnp.concatenate([x_BTD, text_BSD], 1)
         for block in self.single_transformer_blocks:
             x_BTD = block(x_BTD, c_BD, turn)
@@ -141,6 +144,8 @@ def turned(rows: int, columns: int, axes):
     """A function that turns the first rows · columns tokens' pairs of numbers by their places
     (RoPE, arXiv:2104.09864), x_BTNH -> the same. Text, behind them, has place 0 and stays.
     """
+    # The sizes are static: angles are made in float64 on the host, and are constants of the
+    # program.
     places = np.stack(np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij"), -1)
     places = np.concatenate([np.zeros((rows * columns, 1)), places.reshape(-1, 2)], 1)
     rates = [PERIOD ** -(np.arange(0, width, 2) / width) for width in axes]
@@ -165,6 +170,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
+    # In diffusers the pipeline packs pixels, so the network's own patch is 1.
     implemented = {"patch_size": 1, "out_channels": None}
     sizes = hf.fields(config, Flux, _FIELDS, implemented)
     axes = residual.sizes(config, "axes_dims_rope", (16, 56, 56), 3)

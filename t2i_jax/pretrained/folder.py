@@ -90,6 +90,7 @@ def _three(conds, width) -> Cond:
         t5_BLD = t5.seq_BLD.astype(pair_BLD.dtype)
     seq_BLD = jnp.concatenate([pair_BLD, t5_BLD], axis=1)
     pooled_BD = jnp.concatenate([c.pooled_BD for c in towers], axis=-1)
+    # The denoiser learned with padding in sight.
     return Cond(seq_BLD, jnp.ones(seq_BLD.shape[:2], bool), pooled_BD)
 
 
@@ -163,6 +164,7 @@ class Folder(NamedTuple):
 
     def has(self, part: str) -> bool:
         """Whether the pipeline has a network in this folder."""
+        # A part that a pipeline lacks is written as [null, null].
         kind = self.index.get(part)
         return isinstance(kind, list) and bool(kind) and all(kind)
 
@@ -324,6 +326,8 @@ class Captions:
     def _read(self, tokens, encoder: Encoder) -> Tokens:
         """An encoder's tokens as its pipeline reads them."""
         (ids_BL, mask_BL), tokenizer = tokens[encoder.part], self.tokenizers[encoder.part]
+        # Tokenizers here leave an empty caption without tokens. These encoders know it by its
+        # special ones.
         special, none_B1 = tokenizer.special, ~mask_BL.any(1, keepdims=True)
         empty_L = np.full(ids_BL.shape[1], tokenizer.pad, np.int32)
         empty_L[: len(special)] = special

@@ -47,6 +47,7 @@ def names(config) -> tensors.Names:
             "head": "lm_head",
         },
         prefixes=("transformer.",),
+        # `attn.bias` is the causal mask, which torch saves as a buffer.
         ignored=("h.*.attn.bias", "h.*.attn.masked_bias", "lm_head.*"),
         untransposed=True,
     )
@@ -73,6 +74,8 @@ class Gpt2(blocks.Causal):
     def setup(self):
         super().setup()
         if self.logits == "head":
+            # The file's matrix is (vocab, width), an embedding's shape, whose `attend` makes
+            # logits.
             self.head = nn.Embed(self.vocab, self.width, dtype=self.dtype)
 
     def states(self, text_BL, mask_BL) -> list[jax.Array]:
@@ -88,6 +91,7 @@ class Gpt2(blocks.Causal):
         x_BLD = self.word(text_BL) + self.position(place_BL)
         x_ND, grown = x_BLD.reshape(-1, self.width), []
         for layer, old in zip(self.layer, cache, strict=True):
+            # With a cache a layer reads of the mask only its shape.
             x_ND, new = layer(x_ND, jnp.ones(text_BL.shape, bool), old, place_BL)
             grown.append(new)
         words = self.head if self.logits == "head" else self.word
@@ -150,6 +154,7 @@ def generate(
     order_BL = jnp.argsort(~mask_BL, axis=1, stable=True)  # padding to the end
     text_BL = jnp.take_along_axis(text_BL, order_BL, axis=1)
     extend = functools.partial(net.apply, variables, method="extend")
+    # Padding is written to the cache behind its row, where new tokens replace it before any look.
     place_BL = jnp.broadcast_to(jnp.arange(length), text_BL.shape)
     logits_BLV, cache = extend(text_BL, place_BL, net.empty_cache(b, length + new))
     last_B = mask_BL.sum(1) - 1
@@ -169,6 +174,7 @@ def generate(
         logits_B1V, cache = extend(token_B[:, None], (last_B + 1 + i)[:, None], cache)
         return (logits_B1V[:, 0], cache, alive_B), (token_B, alive_B)
 
+    # A row without a prompt has no last token to go on from, so it has ended.
     start = (logits_BV, cache, mask_BL.any(1))
     _, (text_NB, mask_NB) = jax.lax.scan(step, start, jnp.arange(new))
     return text_NB.T, mask_NB.T
@@ -182,6 +188,7 @@ def _keep(logits_BV, top_k: int, top_p: float):
         floor_B1 = sorted_BV[:, top_k - 1 : top_k]
     probability_BV = jax.nn.softmax(jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf))
     before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
+    # A token is kept while those before it fall short of top_p, the likeliest even at 0.
     kept_B1 = jnp.maximum((before_BV < top_p).sum(-1, keepdims=True), 1)
     nucleus_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
     return jnp.where(logits_BV >= jnp.maximum(floor_B1, nucleus_B1), logits_BV, -jnp.inf)
@@ -198,6 +205,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Gpt2:
     sizes = hf.fields(config, Gpt2, _FIELDS, _IMPLEMENTED)
     blocks.check(sizes)
     if not config.get("tie_word_embeddings", True):
+        # The file has an untied head only if the class that saved it has one.
         saved_as = str(config.get("architectures"))
         sizes["logits"] = "head" if re.search("LMHead|DoubleHeads", saved_as) else "none"
     return Gpt2(**sizes, dtype=dtype)

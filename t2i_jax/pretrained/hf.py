@@ -160,6 +160,8 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
         value = found[ours] = tuple(value) if isinstance(value, list) else value
         many = isinstance(default, tuple)
         entries, like = (value, default[0]) if many else ((value,), default)
+        # isinstance would take true for the number 1. No comparison holds for NaN, so it is
+        # refused.
         fits = [type(x) is type(like) and (isinstance(x, str | bool) or x > 0) for x in entries]
         # An empty list has no sensible size, either.
         if type(value) is not type(default) or value == () or not all(fits):
@@ -186,6 +188,7 @@ def number(config: dict, name: str, default, kind: type = int):
     value = config.get(name)
     if value is None:
         return default
+    # JSON's 1 may stand for 1.0, but true for no number.
     if type(value) not in (kind, int) or not 0 < value <= LARGE:
         raise errors.ConfigError(
             f"{name} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
@@ -244,6 +247,7 @@ def offline_except(*names):
 @functools.cache
 def _fetch(whole: str, part: str) -> pathlib.Path:
     """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone."""
+    # A part's name becomes a pattern, in which its characters must mean themselves.
     within, beside = (f"{glob.escape(name)}/" if part else "" for name in (part, _beside(part)))
     texts = [folder + name for folder in {within, beside} for name in TEXTS]
     weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
@@ -252,6 +256,7 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
     for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
         name = f"{whole}#{part}" if part else whole
         patterns = [*texts, *(within + pattern for pattern in patterns)]
+        # The hub's `*` matches "/", too: the last argument keeps files of deeper folders out.
         folder = _snapshot(whole, name, patterns, f"{within}*/*")
         if weights(folder / part):
             break

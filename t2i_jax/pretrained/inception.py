@@ -130,6 +130,7 @@ STEM = (
 BLOCKS = {
     **{"Mixed_5b": _a(32), "Mixed_5c": _a(64), "Mixed_5d": _a(64), "Mixed_6a": _b()},
     **{"Mixed_6b": _c(128), "Mixed_6c": _c(160), "Mixed_6d": _c(160), "Mixed_6e": _c(192)},
+    # The graph's last block takes maxima where the one before it averages.
     **{"Mixed_7a": _d(), "Mixed_7b": _e(_mean), "Mixed_7c": _e(_largest)},
 }
 
@@ -204,6 +205,7 @@ def names(config) -> tensors.Names:
             for part in ("conv", "bn"):
                 ours = f"{path}{conv.name}/{part}"
                 table[tensors.pattern(ours)] = tensors.pattern(ours).replace("/", ".")
+    # num_batches_tracked counts training steps for torch's running means, which are final here.
     return tensors.Names(tensors=table, ignored=("fc.bias", "*.num_batches_tracked"))
 
 

@@ -69,6 +69,7 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
                     modules.append(module)
             ranks.add(pair.a.shape[-1])
         rank = max(ranks)
+        # With alpha = r PEFT scales by 1, as the scale is in the matrices already.
         own = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
         notes |= {f"{part}.{name}": value for name, value in own.items()}
     note = {"format": "pt", METADATA: json.dumps(notes, sort_keys=True)}
@@ -140,6 +141,7 @@ def combined(adapters):
             sums.setdefault(path, []).append((a, weight * b))
     flat = {}
     for path, pairs in sums.items():
+        # (A₁ A₂)·(B₁ over B₂) = A₁·B₁ + A₂·B₂: exact, and its rank is the sum of the ranks.
         flat[f"{path}/a"] = np.concatenate([a for a, _ in pairs], axis=-1)
         flat[f"{path}/b"] = np.concatenate([b for _, b in pairs], axis=-2)
     return traverse_util.unflatten_dict(flat, sep="/")
@@ -172,6 +174,7 @@ def _joined(source, tensors, pairs, path) -> dict:
     """The pair of a layer's kernel that joins several modules; those without one add nothing."""
     inputs, outputs = math.prod(source.shape[:-1]), source.shape[-1]
     width = outputs // len(pairs)
+    # A layer of which no module has a pair gets rank 0, and `_stacked` fills it up.
     columns, rows = [np.zeros((inputs, 0), np.float32)], [np.zeros((0, outputs), np.float32)]
     for i, pair in enumerate(pairs):
         if pair is None:
@@ -250,6 +253,7 @@ def _options(notes, path) -> dict[str, dict]:
     try:
         values = json.loads(notes.get(METADATA, "{}"))
         flat = {key: value for key, value in values.items() if key.count(".")}
+    # A list has no `items`, and JSON that is nested too deeply ends in a RecursionError.
     except (ValueError, AttributeError, RecursionError) as e:
         raise errors.DataError(
             f"its note {METADATA} is no JSON object: {e}", where=str(path), fix="save it again"
@@ -257,6 +261,7 @@ def _options(notes, path) -> dict[str, dict]:
     options = {}
     for key, value in flat.items():
         part, _, name = key.partition(".")
+        # Ignored, these options would silently change what the adapter adds.
         if name in ("alpha_pattern", "rank_pattern", "use_dora") and value:
             raise errors.DataError(
                 f"{name} is not implemented", where=str(path), fix="save the adapters merged"
@@ -268,6 +273,7 @@ def _options(notes, path) -> dict[str, dict]:
 
 def _dotted(flat: str, plan) -> str:
     """The module that kohya writes with "_" for dots; as it is where the network lacks it."""
+    # Names have underscores of their own. So only the network's list tells which were dots.
     modules = [module_of(tensor) for source in plan.values() for tensor in source.tensors]
     names = {module.replace(".", "_"): module for module in modules}
     return names.get(flat, flat)

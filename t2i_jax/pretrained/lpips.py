@@ -52,6 +52,7 @@ class Lpips(nn.Module):
         maps, weights = self._stages(jnp.concatenate([x_BHWC, y_BHWC]))
         pairs = [jnp.split(_normalise(map_BHWC), 2) for map_BHWC in maps]
         each = [
+            # The 1 × 1 convolution is linear. Behind the mean it is a small product.
             convolution.pool((a_BHWC - b_BHWC) ** 2) @ weight_C
             for (a_BHWC, b_BHWC), weight_C in zip(pairs, weights, strict=True)
         ]

@@ -67,6 +67,7 @@ class Checkpoint(NamedTuple):
             at = f"config.text.{self.name}"
             return fields.build(self.family.from_config, options, config, where=at)
         except errors.ConfigError as e:
+            # Families do not know the folder: what they call config.json gets its path here.
             if e.where != hf.CONFIG:
                 raise
             raise errors.ConfigError(e.what, where=where, fix=e.fix) from e

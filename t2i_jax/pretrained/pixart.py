@@ -76,6 +76,7 @@ class Times(nn.Module):
         self.timestep_embedder = Embedding(self.width)
         self.linear = nn.Dense(6 * self.width, dtype="float32")
         if self.sized:
+            # Height, width and their ratio take a third each. Both sides share one embedding.
             third = self.width // 3
             self.resolution_embedder, self.aspect_ratio_embedder = (
                 Embedding(third) for _ in range(2)
@@ -123,6 +124,7 @@ class Block(nn.Module):
         mods = jnp.moveaxis(self.table() + mods_B6D.reshape(-1, 6, self.width), 1, 0)
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = mods
         x_BTD = x_BTD + layers.gate(self.attn1(dit.entered(x_BTD, shift, scale)), gate)
+        # PixArt has neither norm nor gate here.
         x_BTD = x_BTD + self.attn2(x_BTD, text_kv, mask_BS)
         h = self.ff(dit.entered(x_BTD, shift_mlp, scale_mlp).astype(self.dtype))
         return x_BTD + layers.gate(h, gate_mlp)
@@ -180,6 +182,7 @@ class PixArt(nn.Module):
         x_BTD += dit.sincos_2d(*places, x_BTD.shape[-1])
         for block, text_kv in zip(self.transformer_blocks, kvs, strict=True):
             x_BTD = block(x_BTD, text_kv, cond.mask_BL, mods_B6D)
+        # The last modulation is of the embedding itself, not of the six vectors made of it.
         shift_BD, scale_BD = jnp.moveaxis(self.table() + c_BD[:, None], 1, 0)
         x_BTD = flat(self.proj_out, dit.entered(x_BTD, shift_BD, scale_BD))
         x_BHWC = layers.depth_to_space(x_BTD.reshape(len(z_BHWC), rows, columns, -1), self.patch)
@@ -193,9 +196,11 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
     sizes = hf.fields(config, PixArt, _FIELDS, _IMPLEMENTED)
+    # What a config leaves out, diffusers takes from the side: 1024 pixels are 128 places.
     sized = config.get("use_additional_conditions")
     return PixArt(
         **sizes,
+        # Where it is missing it is 8, where it is null as many as come in.
         out_channels=hf.number({"out_channels": 8} | config, "out_channels", sizes["channels"]),
         interpolation=hf.number(
             config, "interpolation_scale", max(sizes["side"] // 64, 1.0), float

@@ -88,6 +88,7 @@ class Larger(nn.Module):
     @nn.compact
     def __call__(self, x_BHWC, size):
         now = x_BHWC.shape[1:3]
+        # Doubling is the common case, and has a faster program.
         if tuple(size) == (2 * now[0], 2 * now[1]):
             return doubling(self.width, dtype=self.dtype, name="conv")(x_BHWC)
         for axis in (0, 1):  # a side that was odd before it was halved

@@ -102,6 +102,7 @@ class SD3(nn.Module):
                 where="the picture's size",
                 fix="draw a smaller picture",
             )
+        # In torch the table is a buffer. Only a parameter is read from the file and written back.
         whole = jax.lax.stop_gradient(self.place()).reshape(self.places, self.places, -1)
         top, left = ((self.places - n) // 2 for n in (rows, columns))
         middle = whole[top : top + rows, left : left + columns]

@@ -35,6 +35,7 @@ _MT5 = {  # where the config lacks them
 }
 PROJECTIONS = {
     "relu": (False, "relu"),
+    # transformers reads this name as the tanh form, and so T5 1.1 learned.
     "gated-gelu": (True, "gelu_new"),
     "gated-silu": (True, "silu"),
 }
@@ -47,6 +48,7 @@ def names(config) -> tensors.Names:
     return tensors.Names(
         tensors={
             "word": "encoder.embed_tokens",
+            # The file has the table that all layers share in the first one.
             "bias/table": f"encoder.block.0.layer.0.{bias}",
             "layer_bias_{}/table": f"{block}0.{bias}",
             "layer_{}/qkv": tuple(f"{block}0.SelfAttention.{x}" for x in "qkv"),
@@ -97,6 +99,7 @@ class Layer(nn.Module):
         qkv = dense(3 * self.heads * self.head_width, name="qkv")(h_ND)
         qkv = qkv.reshape(*mask_BL.shape, 3, self.heads, self.head_width)
         q_BLKH, k_BLKH, v_BLKH = (qkv[:, :, i] for i in range(3))
+        # T5 does not divide by √H: its initial weights make up for it.
         seen_BLKH = attention.attention(
             q_BLKH, k_BLKH, v_BLKH, mask_BS=mask_BL, bias_NTS=bias_KLL, scale=1.0
         )
@@ -170,6 +173,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> T5:
     gated, activation = PROJECTIONS[projection]
     own_bias = config["model_type"] == "umt5"
     sizes = hf.fields(config, T5, _FIELDS)
+    # `_bucket` divides by buckets // 4 and by the logarithm of max_distance over it.
     if sizes["buckets"] < 4 or sizes["max_distance"] <= sizes["buckets"] // 4:
         raise errors.ConfigError(
             f"{sizes['buckets']} buckets for distances up to {sizes['max_distance']}",
@@ -189,6 +193,7 @@ def _bucket(offset_LL, buckets: int, max_distance: int):
     """
     half = buckets // 2
     exact, far = half // 2, np.abs(offset_LL)
+    # np.where computes both sides: the maximum keeps the logarithm finite where it is not taken.
     steps = np.log(np.maximum(far, 1) / exact) / math.log(max_distance / exact) * (half - exact)
     large = np.minimum(exact + steps.astype(np.int32), half - 1)
     return jnp.asarray(np.where(far < exact, far, large) + half * (offset_LL > 0), jnp.int32)

@@ -87,6 +87,8 @@ class Source(NamedTuple):
         parts = []
         for layer in value if self.layers else [value]:
             for part in np.split(layer.reshape(self.shape), len(self.by_layer[0]), axis=-1):
+                # argsort inverts a permutation. The copy is for safetensors, which writes memory as
+                # it lies.
                 parts.append(np.ascontiguousarray(part.transpose(np.argsort(self.axes))))
         return parts
 
@@ -119,10 +121,12 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
             elif (kind := found[source].kind) not in hf.FLOATS:
                 problems.append(f"{source}: want one of {', '.join(hf.FLOATS)}, found {kind}")
         plan[path] = made._replace(tensors=[found.get(name) for name in sources], axes=axes)
+    # Without prefixes startswith(()) is False, so every unused tensor is reported below.
     trunk = lambda source: found[source].name.startswith(names.prefixes)
     headed = any(map(trunk, found))
     for source in sorted(found.keys() - used):
         if not ignored(source, names) and not (headed and not trunk(source)):
+            # A file's names may be of any length.
             problems.append(f"{source[:200]}: want none, found {found[source].shape}")
     if problems:
         more = " …" if len(problems) > hf.SHOWN else ""
@@ -158,6 +162,7 @@ def stored(sources: dict[str, Source]):
 
     def one(source):
         kinds = {hf.FLOATS[tensor.kind] for tensor in source.tensors}
+        # float32 holds both half precisions exactly, and JAX has no float64 unless x64 is on.
         (kind,) = kinds if len(kinds) == 1 and kinds != {np.float64} else (np.float32,)
         return jax.ShapeDtypeStruct(source.leaf.shape, kind)
 
@@ -194,10 +199,14 @@ class _Tensor(NamedTuple):
         split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
         axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes
         rows = out.reshape(math.prod(out.shape[:axis]), -1)
+        # Without a buffer the file's bytes go straight into `out`.
         with self.path.open("rb", buffering=0) as file:
             for row, place in zip(rows, itertools.product(*spans[:axis]), strict=True):
+                # Axes beyond `axis` are whole: they begin at 0 and add nothing, hence the unequal
+                # lengths.
                 at = sum(i * n for i, n in zip((*place, spans[axis].start), steps, strict=False))
                 file.seek(self.start + at * out.itemsize)
+                # As bytes: Python's buffers know no bfloat16, and `readinto` counts in bytes.
                 rest = memoryview(row.view(np.uint8))
                 while rest and (n := file.readinto(rest)):  # no more than 2 GiB at once
                     rest = rest[n:]
@@ -265,6 +274,7 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
             if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
                 raise ValueError(f"a header of {size:,} bytes")
             text = file.read(size)
+        # The library checks all offsets against the file's size. The reads rely on that.
         safetensors.safe_open(path, framework="np")
         listed = json.loads(text)
     except (safetensors.SafetensorError, OSError, ValueError) as e:
@@ -272,6 +282,7 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
             f"not a whole safetensors file: {e}", where=str(path), fix="copy it again"
         ) from e
     notes = listed.pop("__metadata__", {})
+    # Offsets count from behind the header, before which its length takes 8 bytes.
     place = lambda t: (t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0])
     return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
 
@@ -297,6 +308,7 @@ def _sources(path: str, names: Names, shape) -> tuple[list[str], bool, int]:
         for key in names.tensors:
             places = [m.start() for m in re.finditer(r"_\{\}", key)]
             for i, place in enumerate(places):
+                # `_{}` has three characters.
                 if key[:place] + key[place + 3 :] == wanted:
                     modules, layers = names.tensors[key], shape[0]
                     layered = [[*numbers[:i], n, *numbers[i:]] for n in range(layers)]
@@ -315,6 +327,7 @@ def _array(source: Source):
 
 def _part(source: Source, index) -> np.ndarray:
     """A parameter at `index`, a slice for each axis."""
+    # JAX asks for a single number by an empty index; its tensor is read as a vector of one.
     index = index or (slice(None),)
     if source.layers:
         first, *rest = index
@@ -330,6 +343,7 @@ def _of_layer(source: Source, tensors, index) -> np.ndarray:
     width = wide[-1] // len(tensors)
     for i, tensor in enumerate(tensors):
         inside = range(max(last.start - i * width, 0), min(last.stop - i * width, width))
+        # A device may hold no column of this one of the joined tensors.
         if not inside:
             continue
         at = [slice(span.start, span.stop) for span in (*lead, inside)]
@@ -341,6 +355,7 @@ def _of_layer(source: Source, tensors, index) -> np.ndarray:
                 fix="copy the checkpoint again",
             )
         parts.append(part.transpose(source.axes).astype(source.leaf.dtype, copy=False))
+    # Of one part concatenate would make a copy, without the alignment that spares JAX its own.
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
 
 

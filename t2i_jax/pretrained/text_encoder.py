@@ -86,6 +86,7 @@ def tokenizer(source, length: int):
         return tokenize.open(str(checkpoints[0].folder), length)
     made = {}
     for name, checkpoint in zip(_names(checkpoints), checkpoints, strict=True):
+        # T5 has no such limit: it knows distances alone.
         positions = getattr(checkpoint.module(Cond), "positions", length)
         made[name] = tokenize.open(str(checkpoint.folder), min(length, positions))
     return made

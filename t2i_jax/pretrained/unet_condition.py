@@ -75,10 +75,12 @@ class FeedForward(nn.Module):
     dtype: str
 
     def setup(self):
+        # Four times the width for each half.
         self.up = nn.Dense(8 * self.width, dtype=self.dtype)
         self.down = nn.Dense(self.width, dtype=self.dtype)
 
     def __call__(self, x_BTD):
+        # The exact GELU is meant, not Linen's default, which is the tanh form.
         up, gate = jnp.split(flat(self.up, x_BTD), 2, -1)
         return flat(self.down, up * nn.gelu(gate, approximate=False))
 
@@ -120,6 +122,7 @@ class Transformer(nn.Module):
     def setup(self):
         dense = lambda: nn.Dense(self.width, dtype=self.dtype)
         project = dense if self.linear else lambda: residual.conv(self.width, 1, dtype=self.dtype)
+        # norm_eps of config.json is for the residual blocks alone.
         self.norm = residual.norm(self.groups, 1e-6, dtype=self.dtype)
         self.proj_in, self.proj_out = project(), project()
         layer = layers.remat(Layer, self.remat)
@@ -249,13 +252,17 @@ class UNet(nn.Module):
         self.conv_in = residual.conv(self.blocks[0], dtype=self.dtype)
         down, up = [], []
         for i, c in enumerate(self.blocks):
+            # Depth 0 where the block does not attend.
             of = (self.heads[i], self.depths[i] * self.downs[i])
             down.append(Block(c, n, *of, smaller=i < last, **shared))
         for i, c in enumerate(self.blocks[::-1]):
             of = (self.heads[::-1][i], self.depths[::-1][i] * self.ups[i])
+            # On the way down a level leaves n + 1 states: n blocks', and the first convolution's or
+            # that of the halving before.
             up.append(Block(c, n + 1, *of, larger=i < last, **shared))
         self.down_blocks, self.up_blocks = down, up
         c = self.blocks[-1]
+        # The middle attends even where the blocks of its size do not.
         of = (self.heads[-1], self.depths[-1])
         self.mid_block = Block(c, 2, *of, middle=True, **shared)
         self.conv_norm_out = residual.norm(self.groups, self.epsilon, dtype=self.dtype)
@@ -270,6 +277,7 @@ class UNet(nn.Module):
             return kvs, None
         waves_BKE = waves(cond.numbers_BK, self.numbers, **self._waves)
         pooled_BD = cond.pooled_BD.astype(jnp.float32)
+        # The learned kernel's rows are in this order.
         joined_BE = jnp.concatenate([pooled_BD, waves_BKE.reshape(len(pooled_BD), -1)], -1)
         return kvs, self.add_embedding(joined_BE)
 

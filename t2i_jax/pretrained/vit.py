@@ -41,6 +41,7 @@ def statistics(config: dict, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 def normalise(image_BHWC, mean, std):
     """[-1, 1] -> what the network learned from, float32: (x - mean) / std of x in [0, 1]."""
+    # ((x + 1)/2 − mean)/std, with the constants put together.
     mean_C, std_C = (np.asarray(x, np.float32) for x in (mean, std))
     return (jnp.asarray(image_BHWC, jnp.float32) + (1 - 2 * mean_C)) / (2 * std_C)
 
@@ -58,6 +59,7 @@ def resized(grid_IID, shape: tuple[int, int], *, antialias: bool):
     """Embeddings of a square grid's places, by bicubic interpolation for another.   -> OOD"""
     if grid_IID.shape[:2] == shape:
         return grid_IID
+    # Positions are made of these sums, whose factors accelerators else round.
     rows_OI, columns_OI = (cubic(n, grid_IID.shape[0], antialias=antialias) for n in shape)
     return jnp.einsum("oi,pj,ijd->opd", rows_OI, columns_OI, grid_IID, precision="highest")
 
@@ -69,6 +71,7 @@ def cubic(out: int, n: int, *, antialias: bool) -> np.ndarray:
     ends being the ends; with antialias a = -0.5, kernels as wide as a place of the coarser grid,
     cut off at the ends.
     """
+    # Between centres of places: what torch calls align_corners=False.
     at_O1 = (np.arange(out)[:, None] + 0.5) * n / out - 0.5
     if antialias:
         stretch = max(n / out, 1.0)
@@ -79,6 +82,7 @@ def cubic(out: int, n: int, *, antialias: bool) -> np.ndarray:
         weight_OI = padded[:, 2:-2]
         weight_OI[:, 0] += padded[:, :2].sum(1)
         weight_OI[:, -1] += padded[:, -2:].sum(1)
+    # Stretched kernels, and those cut off at an end, do not sum to 1 by themselves.
     return (weight_OI / weight_OI.sum(1, keepdims=True)).astype(np.float32)
 
 

@@ -34,11 +34,17 @@ def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype
         if not opened.has(name):
             continue
         if name in LEFT or not (base / name).is_dir():
+            # So diffusers writes a part that a pipeline lacks.
             index[name] = [None, None]
         elif name in parts:
             component(opened.part(name), parts[name], output / name, dtype)
         else:
+<<<<<<< HEAD
             copied(base / name, output / name)
+=======
+            _copied(base / name, output / name)
+    # It comes last: without it, a folder that was cut short is no pipeline.
+>>>>>>> edit
     text = json.dumps(index, indent=2) + "\n"
     images.write_whole(output / hf.PIPELINE, text.encode())
 
@@ -59,6 +65,7 @@ def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
     for file in files:
         arrays = {}
         for name, tensor in tensors.header(file)[0].items():
+            # A head, or another tower, is no parameter of ours, but stays in the file.
             arrays[name] = new[name] if name in new else tensor.whole()
         images.write_whole(
             output / _plain(file.name), safetensors.numpy.save(arrays, {"format": "pt"})
@@ -106,6 +113,7 @@ def copied(folder: pathlib.Path, output: pathlib.Path, *, weights: bool = True) 
     output.mkdir(parents=True, exist_ok=True)
     kept = [path for pattern in hf.TEXTS for path in sorted(folder.glob(pattern))]
     index = hf.weights(folder)
+    # An index whose shards are not copied would name missing files.
     kept = [path for path in kept if not path.name.endswith(".index.json")]
     if weights and index:
         kept += [*tensors.files_of(folder), *([index] if index.suffix == ".json" else [])]

@@ -46,6 +46,7 @@ def cosines(image_ND, text_MD) -> np.ndarray:
 
 
 def _unit(x_ND, where: str, name: str) -> np.ndarray:
+    # The length of half-precision embeddings would overflow or lose digits in their own type.
     x_ND = np.asarray(x_ND, np.float64)
     length_N1 = np.linalg.norm(x_ND, axis=1, keepdims=True)
     if not length_N1.all():

@@ -45,5 +45,6 @@ def inception_score(probability_NK, *, splits: int = 10) -> kernel.Estimate:
 
 def _divergence(p_NK) -> float:
     """Mean KL(p(y|x) ‖ p(y)), with 0 log 0 = 0."""
+    # Where p is 0 the ratio is 1, whose logarithm is 0. A class that no image has would be 0 / 0.
     ratio_NK = np.divide(p_NK, p_NK.mean(0), out=np.ones_like(p_NK), where=p_NK > 0)
     return (p_NK * np.log(ratio_NK)).sum(1).mean()

@@ -36,6 +36,7 @@ class Extractor:
         module, variables = _opened(source)
         self._module = module
         self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
+        # Flax spreads the text of a module, which holds all its fields, over several lines.
         sizes = " ".join(repr(module).split())
         self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{sizes}:{rule}"
         # The maps are megabytes for each image, and no metric reads them.
@@ -122,6 +123,7 @@ class _Apply:
     """Applies `fn(variables, *arrays)` to N rows, split over processes and their devices."""
 
     def __init__(self, fn, variables, batch: int = BATCH):
+        # A mesh of this process alone: its programs never wait for other processes.
         devices = np.array(jax.local_devices())
         mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(AxisType.Auto,))
         self._rows = NamedSharding(mesh, PartitionSpec("data"))

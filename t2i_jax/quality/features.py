@@ -33,6 +33,7 @@ def check(where: str, *, rows: int = 1, **features) -> None:
                 where=where,
                 fix=f"give features of at least {rows} picture{'s' * (rows > 1)}",
             )
+        # Block by block, as a memory-mapped set may be larger than the memory.
         for start, block_RD in _blocks(x_ND):
             finite_R = np.isfinite(block_RD).all(1)
             if not finite_R.all():
@@ -58,6 +59,7 @@ def squared_distances(x_ND, y_MD):
     centre_D = np.mean(y_MD, 0, np.float64)
     y_MD = np.asarray(y_MD, np.float64) - centre_D
     y_norm_M = np.einsum("md,md->m", y_MD, y_MD)
+    # Rounding moves x·y by about D·eps·|x||y| at most, which the sum of both squared norms bounds.
     resolution = (8 + len(centre_D)) * np.finfo(np.float64).eps
     for start, block_RD in _blocks(x_ND, len(y_MD)):
         x_RD = np.asarray(block_RD, np.float64) - centre_D

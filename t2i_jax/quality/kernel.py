@@ -63,6 +63,7 @@ def cmmd(real_ND, fake_MD) -> float:
     """
     features.check("quality.kernel.cmmd", real=real_ND, fake=fake_MD)
     within = _lowered(real_ND, real_ND) + _lowered(fake_MD, fake_MD)
+    # The sum is at least 0 (all pairs count), but rounding may bring it below.
     return max(1000.0 * (within - 2 * _lowered(real_ND, fake_MD)), 0.0)
 
 
@@ -72,6 +73,7 @@ def _unbiased(x_SD, y_SD) -> float:
     mean = 0.0
     for a_SD in (x_SD, y_SD):
         kernel_SS = (a_SD @ a_SD.T / width + 1) ** 3
+        # The diagonal, an image with itself, would make the estimate too large on average.
         mean += (kernel_SS.sum() - np.trace(kernel_SS)) / (size * (size - 1))
     return mean - 2 * np.mean((x_SD @ y_SD.T / width + 1) ** 3)
 

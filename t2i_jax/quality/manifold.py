@@ -90,6 +90,7 @@ def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
     """
     where = "quality.manifold.memorised"
     features.check(where, train=train_ND, fake=fake_MD)
+    # There must be a second nearest. Two rows show that, and all rows were read just now.
     features.check(where, rows=2, train=train_ND[:2])
     if not 0 < ratio <= 1:
         raise errors.ConfigError(f"ratio is {ratio}", where=where, fix="give one above 0, up to 1")
@@ -99,6 +100,7 @@ def memorised(train_ND, fake_MD, *, ratio: float = 1 / 3) -> Memorised:
         nearest_M = squared_RM.argmin(0)
         new_M = squared_RM.min(0) < squared_2M[0]
         index_M[new_M] = start + nearest_M[new_M]
+        # The last block may have a single row, of which no second smallest can be asked.
         both = np.concatenate(
             [squared_2M, np.partition(squared_RM, min(1, len(squared_RM) - 1), 0)[:2]]
         )

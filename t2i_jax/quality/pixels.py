@@ -70,6 +70,7 @@ def diversity(x_GNHWC: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _squared_error(x_BHWC, y_BHWC):
+    # `float` is float64 here, as the callers enable it while this is traced.
     return jnp.square(x_BHWC.astype(float) - y_BHWC.astype(float)).mean((1, 2, 3))
 
 
@@ -80,6 +81,7 @@ def _similarity(x_BHWC, y_BHWC, low, height):
     var_x = _smooth(x_BHWC * x_BHWC) - mean_x * mean_x
     var_y = _smooth(y_BHWC * y_BHWC) - mean_y * mean_y
     cov = _smooth(x_BHWC * y_BHWC) - mean_x * mean_y
+    # The constants are (K·span)² (Wang et al. 2004). The span is 1 after the division above.
     c1, c2 = K1**2, K2**2
     above = (2 * mean_x * mean_y + c1) * (2 * cov + c2)
     below = (mean_x * mean_x + mean_y * mean_y + c1) * (var_x + var_y + c2)

@@ -67,6 +67,7 @@ class Protocol(NamedTuple):
         """One for each picture to draw, in order."""
         found, sources = [], self.sources("data", self.res or 32)  # no picture is looked at
         for source, records in self._chosen(sources):
+            # A record comes with its image, which would be decoded for nothing.
             if hasattr(source, "captions"):
                 texts = list(source.captions())
                 found += [texts[record] for record in records]
@@ -85,6 +86,7 @@ class Protocol(NamedTuple):
         """(source, its records whose captions are drawn), …"""
         count = self.num_images // self.per_caption
         for place, source in enumerate(sources):
+            # Captions are dealt out in turn: where they do not divide, the first get one more.
             share = len(range(place, count, len(sources)))
             yield source, self._choose(share, len(source))
 
@@ -145,6 +147,7 @@ def _checked(values, changes, where: str) -> dict:
     for field in ("data", "metrics", "num_images"):
         if not values.get(field):
             raise errors.ConfigError(f"{field} is missing", where=where, fix="add it")
+    # `given`: the first field, the name, is no part of a file.
     values = fields.check(Protocol, values, where=where, given=1)
     if values["num_images"] % values.get("per_caption", 1):
         raise errors.ConfigError(

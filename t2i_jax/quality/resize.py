@@ -68,6 +68,7 @@ def _clean(image_HWC, side):
         Image.fromarray(image_HW).resize((side, side), Image.Resampling.BICUBIC)
         for image_HW in np.moveaxis(image_HWC, -1, 0).astype(np.float32)
     ]
+    # Bicubic weights may be negative, so values overshoot the range at edges.
     return np.stack(channels, axis=-1).clip(0, 255)
 
 
@@ -89,6 +90,7 @@ def _places(n: int, side: int, *, centred: bool):
     # In float32, as TensorFlow and torch compute these places.
     half = np.float32(0.5 if centred else 0)
     at_N = (np.arange(side, dtype=np.float32) + half) * np.float32(n / side) - half
+    # Places before the first centre are moved onto it, as torch does.
     at_N = np.maximum(at_N, 0)
     first_N = np.minimum(at_N.astype(int), n - 1)
     return first_N, np.minimum(first_N + 1, n - 1), at_N - first_N.astype(np.float32)

@@ -62,6 +62,7 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     # Moments about the means, not sums of squares: those would cancel with most of their digits.
     apart_D = b.mean_D - a.mean_D
     scatter_DD = np.outer(apart_D, apart_D * (a.count * b.count / count))
+    # In place, as each such matrix has 32 MiB at 2,048 features.
     scatter_DD += a.scatter_DD
     scatter_DD += b.scatter_DD
     return Statistics(count, a.mean_D + apart_D * (b.count / count), scatter_DD)
@@ -224,6 +225,7 @@ def _root(statistics) -> np.ndarray:
     rank = min(rank, count - 1)  # columns beyond are rounding: N rows have at most rank N − 1
     root_DR = np.empty((len(mean_D), rank))
     # LAPACK counts from 1, and its factor is of the rows in pivoted order.
+    # It leaves the other triangle of the matrix as it was, hence `tril`.
     root_DR[order_D - 1] = np.tril(factor_DD)[:, :rank]
     return root_DR
 
@@ -239,6 +241,7 @@ def _roots_of_eigenvalues(square_RR) -> tuple[float, float]:
     value_R = linalg.eigvalsh(square_RR, lower=True, driver="evd", check_finite=False)
     noise = np.finfo(np.float64).eps * value_R[-1]
     root_R = np.sqrt(np.maximum(value_R, 0))
+    # With δ the noise, √(v + δ) − √v is at most δ / √v, and never more than √δ.
     error = (noise / np.maximum(root_R, np.sqrt(noise))).sum() if noise > 0 else 0.0
     return float(root_R.sum()), float(error)
 

@@ -57,6 +57,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir, *, keep: int = 2, create: bool = True, guard=lambda: None):
+        # Orbax refuses relative paths.
         self._folder = pathlib.Path(workdir).absolute() / "checkpoints"
         if not create and not self._folder.is_dir():
             raise errors.ConfigError(
@@ -65,6 +66,7 @@ class Checkpoints:
         self._keep, self._guard, self._failures = keep, guard, 0
         self._orbax = self._stage = None
         if create:
+            # One process alone tidies up: several would rename the same folders.
             if jax.process_index() == 0:
                 self._folder.mkdir(parents=True, exist_ok=True)
                 self._sweep()
@@ -149,6 +151,7 @@ class Checkpoints:
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}  # Orbax wants no {}
         args["meta"] = ocp.args.JsonSave({**meta, "step": step})
         try:
+            # `force`: a folder of this name without a manifest is what a failed save has left.
             self._checkpointer().save(
                 self._folder / str(step), args=ocp.args.Composite(**args), force=True
             )
@@ -160,6 +163,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Takes the result of a save that ended in the background; raises as `save` does."""
         if self._writing and self._writing[0].done():
+            # Forgotten first: `_failed` may raise, and the next call must not meet this save again.
             (writing, step), self._writing = self._writing, None
             try:
                 writing.result()
@@ -199,6 +203,7 @@ class Checkpoints:
           ConfigError: there is no such checkpoint, or it has an unknown format.
         """
         items = self._restore(step, _items(target))
+        # No array holds the step. The name of the folder tells it, which the manifest confirms.
         number = jax.device_put(jnp.int32(step), target.step.sharding)
         opt, skipped = items["opt"]["opt"], items["opt"]["skipped"]
         return State(number, items["params"], opt, items["ema"], skipped)
@@ -257,6 +262,7 @@ class Checkpoints:
         """Renames every checkpoint, so that the run begins again."""
         self.set_aside_from(0, "old")
         if jax.process_index() == 0:
+            # Under their old names these would keep `restore_newest` from beginning again.
             for path in [p for kind in SET_ASIDE for p in self._folder.glob(f"*.{kind}")]:
                 path.rename(_free_name(path.with_suffix(""), "old"))
         self._write_attempts({})
@@ -310,6 +316,7 @@ class Checkpoints:
                 "new --workdir with --config.init_from=<this run>",
             )
         # ---- Read, and compare the sums of what was read with those of what was saved ----
+        # Partial, as a sampler may ask for some of the nets in an item.
         args = {
             name: ocp.args.PyTreeRestore(
                 item,
@@ -319,6 +326,7 @@ class Checkpoints:
             for name, item in items.items()
             if item
         }
+        # An item without arrays was never written, see `save`.
         restored = {name: {} for name in items} | dict(self._read(step, **args).items())
         prints, _ = fingerprint.of(restored, format=manifest["format"])
         wrong = [name for name in prints if prints[name] != arrays[name]]
@@ -523,6 +531,7 @@ class _Mapped(ocp.type_handlers.ArrayHandler):
 
     async def deserialize(self, infos, args=None):
         # Orbax offers no option for this, so every info gets a context of our own.
+        # The first two numbers are Orbax's own; the mode is what differs.
         context = tensorstore.Context(
             {
                 "cache_pool#ocdbt": {"total_bytes_limit": 10**8},

@@ -39,6 +39,7 @@ def enable() -> None:
     (JAX_ENABLE_COMPILATION_CACHE=0). JAX_COMPILATION_CACHE_MAX_SIZE changes LIMIT. A folder that is
     not safe, or cannot be made, is logged and not used. Then each start compiles again.
     """
+    # A variable that is set to nothing counts, too: then JAX is to have no folder.
     named = "JAX_COMPILATION_CACHE_DIR" in os.environ or jax.config.jax_compilation_cache_dir
     if named or not jax.config.jax_enable_compilation_cache:
         return
@@ -54,7 +55,9 @@ def enable() -> None:
     limit = jax.config.jax_compilation_cache_max_size
     # In a notebook JAX may have compiled before, and then it remembers that it has no cache.
     compilation_cache.reset_cache()
+    # A negative number, JAX's default, means no limit.
     compilation_cache._cache = Folder(path, LIMIT if limit < 0 else limit)
+    # This tells JAX that there is a cache already, so that it makes none of its own.
     compilation_cache._cache_initialized = True
     jax.config.update("jax_compilation_cache_dir", str(path))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -89,6 +92,8 @@ def own_folder(name: str) -> pathlib.Path:
     # The XDG specification wants relative paths in its variables to be ignored.
     path = pathlib.Path(os.environ.get("XDG_CACHE_HOME", ""))
     path = path if path.is_absolute() else pathlib.Path("~/.cache").expanduser()
+    # `mkdir` gives its mode to the last folder alone, so both are made, and checked, one by one.
+    # Who can write to the upper one could replace the lower.
     for folder in (path / "t2i_jax", path / "t2i_jax" / name):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_own(folder)
@@ -125,6 +130,7 @@ class Folder:
         return None
 
     def put(self, key: str, value: bytes) -> None:
+        # An entry above the limit would push out all others and then itself.
         if len(value) > self._limit:
             return
         try:
@@ -159,6 +165,8 @@ def processor() -> str:
     # XLA:CPU splits loops over the cores that this process may use, so their number counts, too.
     if hasattr(os, "sched_getaffinity"):
         facts.append(str(len(os.sched_getaffinity(0))))
+    # The first five begin lines of x86, the last two lines of ARM. Other lines, such as the clock
+    # rate, differ from start to start.
     wanted = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU ", "Features")
     with contextlib.suppress(OSError):
         lines = pathlib.Path("/proc/cpuinfo").read_text(errors="replace").splitlines()

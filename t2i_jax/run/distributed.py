@@ -136,6 +136,7 @@ def wait_for_first() -> None:
             shared.client.blocking_key_value_get(DONE, 10_000)  # ms
             return
         except jax.errors.JaxRuntimeError as e:
+            # Only the text tells a wait that ran out from the death of process 0.
             if "DEADLINE_EXCEEDED" not in str(e):
                 raise
 
@@ -178,6 +179,7 @@ def _watch_others(limit: float) -> None:
             with contextlib.suppress(Exception):
                 client.key_value_set(f"{ALIVE}/{me}", str(count), allow_overwrite=True)
                 signs = dict(client.key_value_dir_get(ALIVE))
+                # The answer itself is a sign of process 0, which holds the store.
                 now = since[0] = time.monotonic()
                 for key, sign in signs.items():
                     if last_signs.get(key) != sign:
@@ -202,6 +204,7 @@ def _watch_others(limit: float) -> None:
                     "checkpoint; --heartbeat_timeout sets the seconds"
                 )
 
+    # At the end of the program the others end, too, and their silence is no fault.
     atexit.register(over.set)
     for target in (ask, watch):
         threading.Thread(target=target, daemon=True, name=f"processes-{target.__name__}").start()
@@ -263,6 +266,7 @@ def _check_port(address: str) -> None:
         errors.explained(errors.ConfigError, what, where=where, fix=FIX, of=of),
         socket.socket() as s,
     ):
+        # Without it the port of a coordinator that has just ended would count as taken for a while.
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         s.bind(("", int(port)))
 

@@ -61,6 +61,8 @@ def of(tree, *, format: int = FORMAT, widened: bool = False) -> tuple[dict, list
 
     def sums_of(leaf):
         leaf = leaf.astype(kind(leaf))
+        # A numpy array lacks the attribute. Of an array that lies partly in other processes the
+        # host cannot read all.
         if leaf.size <= SMALL and getattr(leaf, "is_fully_addressable", True):
             return _sum_here(np.asarray(leaf), lanes)
         # One array after the other, as simulated devices share few threads. Each shape has its own
@@ -91,12 +93,15 @@ def matches(tree, known: str) -> bool:
     """Whether the digest `known`, of this format or the one before, is the tree's, perhaps of the
     same numbers in another type.
     """
+    # Digests of the format before were written without its number.
     kind = FORMAT if ":" in known else WEIGHTED
     return any(known == digest(tree, format=kind, widened=w) for w in (False, True))
 
 
 def path_of(path) -> str:
     """A tree path as text: "nets/model/params/w"."""
+    # JAX has a type of key for each node: that of dicts has `key`, of named tuples `name`, of
+    # lists `idx`.
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
@@ -105,6 +110,7 @@ def _sum(x, lanes):
     """The two sums, and whether all of x is finite."""
     bits = _bits(x)
     bad = ~jnp.isfinite(x) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.zeros(x.shape, bool)
+    # The words of an 8-byte number lie in a last axis, which x itself lacks.
     bad = jnp.broadcast_to(bad.reshape(*x.shape, *(1,) * (bits.ndim - x.ndim)), bits.shape)
     parts = (*lanes(bits, _places(bits.shape)), bad.astype(jnp.uint32))
     # One pass for all three sums, and first along the last axis. XLA:CPU uses all cores for a sum
@@ -119,6 +125,7 @@ def _sum(x, lanes):
 def _sum_here(x, lanes):
     """The same as `_sum`, computed by numpy on the host."""
     flat = x.reshape(-1)
+    # An 8-byte number is viewed as two words, as `_bits` splits it on the devices.
     kind = bool if x.dtype == bool else f"uint{8 * min(x.dtype.itemsize, 4)}"
     bits = flat.view(kind).astype(np.uint32)
     terms = lanes(bits, np.arange(bits.size, dtype=np.uint32))
@@ -129,6 +136,7 @@ def _sum_here(x, lanes):
 def _mixed(word, place):
     """The terms of both lanes."""
     key, other = place * np.uint32(0x9E3779B9), place * np.uint32(0xD6E8FEB9)
+    # The two factors and the last shift of a lane belong together: the search found them as one.
     return _mix(word ^ key, 0x21F0AAAD, 0xD35A2D97, 15), _mix(word + other, 0x7FEB352D, 0x846CA68B)
 
 
@@ -148,6 +156,7 @@ def _weighted(word, place):
     weight = (place + np.uint32(1)) * np.uint32(0x9E3779B9)
     weight = (weight ^ (weight >> 15)) * np.uint32(0x85EBCA6B)
     weight = weight ^ (weight >> 13)
+    # Odd factors have an inverse modulo 2³². So a single changed word always changes both sums.
     return (word ^ weight) * np.uint32(0xC2B2AE35), word * (weight | np.uint32(1))
 
 
@@ -167,6 +176,7 @@ def _bits(x):
 
 def _places(shape):
     """Each element's number in row-major order, modulo 2³²."""
+    # numpy refuses to make a uint32 of a larger number, so Python takes the remainder.
     strides = [math.prod(shape[i + 1 :]) % 2**32 for i in range(len(shape))]
     numbers = [
         jax.lax.broadcasted_iota(jnp.uint32, shape, i) * np.uint32(stride)

@@ -27,6 +27,7 @@ class Skips:
         if row["skipped"]:
             self.steps = [*(s for s in self.steps if s > row["step"] - 1000), row["step"]]
         too_many = sum(self._window) > SKIPS_OF_1000
+        # A sound step never ends the run, even where the window is full of skipped ones before it.
         return bool(row["skipped"]) and (row["skipped"] >= SKIPS_IN_A_ROW or too_many)
 
 
@@ -68,6 +69,8 @@ class Health:
             where=f"step {n}",
             fix=f"see nonfinite.json; {errors.NonFiniteError.ADVICE}",
         )
+        # The first skipped step of those just before. A run that goes back drops the checkpoints
+        # from there on.
         e.step = min(s for s in self._skips.steps if s > n - SKIPS_IN_A_ROW)
         return e
 
@@ -89,6 +92,7 @@ class Watch:
     def check(self, row) -> None:
         """Raises DivergedError at the last of BEYOND_IN_A_ROW rows."""
         for name, limit in self._limits.items():
+            # A NaN is not at most the limit, so it counts as beyond.
             self._beyond[name] = 0 if row[name] <= limit else self._beyond[name] + 1
             if self._beyond[name] == BEYOND_IN_A_ROW:
                 e = errors.DivergedError(
@@ -110,6 +114,7 @@ def check_watched(limits, metrics_there) -> None:
                 where="config.watch",
                 fix=errors.nearest(name, metrics_there),
             )
+        # To Python True is an int.
         if not isinstance(limit, int | float) or isinstance(limit, bool):
             raise errors.ConfigError(
                 f"the limit is {limit!r}", where=f"config.watch[{name!r}]", fix="give a number"
@@ -127,6 +132,7 @@ def goes_back(e: errors.NonFiniteError, workdir, checkpoints, start: int) -> boo
     # Without one sound step since this start, the checkpoint it came from is at fault, too.
     first = e.step if e.step > start + 1 else min(e.step, start)
     older = sum(step < first for step in checkpoints.steps())
+    # The answer must be one for all, and each process may see the folder at another moment.
     if not distributed.as_first(older):
         logging.warning("no checkpoint is older than step %d: none is set aside", first)
         return False

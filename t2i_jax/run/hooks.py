@@ -30,6 +30,7 @@ class Hooks:
             for name, options in self._config.evaluators.items()
         }
         self._main = jax.process_index() == 0
+        # One thread alone, so that evaluations end in the order of their steps.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
         self._jobs = collections.deque()
 
@@ -54,6 +55,7 @@ class Hooks:
             if self._main:
                 self._show(n, "", drawn, writer, {"prompts": self._prompts})
         if judge:
+            # All processes must draw together here. One alone then judges what was drawn (ADR 11).
             finish = {name: run(nets, n) for name, run in self._evaluators.items()}
             if self._main:
                 self._jobs.append((n, self._thread.submit(_finished, finish)))
@@ -93,6 +95,7 @@ class Hooks:
 
     def _rate(self, n: int, found, checkpoints) -> None:
         metric = self._config.best.removeprefix("-")
+        # A minus in front says that less is better, also where the metric's name does not tell.
         less = metric != self._config.best or metrics.falls(metric)
         if metric not in found:
             raise errors.ConfigError(
@@ -102,6 +105,7 @@ class Hooks:
             )
         best = checkpoints.best()
         better = lambda new, old: new < old if less else new > old
+        # Another start may name another metric, and values of two metrics cannot be compared.
         if not best or best["metric"] != metric or better(found[metric], best["value"]):
             checkpoints.set_best(n, metric, found[metric])
             logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])

@@ -33,6 +33,7 @@ def listen() -> None:
     # Python runs handlers in the main thread, which may be compiling or importing for minutes. The
     # wakeup pipe is written by the C handler at once, so a thread that reads it is never late.
     reader, writer = os.pipe()
+    # Python refuses a pipe that blocks here: its handler must never wait for a reader.
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=_restore_defaults)  # a child shares the pipe
@@ -54,7 +55,9 @@ def _restore_defaults() -> None:
 def _hear(reader: int) -> None:
     """Ends the process for a signal that comes when nothing would be lost."""
     while True:
+        # Each byte is the number of one signal.
         for number in os.read(reader, 64):
+            # Read once, as the main thread may leave its `with` at any moment.
             training = _training
             if number in SIGNALS and (training is None or training.idle):
                 where = training.workdir if training else "the start"
@@ -64,6 +67,7 @@ def _hear(reader: int) -> None:
                 limit.daemon = True
                 limit.start()
                 _tell(f"t2i_jax: {e}")
+                # Nothing runs after `os._exit`, and `sys.exit` would end this thread alone.
                 if training:
                     training.leave()
                 os._exit(e.exit_code)
@@ -175,6 +179,7 @@ class Interrupt:
     def at_once(self):
         """Makes a signal within the body raise Stop there. For waits that change nothing."""
         self.poll()
+        # Of several processes none may leave alone: the others would wait for it in a collective.
         before, self._at_once = self._at_once, self._alone
         try:
             yield
@@ -189,6 +194,7 @@ class Interrupt:
         # for a future does not.
         thread = concurrent.futures.ThreadPoolExecutor(1, "abandoned")
         future = thread.submit(fn)
+        # No more work will come, so the pool's thread ends by itself as soon as `fn` does.
         thread.shutdown(wait=False)
         with self.at_once():
             return future.result()

@@ -35,6 +35,7 @@ def told():
     logger, verbosity = logging.get_absl_logger(), logging.get_verbosity()
     # A second handler would show every line twice, so there is one only where there is none yet.
     screen = None if logger.hasHandlers() else _Screen(sys.stderr)
+    # The numbers of absl grow with the detail: a warning is −1, INFO 0, DEBUG 1.
     logging.set_verbosity(max(verbosity, logging.INFO))
     logger.addFilter(of_interest)
     if screen:
@@ -69,6 +70,7 @@ def close() -> None:
     logger = logging.get_absl_logger()
     for old in [h for h in logger.handlers if isinstance(h, _File)]:
         logger.removeHandler(old)
+        # Lines that a full disk refuses fail once more here. `handleError` has told of them.
         with contextlib.suppress(OSError):
             old.close()
 

@@ -29,8 +29,10 @@ FALLING = ("fid", "fd-", "spatial_", "kid", "kd-", "cmmd", "memorised", "distanc
 def falls(name: str) -> bool:
     """Whether lower is better for a metric. `name` is "evaluator/metric" or "net/loss"."""
     source, _, short = name.partition("/")
+    # LPIPS of an image and its partner is an error. Among a caption's images it is variety.
     if short.startswith("lpips"):
         return not short.startswith("lpips_diversity")
+    # An evaluator's own name may say that it measures a loss, as `held_out_loss` does.
     return short.startswith(FALLING) or short.endswith("loss") or source.endswith("loss")
 
 
@@ -50,6 +52,7 @@ class Growing:
             return
         size = None
         try:
+            # Python writes its buffer at the end of the `with`: an error may come only there.
             with self.path.open("ab") as f:
                 size = f.tell()
                 f.write(b"".join(self._unwritten))
@@ -88,6 +91,7 @@ class Board(Growing):
         # TensorBoard reads files with "tfevents" in their names, in the order of these names.
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
         super().__init__(folder / name)
+        # TensorBoard wants the version of the format as the first record of a file.
         self._events = [_event(file_version="brain.Event:2")]
         begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         self._events.append(_event(step=start, session_log=begin))
@@ -166,6 +170,7 @@ class Writer:
 
         This waits for the devices.
         """
+        # One call for all steps: JAX starts every copy to the host before it waits for the first.
         rows = [
             {"step": step, **{k: v.item() for k, v in sorted(values.items())}}
             for step, values in jax.device_get(self._pending)
@@ -180,6 +185,7 @@ class Writer:
         """Writes results that come now and then, such as an evaluation: a row of events.jsonl."""
         self._append("events", [{"step": step, **values}])
         for name, value in values.items():
+            # Some results are text, such as the hash of a protocol.
             if isinstance(value, int | float):
                 self._scalar(name, value, step)
         self._flush_board()
@@ -213,6 +219,7 @@ class Writer:
 
     def pause(self) -> None:
         """Excludes the time since the last flush from the speed, such as a compilation."""
+        # Steps that wait for a flush go with their time. Later they would count as taking none.
         self._since, self._done = time.perf_counter(), self._done_or_pending()
         self.bar.unpause()
 
@@ -223,6 +230,7 @@ class Writer:
         now = time.perf_counter()
         steps = row["step"] - self._done
         rate = steps / max(now - self._since, 1e-9)
+        # A flush right after a `pause` has no timed step, and so no speed.
         if steps > 0:
             self._append("times", [{"step": row["step"], "seconds": now - self._since}])
         self._since, self._done = now, row["step"]
@@ -289,7 +297,9 @@ def _cut(path: pathlib.Path, start: int) -> None:
 
 def _in_notebook() -> bool:
     """Whether this process is a kernel of Jupyter, Colab or the like."""
+    # A kernel has imported IPython before. In a plain script an import would only cost time.
     ipython = sys.modules.get("IPython")
+    # IPython in a terminal has a shell, too, but no kernel.
     return hasattr(ipython and ipython.get_ipython(), "kernel")
 
 

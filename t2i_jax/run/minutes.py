@@ -53,6 +53,7 @@ def measure(run, signals) -> int:
             if compiled is None:
                 args = state, run.frozen, arrays
                 compiled = compile_cache.compile_step(run.update, *args, signals=signals)
+            # The clock starts when no step is in flight, or earlier steps would count.
             if n == WARM:
                 jax.block_until_ready(state)
                 started = time.perf_counter()
@@ -62,6 +63,7 @@ def measure(run, signals) -> int:
         seconds = time.perf_counter() - started
     whole = config.log_every
     steps = round(60 * config.minutes * TIMED / seconds / whole) * whole
+    # Each process has measured a time of its own.
     steps = distributed.as_first(max(whole, steps))
     logging.info(
         "%d steps took %.1f s: training for %g minutes is %d steps",

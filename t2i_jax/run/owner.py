@@ -35,10 +35,12 @@ def held(workdir, signals):
         yield lambda: None
         return
     holder = Owner(workdir)
+    # `acquire` may watch another host's lock for a minute. A signal need not wait for that.
     with signals.at_once():
         images.make_folder(workdir, "--workdir")
         holder.acquire()
     try:
+        # A signal may end the process by `os._exit`, which does not run the `finally` below.
         signals.abandoned.append(holder.release)
         yield holder.check
     finally:
@@ -86,6 +88,7 @@ class Owner:
                 raise self._taken(holder)
             if first is None:
                 logging.info("%s holds %s: watching it", _who(holder), self._path.parent)
+            # Its counter was raised meanwhile, so the holder lives.
             elif holder != first:
                 raise self._taken(holder)
             first = holder if first is None else first
@@ -105,6 +108,7 @@ class Owner:
     def release(self) -> None:
         """Removes the lock, unless it has another holder."""
         self._ended.set()
+        # Within the mutex: else another process might take the lock between check and removal.
         with contextlib.suppress(errors.OwnerError, OSError), self._alone():
             self.check()
             self._path.unlink()
@@ -150,12 +154,14 @@ class Owner:
         try:
             if not self._path.is_file():  # opening a named pipe would block
                 return None
+            # A lock has all our keys and two more, see `_write`. Anything else counts as no lock.
             holder = json.loads(self._path.read_bytes())
             return holder if set(self._me) < set(holder) else None
         except (OSError, ValueError):
             return None
 
     def _write(self, beat: int) -> None:
+        # The time is there for messages alone. Who lives is told by the counter, as clocks differ.
         text = json.dumps(
             {**self._me, "beat": beat, "time": time.strftime("%FT%TZ", time.gmtime())}
         )
@@ -189,9 +195,11 @@ def _started(pid: int):
     try:
         stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
     except OSError:
+        # There is a /proc, so what it lacks is this process.
         if pathlib.Path("/proc/self/stat").exists():
             return None
         try:
+            # Signal 0 is not delivered. The call only tells whether the process exists.
             os.kill(pid, 0)
         except ProcessLookupError:
             return None
@@ -201,4 +209,5 @@ def _started(pid: int):
     # The second field is the program's name in parentheses. It may hold spaces and parentheses, so
     # fields are counted from the last one (proc_pid_stat(5): state is field 3, starttime 22).
     state, *rest = stat.rpartition(")")[2].split()
+    # A zombie (Z) has ended. Only its entry stays until its parent asks for the exit status.
     return None if state in "ZX" else int(rest[18])

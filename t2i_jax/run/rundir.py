@@ -46,6 +46,7 @@ def describe(path: pathlib.Path, config, source, inputs) -> None:
     with errors.of_storage(path):
         images.write_whole(path / "config.json", weights.to_json(config).encode())
         images.write_whole(path / "env.txt", json.dumps(environment, indent=1).encode())
+        # A run refuses other data, so its words stay: one pass over the captions is enough.
         wanted = reads and not (path / words.FILE).exists()
         if wanted and (trained := known_words(config, source)):
             words.write(path, trained)
@@ -109,6 +110,7 @@ def cores() -> int:
     """The number of CPU cores, or of accelerators, that all processes of this run use."""
     if jax.default_backend() != "cpu":
         return jax.device_count()
+    # `os.cpu_count` would also count cores that this process may not use.
     return len(os.sched_getaffinity(0)) * jax.process_count()
 
 
@@ -131,6 +133,7 @@ def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:
         return []
     checkpoints = checkpoint.Checkpoints(path, create=False)
     saved = _newest_meta(checkpoints)
+    # Nothing tells what the run was. Damaged checkpoints are left to `restore_newest`.
     if not (path / "config.json").exists() and not saved:
         return []
     before, now = flat(_config_before(path, saved)), flat(config)

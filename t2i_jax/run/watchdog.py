@@ -39,6 +39,7 @@ def phase(name: str):
     if not any(thread.name == "watchdog" for thread in threading.enumerate()):
         threading.Thread(target=_watch, daemon=True, name="watchdog").start()
     limit = float(os.environ.get("T2I_PHASE_SECONDS", LIMITS[name]))
+    # Monotonic time, as a wall clock that is set anew would end a phase, or make it endless.
     _phases.append([name, limit, time.monotonic() + limit])
     try:
         yield

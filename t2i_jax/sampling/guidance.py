@@ -45,6 +45,7 @@ def cfg(pair, alone, scale, interval):
 
     if _known(scale) and scale == NONE:
         return unguided
+    # A traced scale of 1 costs the null condition there, but gives the same velocity.
     return guided if _known(interval) and tuple(interval) == ALWAYS else either
 
 

@@ -140,6 +140,7 @@ def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
 
 def cosine(steps: int = STEPS):
     """β_T whose α² falls as a squared cosine (Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17)."""
+    # The paper's offset of 0.008 keeps the first β from being too small.
     kept = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1 - kept[1:] / kept[:-1], 0.999)  # the paper's limit, which keeps α above 0
 

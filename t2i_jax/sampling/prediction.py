@@ -49,6 +49,7 @@ def parts(kind: str, out_BHWC, z_BHWC, alpha, sigma):
       "flow"  ε − x, of the straight line, where α + σ = 1.
     """
     if kind == "eps":
+        # α is above 0: `Scheduler.grid` refuses this kind otherwise.
         return (z_BHWC - sigma * out_BHWC) / alpha, out_BHWC
     if kind == "x":
         return out_BHWC, (z_BHWC - alpha * out_BHWC) / jnp.maximum(sigma, TIME_FLOOR)

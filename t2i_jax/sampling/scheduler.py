@@ -124,6 +124,8 @@ class Grid(NamedTuple):
         if not begin:
             return self
         rest = {k: v[begin:] for k, v in self._asdict().items() if k.endswith("_S")}
+        # A slice is a view, and the grid itself must not change. Heun's single column keeps its
+        # value.
         mix_S = rest["mix_S"].copy()
         mix_S[:1] = mix_S[:1].sum(1, keepdims=True) * np.eye(1, mix_S.shape[1])  # none is before
         return self._replace(**rest | {"mix_S": mix_S}, start=1.0)
@@ -155,6 +157,7 @@ class Scheduler(NamedTuple):
 
     def time(self, t):
         """What the network is told at a time of the path."""
+        # Time i/T is step i, and networks count steps from 0.
         return t * self.steps if self.flow else t * self.steps - 1
 
     def grid(
@@ -186,8 +189,10 @@ class Scheduler(NamedTuple):
                 f"{steps} steps of {self.steps}", where="--steps", fix=f"use {self.steps} or fewer"
             )
         if self.flow:
+            # "v" of the straight path is the velocity, which solvers call "flow".
             sigma_S = _flow_sigmas(self.config, self.steps, steps, tokens, even)
             grid = _explicit(solver, sigma_S[:-1] * self.steps, 1 - sigma_S, sigma_S, "flow")
+            # Diffusers rounds down what is left out for flows, and what is done for the others.
             return grid.after(int(steps - steps * strength))
         config = _own(self.config, solver)
         _check(config)
@@ -293,6 +298,7 @@ def _betas(config):
 def _kept(config, solver: str):
     """α² of each step."""
     kept_T = np.cumprod(1 - _betas(config))
+    # These classes compute σ/α, which would be infinite.
     if config.get("rescale_betas_zero_snr") and solver in ("euler", "euler_ancestral", "dpmpp_2m"):
         kept_T[-1] = SMALLEST
     return kept_T
@@ -307,6 +313,7 @@ def _times(config, solver: str, steps: int):
     more = solver == "dpmpp_2m"  # its class makes one more time, and leaves the last out
     if spacing == "linspace":
         time_S = np.linspace(0, total - 1, steps + more)[::-1]
+        # The classes that work in σ/α tell fractions of steps, the others whole steps.
         time_S = time_S if solver in ("euler", "euler_ancestral", "heun") else time_S.round()
     elif spacing == "leading":
         unit = total // (steps + more)
@@ -318,6 +325,7 @@ def _times(config, solver: str, steps: int):
     else:
         names = ("linspace", "leading", "trailing")
         raise errors.unknown("timestep_spacing", spacing, names, where=CONFIG)
+    # Rounding may also make arange one entry longer than it should be.
     time_S = time_S[:steps]
     if solver == "dpmpp_2m" and spacing == "leading":
         time_S = time_S + config.get("steps_offset", 0)
@@ -359,6 +367,7 @@ def _explicit(solver, time_S, alpha_S, sigma_S, kind, start=1.0) -> Grid:
     """Euler's and Heun's steps between α and σ, which have one entry more than times."""
     options = dict(x_share_S=alpha_S[1:], noise_share_S=sigma_S[1:], start=start)
     if solver == "heun":
+        # The last step has no second call, so its number is never read.
         later_S = np.append(time_S[1:], 0.0)
         again_S = np.arange(len(time_S)) < len(time_S) - 1
         if kind == "flow":  # the state moves by its own velocity, not by noise over α
@@ -408,6 +417,7 @@ def _by_steps(config, solver, kept_T, steps, kind) -> Grid:
         ends = dict(x_share_S=np.sqrt(next_S), noise_share_S=np.sqrt(1 - next_S))
         return _grid(kind, *numbers, **ends)
     beta_S = 1 - now_S / next_S
+    # The floor of diffusers' class, which adds no noise at time 0.
     variance_S = np.maximum((1 - next_S) / (1 - now_S) * beta_S, 1e-20)
     return _grid(
         kind,
@@ -427,6 +437,7 @@ def _pndm(config, solver, kept_T, steps, kind, begin: int) -> Grid:
     """
     time_S = _times(config, solver, steps)
     twice = [0, 1, *range(1, steps)] if steps > 1 else [0]
+    # The list has one entry more than steps, so `begin` alone would leave one.
     time_S = time_S[twice[begin:] if begin < steps else []]
     calls = np.arange(len(time_S))
     # The second call is told where the first one led to, and goes there from where that began.
@@ -450,16 +461,20 @@ def _dpm(config, solver, kept_T, steps, kind) -> Grid:
     time_S, level_S = _levels(config, solver, kept_T, steps)
     alpha_S = 1 / np.sqrt(level_S**2 + 1)
     sigma_S = level_S * alpha_S
+    # Where the last level is 0, λ is infinite, and the step ends on x̂ itself.
     with np.errstate(divide="ignore"):
         lambda_S = -np.log(level_S)
     kept_S = sigma_S[1:] / sigma_S[:-1]
     width_S = lambda_S[1:] - lambda_S[:-1]
     x_S = -alpha_S[1:] * np.expm1(-width_S)  # the share of x̂ in a step of first order
     mix_S = np.stack([x_S, np.zeros(steps)], 1)
+    # Towards a level of 0 the width is infinite, which only a first order step can take.
     ends_low = config.get("euler_at_final") or config.get("final_sigmas_type", "zero") == "zero"
+    # The class reads this field only below 15 steps.
     ends_low = ends_low or (config.get("lower_order_final", True) and steps < 15)
     second = range(1, steps - bool(ends_low)) if config.get("solver_order", 2) == 2 else ()
     for n in second:
+        # The slope of x̂ over λ is that between its last two values.
         slope = 0.5 * x_S[n] * width_S[n] / width_S[n - 1]
         mix_S[n] = x_S[n] + slope, -slope
     return _grid(kind, time_S, alpha_S[:-1], sigma_S[:-1], kept_S=kept_S, mix_S=mix_S)
@@ -498,6 +513,8 @@ def _flow_sigmas(config, total: int, steps: int, tokens: int, even: bool):
         sigma_S = np.linspace(1.0, 1 / steps, steps)
     else:
         ends = np.array([1.0, 1 / total])
+        # Without dynamic shifting the class moves the ends, and then the grid between them once
+        # more.
         first, last = ends if dynamic else moved(ends)
         sigma_S = np.linspace(first, last, steps)
     if dynamic:  # by the number of a picture's tokens
@@ -509,6 +526,7 @@ def _flow_sigmas(config, total: int, steps: int, tokens: int, even: bool):
         sigma_S = moved(sigma_S)
     end = config.get("shift_terminal")
     if end and steps > 1:  # one step begins with noise alone, and is left there
+        # The shares of the image are stretched so that the last level is `end`; the first stays 1.
         rest_S = 1 - sigma_S
         sigma_S = 1 - rest_S * (1 - end) / rest_S[-1]
     return np.append(sigma_S, 0.0)

@@ -28,6 +28,8 @@ def linear(output, z_BHWC, grid, normal):
         n, g = numbers
         out = output(z, g.time_S)
         # PLMS does its first step again, from where it began.
+        # `repeats`, `draws` and the number of past outputs are static, so other solvers pay for
+        # none.
         base = jnp.where(g.again_S, before, z) if grid.repeats else z
         mixed = g.mix_S[0] * out + sum(g.mix_S[i + 1] * past[i] for i in range(len(past)))
         x, noise = prediction.parts(grid.kind, mixed, base, g.alpha_S, g.sigma_S)
@@ -35,6 +37,7 @@ def linear(output, z_BHWC, grid, normal):
         if grid.draws:
             new += g.fresh_S * normal(n)
         if past:
+            # The output of a repeated call is mixed once and not remembered, as in diffusers.
             kept = (out, *past[:-1])
             past = tuple(
                 jnp.where(g.again_S, old, one) for one, old in zip(kept, past, strict=True)
@@ -57,6 +60,7 @@ def multistep(output, z_BHWC, grid, normal):
         x, _ = prediction.parts(grid.kind, output(z, g.time_S), z, g.alpha_S, g.sigma_S)
         return (g.kept_S * z + g.mix_S[0] * x + g.mix_S[1] * last, x), None
 
+    # Before the first step there is no x̂: its weight in the grid is 0.
     start = (z_BHWC, jnp.zeros_like(z_BHWC))
     return jax.lax.scan(step, start, grid.arrays())[0][0]
 
@@ -80,6 +84,7 @@ def heun(output, z_BHWC, grid, normal):
             _, _, later = parts(ahead, g.mix_S[0], g.x_share_S, g.noise_share_S)
             return ahead + 0.5 * g.kept_S * (later - slope)  # half of the way along each
 
+        # The last step stays Euler's: at σ = 0 there is no slope to average with.
         return jax.lax.cond(g.again_S, corrected, lambda ahead: ahead, ahead), None
 
     return jax.lax.scan(step, z_BHWC, grid.arrays())[0]

@@ -59,6 +59,7 @@ def _cut(side: int, tile: int, factor: int):
     """
     if side <= tile:
         return [0], np.ones((1, side * factor), np.float32)
+    # The ramp is at least a pixel wide, as it is divided by that.
     step, blended = int(tile * (1 - OVERLAP)), max(int(tile * factor * OVERLAP), 1)
     start_N = np.array([*range(0, side - tile, step), side - tile])
     # Each tile is laid over those before it: it enters on a ramp, and hides them behind it.

@@ -33,4 +33,5 @@ def drop(cond: Cond, drop_BE, parts=None) -> Cond:
         for sizes in zip(*parts, strict=True)
     )
     pooled_BD = jnp.where(dropped_BD, 0, cond.pooled_BD)
+    # The states stay: nothing reads one where the mask is False.
     return cond._replace(mask_BL=cond.mask_BL & ~dropped_BL, pooled_BD=pooled_BD)

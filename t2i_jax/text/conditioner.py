@@ -48,11 +48,13 @@ class Conditioner:
         variables = self.module.init(key, *_arguments(batch["text"]))
         return variables, self.module.apply(variables, *_arguments(batch["text"]))
 
+    # It is also a prediction, which is called with a key.
     def encode(self, nets, batch, key=None) -> Cond:
         """Caption states: from the cache where the batch brings them, else from the encoder."""
         if "cond_seq" in batch:
             seq_BLD, pooled_BD = batch["cond_seq"], batch["cond_pooled"]
             mask_BL = jnp.concatenate([t.mask_BL for t in self._each(batch)], axis=1)
+            # Stored states are float16 (ADR 4).
             return Cond(seq_BLD.astype(jnp.float32), mask_BL, pooled_BD.astype(jnp.float32))
         return self.module.apply(nets["text"], *_arguments(batch["text"]))
 

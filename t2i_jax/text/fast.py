@@ -92,6 +92,7 @@ def check(path) -> dict:
     for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
         if len(str(model.get(name))) > 100:
             raise _unbounded(path, f"{name} has {len(str(model[name]))} characters")
+    # WordPiece takes quadratic time in the length of a word.
     if (model.get("max_input_chars_per_word") or 0) > 1000 or model.get("dropout"):
         raise _unbounded(path, "its words are too long, or cut at random")
     return data | {"added_tokens": data.get("added_tokens", [])}
@@ -119,10 +120,13 @@ def _growth(part) -> float:
     """The largest factor by which a normalizer can make a text longer."""
     kind, content = part.get("type"), part.get("content")
     if kind == "Replace":
+        # A pattern may match beside every character, and put the content there.
         return max(1.0, 1.0 + len(str(content)))
     if kind == "Prepend":
         return 1.0 + len(str(part.get("prepend")))
     if kind == "Precompiled":
+        # SentencePiece's format: the length of a trie in four bytes, the trie, and the
+        # replacements. Each of these ends with a zero byte, and the longest bounds the growth.
         blob = base64.b64decode(str(part.get("precompiled_charsmap")))
         table = blob[4 + int.from_bytes(blob[:4], "little") :]
         return max(map(len, table.split(b"\0")), default=1.0)
@@ -162,6 +166,7 @@ def _text(token) -> str:
 
 def _same_added(data, own, special) -> bool:
     """Whether transformers would have the same added tokens as the file."""
+    # Names with an underscore in front, such as __type, are notes of transformers' own.
     flags = lambda token: {"special": False} | {k: v for k, v in token.items() if k[0] != "_"}
     added = {token["id"]: flags(token) for token in data["added_tokens"]}
     theirs = own.get("added_tokens_decoder")

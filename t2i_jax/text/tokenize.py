@@ -64,6 +64,7 @@ class Tokenizer:
                 while kept and start(kept - 1) >= end:  # no half characters
                     kept -= 1
                 lost = texts[row][end:]
+            # An empty caption has no token at all, and so is the null condition.
             ids = [*self._before, *ids[:kept], *self._after] if kept else []
             ids_BL[row, : len(ids)] = ids
             mask_BL[row, : len(ids)] = True
@@ -74,6 +75,7 @@ class Tokenizer:
     def lowered(self) -> "Tokenizer":
         """One that reads captions in lower case."""
         other = copy.copy(self)
+        # Again, as one letter may become two characters, which the limits have to count.
         other._normalised = lambda caption: normalise(normalise(caption).lower())
         other.fingerprint = f"{self.fingerprint}-lowered"
         return other
@@ -149,6 +151,7 @@ def _open(folder, length: int) -> Tokenizer:
         # on, so threads can share it.
         opened.no_truncation()
         opened.no_padding()
+        # What stands round this caption stands round every other.
         ids, bare = opened.encode("a").ids, opened.encode("a", add_special_tokens=False).ids
         at = next(i for i in range(len(ids)) if ids[i : i + len(bare)] == bare)
     return Tokenizer(
@@ -193,6 +196,7 @@ def normalise(caption: str) -> str:
             fix="give a string; an empty one means no condition",
         )
     caption = caption[:CHARACTERS]
+    # ASCII has no surrogates, marks or joiners, and is most of all captions.
     if not caption.isascii():
         caption = caption.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         caption = _limit_marks(_joiners(caption.translate(_CHARACTERS)))
@@ -282,6 +286,7 @@ def _encode_subwords(opened, folder, texts):
     with _of_library(folder):
         encodings = opened.encode_batch(texts, add_special_tokens=False)
     for encoding in encodings:
+        # A function, as the library makes all offsets when asked, and only cut captions need them.
         yield encoding.ids, lambda i, offsets=encoding: offsets.offsets[i][0]
 
 

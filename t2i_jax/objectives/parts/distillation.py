@@ -47,9 +47,12 @@ def term(config, *, weight, stride, times, options, noise_shape, maps=None) -> T
         low, high = times
         strength = jax.random.uniform(keys.choice, minval=low, maxval=high)
         theirs = {"model": nets["teacher"], "text": nets["text"]}
+        # The key is that of the image's own noise, so the teacher goes on with this noise.
         wanted_BHWC = family.predict["img2img"](
             theirs, batch | {"image": image_BHWC}, keys.noise, strength=strength, **options
         )
+        # It is made of the image. Gradients would otherwise run back through every step of the
+        # teacher.
         wanted_BHWC = jax.lax.stop_gradient(wanted_BHWC)
         of_nets = maps and (lambda x_BHWC: maps(nets, x_BHWC))
         return perceptual_error(image_BHWC, wanted_BHWC, of_nets)
@@ -68,6 +71,7 @@ def perceptual_error(a_BHWC, b_BHWC, maps=None):
     if maps is None:
         return error_B
     pairs = zip(maps(a_BHWC), maps(b_BHWC), strict=True)
+    # Unscaled, layers and places with the largest numbers would decide alone.
     scaled = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
     errors_MB = [losses.squared_error(scaled(a), scaled(b)) for a, b in pairs]
     return error_B + sum(errors_MB) / len(errors_MB)
@@ -77,5 +81,6 @@ def teacher(config):
     """The flow model that `config.model.teacher` describes, as an objective."""
     sizes = dict(config.model.get("teacher", {}))
     own = copy.deepcopy(config)
+    # A flow family would refuse the options and nets of the GAN.
     own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), dict(model=sizes)
     return flow.make(own)

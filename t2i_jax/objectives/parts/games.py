@@ -48,6 +48,7 @@ def slopes(penalty: str, logit, keys_B, sigma: float):
       image_BHWC -> its value for each example, B.
     """
     if penalty == "exact":
+        # The gradient of the sum holds that of each logit, as none depends on another image.
         gradient = jax.grad(lambda image_BHWC: logit(image_BHWC).sum())
         return lambda image_BHWC: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
 
@@ -91,6 +92,7 @@ def partner(batch):
     n = len(batch["index"])
     far_BB = (jnp.arange(n)[None] - jnp.arange(n)[:, None]) % n
     different_BB = losses.different_captions(batch["text"]) & (batch["weight"] > 0)
+    # Distances are below n, so any other caption is nearer than the example itself, at n.
     return jnp.argmin(jnp.where(different_BB, far_BB, n + (far_BB > 0)), 1)
 
 

@@ -86,10 +86,13 @@ def every(stride: int, batch, batch_size: int):
     index_B, weight_B = batch["index"], batch["weight"]
     if stride == 1:
         return (lambda tree: tree), lambda value_B: losses.weighted_mean(value_B, weight_B)
+    # The share is that of the whole batch. Parts may hold unequal numbers of such slots.
     n, share = len(index_B), -(-batch_size // stride) / batch_size
     if n % stride == 0:  # no gather, which would move images between devices
         some, counted = lambda tree: jax.tree.map(lambda x: x[::stride], tree), 1.0
     else:
+        # The first slot that the stride divides is known on the device only, the number of places
+        # is fixed. A place beyond the end counts 0.
         place_S = -index_B[0] % stride + stride * jnp.arange(-(-n // stride))
         some = lambda tree: jax.tree.map(lambda x: x[jnp.minimum(place_S, n - 1)], tree)
         counted = (place_S < n).astype(jnp.float32)
