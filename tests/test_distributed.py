@@ -56,3 +56,19 @@ def test_who_waits_for_the_first_hears_that_it_died():
     assert first == 9
     assert second in (70, -signal.SIGABRT)  # JAX may be faster to abort than we to say it
     assert second != 70 or "process 0 died or cannot be reached" in log
+
+
+HANGS = """
+import concurrent.futures, threading
+from t2i_jax.run import distributed
+
+distributed.LEAVING = 1
+concurrent.futures.ThreadPoolExecutor(1).submit(threading.Event().wait)
+distributed.leave(75)
+"""
+
+
+def test_a_thread_that_hangs_keeps_no_process_that_has_saved():
+    """Python waits at its end for the threads of pools, whatever they do."""
+    done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, timeout=60)
+    assert done.returncode == 75

@@ -106,7 +106,13 @@ def test_a_grid_holds_every_picture():
     assert set(np.unique(grid)) == {0, 1, 2, 3, 4, 255}
 
 
-@pytest.mark.parametrize("settings", [None, {"seed": 1}, metadata(seed="7"), metadata(options=[])])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(None, {"seed": 1}, metadata(seed="7"), metadata(options=[])),
+        metadata(image={"name": "a.png", "sha256": [1]}),
+    ],
+)
 def test_a_picture_without_our_settings_says_so(tmp_path, settings):
     images.save(tmp_path / "a.png", picture(), settings)
     with pytest.raises(errors.DataError, match="no settings of ours"):

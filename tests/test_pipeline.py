@@ -306,3 +306,23 @@ def test_evaluate_writes_a_protocols_captions(tmp_path):
     path = tmp_path / "captions.txt"
     start("-m", "t2i_jax", "evaluate", "--protocol=shapes", "--num_images=5", f"--captions={path}")
     assert path.read_text().splitlines() == protocol.read("shapes", num_images=5).captions()
+
+
+def test_pictures_are_not_compared_with_those_of_other_captions(tmp_path):
+    """Behind a broken picture each would be compared with the next one's."""
+    (tmp_path / "drawn").mkdir()
+    for i in range(3):
+        images.save(tmp_path / "drawn" / f"{i}.png", np.full((32, 32, 3), 80 * i, np.uint8))
+    (tmp_path / "drawn" / "1.png").write_bytes(b"no picture")
+    data = [{"source": "shapes", "split": "test", "size": 3}]
+    ask = {"data": data, "num_images": 3, "metrics": {"psnr": {}}}
+    (tmp_path / "own.json").write_text(json.dumps(ask))
+    command = ["-m", "t2i_jax", "evaluate", f"--protocol={tmp_path}/own.json"]
+    done = subprocess.run(
+        [sys.executable, *command, f"--images={tmp_path}/drawn"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 65, done.stderr
+    assert "1.png cannot be read" in done.stderr

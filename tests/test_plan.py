@@ -87,3 +87,21 @@ def test_what_a_product_needs():
 def test_an_unknown_slice_is_refused_with_the_way_to_get_it():
     with pytest.raises(errors.ConfigError, match="tpu-aot"):
         plan.slice_devices("v99z:1x1")
+
+
+def test_branches_of_a_conditional_count():
+    program = plan._Program(
+        """
+%left (x: f32[2]) -> f32[2] {
+  %a = f32[2] add(%x, %x)
+}
+%right (x: f32[2]) -> f32[2] {
+  %b = f32[2] add(%x, %x)
+}
+ENTRY %main (p: f32[2]) -> f32[2] {
+  %one = f32[2] conditional(%i, %p, %p), branch_computations={%left, %right}
+  %two = f32[2] conditional(%q, %p, %p), true_computation=%left, false_computation=%right
+}
+"""
+    )
+    assert program.runs() == {"": 1, "left": 2, "right": 2}

@@ -352,3 +352,11 @@ def test_the_evaluator_asks_for_the_captions_of_its_splits():
 def test_the_evaluator_refuses_what_it_cannot_judge(options):
     with pytest.raises(errors.ConfigError):
         shapes.make({"sample": painter()}, **options)
+
+
+def test_a_ground_that_is_a_colour_hides_no_other():
+    """The line from the ground to a colour has no length there."""
+    blue, red = (np.float32(world.COLOURS[name]) for name in ("blue", "red"))
+    found, alpha_N = shapes._unmixed(np.stack([red - blue, 0 * blue]), blue)
+    assert found == "red"
+    np.testing.assert_allclose(alpha_N, [1, 0], atol=1e-6)

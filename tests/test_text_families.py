@@ -255,6 +255,8 @@ def test_gpt2_draws_only_what_it_may_and_stops_at_the_end(tmp_path):
     )
     greedy, _ = draw(0, temperature=0)
     np.testing.assert_array_equal(draw(1, top_k=1)[0], greedy)
+    all_of = draw(4, top_k=10**6)[0]  # more than there are
+    np.testing.assert_array_equal(all_of, draw(4, top_k=0)[0])
     np.testing.assert_array_equal(draw(2, top_p=1e-6)[0], greedy)
     text_BN, alive_BN = draw(3, temperature=3.0)
     assert (text_BN != greedy).any()

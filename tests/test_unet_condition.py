@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from t2i_jax import errors
 from t2i_jax.models.types import Cond, Output
-from t2i_jax.pretrained import opener
+from t2i_jax.pretrained import opener, unet_condition
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -100,3 +101,26 @@ def test_outputs_are_the_same(case):
     assert (module.channels, module.unit) == (net.config.in_channels, 1)
     with torch.inference_mode():
         near(out_BHWC, by_torch(net, *data).numpy().transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_linear_projection": "false"}, "use_linear_projection is 'false'"),
+        ({"flip_sin_to_cos": 1}, "flip_sin_to_cos is 1"),
+        ({"freq_shift": "0"}, "freq_shift is '0'"),
+        ({"freq_shift": -1}, "freq_shift is -1"),
+        ({"addition_embed_type": "text_time"}, "without addition_time_embed_dim"),
+        ({"addition_embed_type": "image"}, "addition_embed_type 'image'"),
+        ({"down_block_types": ["DownBlock2D"]}, "1 down_block_types of 4 blocks"),
+        ({"attention_head_dim": 7}, "320 channels for 7 heads"),
+    ],
+)
+def test_senseless_configs_are_refused(change, message):
+    with pytest.raises(errors.ConfigError, match=message):
+        unet_condition.from_config(change)
+
+
+def test_null_is_the_default():
+    fields = ("freq_shift", "use_linear_projection", "flip_sin_to_cos", "up_block_types")
+    assert unet_condition.from_config(dict.fromkeys(fields)) == unet_condition.from_config({})

@@ -71,13 +71,17 @@ def main():
     if OUTPUT.value:  # before hours of drawing
         images.check_file(output, "--output")
     row = _by_protocol() if PROTOCOL.value else _by_evaluators()
-    # JSON has no infinity. `json` would write a word that other readers refuse.
-    text = json.dumps({k: None if v in (math.inf, -math.inf) else v for k, v in row.items()})
+    text = json.dumps({k: v if _is_json(v) else None for k, v in row.items()})
     print(text)
     print(_table(row), file=sys.stderr)
     if output:
         with images.writing(output, "--output"), pathlib.Path(output).open("a") as f:
             f.write(text + "\n")
+
+
+def _is_json(value) -> bool:
+    """JSON has neither infinities nor NaN, for which `json` writes words that others refuse."""
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _table(row: dict) -> str:
@@ -121,6 +125,7 @@ def _logged(batches, total: int):
 
 def _by_protocol() -> dict:
     """The row of an evaluation by --protocol, of a model or of --images."""
+    from t2i_jax import errors
     from t2i_jax.data import pictures
     from t2i_jax.evaluators import protocol as judge
     from t2i_jax.run import compile_cache
@@ -139,6 +144,14 @@ def _by_protocol() -> dict:
         judge.check_captions(ours, nets, folder.captions)
         batches = folder.batches(judge.whole_captions(ours, BATCH_SIZE.value))
         measure = judge.Measure(ours, nets, _logged(batches, len(folder)), REFERENCE.value)
+        if folder.broken and (paired := sorted(nets.drawn & judge.OF_PAIRS.keys())):
+            # Whatever comes behind a gap was compared with the real image of another caption.
+            raise errors.DataError(
+                f"{', '.join(paired)} compare pictures with the real ones of their captions, and "
+                f"{', '.join(sorted(folder.broken)[:5])} cannot be read",
+                where=IMAGES.value,
+                fix="draw these again, or choose other metrics",
+            )
         model = {
             "images": IMAGES.value,
             "images_sha256": folder.fingerprint,
@@ -192,7 +205,8 @@ def _by_evaluators() -> dict:
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
         sizes = {"batch_size": BATCH_SIZE.value} if _goes_to(name, BATCH_SIZE) else {}
-        asked = {**sizes, **own, **flagged}
+        # What a flag says comes before the config, and its default behind it.
+        asked = {**sizes, **own, **flagged, **(sizes if BATCH_SIZE.present else {})}
         if DATA.value and _goes_to(name, DATA):
             asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
         asked = pipe.predictor.evaluator_options(name, asked)

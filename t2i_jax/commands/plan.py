@@ -14,6 +14,7 @@ from t2i_jax import errors, loop, sharding, weights
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
+CALLS = "body|calls|to_apply|true_computation|false_computation"
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 # Operations that compute. Traffic while one of them runs is hidden.
 WORK = ("fusion", "convolution", "dot", "custom-call", "while", "call")
@@ -301,9 +302,13 @@ class _Program:
         def visit(name, times):
             runs[name] += times
             for line in self.computations[name]:
-                for key, called in re.findall(r"(body|calls|to_apply)=%?([\w.\-]+)", line):
-                    if called in self.computations:
-                        visit(called, times * (self._trips(line) if key == "body" else 1))
+                called = re.findall(rf"({CALLS})=%?([\w.\-]+)", line)
+                # Of a conditional one branch runs. All count, as nobody knows which.
+                for branches in re.findall(r"branch_computations=\{(.*?)\}", line):
+                    called += [("branch", name) for name in re.findall(r"[\w.\-]+", branches)]
+                for key, name in called:
+                    if name in self.computations:
+                        visit(name, times * (self._trips(line) if key == "body" else 1))
 
         visit("", 1)
         return runs

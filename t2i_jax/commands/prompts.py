@@ -200,9 +200,8 @@ def from_picture(path) -> Recorded:
     frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
     fits = fits and all(isinstance(row.get(k), t) for row in rows for k, t in needed.items())
     fits = fits and all(isinstance(row.get(k, t()), t) for row in rows for k, t in optional.items())
-    fits = fits and all(
-        {"name", "sha256"} <= {*row.get("image", ("name", "sha256"))} for row in rows
-    )
+    images_of = [row["image"] for row in rows if "image" in row] if fits else []
+    fits = fits and all(isinstance(i.get(k), str) for i in images_of for k in ("name", "sha256"))
     if not fits or not limits.is_whole(frames) or not 0 <= frames <= limits.COUNT_LIMIT:
         raise errors.DataError(
             "the picture holds no settings of ours",

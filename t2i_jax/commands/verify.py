@@ -80,8 +80,11 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
     import numpy as np
     import torch
 
-    path = opened.source.removeprefix("hf:").partition("@")[0]
-    theirs = diffusers.DiffusionPipeline.from_pretrained(path).to("cpu", torch.float32)
+    path, revision = opened.source, None
+    if path.startswith("hf:"):
+        path, _, revision = path.removeprefix("hf:").partition("@")
+    theirs = diffusers.DiffusionPipeline.from_pretrained(path, revision=revision or None)
+    theirs.to("cpu", torch.float32)
     theirs.set_progress_bar_config(disable=True)
     net, seen = getattr(theirs, opened.recipe.denoiser), {}
 

@@ -251,7 +251,9 @@ def _unmixed(from_ground_NC, ground_C):
     """
     axis_KC = np.array(list(shapes.COLOURS.values()), np.float32) - ground_C
     # Least squares: a pixel's projection on the line from the ground to a colour.
-    alpha_NK = np.clip(from_ground_NC @ axis_KC.T / np.square(axis_KC).sum(-1), 0, 1)
+    # A ground that is one of the colours has no line to it, and a divisor of 0.
+    length_K = np.maximum(np.square(axis_KC).sum(-1), 1e-6)
+    alpha_NK = np.clip(from_ground_NC @ axis_KC.T / length_K, 0, 1)
     misfit_NK = np.linalg.norm(from_ground_NC[:, None] - alpha_NK[..., None] * axis_KC, axis=-1)
     misfit_K = np.sqrt(np.square(misfit_NK).mean(0))
     best = int(misfit_K.argmin())

@@ -181,13 +181,9 @@ class Flow:
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
-<<<<<<< HEAD
         x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
         z = self.path.mix(x, noise, strength)
-=======
-        z = self.path.mix(self.space.encode(nets, batch, keys_B), noise, strength)
         # All steps are done at any strength: their number is a shape, and one program serves all.
->>>>>>> edit
         ts_S = strength * ode.times(steps, shift)
         return self.solved(nets, batch, z, ts_S, guidance, sampler, interval)
 

@@ -185,7 +185,8 @@ def _keep(logits_BV, top_k: int, top_p: float):
     sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
     floor_B1 = jnp.full((logits_BV.shape[0], 1), -jnp.inf)
     if top_k:
-        floor_B1 = sorted_BV[:, top_k - 1 : top_k]
+        last = min(top_k, sorted_BV.shape[1])
+        floor_B1 = sorted_BV[:, last - 1 : last]
     probability_BV = jax.nn.softmax(jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf))
     before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
     # A token is kept while those before it fall short of top_p, the likeliest even at 0.

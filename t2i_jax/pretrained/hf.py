@@ -196,6 +196,20 @@ def number(config: dict, name: str, default, kind: type = int):
     return kind(value)
 
 
+def flag(config: dict, name: str, default: bool) -> bool:
+    """True or false of a config.json; null and a missing one are the default.
+
+    Raises:
+      ConfigError: it is something else, such as the text "false".
+    """
+    value = config.get(name)
+    if value is None or isinstance(value, bool):
+        return default if value is None else value
+    raise errors.ConfigError(
+        f"{name} is {value!r:.50}", where=CONFIG, fix="it should be true or false"
+    )
+
+
 def _minilm() -> pathlib.Path:
     spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the files, imports nothing
     folder = pathlib.Path(spec.origin).parent / "model" if spec and spec.origin else None

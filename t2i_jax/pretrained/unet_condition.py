@@ -331,12 +331,19 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
             where=hf.CONFIG,
             fix="use a checkpoint with 'text_time' or none",
         )
+    numbers = hf.number(config, "addition_time_embed_dim", 0) if added else 0
+    if added and not numbers:
+        raise errors.ConfigError(
+            "addition_embed_type 'text_time' without addition_time_embed_dim",
+            where=hf.CONFIG,
+            fix="use the config.json that was saved with the weights",
+        )
     return UNet(
         **(sizes | dict(blocks=blocks, heads=heads, depths=depths, downs=down, ups=up)),
-        linear=bool(config.get("use_linear_projection", False)),
-        cosine_first=bool(config.get("flip_sin_to_cos", True)),
-        shift=float(config.get("freq_shift", 0)),
-        numbers=config.get("addition_time_embed_dim") or 0 if added else 0,
+        linear=hf.flag(config, "use_linear_projection", False),
+        cosine_first=hf.flag(config, "flip_sin_to_cos", True),
+        shift=hf.number(config, "freq_shift", 0.0, float) if config.get("freq_shift") else 0.0,
+        numbers=numbers,
         dtype=dtype,
         remat=remat,
     )
@@ -344,7 +351,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
 
 def _attending(config, way: str, default) -> tuple[bool, ...]:
     """Whether each block attends to the text."""
-    kinds = config.get(f"{way}_block_types", default)
+    kinds = config.get(f"{way}_block_types") or default
     known = [kind for kind in _KINDS_OF_BLOCKS if way.title() in kind]
     for kind in kinds:
         errors.check_known(f"{way} block", kind, known, where=hf.CONFIG)

@@ -39,12 +39,8 @@ def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype
         elif name in parts:
             component(opened.part(name), parts[name], output / name, dtype)
         else:
-<<<<<<< HEAD
             copied(base / name, output / name)
-=======
-            _copied(base / name, output / name)
     # It comes last: without it, a folder that was cut short is no pipeline.
->>>>>>> edit
     text = json.dumps(index, indent=2) + "\n"
     images.write_whole(output / hf.PIPELINE, text.encode())
 

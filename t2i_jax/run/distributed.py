@@ -252,8 +252,10 @@ def leave(code: int) -> None:
 
 
 def _end_over(code: int) -> None:
-    """Ends a process whose main thread has ended."""
-    if not threading.main_thread().is_alive():
+    """Ends a process whose main thread has ended, or waits at its end for the others."""
+    # Python joins the threads of pools before it takes the main thread for ended. Only this name of
+    # its own tells that the wait has begun.
+    if not threading.main_thread().is_alive() or getattr(threading, "_SHUTTING_DOWN", False):
         os._exit(code)
 
 

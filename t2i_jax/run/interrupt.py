@@ -123,7 +123,7 @@ class Interrupt:
         global _training
         if _training is self:
             sys.unraisablehook = self._unraisable
-        _training = None
+            _training = None
         for number, handler in self._old.items():
             signal.signal(number, handler)
 

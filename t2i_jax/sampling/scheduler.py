@@ -318,18 +318,14 @@ def _times(config, solver: str, steps: int):
     elif spacing == "leading":
         unit = total // (steps + more)
         time_S = (np.arange(steps + more) * unit)[::-1].astype(np.float64)
-        if solver != "dpmpp_2m":
-            time_S = time_S + config.get("steps_offset", 0)
+        time_S = time_S + config.get("steps_offset", 0)
     elif spacing == "trailing":
         time_S = np.round(np.arange(total, 0, -total / steps)) - 1
     else:
         names = ("linspace", "leading", "trailing")
         raise errors.unknown("timestep_spacing", spacing, names, where=CONFIG)
     # Rounding may also make arange one entry longer than it should be.
-    time_S = time_S[:steps]
-    if solver == "dpmpp_2m" and spacing == "leading":
-        time_S = time_S + config.get("steps_offset", 0)
-    return time_S
+    return time_S[:steps]
 
 
 def _levels(config, solver, kept_T, steps: int):
