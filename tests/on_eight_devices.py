@@ -152,9 +152,10 @@ def main():
         }
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
-        found |= _scan() | _draw() | _lora() | _encoders("roberta", "t5 1.1", "clip, projected")
+        found |= _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
+        found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
-        found |= _encoders("umt5", "gpt-2") | _features() | _contrast() | _gan() | _guided()
+        found |= _encoders("umt5") | _guided()
     print(json.dumps(found))
 
 

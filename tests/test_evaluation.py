@@ -483,6 +483,7 @@ def test_images_of_an_evaluator_are_a_picture_in_samples(tmp_path):
         np.testing.assert_array_equal(np.asarray(written), images.grid(drawn))
 
 
+@pytest.mark.slow
 def test_a_result_lost_with_its_process_is_found_again(tmp_path, monkeypatch):
     small = best_config(best="", steps=2)
     with monkeypatch.context() as patch:
@@ -579,6 +580,7 @@ def test_evaluators_that_cannot_be_are_refused_before_anything(tmp_path, changes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_what_was_evaluated_is_not_when_the_run_grows(tmp_path):
     loop.train(best_config(steps=2, best=""), tmp_path)
     (first,) = events(tmp_path)

@@ -113,6 +113,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(source, data, adapted, tmp_path):
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path):
     start = noise()
     ours = pipeline.Pipeline.load(str(adapted))(folders.PROMPTS, noise=start, **OPTIONS)
@@ -124,6 +125,7 @@ def test_merged_adapters_are_a_pipeline(source, adapted, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
     """With another alpha than rank, also of convolutions."""
     torch.manual_seed(0)
@@ -140,6 +142,7 @@ def test_adapters_of_peft_draw_the_same_here(source, tmp_path):
     assert apart(ours(folders.PROMPTS, noise=start, **OPTIONS), draw()) <= test_latent.CLOSE
 
 
+@pytest.mark.slow
 def test_a_whole_fine_tune_opens_in_diffusers(source, data, tmp_path):
     """It learns, and draws the same there."""
     config = small(finetune, source, data)

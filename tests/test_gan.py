@@ -273,6 +273,7 @@ def test_every_nth_example_is_the_same_one_in_parts_of_a_batch(stride):
         assert total == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_micro_batches_penalise_the_same_examples_as_the_whole():
     config = digits_mlp_gan.get_config("debug")
     config.loss.update(mismatch=0.0, sentence=0.0, word=0.0, penalty="exact", penalty_stride=4)
@@ -560,6 +561,7 @@ def test_spectral_norm_bounds_every_kernel_by_one():
     assert np.linalg.svd(found, compute_uv=False)[0] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_spectral_norm_and_augmentation_train(config, batch):
     """The vectors go on with every step, the generator's loss leaves them alone."""
     config = config.copy_and_resolve_references()
@@ -671,6 +673,7 @@ def test_a_frozen_net_that_changed_is_named():
                 weights.check_frozen(changed, digests, found)
 
 
+@pytest.mark.slow
 def test_a_generator_begins_as_the_flow_network_in_noise():
     config = shapes_gan_from_flow.get_config()
     config.loss.update(clip=0.0, distil=0.0)
@@ -734,7 +737,8 @@ def towers():
     return dict(image=small, caption=dict(width=16, depth=1, heads=2))
 
 
-@pytest.mark.parametrize("through", [pytest.param("eye", marks=pytest.mark.slow), "guide"])
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["eye", "guide"])
 def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
     config = from_flow()
     config.model.gen.prediction = "x"
@@ -799,7 +803,8 @@ def test_a_flow_model_goes_on_from_every_second_picture(batch, through):
         np.testing.assert_allclose(a, b, atol=1e-3 * float(jnp.abs(b).max()) + 1e-5)
 
 
-@pytest.mark.parametrize("eye", ["tower", pytest.param("pretrained", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("eye", ["tower", "pretrained"])
 def test_heads_on_a_frozen_network_learn_and_it_does_not(batch, eye, tmp_path):
     config = from_flow()
     config.model.eye, config.model.gen = towers()["image"], dict(width=16)

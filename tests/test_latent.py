@@ -20,7 +20,11 @@ STEPS, GUIDANCE = 5, 3.0
 CLOSE = 2  # of 255
 
 
-@pytest.fixture(scope="module", params=folders.PIPELINES)
+LONG = ("sd2", "sd3")  # pipelines whose parts others have, too
+KINDS = [pytest.param(x, marks=[pytest.mark.slow] * (x in LONG)) for x in folders.PIPELINES]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
     """The name of a kind of pipeline, diffusers' and ours."""
     path = tmp_path_factory.mktemp(request.param)
@@ -43,6 +47,7 @@ def drawn(theirs, noise_BhwC, **options):
     return np.round(images * 255).astype(np.uint8)
 
 
+@pytest.mark.slow
 def test_verify_says_what_both_compute():
     """The command's own results and diffusers', of the pipeline that ships."""
     command = [sys.executable, "-m", "t2i_jax", "verify", str(folder.TINY), "--with=diffusers"]

@@ -45,6 +45,7 @@ def test_a_finished_run_is_left_alone(run):
     assert (run / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_without_averages_saves_resumes_and_draws(tmp_path):
     loop.train(small(ema={}, steps=3), tmp_path)
     loop.train(small(ema={}, steps=4), tmp_path)  # goes on
@@ -80,6 +81,7 @@ def test_a_run_with_cached_captions_trains(tmp_path):
     assert np.isfinite(rows(tmp_path)[0]["model/loss"])
 
 
+@pytest.mark.slow
 def test_a_run_started_from_another_has_its_averages_and_a_fresh_optimiser(run, tmp_path):
     still = config(init_from=str(run), steps=1)
     still.optim.model = dict(name="adamw", learning_rate=1e-12)
@@ -299,6 +301,7 @@ def diverging(**changes):
     return small(**dict(steps=30, save_every=4, keep=9, prompts=(), log_every=2) | changes)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_beyond_a_limit_stops_with_the_reason(tmp_path):
     watched = diverging(watch={"model/grad_norm": 1e-6})
     with pytest.raises(errors.DivergedError, match=r"model/grad_norm is .* above 1e-06") as caught:

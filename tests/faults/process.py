@@ -78,7 +78,7 @@ PHASES = {  # where the signal comes: failpoint, and the steps then saved
 }
 
 
-@row("P4", "SIGTERM in every phase: exit 75, no step lost")
+@row("P4", "SIGTERM in every phase: exit 75, no step lost", long=True)
 def p4(lab):
     phases = PHASES if lab.long else {"step": PHASES["step"]}
     for phase, point in phases.items():

@@ -503,7 +503,11 @@ def c2(lab):
         lab.finish(disk / "run")
 
 
-@row("B5", "the disk fills between two saves: told once, training goes on; SIGTERM is heard")
+@row(
+    "B5",
+    "the disk fills between two saves: told once, training goes on; SIGTERM is heard",
+    long=True,
+)
 def b5(lab):
     with small_disk(lab, 12) as disk:
         if disk is None:
