@@ -18,6 +18,7 @@ from t2i_jax import errors
 
 METADATA_KEY = "t2i_jax"
 FORMATS = ("PNG", "JPEG", "WEBP")
+LONGEST = {"webp": 16_383, "jpg": 65_500}  # pixels of a side that a format has room for
 _METADATA_LIMIT = 32_768  # bytes of JSON: the EXIF segment of a JPEG has room for twice that
 _PROMPTS = ("prompt", "negative_prompt", "prompts", "pictures")  # keys whose values can be long
 _PARAMETERS_LIMIT = 8192  # characters of the text for other viewers
@@ -41,14 +42,17 @@ def grid(images_BHWC, columns: int | None = None, gap: int = 2):
 
 
 def rows(pictures, gap: int = 2):
-    """The same as `grid`, for rows of unequal lengths: a list of BHWC or of lists of HWC."""
-    h, w, c = pictures[0][0].shape
+    """The same as `grid`, for rows of unequal lengths: a list of BHWC or of lists of HWC. Images of
+    several sizes get as much room as the largest.
+    """
+    h, w, c = np.max([image.shape for row in pictures for image in row], axis=0)
     columns = max(map(len, pictures))
     size = (len(pictures) * (h + gap) - gap, columns * (w + gap) - gap, c)
     out = np.full(size, 255, np.uint8)
     for y, row in enumerate(pictures):
         for x, image in enumerate(row):
-            out[y * (h + gap) : y * (h + gap) + h, x * (w + gap) : x * (w + gap) + w] = image
+            top, left = y * (h + gap), x * (w + gap)
+            out[top : top + image.shape[0], left : left + image.shape[1]] = image
     return out
 
 
@@ -103,6 +107,10 @@ def save_animation(path, images_NHWC, metadata=None, parameters=None, seconds=0.
 def _to_json(metadata: dict) -> str:
     """The metadata as JSON. Prompts are left out where it would pass the limit."""
     text = json.dumps(metadata, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # the name of a file may be no UTF-8
+        text = json.dumps(metadata)
     if len(text.encode()) <= _METADATA_LIMIT:
         return text
     return json.dumps({k: v for k, v in metadata.items() if k not in _PROMPTS})

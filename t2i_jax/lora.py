@@ -99,7 +99,9 @@ def merge(params, adapter, option: Options):
     pairs = traverse_util.flatten_dict(adapter, sep="/")
     for path in sorted({path.rpartition("/")[0] for path in pairs}):
         change = scale(option) * jnp.matmul(pairs[f"{path}/a"], pairs[f"{path}/b"])
-        flat[path] += change.reshape(flat[path].shape).astype(flat[path].dtype)
+        # In float32: what is less than half a step of bfloat16 would be lost in a frozen kernel.
+        kernel = jnp.asarray(flat[path], jnp.float32)
+        flat[path] = kernel + change.reshape(kernel.shape)
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

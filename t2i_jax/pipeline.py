@@ -397,7 +397,10 @@ class Pipeline:
     """A trained model, ready to draw.
 
     words: those of its training captions, or None where they are not known.
+    adapters: name of each file of adapters -> [SHA-256, weight].
     """
+
+    adapters: Mapping[str, list] = {}
 
     def __init__(self, predictor: Predictor, nets, source: str, step: int | None, words=None):
         self.predictor, self.nets = predictor, nets
@@ -472,7 +475,9 @@ class Pipeline:
             config.lora = {name: {"rank": 1} for name in adapters}
             nets |= {f"{n}{SUFFIX}": {"params": tree} for n, tree in adapters.items()}
             predictor = Predictor(config)
-        return cls(predictor, nets, source, None)
+        pipe = cls(predictor, nets, source, None)
+        pipe.adapters = lora_files.described(files)
+        return pipe
 
     @classmethod
     def _load(cls, source, folder, config, step, averaged):

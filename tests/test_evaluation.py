@@ -650,3 +650,73 @@ def test_two_processes_find_what_one_does(tmp_path, dual):
     for one, two in zip(found[1][0], found[2][0], strict=True):
         assert one.pop("protocol/definition") == two.pop("protocol/definition")
         assert one == pytest.approx(two, rel=1e-3, abs=1e-4)
+
+
+# --- what goes by the places of pictures ----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("metric", "names", "texts", "message"),
+    [
+        ("psnr", range(11), None, "11 pictures for 12 captions"),
+        ("psnr", range(12), TEXTS[::-1], "not those of the protocol"),
+        ("psnr", range(12), None, "10 comes before 2"),
+        ("diversity", range(11), None, "11 pictures, 2 of each caption"),
+        ("diversity", range(10, 22), TEXTS, "not 2 by 2"),
+    ],
+)
+def test_pictures_that_are_not_where_they_belong_are_refused(
+    tmp_path, metric, names, texts, message
+):
+    own = write(tmp_path, metrics={metric: {}}, per_caption=2 if metric == "diversity" else 1)
+    ours = protocol.read(own)
+    files = sorted(f"{n}.png" for n in names)
+    captions = dict(zip(files, texts or [None] * len(files), strict=True))
+    with pytest.raises(errors.DataError, match=message):
+        evaluator.check_places(ours, evaluator.Networks(ours), captions)
+
+
+@pytest.mark.parametrize("metric", ["psnr", "shapes"])
+def test_pictures_where_they_belong_pass(tmp_path, metric):
+    ours = protocol.read(write(tmp_path, metrics={metric: {}}))
+    captions = {f"{i:05d}.png": text for i, text in enumerate(ours.captions())}
+    evaluator.check_places(ours, evaluator.Networks(ours), captions)
+
+
+def test_equal_captions_are_no_rivals_of_each_other():
+    same = {"image_emb": np.eye(4), "text_emb": np.eye(4)[[0, 0, 1, 2]]}
+    with pytest.raises(errors.ConfigError, match="its own rival"):
+        evaluator.METRICS["r_precision"].fn(same, {}, candidates=3)
+
+
+def test_an_inception_score_does_not_depend_on_the_order_of_classes():
+    """Ten images of each of ten classes, sorted as in folders: each split has all of them."""
+    logits = 50 * np.eye(10)[np.arange(100) // 10]
+    found = evaluator.METRICS["inception_score"].fn({"logits": logits}, {}, splits=10)
+    assert found["inception_score"] > 4
+
+
+def test_padded_pictures_are_other_pictures(tmp_path, dual):
+    """Their features are not those that were stored of cut ones."""
+    folder = tmp_path / "wide"
+    folder.mkdir()
+    for i in range(4):
+        image = np.random.default_rng(i).integers(0, 256, (16, 32, 3), np.uint8)
+        images.save(folder / f"{i}.png", image)
+        (folder / f"{i}.txt").write_text("a picture")
+    keys = set()
+    for pad in (False, True):
+        data = [{"source": "folder", "path": str(folder), "pad": pad}]
+        ask = dict(data=data, num_images=4, metrics={"fid": {}}, extractor=str(dual), res=32)
+        run = evaluator.make(
+            {"sample": lambda nets, texts, **o: np.zeros((len(texts), 32, 32, 3), np.uint8)},
+            protocol=write(tmp_path, **ask),
+        )
+        run({}, 0)()
+        keys |= {p.name for p in (tmp_path / "cache" / "features").iterdir()}
+    assert len(keys) == 2
+
+
+def test_a_flag_changes_one_option_of_a_protocols_sampler(tmp_path):
+    own = write(tmp_path, sample={"guidance": 5.0, "steps": 50})
+    assert protocol.read(own, sample={"steps": 20}).sample == {"guidance": 5.0, "steps": 20}

@@ -213,3 +213,59 @@ def test_small_pictures_are_enlarged_by_whole_pixels(shape, factor):
     assert found.shape == (shape[0] * factor, shape[1] * factor, 3)
     np.testing.assert_array_equal(found[::factor, ::factor], image)
     np.testing.assert_array_equal(found[factor - 1 :: factor, factor - 1 :: factor], image)
+
+
+def test_a_grid_holds_pictures_of_several_sizes_and_cut_prompts(tmp_path):
+    value = lambda *shape: np.zeros((*shape, 3), np.uint8)
+    found = drawn(("long", 0, 0), ("short", 0, 0))
+    (_, cut), (_, whole) = found
+    pictures = [(value(4, 8), cut | {"cut": "r"}), (value(6, 4), whole)]
+    *_, path = prompts.save(pictures, tmp_path, grid=True, metadata=True)
+    assert np.asarray(Image.open(path)).shape[1] >= 2 * 8 + 2
+    assert [r.prompt for r in prompts.from_picture(path).requests] == ["long", "short"]
+    assert "Size: 8x4" in Image.open(sorted(tmp_path.glob("*_s0.png"))[0]).text["parameters"]
+
+
+def test_a_grid_that_a_format_has_no_room_for_is_a_png(tmp_path):
+    many = [
+        (np.zeros((600, 600, 3), np.uint8), info)
+        for _, info in drawn(*[("x", 0, i) for i in range(28)])
+    ]
+    *_, path = prompts.save(many, tmp_path, grid=True, metadata=False, extension="webp")
+    assert path.suffix == ".png"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red star",
+        "#1 dad mug",
+        "a\ncat",
+        " edge ",
+        "a --n b",
+        "a\t--d 3",
+        '{"a"}',
+        "a\u2028b",
+    ],
+)
+def test_a_written_line_is_read_as_the_prompt(prompt, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text(prompts.line(prompt) + "\n", encoding="utf-8")
+    (request,) = prompts.read_file(path, prompts.Request(prompt="", seed=0, count=1))
+    assert request.prompt == prompt
+
+
+def test_another_adapter_does_not_make_the_picture_again(tmp_path):
+    images.save(tmp_path / "a.png", picture(), metadata(lora={"x.safetensors": ["ab", 0.8]}))
+    recorded = prompts.from_picture(tmp_path / "a.png")
+    prompts.check_adapters(recorded, {"renamed.safetensors": ["ab", 0.8]})
+    for given in ({}, {"x.safetensors": ["ab", 1.0]}, {"x.safetensors": ["cd", 0.8]}):
+        with pytest.raises(errors.ConfigError, match=r"--lora=x\.safetensors:0\.8"):
+            prompts.check_adapters(recorded, given)
+
+
+def test_a_name_that_is_no_utf8_can_be_recorded(tmp_path):
+    images.save(
+        tmp_path / "a.png", picture(), metadata(image={"name": "\udcff.png", "sha256": "a"})
+    )
+    assert images.read_metadata(tmp_path / "a.png")["image"]["name"] == "\udcff.png"

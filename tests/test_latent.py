@@ -1,13 +1,15 @@
 """Pretrained pipelines: whole drawings equal diffusers', on folders that it wrote."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from t2i_jax import pipeline
+from t2i_jax import errors, pipeline
 from t2i_jax.pretrained import folder
 
 torch = pytest.importorskip("torch")
@@ -82,3 +84,31 @@ def test_a_rectangle_is_the_same(pair):
     assert image_BHWC.shape == (2, HEIGHT, WIDTH, 3)
     assert np.ptp(wanted.astype(int)) > 20  # not a flat picture
     assert np.abs(image_BHWC.astype(int) - wanted).max() <= CLOSE
+
+
+@pytest.mark.parametrize(
+    ("size", "res"), [(None, 256), ([8, 8], 16), (8, 16), ([8, 16], 0), (True, 0)]
+)
+def test_a_pipelines_side_is_what_its_config_says(size, res, tmp_path):
+    path = shutil.copytree(folder.TINY, tmp_path / "a,b#c")  # a name that other rules would cut
+    config = json.loads((path / "unet" / "config.json").read_text())
+    (path / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": size}))
+    if res:
+        assert folder.described(str(path))["res"] == res
+    else:
+        with pytest.raises(errors.ConfigError, match="no side of a square"):
+            folder.described(str(path))
+
+
+def test_a_picture_without_a_negative_prompt_is_the_same_beside_one_with(pair):
+    """SDXL's null is zeros, and FLUX.1 has none."""
+    name, _, ours = pair
+    options = dict(steps=2, guidance=40.0, seed=0)
+    if name == "flux":
+        with pytest.raises(errors.ConfigError, match="no negative prompt"):
+            ours(folders.PROMPTS, negative_prompt=folders.NEGATIVE, **options)
+        return
+    mixed = ours(folders.PROMPTS, negative_prompt=[folders.NEGATIVE, None], **options)
+    none = ours(folders.PROMPTS, **options)
+    assert np.abs(mixed[1].astype(int) - none[1]).max() <= 1
+    assert np.abs(mixed[0].astype(int) - none[0]).max() > 1

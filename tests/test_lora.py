@@ -220,3 +220,11 @@ def test_a_bad_adapter_is_refused_before_anything_is_written(base, tmp_path, spe
     with pytest.raises(errors.ConfigError, match=message):
         loop.train(adapted(base, spec), tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_merging_keeps_what_half_precision_would_lose():
+    """A frozen kernel may be bfloat16, whose steps are larger than most changes."""
+    kernel = jnp.ones((8, 8), jnp.bfloat16)
+    adapter = {"dense": {"kernel": {"a": np.full((8, 1), 1e-3), "b": np.ones((1, 8))}}}
+    merged = lora.merge({"dense": {"kernel": kernel}}, adapter, lora.Options(rank=1))
+    np.testing.assert_allclose(merged["dense"]["kernel"], 1.001, rtol=1e-6)

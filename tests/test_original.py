@@ -179,3 +179,11 @@ def test_a_file_of_another_kind_is_refused_and_nothing_is_left(single, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["bad.safetensors"]
     with pytest.raises(errors.ConfigError, match="convert single"):
         weights.locate(str(bad))
+
+
+def test_a_users_folder_is_left_alone(single, tmp_path):
+    path, _ = single
+    (tmp_path / "made.part").mkdir()
+    with pytest.raises(errors.DataError):
+        convert.single(str(tmp_path / "none.safetensors"), str(path / "whole"), tmp_path / "made")
+    assert [p.name for p in tmp_path.iterdir()] == ["made.part"]

@@ -105,8 +105,10 @@ def single(file: str, like: str, folder: str) -> pathlib.Path:
     images.check_folder(output, "--output_dir")
     if output.exists():
         raise errors.ConfigError("it exists already", where=str(output), fix="name a new folder")
-    part = output.with_name(f"{output.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
+    with errors.of_storage(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        beside = pathlib.Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+    part = beside / output.name
     try:
         with errors.of_storage(part):
             original.write(pathlib.Path(file), like, part)
@@ -123,7 +125,7 @@ def single(file: str, like: str, folder: str) -> pathlib.Path:
             fix="name a --like of the same kind and sizes as the file",
         ) from e
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)
     return output
 
 

@@ -107,8 +107,9 @@ def _protocol():
 
 def _write_captions() -> None:
     from t2i_jax import images
+    from t2i_jax.commands import prompts
 
-    lines = "".join(f"{caption}\n" for caption in _protocol().captions())
+    lines = "".join(f"{prompts.line(caption)}\n" for caption in _protocol().captions())
     images.write_whole(CAPTIONS.value, lines.encode())
 
 
@@ -135,19 +136,21 @@ def _by_protocol() -> dict:
     ours = _protocol()
     started = time.perf_counter()
     if IMAGES.value:
-        folder = pictures.Pictures(IMAGES.value)
+        folder, drawing = pictures.Pictures(IMAGES.value), ours
         ours = ours._replace(name=f"{ours.name} on pictures", num_images=len(folder))
     nets = judge.Networks(ours)
     uses = ((EXTRACTOR, nets.extract), (CLIP, nets.dual), (REFERENCE, "fid" in ours.metrics))
     _check_used(ours, uses)
     if IMAGES.value:
         judge.check_captions(ours, nets, folder.captions)
+        judge.check_places(drawing, nets, folder.captions)
         batches = folder.batches(judge.whole_captions(ours, BATCH_SIZE.value))
         measure = judge.Measure(ours, nets, _logged(batches, len(folder)), REFERENCE.value)
-        if folder.broken and (paired := sorted(nets.drawn & judge.OF_PAIRS.keys())):
-            # Whatever comes behind a gap was compared with the real image of another caption.
+        by_place = sorted(nets.drawn & (judge.OF_PAIRS.keys() | judge.OF_GROUPS.keys()))
+        if folder.broken and by_place:
+            # Whatever comes behind a gap counts for another caption.
             raise errors.DataError(
-                f"{', '.join(paired)} compare pictures with the real ones of their captions, and "
+                f"{', '.join(by_place)} go by the places of pictures, and "
                 f"{', '.join(sorted(folder.broken)[:5])} cannot be read",
                 where=IMAGES.value,
                 fix="draw these again, or choose other metrics",
@@ -204,6 +207,8 @@ def _by_evaluators() -> dict:
     flagged = {name: value for name, value in flagged.items() if value is not None}
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
+        if options and own.get("sample"):  # a flag changes one option, not all
+            flagged["sample"] = {**own["sample"], **options}
         sizes = {"batch_size": BATCH_SIZE.value} if _goes_to(name, BATCH_SIZE) else {}
         # What a flag says comes before the config, and its default behind it.
         asked = {**sizes, **own, **flagged, **(sizes if BATCH_SIZE.present else {})}

@@ -54,13 +54,19 @@ def main():
 
 
 def _to_diffusers(output, nets, config) -> None:
-    from t2i_jax import lora, objective, weights
+    from t2i_jax import errors, lora, objective, weights
     from t2i_jax.pretrained import lora_files, opener, writer
 
     opened = writer.of_run(config)
     params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
     if not config.lora:
         return writer.pipeline(opened, output, opened.by_part(params), DTYPE.value)
+    if whole := sorted(nets.keys() - {f"{name}{lora.SUFFIX}" for name in config.lora}):
+        raise errors.ConfigError(
+            f"a file of adapters has no room for {', '.join(whole)}, which the run trained whole",
+            where="--format=diffusers",
+            fix="add --merge, which writes the whole folder",
+        )
     adapters = opened.by_part(lora.scaled(params, config.lora))
     plain = config.copy_and_resolve_references()
     plain.lora = {}

@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 import shlex
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +17,9 @@ from t2i_jax import errors, files, images, limits
 from t2i_jax.quality import resize
 
 FILE_LIMIT = 2**24  # bytes of prompts in one file
-SHARED = ("prediction", "options", "image", "model", "step", "t2i_jax")  # by pictures of a grid
+SHARED = ("prediction", "options", "image", "lora", "model", "step", "t2i_jax")  # by a grid
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
+_FLAG = r"\s--"  # what begins an option within a line
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
 
 
@@ -120,7 +122,8 @@ def read_file(path, default: Request) -> list[Request]:
     """
     fix = f"give a UTF-8 text file of at most {FILE_LIMIT:,} bytes"
     with errors.explained(errors.ConfigError, "cannot read the prompts", where=path, fix=fix):
-        lines = files.read_text(path, limit=FILE_LIMIT).splitlines()
+        # Not splitlines, which also cuts at separators that may stand within a caption.
+        lines = files.read_text(path, limit=FILE_LIMIT).replace("\r\n", "\n").split("\n")
     found = []
     for number, line in enumerate(lines, 1):
         where = f"{path}:{number}"
@@ -143,6 +146,14 @@ def read_file(path, default: Request) -> list[Request]:
     return found
 
 
+def line(prompt: str) -> str:
+    """The line of a file that `read_file` reads as this prompt: plain where that is the same."""
+    plain = prompt and prompt == prompt.strip() and prompt.isprintable()
+    if plain and not prompt.startswith(("#", "{")) and not re.search(_FLAG, prompt):
+        return prompt
+    return json.dumps({"prompt": prompt})
+
+
 def _json_line(line, where):
     fix, of = 'write {"prompt": "…"}', (TypeError, *errors.UNREADABLE)
     with errors.explained(errors.ConfigError, "not a JSON object", where=where, fix=fix, of=of):
@@ -150,7 +161,7 @@ def _json_line(line, where):
 
 
 def _plain(line, where):
-    prompt, *flags = line.strip().split(" --")
+    prompt, *flags = re.split(_FLAG, line.strip())
     values = {"prompt": prompt}
     for flag in flags:
         letter, _, text = flag.partition(" ")
@@ -174,6 +185,7 @@ class Recorded(NamedTuple):
     """What a picture's metadata says: requests, the model's name, and its step.
 
     grid: it is of several pictures.   frames: of a way between pictures, or 0.
+    lora: name of each file of adapters -> [SHA-256, weight].
     """
 
     requests: list[Request]
@@ -181,6 +193,7 @@ class Recorded(NamedTuple):
     step: int | str | None
     grid: bool = False
     frames: int = 0
+    lora: Mapping = {}
 
 
 def from_picture(path) -> Recorded:
@@ -220,7 +233,22 @@ def from_picture(path) -> Recorded:
             fix="give a picture that sample.py wrote",
         )
     step = step if isinstance(step, int) else None
-    return Recorded(requests, found["model"], step, "pictures" in found and not frames, frames)
+    grid, lora = "pictures" in found and not frames, found.get("lora") or {}
+    return Recorded(requests, found["model"], step, grid, frames, lora)
+
+
+def check_adapters(recorded: Recorded, adapters) -> None:
+    """Raises ConfigError unless a picture was drawn with these adapters, whatever their files'
+    names.
+    """
+    known = lambda given: sorted([list(x) for x in given.values()], key=str)
+    if not isinstance(recorded.lora, dict) or known(recorded.lora) != known(adapters):
+        named = [f"--lora={name}:{weight}" for name, (_, weight) in recorded.lora.items()]
+        raise errors.ConfigError(
+            "the picture was drawn with other adapters",
+            where="--reproduce",
+            fix=f"give {' '.join(named)} of then" if named else "leave out --lora",
+        )
 
 
 def _request(row) -> Request:
@@ -304,6 +332,7 @@ def _settings(pipe, request: Request, options: dict, k: int) -> dict:
             if request.source
             else {}
         ),
+        **({"lora": pipe.adapters} if pipe.adapters else {}),
         "model": _public_name(pipe.source),
         "step": pipe.step,
         "t2i_jax": t2i_jax.__version__,
@@ -315,7 +344,7 @@ def _together(each) -> dict:
 
     Pictures of a prompt that follow each other are one entry with a "count".
     """
-    common = {k: v for k, v in each[0].items() if all(one[k] == v for one in each)}
+    common = {k: v for k, v in each[0].items() if all(k in one and one[k] == v for one in each)}
     # Prompt, seed and index stay in each entry even where they are equal: `from_picture` wants
     # them.
     common = {k: common[k] for k in SHARED if k in common}
@@ -437,19 +466,19 @@ def _public_name(source: str) -> str:
     return source if source.startswith("builtin:") else pathlib.Path(source).resolve().name
 
 
-def parameters_text(metadata: dict, size: int) -> str:
-    """The settings in the form that existing picture viewers show."""
+def parameters_text(metadata: dict, size: str) -> str:
+    """The settings in the form that existing picture viewers show; size: width x height."""
     lines = [metadata["prompt"].replace("\n", " ")]
     if metadata["negative_prompt"]:
         lines.append(f"Negative prompt: {metadata['negative_prompt']}")
     options = metadata["options"]
     names = {"steps": "Steps", "sampler": "Sampler", "guidance": "CFG scale"}
     shown = [f"{label}: {options[name]}" for name, label in names.items() if name in options]
-    shown += [f"Seed: {metadata['seed']}", f"Size: {size}x{size}", f"Model: {metadata['model']}"]
+    shown += [f"Seed: {metadata['seed']}", f"Size: {size}", f"Model: {metadata['model']}"]
     return "\n".join([*lines, ", ".join(shown)])
 
 
-def _parameters_of(settings: dict, size: int) -> str:
+def _parameters_of(settings: dict, size: str) -> str:
     """The same of several pictures: all prompts, and the settings of the first."""
     rows = settings["pictures"]
     # Defaults come first, as `_together` leaves out what is None.
@@ -477,16 +506,25 @@ def save(
             if isinstance(picture, str):
                 images.write_whole(path, f"{picture}\n".encode())
                 continue
-            text = parameters_text(info, picture.shape[0]) if metadata else None
+            text = parameters_text(info, _size(picture)) if metadata else None
             images.save(path, picture, info if metadata else None, text)
         drawn = [(picture, info) for picture, info in drawn if not isinstance(picture, str)]
         if grid and drawn:
-            path = images.claim(folder, f"grid.{extension}")
+            whole = images.enlarged(in_rows(drawn))
+            if max(whole.shape) > images.LONGEST.get(extension, max(whole.shape)):
+                logging.warning("the grid is too large for %s, and becomes a PNG", extension)
+                extension = "png"
             settings = _together([info for _, info in drawn]) if metadata else None
-            text = _parameters_of(settings, drawn[0][0].shape[0]) if metadata else None
-            images.save(path, images.enlarged(in_rows(drawn)), settings, text)
+            text = _parameters_of(settings, _size(drawn[0][0])) if metadata else None
+            path = images.claim(folder, f"grid.{extension}")
+            images.save(path, whole, settings, text)
             paths.append(path)
     return paths
+
+
+def _size(image_HWC) -> str:
+    height, width, _ = image_HWC.shape
+    return f"{width}x{height}"
 
 
 def in_rows(drawn):
@@ -498,5 +536,5 @@ def in_rows(drawn):
     for picture, info in drawn:
         rows.setdefault(info["prompt"], []).append(picture)
     if len(rows) == len(drawn):
-        return images.grid(np.stack([picture for picture, _ in drawn]))
+        return images.grid([picture for picture, _ in drawn])
     return images.rows(list(rows.values()))

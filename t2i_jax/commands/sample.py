@@ -81,6 +81,8 @@ def main():
 
     options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters())
     pipe = pipeline.Pipeline.load(source, **options)
+    if REPRODUCE.value:
+        prompts.check_adapters(recorded, pipe.adapters)
     if frames:
         prompts.check_way(pipe)
         wanted = [r._replace(prediction="between") for r in wanted]

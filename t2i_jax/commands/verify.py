@@ -9,6 +9,7 @@ that should be less than 1e-3.
 """
 
 import hashlib
+import inspect
 
 from absl import flags
 
@@ -101,7 +102,9 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
     b, c, h, w = z.shape
     # Pipelines of packed tokens, such as Flux, want latents that are packed already.
     given = theirs._pack_latents(z, b, c, h, w) if hasattr(theirs, "_pack_latents") else z
-    factor = family.vae.factor
+    factor, more = family.vae.factor, {}
+    if "use_resolution_binning" in inspect.signature(theirs.__call__).parameters:
+        more["use_resolution_binning"] = False  # PixArt's would change the size
     try:
         with torch.no_grad():
             theirs(
@@ -113,6 +116,7 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
                 latents=given,
                 height=h * factor,
                 width=w * factor,
+                **more,
             )
     except StopIteration:
         pass

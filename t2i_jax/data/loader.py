@@ -115,7 +115,7 @@ class Loader:
             def fill(rows):
                 """Fills the rows that can be.   -> (row, reason) of the others"""
                 try:
-                    examples = [self._read(int(records[row])) for row in rows]
+                    examples = [read(self._source, int(records[row])) for row in rows]
                     # Keyed by the position, so neither threads nor processes nor a restart change
                     # the draws.
                     seeds = [(self._seed, positions[row]) for row in rows]
@@ -175,24 +175,6 @@ class Loader:
         # A keyed permutation finds any place without a list of all. Four rounds are its least.
         return int(index_shuffle(place, max_index=n - 1, seed=key, rounds=4))
 
-    def _read(self, record: int) -> dict:
-        for wait in (*WAITS, None):
-            try:
-                return self._source[record]
-            except OSError as e:
-                if wait is None:
-                    raise errors.StorageError(
-                        f"cannot be read: {e}",
-                        where=self._where(record),
-                        fix="check the disk or network that holds the data",
-                    ) from e
-                logging.warning("%s: %s; trying again in %g s", self._where(record), e, wait)
-                time.sleep(wait)
-
-    def _where(self, record: int) -> str:
-        named = hasattr(self._source, "where")
-        return self._source.where(record) if named else f"record {record}"
-
     def _count(self, step: int, batch: Batch) -> None:
         self._seen[batch.records] = True
         for slot, record, reason in batch.bad:
@@ -208,16 +190,40 @@ class Loader:
             raise errors.DataError(
                 f"{broken} of {seen} examples are broken: "
                 + "; ".join(f"{kind} ({count})" for kind, count in top),
-                where=", ".join(map(self._where, sorted(self.quarantine)[:5])),
+                where=", ".join(_where(self._source, r) for r in sorted(self.quarantine)[:5]),
                 fix="mend or remove them, or raise config.bad_budget",
             )
+
+
+def read(source, record: int) -> dict:
+    """An example, which is asked for again where a disk or network fails for a while.
+
+    Raises:
+      StorageError: it goes on failing.
+    """
+    for wait in (*WAITS, None):
+        try:
+            return source[record]
+        except OSError as e:
+            if wait is None:
+                raise errors.StorageError(
+                    f"cannot be read: {e}",
+                    where=_where(source, record),
+                    fix="check the disk or network that holds the data",
+                ) from e
+            logging.warning("%s: %s; trying again in %g s", _where(source, record), e, wait)
+            time.sleep(wait)
+
+
+def _where(source, record: int) -> str:
+    return source.where(record) if hasattr(source, "where") else f"record {record}"
 
 
 def sound(source, records) -> Iterator[tuple[int, dict]]:
     """(record, example) of the given records that are not broken; warns of the first that are."""
     for record in records:
         try:
-            yield record, source[record]
+            yield record, read(source, int(record))
         except transforms.BadExample as e:
             logging.log_first_n(logging.WARNING, "example %d is left out: %s", 5, record, e)
 

@@ -97,7 +97,8 @@ class Pictures:
                 raise
             pairs = []
         captions = dict(pairs)
-        return [captions.get(name) or self._prompt(name) for name in self._names]
+        texts = {name: text for name, text in captions.items() if isinstance(text, str)}
+        return [texts.get(name) or self._prompt(name) for name in self._names]
 
     def _prompt(self, name: str) -> str | None:
         if not name.lower().endswith(".png"):

@@ -79,9 +79,9 @@ def scene(split: str, seed: int, index: int) -> Scene:
 def _generator(split, seed, index):
     # A counter-based generator: any example is drawn without those before it. The key holds 64 bits
     # for the seed, 16 for the split and 48 for the index.
-    return np.random.Generator(
-        np.random.Philox(key=[seed, (list(SPLITS).index(split) << 48) + index])
-    )
+    key = [seed, (list(SPLITS).index(split) << 48) + index]
+    # With its type, as numpy makes float64 of a list that has one number above 2⁶³.
+    return np.random.Generator(np.random.Philox(key=np.array(key, np.uint64)))
 
 
 def _scene(rng, split) -> Scene:
@@ -349,7 +349,7 @@ def make(
     split: Annotated[str, fields.one_of(SPLITS)] = "train",
     res: Annotated[int, fields.at_least(8)] = 32,
     size: Annotated[int | None, fields.at_least(1)] = None,
-    seed: Annotated[int, fields.at_least(0)] = 0,
+    seed: Annotated[int, fields.between(0, 2**64 - 1)] = 0,
 ) -> Source:
     """The data set of coloured shapes.
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -64,7 +65,9 @@ def _kid(drawn, real, *, subsets=100, subset_size=1000, seed=0):
 
 
 def _inception_score(drawn, real, *, splits=10):
-    logits_NK = drawn["logits"].astype(np.float64)
+    # Shuffled, as each split must have images of all kinds, and folders are sorted by them.
+    order_N = np.random.default_rng(0).permutation(len(drawn["logits"]))
+    logits_NK = drawn["logits"][order_N].astype(np.float64)
     # A softmax in float64. The maximum is subtracted so that no exponential overflows.
     weight_NK = np.exp(logits_NK - logits_NK.max(1, keepdims=True))
     probability_NK = weight_NK / weight_NK.sum(1, keepdims=True)
@@ -86,6 +89,12 @@ def _clip_score(drawn, real):
 
 
 def _r_precision(drawn, real, *, candidates=100, seed=0):
+    if len(np.unique(drawn["text_emb"], axis=0)) < len(drawn["text_emb"]):
+        raise errors.ConfigError(
+            "several pictures have the same caption, which would be its own rival",
+            where="r_precision",
+            fix="draw one picture of each caption, of no more than the data has, or leave it out",
+        )
     similarity_NN = captions.cosines(drawn["image_emb"], drawn["text_emb"])
     return {"r_precision": retrieval.r_precision(similarity_NN, candidates=candidates, seed=seed)}
 
@@ -308,6 +317,34 @@ def check_captions(ours: Protocol, nets: Networks, captions) -> None:
             )
 
 
+def check_places(ours: Protocol, nets: Networks, captions) -> None:
+    """Raises DataError where a metric goes by the places of images (image -> caption) and these are
+    not those of the protocol's captions.
+    """
+    pairs, groups = (sorted(nets.drawn & kind.keys()) for kind in (OF_PAIRS, OF_GROUPS))
+    names, texts, count = list(captions), list(captions.values()), ours.per_caption
+    plain = lambda text: " ".join((text or "").split())
+    first = [texts[i // count * count] for i in range(len(texts))]
+    numbered = [int(n) for name in names for n in re.findall(r"^\d+", name)]
+    if pairs and len(names) != ours.num_images:
+        what = f"{len(names)} pictures for {ours.num_images} captions"
+    elif pairs and all(texts) and [*map(plain, texts)] != [*map(plain, ours.captions())]:
+        what = "the pictures' captions are not those of the protocol, in its order"
+    elif groups and len(names) % count:
+        what = f"{len(names)} pictures, {count} of each caption"
+    elif groups and all(texts) and texts != first:
+        what = f"pictures of one caption are not {count} by {count} behind each other"
+    elif (pairs or groups) and numbered != sorted(numbered):
+        what = "pictures are read in the order of their names, where 10 comes before 2"
+    else:
+        return
+    raise errors.DataError(
+        f"{what}, and {', '.join(pairs + groups)} go by the places of pictures",
+        where=f"protocol {ours.name}",
+        fix="give one picture for each line of --captions, numbered 00000, 00001, …",
+    )
+
+
 def _opened(kind, protocol, field: str):
     source = getattr(protocol, field)
     if not source:
@@ -368,10 +405,13 @@ class Measure:
         if pairs := sorted(wanted & OF_PAIRS.keys()):
             # One iterator over all batches: the n-th real image belongs to the n-th caption.
             self._own = self._own or self._protocol.pictures(self._res)
-            own = [
-                transforms.square(next(self._own), self._protocol.res or self._res)
-                for _ in pictures
-            ]
+            fix = "replace it, or choose metrics that do not compare with real pictures"
+            where, of = f"protocol {self._protocol.name}", transforms.BadExample
+            with errors.explained(errors.DataError, "a real picture", where=where, fix=fix, of=of):
+                own = [
+                    transforms.square(next(self._own), self._protocol.res or self._res)
+                    for _ in pictures
+                ]
             columns |= {name: self._nets.of_pairs(name, pictures, own) for name in pairs}
         # The first process alone computes metrics, so the others need no judge.
         if "captions" in wanted and self._first:
@@ -449,7 +489,11 @@ class Measure:
         """Columns of real images, computed once and then stored in a file."""
         # The file's name is a hash of all that the columns depend on. So no stale file is read.
         nets = self._nets.provenance()
+        options = self._protocol.data if role == "real" else self._protocol.train
+        # What a source makes of its pictures is no part of its fingerprint.
+        shaped = [{k: part[k] for k in ("pad", "res") if k in part} for part in options]
         made_of = {
+            **({"shaped": shaped} if any(shaped) else {}),
             "data": [source.fingerprint for source in sources],
             "res": self._protocol.res or self._res,
             "nets": [net["fingerprint"] for net in nets.values()],
@@ -467,8 +511,11 @@ class Measure:
             logging.info("features of %d pictures, once …", sum(map(len, sources)))
             arrays = self._extracted(sources, made_of["res"], columns)
             if self._first:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                statistics.save_arrays(path, arrays, source={"made_of": key})
+                try:
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    statistics.save_arrays(path, arrays, source={"made_of": key})
+                except OSError as e:  # they are in memory, and all is drawn by now
+                    logging.warning("features are not kept: %s", e)
         if not self._first:
             return arrays
         count = len(next(iter(arrays.values())))
@@ -492,6 +539,12 @@ class Measure:
                 for name, rows in self._nets.columns(columns, pictures).items():
                     parts.setdefault(name, []).append(rows)
                 pictures = []
+        if not parts:
+            raise errors.DataError(
+                "all of the real pictures are broken",
+                where=f"protocol {self._protocol.name}",
+                fix="give whole pictures",
+            )
         return {name: np.concatenate(rows) for name, rows in parts.items()}
 
 

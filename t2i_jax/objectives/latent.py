@@ -177,8 +177,16 @@ class Latent:
         zeros where the pipeline says so.
         """
         if "negative_text" in batch:
-            return self.cond(nets, batch["negative_text"], size)
-        if self.folder.index.get("force_zeros_for_empty_prompt"):
+            null = self.cond(nets, batch["negative_text"], size)
+            if not self.folder.empty_is_zeros:
+                return null
+            # An example without a negative prompt, beside others that have one.
+            given_B = next(iter(batch["negative_text"].values())).mask_BL.any(1)
+            return null._replace(
+                seq_BLD=jnp.where(given_B[:, None, None], null.seq_BLD, 0),
+                pooled_BD=jnp.where(given_B[:, None], null.pooled_BD, 0),
+            )
+        if self.folder.empty_is_zeros:
             zeros = cond._replace(seq_BLD=jnp.zeros_like(cond.seq_BLD))
             return zeros._replace(pooled_BD=jnp.zeros_like(cond.pooled_BD))
         one = jax.tree.map(lambda x: jnp.zeros_like(x[:1]), batch["text"])
@@ -306,8 +314,9 @@ class Latent:
         size = self.size(height, width)
         noise = self.noise(batch, randomness.per_example(key, batch["index"]), size)
         cond = self.cond(nets, batch["text"], size)
-        time_B = jnp.full(len(noise), self.grid(size, 20, "").time_S[0])
-        out = self.model.apply(nets["model"], noise, time_B, cond)
+        grid = self.grid(size, 20, "")
+        time_B = jnp.full(len(noise), grid.time_S[0])
+        out = self.model.apply(nets["model"], grid.start * noise, time_B, cond)
         image = self.space.decode(nets, noise)
         return dict(text=cond.seq_BLD, pooled=cond.pooled_BD, denoiser=out, autoencoder=image)
 
@@ -337,6 +346,12 @@ class Latent:
             return lambda z, t_B: self.model.apply(nets["model"], z, t_B, cond, prepared)
 
         alone = under(cond)
+        if self.distilled and "negative_text" in batch:
+            raise errors.ConfigError(
+                "this model was trained to be guided by itself, and reads no negative prompt",
+                where="negative_prompt",
+                fix="leave it out",
+            )
         if self.distilled:  # it reads the scale, and one pass is enough
             output = lambda z, t: alone(z, jnp.full(len(z), t))
         else:

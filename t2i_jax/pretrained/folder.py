@@ -168,6 +168,12 @@ class Folder(NamedTuple):
         kind = self.index.get(part)
         return isinstance(kind, list) and bool(kind) and all(kind)
 
+    @property
+    def empty_is_zeros(self) -> bool:
+        """Whether an example without a negative prompt is guided away from zeros."""
+        default = self.index["_class_name"] == "StableDiffusionXLPipeline"
+        return bool(self.index.get("force_zeros_for_empty_prompt", default))
+
     def part(self, name: str) -> str:
         """The source of one of its networks."""
         return f"{self.source}#{name}"
@@ -254,7 +260,15 @@ def described(source: str) -> dict:
     denoiser = opener.open(folder.part(folder.recipe.denoiser)).config
     vae = opener.open(folder.part(AUTOENCODER)).config
     factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
-    side = denoiser.get("sample_size", FLUX_SIDE)
+    side = denoiser.get("sample_size") or FLUX_SIDE
+    sides = {*side} if isinstance(side, list) else {side}
+    if len(sides) > 1 or not all(type(one) is int and one > 0 for one in sides):
+        raise errors.ConfigError(
+            f"sample_size {side!r} of the denoiser is no side of a square",
+            where=folder.part(folder.recipe.denoiser),
+            fix="write one number into its config.json, and ask for other sizes when drawing",
+        )
+    (side,) = sides
     # FLUX.1-schnell needs four steps and no guidance.
     schnell = folder.recipe.numbers == "guidance" and not denoiser.get("guidance_embeds")
     return {

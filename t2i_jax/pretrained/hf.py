@@ -35,6 +35,10 @@ DIFFUSION = f"{STEMS[1]}.safetensors"
 ENDINGS = ("{}.safetensors", ".safetensors.index{}.json", "{}.safetensors.index.json")
 VARIANTS = (".fp16", ".bf16")  # fetched and read only where there is no file without one
 FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+STORED = FLOATS | {  # what is no parameter is copied as it is
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8},
+    "BOOL": np.bool_,
+}
 TEXTS = ("*.json", "*.txt", "*.model")
 EXECUTABLE = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.h5", "*.msgpack")
 # What a config.json may ask for at most: far more than any checkpoint has, and built in seconds.
@@ -100,7 +104,11 @@ def without_weights(name: str) -> pathlib.Path:
 def split(name: str) -> tuple[pathlib.Path, str]:
     """A local folder and what stands behind its "#", which may also belong to its own name."""
     path = pathlib.Path(name).expanduser()
-    whole, _, part = (name, "", "") if path.is_dir() else name.partition("#")
+    if path.is_dir():
+        return path, ""
+    whole, _, part = name.rpartition("#")
+    if not (whole and pathlib.Path(whole).expanduser().is_dir()):
+        whole, _, part = name.partition("#")
     return pathlib.Path(whole).expanduser(), part
 
 

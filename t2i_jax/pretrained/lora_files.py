@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from t2i_jax import errors, images
 from t2i_jax.pretrained import folder as folders
-from t2i_jax.pretrained import opener, tensors
+from t2i_jax.pretrained import hf, opener, tensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # PEFT's options as JSON, among the file's notes
@@ -34,6 +34,9 @@ KOHYA = {  # what kohya calls a pipeline's parts
 }
 _PEFT = re.compile(r"(\w+?)\.(.+)\.lora_(A|B)\.weight")
 _KOHYA = re.compile(r"(lora_(?:unet|te1?|te2)_)(\w+)\.(lora_down\.weight|lora_up\.weight|alpha)")
+
+
+_OLDER = "text_model."
 
 
 class Pair(NamedTuple):
@@ -122,8 +125,7 @@ def opened(folder: folders.Folder, shapes: Mapping, files: Mapping[str, float]) 
     plans = {p: opener.open(folder.part(p)).plan({"params": tree}) for p, tree in parts.items()}
     found = {}
     for name, weight in files.items():
-        path = pathlib.Path(name).expanduser()
-        path = path / WEIGHTS if path.is_dir() else path
+        path = _file(name)
         if not path.is_file():
             raise errors.DataError(
                 "no such file", where=str(path), fix=f"give {WEIGHTS}, or the folder it lies in"
@@ -131,6 +133,16 @@ def opened(folder: folders.Folder, shapes: Mapping, files: Mapping[str, float]) 
         for part, adapter in read(path, plans).items():
             found.setdefault(part, []).append((adapter, float(weight)))
     return folder.by_net({part: combined(pairs) for part, pairs in found.items()})
+
+
+def described(files: Mapping[str, float]) -> dict[str, list]:
+    """Name of each file -> [SHA-256, weight], for what tells how a picture was drawn."""
+    return {_file(name).name: [hf.sha256(_file(name)), float(w)] for name, w in files.items()}
+
+
+def _file(name: str) -> pathlib.Path:
+    path = pathlib.Path(name).expanduser()
+    return path / WEIGHTS if path.is_dir() else path
 
 
 def combined(adapters):
@@ -148,8 +160,10 @@ def combined(adapters):
 
 
 def module_of(tensor) -> str:
-    """The torch module whose weight a tensor is."""
-    return tensor.name.removesuffix(".weight")
+    """The torch module whose weight a tensor is, as transformers 5 calls it: its CLIP has no
+    "text_model." in front, which older ones have.
+    """
+    return tensor.name.removesuffix(".weight").removeprefix(_OLDER)
 
 
 def _pairs(adapter) -> dict[str, Pair]:
@@ -196,11 +210,16 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
     listed, notes = tensors.header(path)
     found, unread = {}, []
     for name, tensor in listed.items():
+        if tensor.kind not in hf.STORED:
+            unread.append(f"{name} of type {tensor.kind}")
+            continue
         if match := _PEFT.fullmatch(name):
             part, module, kind = match.groups()
+            module = module.removeprefix(_OLDER)
         elif match := _KOHYA.fullmatch(name):
             prefix, flat, kind = match.groups()
             part = next((part for part in KOHYA[prefix] if part in plans), KOHYA[prefix][0])
+            flat = flat.removeprefix(_OLDER.replace(".", "_")) if "_te" in prefix else flat
             module = _dotted(flat, plans.get(part, {}))
             kind = {"lora_down.weight": "A", "lora_up.weight": "B"}.get(kind, kind)
         else:
@@ -237,14 +256,20 @@ def _pair(name: str, kinds: dict, options: dict, path) -> Pair:
         )
     a, b = (np.asarray(kinds[kind], np.float32) for kind in "AB")
     rank = a.shape[0]
+    fits = rank and b.ndim > 1 and b.size == len(b) * rank
+    if not fits or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise errors.DataError(
+            f"{name[:100]} has matrices of {list(a.shape)} and {list(b.shape)}, or values that are "
+            "not finite",
+            where=str(path),
+            fix="copy it again, or take adapters of plain LoRA",
+        )
     a = a.transpose(2, 3, 1, 0).reshape(-1, rank) if a.ndim == 4 else a.T
-    alpha = kinds.get("alpha")
-    alpha = (
-        float(np.asarray(alpha).reshape(-1)[0])
-        if alpha is not None
-        else options.get("lora_alpha", rank)
-    )
-    scale = alpha / (options.get("r") or rank)
+    alpha = kinds.get("alpha", options.get("lora_alpha"))
+    alpha = rank if alpha is None else float(np.asarray(alpha).reshape(-1)[0])
+    # Rank-stabilised LoRA divides by the root (arXiv:2312.03732, eq. 3).
+    parts = options.get("r") or rank
+    scale = alpha / (math.sqrt(parts) if options.get("use_rslora") else parts)
     return Pair(a, scale * b.reshape(b.shape[0], rank).T)
 
 
@@ -266,7 +291,7 @@ def _options(notes, path) -> dict[str, dict]:
             raise errors.DataError(
                 f"{name} is not implemented", where=str(path), fix="save the adapters merged"
             )
-        if name in ("r", "lora_alpha"):
+        if name in ("r", "lora_alpha", "use_rslora"):
             options.setdefault(part, {})[name] = value
     return options
 

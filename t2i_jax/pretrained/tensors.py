@@ -194,7 +194,7 @@ class _Tensor(NamedTuple):
     def read(self, index) -> np.ndarray:
         """The part at `index`, a slice for each axis, by as few reads as its rows allow."""
         spans = [range(*s.indices(n)) for s, n in zip(index, self.shape, strict=True)]
-        out = _aligned([len(span) for span in spans], hf.FLOATS[self.kind])
+        out = _aligned([len(span) for span in spans], hf.STORED[self.kind])
         steps = [math.prod(self.shape[i + 1 :]) for i in range(len(spans))]
         split = [i for i, span in enumerate(spans) if len(span) < self.shape[i]]
         axis = split[-1] if split else 0  # what lies beyond it is whole: one run of bytes

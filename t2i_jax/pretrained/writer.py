@@ -66,11 +66,15 @@ def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
         images.write_whole(
             output / _plain(file.name), safetensors.numpy.save(arrays, {"format": "pt"})
         )
-    index = hf.weights(checkpoint.folder)
+    _write_index(hf.weights(checkpoint.folder), output)
+
+
+def _write_index(index: pathlib.Path, output: pathlib.Path) -> None:
+    """Writes the index of shards that lie in `output`, under plain names; nothing for one file."""
     if index.suffix == ".json":
         values = hf.read_json(index)
         values["weight_map"] = {k: _plain(str(v)) for k, v in values["weight_map"].items()}
-        size = sum((output / _plain(file.name)).stat().st_size for file in files)
+        size = sum((output / file).stat().st_size for file in {*values["weight_map"].values()})
         values["metadata"] = {"total_size": size}
         images.write_whole(output / _plain(index.name), json.dumps(values, indent=2).encode())
 
@@ -111,7 +115,9 @@ def copied(folder: pathlib.Path, output: pathlib.Path, *, weights: bool = True) 
     index = hf.weights(folder)
     # An index whose shards are not copied would name missing files.
     kept = [path for path in kept if not path.name.endswith(".index.json")]
-    if weights and index:
-        kept += [*tensors.files_of(folder), *([index] if index.suffix == ".json" else [])]
     for path in kept:
         shutil.copyfile(path, output / path.name)
+    if weights and index:
+        for path in tensors.files_of(folder):
+            shutil.copyfile(path, output / _plain(path.name))
+        _write_index(index, output)

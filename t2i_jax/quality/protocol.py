@@ -143,6 +143,8 @@ def _checked(values, changes, where: str) -> dict:
     """The fields of a file with the changes, each of the kind it should be."""
     if not isinstance(values, dict):
         raise errors.ConfigError("no object", where=where, fix="write {…}")
+    if isinstance(values.get("sample"), dict) and "sample" in changes:
+        changes = {**changes, "sample": {**values["sample"], **changes["sample"]}}
     values = {**values, **changes}
     for field in ("data", "metrics", "num_images"):
         if not values.get(field):
