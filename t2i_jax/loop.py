@@ -129,8 +129,7 @@ class Run:
             family.inputs,
             batch_size=config.batch_size,
             seed=seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            share=self.layout.share if devices is None else (0, 1),
             bad_budget=config.bad_budget,
         )
         begun = not restart and (workdir / "checkpoints").is_dir()
@@ -222,7 +221,8 @@ class Run:
         zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), self._example)
         if config.init_from:
             source = weights.locate(config.init_from)
-            nets, _ = weights.load_trained(source, self.shapes.nets, step=None)
+            target = sharding.on(self.shapes.nets, self._placed.nets)
+            nets, _ = weights.load_trained(source, target, step=None)
         else:
             nets = weights.pretrained(self.family, config, self.layout.nets)
             if not nets:

@@ -19,6 +19,7 @@ def weighted_mean(value_B, weight_B):
 
 def unit(x_BP):
     """The vectors scaled to length 1. The zero vector stays, and its gradient is finite."""
+    x_BP = x_BP.astype(jnp.float32)  # 1e-8 is 0 in float16
     return x_BP * jax.lax.rsqrt(jnp.square(x_BP).sum(-1, keepdims=True) + 1e-8)
 
 

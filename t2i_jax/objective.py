@@ -44,6 +44,12 @@ class Texts:
     """The same: `Tokens` of B texts. The last tokenizer of the family's inputs reads them."""
 
 
+def together(prediction: Callable) -> Callable:
+    """Marks a prediction whose result for an example depends on the others of its batch."""
+    prediction.together = True
+    return prediction
+
+
 class Input(NamedTuple):
     """Keys of the batch, and how they are made; `data.inputs` has the usual ones.
 

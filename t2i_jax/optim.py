@@ -116,7 +116,7 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
     fixed = tuple(option for option in spec if option not in {**pairs, **rates})
     rates["learning_rate"] = 1.0
     spec |= {option: float(pair[0]) for option, pair in pairs.items()}
-    inner = optax.inject_hyperparams(fn, static_args=fixed)(learning_rate=peak, **spec)
+    inner = _injected(fn, fixed, where, learning_rate=peak, **spec)
 
     def init(params):
         return _unmasked(inner.init(params))
@@ -139,6 +139,32 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         return updates, _unmasked(state)
 
     return Optimiser(init, update, schedule)
+
+
+def _injected(fn, fixed, where: str, **options):
+    """An optimiser of Optax whose numbers are arrays of its state, but for `fixed` ones.
+
+    Raises:
+      ConfigError: it wants more than gradients, or another kind of parameters.
+    """
+    toy = {"kernel": jax.ShapeDtypeStruct((4, 4), "float32")}
+    defaults = inspect.signature(fn).parameters.values()
+    # Where an optimiser branches on whole numbers, these must stay Python's. Other optimisers keep
+    # the state that their checkpoints have.
+    whole = [p.name for p in defaults if p.default is None or isinstance(p.default, int)]
+    for static in (fixed, tuple({*fixed, *whole} - {"learning_rate"})):
+        try:
+            inner = optax.inject_hyperparams(fn, static_args=static)(**options)
+            jax.eval_shape(lambda p, inner=inner: inner.update(p, inner.init(p), p), toy)
+        except Exception as e:  # whatever an optimiser makes of arrays in place of numbers
+            reason = errors.reason(e)
+        else:
+            return inner
+    raise errors.ConfigError(
+        f"{fn.__name__} cannot be used with these options: {reason:.200}",
+        where=where,
+        fix="choose another optimiser, such as adamw",
+    )
 
 
 def annealed(pair, step, steps: int):

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -168,6 +169,13 @@ class Predictor:
         if any(examples.get("negative_prompt") or ()):
             self.check_negative(settings)
         size = min(batch_size or self.config.batch_size, _padded(n))
+        if n != size and getattr(self.objective.predict[name], "together", False):
+            raise errors.ConfigError(
+                f"prediction {name!r} reads a batch as a whole, and {n} examples are not one of "
+                f"{size}",
+                where="draw",
+                fix="give 2, 4, 8, … examples, and a batch_size that holds them",
+            )
         whole, out = fields.build(self.batch, examples, where="examples"), []
         if index is not None:
             whole["index"] = np.asarray(index).astype(np.int32)
@@ -284,9 +292,12 @@ class Predictor:
             raise errors.ConfigError(
                 "one picture", where="--interpolate", fix="give two prompts or more --num_images"
             )
-        together = {"batch_size": _padded(len(captions)), **options}  # each needs the next one
-        way = functools.partial(self.draw, "between", nets, {"caption": captions}, **together)
-        image_BFHWC = np.stack([way(share=share) for share in np.arange(frames) / frames], 1)
+        n, size = len(captions), _padded(len(captions))
+        # Each needs the next one, so all are one batch, which copies of the last one fill up.
+        fill = lambda rows: [*rows, *[rows[-1]] * (size - n)] if np.ndim(rows) else rows
+        options = {"batch_size": size, **{name: fill(x) for name, x in options.items()}}
+        way = functools.partial(self.draw, "between", nets, {"caption": fill(captions)}, **options)
+        image_BFHWC = np.stack([way(share=share)[:n] for share in np.arange(frames) / frames], 1)
         whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
         return np.concatenate([whole, image_BFHWC[-1:, 0]])
 
@@ -428,6 +439,7 @@ class Pipeline:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         compile_cache.enable()
+        source = os.fspath(source)
         if folders.is_pipeline(source):
             return cls._import(source, step, load or {}, lora or {})
         if lora:

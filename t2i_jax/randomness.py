@@ -4,6 +4,8 @@ import jax
 
 from t2i_jax import errors
 
+APART = 0x5EED  # any large number: splits are into few parts
+
 
 def per_example(key, index_B):
     """One key per example: fold_in(key, index), on any mesh and at any batch size.   -> B
@@ -20,8 +22,10 @@ def split_each(keys_B, n: int):
 
 
 def fold_each(keys_B, n: int):
-    """One more key per example for each number, independent of the keys themselves.   -> B"""
-    return jax.vmap(jax.random.fold_in, (0, None))(keys_B, n)
+    """One more key per example for each number, independent of the keys and their splits.   -> B"""
+    # A key's n-th fold may be the n-th part of its split. So a number of our own comes between.
+    apart_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, APART)
+    return jax.vmap(jax.random.fold_in, (0, None))(apart_B, n)
 
 
 def normal_each(keys_B, shape):

@@ -159,6 +159,25 @@ class Layout:
         fits = all(x.shape[0] % self.parts == 0 for x in jax.tree.leaves(batch))
         return jax.lax.with_sharding_constraint(batch, self.batch) if fits else batch
 
+    @functools.cached_property
+    def share(self) -> tuple[int, int]:
+        """(i, n): this process's devices hold the i-th of n equal slices of a batch. Processes that
+        a tensor axis joins hold the same one.
+
+        Raises:
+          ConfigError: they hold no such slice.
+        """
+        places = self.batch.addressable_devices_indices_map((self.parts,)).values()
+        mine = sorted({(place[0].start or 0) for place in places})
+        first, n = mine[0], len(mine)
+        if mine != list(range(first, first + n)) or first % n or self.parts % n:
+            raise errors.ConfigError(
+                f"the devices of a process hold parts {mine} of {self.parts} of a batch",
+                where="config.mesh",
+                fix="name the data axes before the tensor axis",
+            )
+        return first // n, self.parts // n
+
     def place(self, batch):
         """This process's numpy slice of the batch -> global arrays split over the mesh.
 
@@ -166,7 +185,8 @@ class Layout:
         """
 
         def place(x):
-            x = jax.make_array_from_process_local_data(self.batch, x)
+            whole = (len(x) * self.share[1], *x.shape[1:])
+            x = jax.make_array_from_process_local_data(self.batch, x, whole)
             return _to_float(x, self.batch) if is_image(x.dtype, x.ndim) else x
 
         return jax.tree.map(place, batch)

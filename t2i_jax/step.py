@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from flax.core import meta
 from jax.sharding import PartitionSpec
 
 from t2i_jax import errors, optim, sharding
@@ -84,7 +85,7 @@ def make_update(
             value, aux, grads = _gradients(
                 loss, all_nets, batch, key_loss, state.step, accumulate, layout
             )
-            for name, changed in aux.mutated.items():
+            for name, changed in meta.unbox(dict(aux.mutated)).items():
                 nets[name] = {**nets[name], **changed}
                 for leaf in jax.tree.leaves(changed):
                     finite &= jnp.isfinite(leaf).all()

@@ -210,7 +210,8 @@ def checked_shapes(config, shapes, except_nets=()):
         if name in except_nets:
             continue
         if is_ours(source):
-            folder, _ = _trained(source, name)
+            folder, theirs = _trained(source, name)
+            _check_prediction(name, config, theirs, read_config(folder))
             if name in config.lora and (res := read_config(folder).res) != config.res:
                 raise errors.ConfigError(
                     f"adapters for pictures of {config.res} pixels a side, of a net for {res}",
@@ -221,6 +222,20 @@ def checked_shapes(config, shapes, except_nets=()):
             _check_there(name, source)
             shapes[name] = opener.check(source, shapes[name])
     return shapes
+
+
+def _check_prediction(name: str, config, theirs: str, trained) -> None:
+    """Raises ConfigError where a net's output means something else here than it was trained for."""
+    said = [
+        own.model[net].get("prediction", own.loss.get("prediction")) if net in own.model else None
+        for net, own in ((name, config), (theirs, trained))
+    ]
+    if None not in said and said[0] != said[1]:
+        raise errors.ConfigError(
+            f"its output is read as {said[0]!r}, and it was trained as {said[1]!r}",
+            where=f"config.load.{name}",
+            fix=f"set its prediction to {said[1]!r}",
+        )
 
 
 def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(), shapes=None):
@@ -378,8 +393,8 @@ def _trained(source: str, name: str) -> tuple[pathlib.Path, str]:
     Raises:
       ConfigError: no such folder, or it has no such net of its own.
     """
-    source, _, theirs = source.partition("#")
-    folder, theirs = locate(source), theirs or name
+    whole, theirs = hf.split(source)
+    folder, theirs = locate(str(whole)), theirs or name
     config = read_config(folder)
     if theirs not in (known := {*config.optim, *nets_in(folder)}):
         if origin := sources(config).get(theirs):
@@ -462,10 +477,17 @@ def export(
     """Writes model.safetensors, config.json and README.md: what sampling needs beside the frozen
     nets, of which it notes the digests `frozen`; and words.txt of the `known` words.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     note = {"frozen": json.dumps(frozen)} if frozen else None
-    arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
+    with np.errstate(over="ignore"):  # told below
+        arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
+    if lost := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
+        raise errors.ConfigError(
+            f"{dtype} has no room for values of {', '.join(lost[:5])}",
+            where="--dtype",
+            fix="export with --dtype=float32",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
     # The config comes after the weights: by it a folder counts as a model, see `locate`.
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(arrays, note))
     images.write_whole(folder / "config.json", to_json(config).encode())

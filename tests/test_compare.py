@@ -160,7 +160,7 @@ def test_economy_is_left_out_where_it_says_nothing(runs, values):
 
 
 def test_costs_have_three_digits(runs):
-    run = runs[0]._replace(seconds=[(6, 4.32)])
+    run = runs[0]._replace(seconds=[(6, 8.64)])
     head, row = compare.table([run], "", False)
     assert dict(zip(head, row, strict=True))["core-hours"] == "0.0024"
 
@@ -241,3 +241,26 @@ def test_what_cannot_be_compared_is_said(runs, tmp_path, monkeypatch, workdirs, 
     with flagsaver.flagsaver(**flags), pytest.raises(errors.ConfigError, match=message):
         compare.main(workdirs)
     assert not (tmp_path / "report").exists()
+
+
+def test_a_run_whose_metric_is_not_a_number_comes_last_and_hides_none(runs):
+    points = lambda *values: [{"step": n, "a/b": v} for n, v in enumerate(values, 1)]
+    made = [runs[0]._replace(name=str(v), events=points(v, v)) for v in (0.9, float("nan"), 0.1)]
+    made[0] = made[0]._replace(events=points(0.5, 0.9))
+    _, *rows = compare.table(made, "a/b", True)
+    assert [row[0] for row in rows] == ["0.1", "0.9", "nan"]
+    head, *_ = compare.economy(made[::-1], "a/b", False)
+    assert "nan" not in " ".join(head)
+
+
+def test_results_of_a_run_that_was_begun_again_are_not_of_the_new_one(runs, tmp_path):
+    file = tmp_path / "slow" / "results.jsonl"
+    row = json.loads(file.read_text().splitlines()[0]) | {"full_match": 0.99, "step": 9000}
+    file.write_text(file.read_text() + json.dumps(row) + "\n")
+    assert compare.read([tmp_path / "slow"])[0].values()["shapes/full_match"] == 0.7
+
+
+def test_hours_on_other_cores_stay_what_they_were(runs, tmp_path):
+    rows = [{"step": 2, "seconds": 3600, "cores": 2}, {"step": 4, "seconds": 3600, "cores": 8}]
+    (tmp_path / "slow" / "times.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert compare.read([tmp_path / "slow"])[0].hours_at(4) == 10

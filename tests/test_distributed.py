@@ -1,8 +1,11 @@
 """Several processes as one program, each for real."""
 
+import json
 import signal
 import subprocess
 import sys
+
+import pytest
 
 from tests.faults.lab import ROOT
 from tests.faults.process import port
@@ -72,3 +75,37 @@ def test_a_thread_that_hangs_keeps_no_process_that_has_saved():
     """Python waits at its end for the threads of pools, whatever they do."""
     done = subprocess.run([sys.executable, "-c", HANGS], cwd=ROOT, timeout=60)
     assert done.returncode == 75
+
+
+PLACES = """
+import json, sys
+import jax, numpy as np
+from t2i_jax import sharding
+from t2i_jax.data import loader
+from tests.test_loader import Source, make
+
+number = int(sys.argv[1])
+jax.config.update("jax_num_cpu_devices", int(sys.argv[4]))
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[2], 2, number)
+layout = sharding.Layout(json.loads(sys.argv[3]))
+batch = make(Source(64), batch_size=8, share=layout.share).batch(0)
+placed = layout.place({"index": batch.arrays["index"]})["index"]
+print(json.dumps([placed.shape[0], int(jax.jit(lambda x: x.sum())(placed))]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("axes", "devices"),
+    [({"data": 2}, 1), ({"data": -1, "tensor": 2}, 1), ({"tensor": 2, "data": -1}, 2)],
+)
+def test_a_tensor_axis_may_join_processes(axes, devices):
+    """Those that it joins load the same examples, and all together the whole batch."""
+    rest = [f"127.0.0.1:{port()}", json.dumps(axes), str(devices)]
+    command = [sys.executable, "-c", PLACES]
+    processes = [
+        subprocess.Popen([*command, str(i), *rest], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        for i in range(2)
+    ]
+    found = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in processes]
+    assert found == [[8, sum(range(8))]] * 2

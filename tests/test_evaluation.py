@@ -19,7 +19,7 @@ from t2i_jax.data import pictures
 from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
 from t2i_jax.quality import extractor, protocol, statistics
-from t2i_jax.run import hooks, metrics
+from t2i_jax.run import checkpoint, hooks, metrics
 from tests import runs, test_conditioning, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
@@ -720,3 +720,36 @@ def test_padded_pictures_are_other_pictures(tmp_path, dual):
 def test_a_flag_changes_one_option_of_a_protocols_sampler(tmp_path):
     own = write(tmp_path, sample={"guidance": 5.0, "steps": 50})
     assert protocol.read(own, sample={"steps": 20}).sample == {"guidance": 5.0, "steps": 20}
+
+
+def test_what_is_not_finite_is_never_the_best():
+    ours = object.__new__(hooks.Hooks)
+    ours._config, said = config(best="own/full_match"), []
+    memory = types.SimpleNamespace(
+        best=lambda: said[-1] if said else {"metric": "own/full_match", "value": float("nan")},
+        set_best=lambda n, metric, value: said.append({"metric": metric, "value": value}),
+    )
+    for n, value in enumerate((float("nan"), 0.9, float("inf"), 0.5)):
+        ours._rate(n, {"own/full_match": value}, memory)
+    assert [one["value"] for one in said] == [0.9]
+
+
+@pytest.mark.parametrize("again", ["all", "from"])
+def test_a_value_does_not_outlive_the_checkpoint_that_had_it(tmp_path, again):
+    """What comes anew under its number was not rated."""
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    folder = tmp_path / "checkpoints" / "20"
+
+    def save():
+        folder.mkdir()
+        (folder / checkpoint.MANIFEST).write_text("{}")
+
+    save()
+    checkpoints.set_best(20, "own/full_match", 0.9)
+    assert checkpoints.best()["step"] == 20
+    if again == "all":
+        checkpoints.set_all_aside()
+    else:
+        checkpoints.set_aside_from(20, "diverged")
+    save()
+    assert checkpoints.best() is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from configs import shapes_flow
-from t2i_jax import errors, objective, pipeline, plugins, randomness
+from t2i_jax import errors, losses, objective, pipeline, plugins, randomness
 from t2i_jax.commands import plan
 from t2i_jax.data import cache
 from t2i_jax.models.types import Tokens
@@ -195,3 +195,22 @@ def test_an_unknown_prediction_is_refused(config):
     changed.loss.prediction = "epsilon"
     with pytest.raises(errors.ConfigError, match="unknown prediction 'epsilon'"):
         objective.make(changed)
+
+
+def test_an_interval_from_noise_to_image_is_refused(config):
+    family = objective.make(config)
+    predictor = pipeline.Predictor(config)
+    with pytest.raises(errors.ConfigError, match="largest last"):
+        predictor.check("sample", interval=(0.8, 0.2))
+    assert family.predict
+
+
+def test_keys_of_a_space_are_not_those_of_the_noise():
+    keys = jax.random.split(jax.random.key(0), 3)
+    apart = jax.random.key_data(randomness.fold_each(keys, 0))
+    for part in (keys, *randomness.split_each(keys, 5)):
+        assert not np.array_equal(apart, jax.random.key_data(part))
+
+
+def test_the_zero_vector_stays_in_half_precision():
+    assert np.array_equal(losses.unit(jnp.zeros((1, 4), jnp.float16)), np.zeros((1, 4)))

@@ -923,3 +923,9 @@ def test_the_shipped_generator_draws_what_captions_say(shipped):
     assert np.mean([f["full_match"] for f in found]) > 0.65
     other = shipped(captions, seed=4)
     assert np.abs(pictures.astype(int) - other).mean() > 2  # another noise, another picture
+
+
+def test_the_way_to_the_next_picture_needs_all_of_them(config, made):
+    predictor = pipeline.Predictor(config)
+    with pytest.raises(errors.ConfigError, match="reads a batch as a whole"):
+        predictor.draw("between", made, {"caption": ["a", "b", "c"]}, share=0.5)

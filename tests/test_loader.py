@@ -96,7 +96,7 @@ def test_augmentation_differs_between_the_epochs_of_a_record():
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_each_epoch_holds_every_record_once_whatever_the_processes(processes):
     n, steps, whole = 52, 26, make(Source(52))  # 26 steps of 8 are four epochs of 52
-    shares = [make(Source(n), process_index=i, process_count=processes) for i in range(processes)]
+    shares = [make(Source(n), share=(i, processes)) for i in range(processes)]
     found, index = [], []
     for step in range(steps):
         batches = [share.batch(step) for share in shares]
@@ -149,7 +149,7 @@ def test_no_more_batches_are_made_in_advance_than_memory_allows(monkeypatch, hel
     monkeypatch.setattr(loader, "HELD", held)
     made = []
     stream = make(Source(1000))
-    monkeypatch.setattr(stream, "_read", lambda i: (made.append(i), Source(1000)[i])[1])
+    monkeypatch.setattr(loader, "read", lambda source, i: (made.append(i), source[i])[1])
     with contextlib.closing(stream.iterate(0)) as batches:
         for taken in (1, 2, 3):
             next(batches)
@@ -333,7 +333,7 @@ def test_an_input_makes_what_it_says():
     ("n", "options", "message"),
     [
         (0, {}, "no examples"),
-        (9, {"process_count": 3}, "does not divide by 3 processes"),
+        (9, {"share": (0, 3)}, "does not divide by 3 processes"),
         (9, {"batch_size": 0}, "batch_size 0"),
         (9, {"augment": ("flop",)}, "did you mean 'flip'"),
     ],

@@ -1,5 +1,6 @@
 """Where numbers and lines go: nothing is lost on a full disk, nothing waits, nothing is drowned."""
 
+import contextlib
 import json
 import logging as std_logging
 import struct
@@ -166,3 +167,20 @@ def test_a_log_that_cannot_grow_is_told_once(tmp_path, caplog):
     told = [r.getMessage() for r in caplog.records if r.levelno == std_logging.WARNING]
     assert len(told) == 1
     assert "log.txt" in told[0]
+
+
+def test_times_before_a_pause_are_taken_for_as_long_as_those_behind_it(tmp_path, monkeypatch):
+    """Rows of times.jsonl cover all steps, though the clock begins anew after each evaluation."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+    with contextlib.closing(metrics.Writer(tmp_path, start=0, stop=8, batch_size=1)) as writer:
+        for step in range(1, 9):
+            now[0] += 2.0
+            writer.step(step, {"model/loss": np.float32(1)})
+            if step in (3, 6):
+                now[0] += 100.0  # an evaluation
+                writer.pause()
+            if step in (4, 8):
+                writer.flush()
+    rows = [json.loads(line) for line in (tmp_path / "times.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["seconds"]) for row in rows] == [(4, 8.0), (8, 8.0)]

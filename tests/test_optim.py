@@ -194,3 +194,18 @@ def test_decay_that_no_mask_can_limit_is_told(caplog):
     assert "novograd decays norms and biases, too" in caplog.text
     with pytest.raises(errors.ConfigError, match="Adam would decay norms"):
         optim.make(dict(MUON, adam_weight_decay=0.1), steps=1, where="here")
+
+
+@pytest.mark.parametrize("name", ["adafactor", "adamw", "lion"])
+def test_an_optimiser_that_branches_on_numbers_works(name):
+    spec = dict(name=name, learning_rate=1e-2)
+    made = optim.make(spec, steps=4, where="config.optim.model")
+    params = {"kernel": jnp.ones((4, 4))}
+    updates, _ = jax.jit(made.update)(params, made.init(params), params, jnp.int32(1))
+    assert np.abs(updates["kernel"]).max() > 0
+
+
+@pytest.mark.parametrize("name", ["lbfgs", "momo", "polyak_sgd"])
+def test_an_optimiser_that_wants_more_than_gradients_is_refused(name):
+    with pytest.raises(errors.ConfigError, match="cannot be used"):
+        optim.make(dict(name=name, learning_rate=1e-2), steps=4, where="config.optim.model")

@@ -162,3 +162,26 @@ def test_a_path_has_its_own_kinds(config, loss, fix):
     config.loss = loss
     with pytest.raises(errors.ConfigError, match=fix):
         objective.make(config)
+
+
+@pytest.mark.parametrize("kind", ["v", "eps", "x"])
+def test_few_steps_draw_the_variance_of_the_data(schedule, kind):
+    """With the default sampler, and a network that is off by a hundredth."""
+    rng, s = np.random.default_rng(0), 0.5
+    noise = jnp.asarray(rng.standard_normal((4, 8, 8, 3)), jnp.float32)
+    off = jnp.asarray(0.01 * rng.standard_normal(noise.shape), jnp.float32)
+
+    def velocity(state, t):
+        z, a, b = schedule.of_state(state, t), schedule.alpha(t), schedule.sigma(t)
+        x, eps = (y * z / (a**2 * s**2 + b**2) for y in (a * s**2, b))
+        out = {"x": x, "eps": eps, "v": a * eps - b * x}[kind] + off
+        return schedule.velocity(kind, out, z, jnp.full(1, t))
+
+    ts = jnp.minimum(ode.times(12), schedule.latest)
+    drawn = ode.heun(velocity, schedule.state(noise, ts[0]), ts, schedule.clock)
+    assert 0.4 < float(drawn.std()) < 0.6
+
+
+def test_a_predicted_image_has_no_noise_at_step_0(schedule):
+    z = jnp.ones((1, 2, 2, 3))
+    assert np.all(schedule.velocity("x", 2 * z, z, jnp.zeros(1)) == 0)

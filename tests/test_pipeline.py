@@ -326,3 +326,14 @@ def test_pictures_are_not_compared_with_those_of_other_captions(tmp_path):
     )
     assert done.returncode == 65, done.stderr
     assert "1.png cannot be read" in done.stderr
+
+
+def test_values_that_the_type_of_an_export_has_no_room_for_are_named(pipe, tmp_path):
+    nets = {"model": {"params": {"scale": np.float32([1, 1e6])}}}
+    with pytest.raises(errors.ConfigError, match="no room for values of model/params/scale"):
+        weights.export(tmp_path / "new", nets, pipe.config, card="")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_model_may_be_named_by_a_path(run):
+    assert pipeline.Pipeline.load(run).step == 6

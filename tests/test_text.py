@@ -19,7 +19,7 @@ from hypothesis import strategies
 from t2i_jax import errors
 from t2i_jax.pretrained import bert, hf, opener, text_encoder
 from t2i_jax.pretrained import tensors as parts
-from t2i_jax.text import tokenize
+from t2i_jax.text import tokenize, words
 from tests import make_minilm_golden as golden
 
 CONFIG = dict(
@@ -554,3 +554,7 @@ def test_a_sentencepiece_model_makes_the_tokens_that_sentencepiece_makes(folder,
 
 def test_the_golden_is_small():
     assert pathlib.Path(golden.PATH).stat().st_size < 100_000
+
+
+def test_words_are_those_that_tokenizers_read():
+    assert words.of("cafe\u0301") == words.of("caf\u00e9") == ["caf\u00e9"]

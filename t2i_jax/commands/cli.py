@@ -28,7 +28,7 @@ PATHS = (  # flags that name a file or folder
         "extractor",
     ),
     *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
-    *("input", "image"),
+    *("input", "image", "like"),
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 HELP = ("-h", "--help", "-help")

@@ -18,6 +18,7 @@ import html
 import io
 import itertools
 import json
+import math
 import os
 import pathlib
 from typing import NamedTuple
@@ -63,7 +64,7 @@ class Run(NamedTuple):
     """The content of a workdir.
 
     cores: CPU cores or accelerators, for core-hours.
-    seconds: (step, seconds of training since the row before), from times.jsonl.
+    seconds: (step, core-seconds of training since the row before), from times.jsonl.
     events: rows of evaluations during the training.
     results: protocol -> its newest row of results.jsonl.
     losses: rows of metrics.jsonl.
@@ -96,7 +97,7 @@ class Run(NamedTuple):
                 total += seconds * (step - before) / (at - before)
                 break
             before, total = at, total + seconds
-        return total * self.cores / 3600
+        return total / 3600
 
     def values(self) -> dict[str, float]:
         """Metric, as "protocol/name" or "evaluator/name" -> its newest value."""
@@ -150,18 +151,25 @@ def _read(folder: pathlib.Path, name: str) -> Run:
         config = json.loads(files.read_text(needed[0]))
         # A KeyError here means no run. Later it would look like a fault of this command.
         config["batch_size"], config["objective"]
+    # A run may go on elsewhere, so rows have cores of their own; older ones have none.
+    cores, losses = _cores(folder / "env.txt"), _rows(needed[1])
+    timed = [
+        (r["step"], r["seconds"] * r.get("cores", cores)) for r in _rows(folder / "times.jsonl")
+    ]
+    steps = losses[-1]["step"] if losses else 0
     return Run(
         name,
         config,
-        _cores(folder / "env.txt"),
-        [(row["step"], row["seconds"]) for row in _rows(folder / "times.jsonl")],
+        cores,
+        timed,
         _rows(folder / "events.jsonl"),
         {
             (row["protocol"], _definition(row)[:6]): row
             for row in _rows(folder / "results.jsonl")
-            if "protocol" in row
+            # Those of a run that was begun again are of steps that the new one has not done.
+            if "protocol" in row and (row.get("step") or 0) <= steps
         },
-        _rows(needed[1]),
+        losses,
         sorted((folder / "samples").glob(f"step_{'[0-9]' * 8}.png"), key=_step),
     )
 
@@ -212,7 +220,9 @@ def table(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     head = ["run", "family", "steps", "images seen", "core-hours", "images / core-s", *heads]
     rows = [head]
     # Sign · sign · ∞ is ∞: a run without the metric comes last in either direction.
-    for run in sorted(runs, key=lambda r: sign * r.values().get(metric, sign * float("inf"))):
+    # So does one whose metric is NaN, which no order knows.
+    rank = lambda value: sign * value if math.isfinite(value) else math.inf
+    for run in sorted(runs, key=lambda r: rank(r.values().get(metric, math.inf))):
         hours, seen = run.hours_at(run.steps), run.images_at(run.steps)
         cost = [_three(hours), _three(seen / hours / 3600)] if hours else ["", ""]
         newest = run.values()
@@ -233,7 +243,11 @@ def _columns(runs: list[Run], metric: str) -> list[str]:
 def economy(runs: list[Run], metric: str, less: bool) -> list[list[str]]:
     """A table of the core-hours until each run reaches shares of the best value of all runs."""
     reached = {
-        run.name: [(run.hours_at(row["step"]), row[metric]) for row in run.events if metric in row]
+        run.name: [
+            (run.hours_at(row["step"]), row[metric])
+            for row in run.events
+            if metric in row and math.isfinite(row[metric])
+        ]
         for run in runs
     }
     values = [v for points in reached.values() for _, v in points]

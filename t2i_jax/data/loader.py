@@ -64,7 +64,8 @@ class Loader:
       source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
         where(i), the file of an example, is for messages, if it has that.
       inputs: `objective.Input`s, made in this order. More may be added before the first batch.
-      batch_size: over all processes; each makes its own contiguous slice of the slots.
+      batch_size: over all processes.
+      share: (i, n): this process makes the i-th of n equal slices of the slots.
       seed: of the order and of what inputs draw.
       bad_budget: share of broken examples at which `iterate` stops; see there.
     """
@@ -76,25 +77,25 @@ class Loader:
         *,
         batch_size: int,
         seed: int,
-        process_index: int = 0,
-        process_count: int = 1,
+        share: tuple[int, int] = (0, 1),
         bad_budget: float = 0.01,
     ):
         if not len(source):
             raise errors.DataError(
                 "no examples", where="config.data", fix="give a source with some"
             )
-        if batch_size < 1 or batch_size % process_count:
+        index, parts = share
+        if batch_size < 1 or batch_size % parts:
             raise errors.ConfigError(
-                f"batch_size {batch_size} does not divide by {process_count} processes",
+                f"batch_size {batch_size} does not divide by {parts} processes",
                 where="config.batch_size",
-                fix=f"use a multiple of {process_count}",
+                fix=f"use a multiple of {parts}",
             )
         self.inputs = tuple(inputs)
         self.quarantine = {}  # record -> (step, slot, reason) of its first sight by `iterate`
         self._source, self._batch_size, self._seed = source, batch_size, seed
-        share = batch_size // process_count
-        self._slots = range(process_index * share, (process_index + 1) * share)
+        size = batch_size // parts
+        self._slots = range(index * size, (index + 1) * size)
         self._budget = bad_budget
         self._seen = np.zeros(len(source), bool)
         self._threads = concurrent.futures.ThreadPoolExecutor(THREADS, "examples")

@@ -5,6 +5,8 @@ AdaLN-zero from time and pooled text (DiT, arXiv:2212.09748), qk-norm, SwiGLU, f
 B batch · H W pixels · C channels · T image tokens · S text tokens · D width · N heads
 """
 
+from typing import Annotated
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -71,8 +73,8 @@ class Backbone(nn.Module):
     width: fields.Size = 192
     depth: fields.Size = 6
     heads: fields.Size = 6
-    mlp_ratio: float = 8 / 3  # SwiGLU of the size of a four-fold MLP
-    dtype: str = "float32"
+    mlp_ratio: Annotated[float, fields.above(0)] = 8 / 3  # SwiGLU of the size of a four-fold MLP
+    dtype: fields.Dtype = "float32"
     remat: str = "none"
     scan: bool = False
 

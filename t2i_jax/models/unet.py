@@ -94,7 +94,7 @@ class Backbone(nn.Module):
     width: fields.Size = 128
     depth: fields.Size = 2
     heads: fields.Size = 2
-    dtype: str = "float32"
+    dtype: fields.Dtype = "float32"
 
     @property
     def unit(self) -> int:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from t2i_jax import errors, fields, losses, plugins
 from t2i_jax.models import clip, pyramid
 from t2i_jax.models.types import Features
-from t2i_jax.objective import Aux, Loss, Objective
+from t2i_jax.objective import Aux, Loss, Objective, together
 from t2i_jax.pretrained import clip as pretrained_clip
 from t2i_jax.pretrained import opener
 from t2i_jax.text import conditioner
@@ -69,6 +69,7 @@ def make(config) -> Objective:
         found_BP = caption.apply(nets["caption"], cond) if caption else cond.pooled_BD
         return losses.unit(found_BP)
 
+    @together
     def logits(nets, batch, key):
         """Of each picture with each caption.   -> BB"""
         scale, bias = image.apply(nets["image"], method="temper")

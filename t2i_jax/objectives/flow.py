@@ -26,7 +26,12 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
 Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
-Interval = Annotated[tuple[float, float], fields.at_least(0), fields.compiled_apart(guide.ALWAYS)]
+Interval = Annotated[
+    tuple[float, float],
+    fields.at_least(0),
+    fields.ascending(),
+    fields.compiled_apart(guide.ALWAYS),
+]
 Steps = Annotated[int, fields.count()]
 
 
@@ -89,7 +94,7 @@ class Flow:
 
     def init(self, key, batch):
         key_model, key_text = jax.random.split(key)
-        key_space = jax.random.fold_in(key, 0)
+        key_space = jax.random.fold_in(key, randomness.APART)
         text_variables, cond = self.text.init(key_text, batch)
         t_B = jnp.zeros(len(batch["index"]))
         x = jnp.zeros((len(t_B), *self.space.shape))
@@ -190,6 +195,7 @@ class Flow:
     def solved(self, nets, batch, z, ts_S, guidance, sampler, interval):
         """The images that guided flow leads to from z at the first time.   -> image_BHWC"""
         cond, path = self.text.encode(nets, batch), self.path
+        ts_S = jnp.minimum(ts_S, path.latest)
 
         def under(cond):
             # What follows from the caption alone is computed once, not in each step of the solver.

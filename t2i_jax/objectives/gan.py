@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, optim, plugins, randomness
 from t2i_jax.models import augment as augmentation
 from t2i_jax.models.types import Cond
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.objective import Aux, Loss, Objective, Pictures, together
 from t2i_jax.objectives.parts import critic, distillation, games, guidance, networks, terms
 from t2i_jax.objectives.parts.critic import Critic
 from t2i_jax.objectives.parts.terms import Term
@@ -270,6 +270,7 @@ class GAN(NamedTuple):
         """
         return self._render(nets, *self._style(nets, batch, key, truncation))
 
+    @together
     def between(
         self,
         nets,

@@ -64,6 +64,7 @@ class Checkpoints:
                 "the run has no checkpoints", where=str(self._folder), fix="train it first"
             )
         self._keep, self._guard, self._failures = keep, guard, 0
+        self._passed = []  # over by `restore_newest`, for starts from them have died
         self._orbax = self._stage = None
         if create:
             # One process alone tidies up: several would rename the same folders.
@@ -212,7 +213,8 @@ class Checkpoints:
         """The newest sound checkpoint's state and step; None if there never was one.
 
         A damaged checkpoint is renamed and passed over, with a warning. So is one from which three
-        starts died in their first step, see `begins`; that one keeps its name.
+        starts died in their first step, see `begins`; it keeps its name until a step from an older
+        one has succeeded.
 
         Raises:
           DataError: there are checkpoints, and none can be used.
@@ -223,6 +225,7 @@ class Checkpoints:
                 reasons.append(f"{step}: {ATTEMPTS} starts from it died in their first step")
                 advice = f"remove {ATTEMPTS_FILE} there if something else killed them, "
                 logging.warning("checkpoint %s; to use it, %s", reasons[-1], advice[:-2])
+                self._passed.append(step)
                 continue
             try:
                 return self.restore(step, target), step
@@ -256,6 +259,9 @@ class Checkpoints:
 
     def progressed(self) -> None:
         """Forgets the attempts of `begins`, after a step has succeeded."""
+        # The run goes on from an older checkpoint and will save these steps anew.
+        while self._passed:
+            self._rename(self._passed.pop(), "died")
         self._write_attempts({})
 
     def set_all_aside(self) -> None:
@@ -269,6 +275,9 @@ class Checkpoints:
 
     def set_aside_from(self, step: int, suffix: str) -> int | None:
         """Renames the checkpoints of this step and later ones; returns the newest that is left."""
+        # What comes anew under these numbers is not what was rated.
+        if jax.process_index() == 0 and (best := self.best()) and best["step"] >= step:
+            (self._folder / BEST).unlink()
         for newer in [n for n in self.steps() if n >= step]:
             self._rename(newer, suffix)
         return max(self.steps(), default=None)

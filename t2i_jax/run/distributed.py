@@ -230,6 +230,16 @@ def lost_peer(e: Exception) -> str | None:
     )
 
 
+def cores() -> int:
+    """The number of CPU cores, or of accelerators, that all processes of this run use."""
+    import jax
+
+    if jax.default_backend() != "cpu":
+        return jax.device_count()
+    # `os.cpu_count` would also count cores that this process may not use.
+    return len(os.sched_getaffinity(0)) * jax.process_count()
+
+
 def leave(code: int) -> None:
     """Ends this process without waiting for the others, so that they notice.
 

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import math
 import pathlib
 
 import jax
@@ -103,10 +104,14 @@ class Hooks:
                 where="config.best",
                 fix=errors.nearest(metric, found),
             )
+        if not math.isfinite(found[metric]):
+            logging.warning("step %d: %s is %s, which is never the best", n, metric, found[metric])
+            return
         best = checkpoints.best()
         better = lambda new, old: new < old if less else new > old
         # Another start may name another metric, and values of two metrics cannot be compared.
-        if not best or best["metric"] != metric or better(found[metric], best["value"]):
+        known = best and best["metric"] == metric and math.isfinite(best["value"])
+        if not known or better(found[metric], best["value"]):
             checkpoints.set_best(n, metric, found[metric])
             logging.info("step %d is the best so far: %s %.4f", n, metric, found[metric])
 

@@ -15,7 +15,7 @@ import tqdm
 from absl import logging
 
 from t2i_jax import errors, images, plugins
-from t2i_jax.run import logs
+from t2i_jax.run import distributed, logs
 
 # tensorboardX imports torch where it is installed. That costs a second and 250 MB, for nothing.
 with plugins.hidden("torch"):
@@ -116,7 +116,8 @@ class Writer:
     Each row is one JSON object with the number of its step. Step n is the n-th update, from 1.
 
     - metrics.jsonl: all values of the step.
-    - times.jsonl: "seconds" since the row before, without compiling and evaluating.
+    - times.jsonl: "seconds" since the row before, without compiling and evaluating, on so many
+      "cores".
     - events.jsonl: results of the step's evaluations.
     - quarantine.jsonl: a broken example. Every process has its own such file. Process 0 alone
       writes the others.
@@ -157,7 +158,7 @@ class Writer:
             smoothing=0.05,
             mininterval=1.0 if notebook else 0.1,  # a notebook stores every update of the bar
         )
-        self._since, self._done = time.perf_counter(), start
+        self._since, self._done, self._noted = time.perf_counter(), start, start
 
     def step(self, step: int, values) -> None:
         """Keeps one step's values, still on the device."""
@@ -232,7 +233,11 @@ class Writer:
         rate = steps / max(now - self._since, 1e-9)
         # A flush right after a `pause` has no timed step, and so no speed.
         if steps > 0:
-            self._append("times", [{"step": row["step"], "seconds": now - self._since}])
+            # Steps before a pause were not timed: they count as much as those behind it.
+            seconds = (now - self._since) * (row["step"] - self._noted) / steps
+            timed = {"step": row["step"], "seconds": seconds, "cores": distributed.cores()}
+            self._append("times", [timed])
+            self._noted = row["step"]
         self._since, self._done = now, row["step"]
         # Only the last row of a flush is shown. metrics.jsonl has all of them.
         for name, value in row.items():

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import pathlib
 import platform
 
@@ -10,7 +9,8 @@ import jax
 
 import t2i_jax
 from t2i_jax import errors, images, weights
-from t2i_jax.run import checkpoint, logs
+from t2i_jax.pretrained import hf
+from t2i_jax.run import checkpoint, distributed, logs
 from t2i_jax.text import words
 
 # Keys of the config that another start may change. They leave the path of the training as it is, or
@@ -41,7 +41,7 @@ def describe(path: pathlib.Path, config, source, inputs) -> None:
         "t2i_jax": t2i_jax.__version__,
         "processes": jax.process_count(),
         "devices": [str(d) for d in jax.devices()],
-        "cores": cores(),
+        "cores": distributed.cores(),
     }
     with errors.of_storage(path):
         images.write_whole(path / "config.json", weights.to_json(config).encode())
@@ -80,7 +80,7 @@ def known_words(config, source) -> set[str] | None:
     None where one of these models has no list of words.
     """
     origins = [s for s in (config.init_from, *weights.sources(config).values()) if s]
-    folders = [weights.locate(s.partition("#")[0]) for s in origins if weights.is_ours(s)]
+    folders = [weights.locate(str(hf.split(s)[0])) for s in origins if weights.is_ours(s)]
     lists = [words.collect(source), *map(words.read, folders)]
     return None if None in lists else set().union(*lists)
 
@@ -104,14 +104,6 @@ def forget_rollbacks(path: pathlib.Path) -> None:
     """Removes rollbacks.jsonl, for a run that begins again."""
     if jax.process_index() == 0:
         (path / ROLLBACKS).unlink(missing_ok=True)
-
-
-def cores() -> int:
-    """The number of CPU cores, or of accelerators, that all processes of this run use."""
-    if jax.default_backend() != "cpu":
-        return jax.device_count()
-    # `os.cpu_count` would also count cores that this process may not use.
-    return len(os.sched_getaffinity(0)) * jax.process_count()
 
 
 def check_same_run(path: pathlib.Path, config, data: str) -> list[str]:

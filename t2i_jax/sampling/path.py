@@ -29,6 +29,7 @@ class Path(NamedTuple):
     velocity: (kind, out, z, t_B) -> how the solver's state changes with its clock.
     clock: time -> the solver's clock.
     scaled: whether the solver's state is z/α in place of z.
+    latest: time at which solvers begin: 1, or where σ/α is small enough for a step from there.
     """
 
     alpha: Callable
@@ -39,6 +40,7 @@ class Path(NamedTuple):
     velocity: Callable
     clock: Callable = lambda t: t
     scaled: bool = False
+    latest: float = 1.0
 
     def mix(self, x, noise, t):
         """z at a time, which is a scalar or one for each example."""
@@ -64,7 +66,7 @@ def make(name: str, *, mean: float = 0.0, std: float = 1.0) -> Path:
         return straight(mean, std)
     if name not in SCHEDULES:
         raise errors.unknown("path", name, NAMES, where="config.loss.path")
-    return discrete(SCHEDULES[name](), mean, std)
+    return discrete(SCHEDULES[name](), mean, std, latest=LATEST.get(name, 1.0))
 
 
 def straight(mean: float = 0.0, std: float = 1.0) -> Path:
@@ -89,7 +91,7 @@ def straight(mean: float = 0.0, std: float = 1.0) -> Path:
     )
 
 
-def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
+def discrete(beta_T, mean: float = 0.0, std: float = 1.0, latest: float = 1.0) -> Path:
     """Diffusion in T steps, α_i² = Π (1 − β_j) and σ² = 1 − α² (arXiv:2006.11239, eq. 4).
 
     Time i/T is step i; other times are those of the nearest step, and step 0 is the image. Training
@@ -100,6 +102,7 @@ def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
 
     Args:
       beta_T: variances of the steps, each in (0, 1).
+      latest: time at which solvers begin.
     """
     # In float64: a product of a thousand factors near 1 loses digits in float32.
     kept_T = np.concatenate([[1.0], np.cumprod(1 - np.asarray(beta_T, np.float64))])
@@ -116,7 +119,8 @@ def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
             return out
         if kind == "v":
             return sigma * z + alpha * out
-        return (z - alpha * out) / jnp.maximum(sigma, prediction.TIME_FLOOR)
+        noise = (z - alpha * out) / jnp.maximum(sigma, prediction.TIME_FLOOR)
+        return jnp.where(sigma > 0, noise, 0)  # step 0 is the image, and has none
 
     def error(kind, out, z, x, noise, t_B):
         t = _each(t_B, x)
@@ -135,6 +139,7 @@ def discrete(beta_T, mean: float = 0.0, std: float = 1.0) -> Path:
         velocity=noise_of,
         clock=at(clocks),
         scaled=True,
+        latest=latest,
     )
 
 
@@ -152,6 +157,7 @@ SCHEDULES = {  # name -> () -> β_T
     "scaled_linear": lambda: np.linspace(0.00085**0.5, 0.012**0.5, STEPS) ** 2,
     "cosine": cosine,
 }
+LATEST = {"cosine": 0.99}  # where α is .016; at 1 a first step would multiply errors by 20,000
 NAMES = ("straight", *SCHEDULES)
 
 

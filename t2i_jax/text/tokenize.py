@@ -17,6 +17,7 @@ from t2i_jax.text import fast
 
 CHARACTERS = 4096  # of a caption are read at most, so that its time is bounded
 MARKS = 4  # combining marks kept on one character
+STARTS = ("▁", "Ġ")  # tokens that stand before a word: of SentencePiece, of BPE over bytes
 BYTES_VOCAB = 260  # padding, start, end, one spare, 256 bytes
 VOCABULARIES = (
     *("tokenizer.json", "vocab.txt", "vocab.json"),
@@ -32,8 +33,8 @@ class Tokenizer:
     """`tokenizer(captions) -> (Tokens, what each caption lost, or None)`, of fixed length; the same
     on every host and in any thread.
 
-    encode: captions -> for each its numbers without special tokens, and a function from a number's
-      place to the character where it begins.
+    encode: captions -> for each its numbers without special tokens, a function from a number's
+      place to the character where it begins, and one that tells whether it is one of STARTS.
     decode: lists of numbers -> strings, without special tokens.
     before, after: the special tokens round every caption.
     end: the number that ends a caption, None where the tokenizer has no such token.
@@ -57,11 +58,12 @@ class Tokenizer:
         ids_BL = np.full((len(texts), self.length), self.pad, np.int32)
         mask_BL = np.zeros(ids_BL.shape, bool)
         cut = []
-        for row, (ids, start) in enumerate(self._encode(texts)):
+        for row, (ids, start, whole) in enumerate(self._encode(texts)):
             kept, lost = len(ids), ""
             if kept > self._room:
                 end, kept = start(self._room), self._room
-                while kept and start(kept - 1) >= end:  # no half characters
+                # No half characters. The mark of a word's start is none, though it begins there.
+                while kept and start(kept - 1) >= end and not whole(kept - 1):
                     kept -= 1
                 lost = texts[row][end:]
             # An empty caption has no token at all, and so is the null condition.
@@ -287,13 +289,18 @@ def _encode_subwords(opened, folder, texts):
         encodings = opened.encode_batch(texts, add_special_tokens=False)
     for encoding in encodings:
         # A function, as the library makes all offsets when asked, and only cut captions need them.
-        yield encoding.ids, lambda i, offsets=encoding: offsets.offsets[i][0]
+        yield (
+            encoding.ids,
+            lambda i, one=encoding: one.offsets[i][0],
+            lambda i, one=encoding: one.tokens[i] in STARTS,
+        )
 
 
 def _encode_bytes(texts):
     for text in texts:
         data = text.encode()
-        yield [b + 4 for b in data], lambda i, data=data: len(data[:i].decode(errors="ignore"))
+        start = lambda i, data=data: len(data[:i].decode(errors="ignore"))
+        yield [b + 4 for b in data], start, lambda i: False
 
 
 def _decode_subwords(opened, rows):

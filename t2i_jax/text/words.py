@@ -7,6 +7,7 @@ runs and models have no such file.
 import difflib
 import pathlib
 import re
+import unicodedata
 
 from t2i_jax import images
 
@@ -23,7 +24,7 @@ _WORD = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400
 
 def of(text: str) -> list[str]:
     """The words of a text in order, in lower case."""
-    return _WORD.findall(text.casefold())
+    return _WORD.findall(unicodedata.normalize("NFC", text).casefold())  # as tokenizers read it
 
 
 def collect(source) -> set[str] | None:

@@ -195,6 +195,15 @@ def c9(lab):
     assert "died in their first step" in caught.value.what
     assert "attempts.json" in caught.value.fix
     (folder / "checkpoints" / "attempts.json").unlink()  # as it says
+    again = lab.folder()
+    saved(again, 1, 2)
+    checkpoints = checkpoint.Checkpoints(again)
+    for _ in range(checkpoint.ATTEMPTS):
+        checkpoints.begins(2)
+    checkpoints = checkpoint.Checkpoints(again)
+    assert checkpoints.restore_newest(abstract(state(0)))[1] == 1
+    checkpoints.progressed()  # from the older one: what failed may not come back as the newest
+    assert checkpoints.steps() == [1]
     for _ in range(6):  # a death that comes before the state is used says nothing about it
         assert newest(folder)[1] == 2
     folder = lab.folder()

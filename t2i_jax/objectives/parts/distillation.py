@@ -82,5 +82,11 @@ def teacher(config):
     sizes = dict(config.model.get("teacher", {}))
     own = copy.deepcopy(config)
     # A flow family would refuse the options and nets of the GAN.
-    own.loss, own.model = dict(prediction=sizes.pop("prediction", "v")), dict(model=sizes)
+    if "prediction" not in sizes:
+        raise errors.ConfigError(
+            "nothing says what the teacher's output means",
+            where="config.model.teacher",
+            fix="add the prediction of the run that trained it, such as prediction='x'",
+        )
+    own.loss, own.model = dict(prediction=sizes.pop("prediction")), dict(model=sizes)
     return flow.make(own)
