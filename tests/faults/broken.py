@@ -92,7 +92,7 @@ BREAKS = (
     Break("D1", "data/loader.py", "weight_B[row] = 0", "weight_B[row] = 1"),
     Break("D7", "data/loader.py", "if broken == n or broken > max(", "if 0 > max("),
     Break("D13", "loop.py", "if self.batches.quarantine[record][:2] == (n, slot):", "if True:"),
-    Break("D13", "data/loader.py", 'hasattr(self._source, "where")', "False"),
+    Break("D13", "data/loader.py", 'if hasattr(source, "where")', "if False"),
     Break("D14", "data/folder.py", '== (split == "test")', "or True"),
     # What a stranger's files say takes neither memory nor time nor the network.
     Break("X14", "pretrained/hf.py", "x > limit for x in entries)", "False for x in entries)"),
