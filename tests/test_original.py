@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors, pipeline, weights
+from t2i_jax import errors, objective, pipeline, weights
 from t2i_jax.commands import convert
-from t2i_jax.pretrained import original
+from t2i_jax.pretrained import folder, lora_files, opener, original
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -187,3 +187,30 @@ def test_a_users_folder_is_left_alone(single, tmp_path):
     with pytest.raises(errors.DataError):
         convert.single(str(tmp_path / "none.safetensors"), str(path / "whole"), tmp_path / "made")
     assert [p.name for p in tmp_path.iterdir()] == ["made.part"]
+
+
+def test_adapters_with_the_original_names_are_those_with_diffusers(single, tmp_path):
+    """kohya's files for SDXL call the U-net's modules so."""
+    path, tensors = single
+    opened = folder.open(str(path / "whole"))
+    config = weights.config_at(str(path / "whole"))
+    shapes = weights.abstract_nets(objective.make(config), config)["model"]
+    plans = {"unet": opener.open(opened.part("unet")).plan(shapes)}
+    unet = {k.removeprefix(original.UNET): v for k, v in tensors.items()}
+    rng = np.random.default_rng(0)
+    kinds = ("attn1.to_q", "attn2.to_k", "ff.net.0.proj", "proj_in", "emb_layers.1", "in_layers.2")
+    chosen = [n for n, x in unet.items() if n.endswith(".weight") and any(k in n for k in kinds)]
+    found = {}
+    for name in chosen:
+        out, width = unet[name].shape[0], np.prod(unet[name].shape[1:])
+        down = rng.normal(size=(2, *unet[name].shape[1:])).astype(np.float32)
+        up = rng.normal(size=(out, 2, *(1,) * (unet[name].ndim - 2))).astype(np.float32)
+        flat = "lora_unet_" + name.removesuffix(".weight").replace(".", "_")
+        found |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+        assert width == np.prod(down.shape[1:])
+    safetensors.numpy.save_file(found, tmp_path / "a.safetensors")
+    pairs = lora_files._pairs(lora_files.read(tmp_path / "a.safetensors", plans)["unet"])
+    got = {path.rpartition("/")[0].partition("transformer_blocks")[0] for path in pairs}
+    for place in ("down_blocks_1/attentions_0", "mid_block/attentions_0", "up_blocks_0/resnets_1"):
+        assert any(one.startswith(place) for one in got), place
+    assert len(chosen) > 20

@@ -9,6 +9,7 @@ a·b. Kernels that join several modules of torch share one A when they are writt
 A's side by side when they are read.
 """
 
+import functools
 import json
 import math
 import pathlib
@@ -22,7 +23,7 @@ from flax import traverse_util
 
 from t2i_jax import errors, images
 from t2i_jax.pretrained import folder as folders
-from t2i_jax.pretrained import hf, opener, tensors
+from t2i_jax.pretrained import hf, opener, original, tensors
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # PEFT's options as JSON, among the file's notes
@@ -209,6 +210,7 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
     """part -> torch module -> its pair."""
     listed, notes = tensors.header(path)
     found, unread = {}, []
+    dotted = functools.cache(lambda part: _dotted(plans.get(part, {})))
     for name, tensor in listed.items():
         if tensor.kind not in hf.STORED:
             unread.append(f"{name} of type {tensor.kind}")
@@ -220,7 +222,7 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
             prefix, flat, kind = match.groups()
             part = next((part for part in KOHYA[prefix] if part in plans), KOHYA[prefix][0])
             flat = flat.removeprefix(_OLDER.replace(".", "_")) if "_te" in prefix else flat
-            module = _dotted(flat, plans.get(part, {}))
+            module = dotted(part).get(flat, flat)
             kind = {"lora_down.weight": "A", "lora_up.weight": "B"}.get(kind, kind)
         else:
             unread.append(name)
@@ -296,9 +298,9 @@ def _options(notes, path) -> dict[str, dict]:
     return options
 
 
-def _dotted(flat: str, plan) -> str:
-    """The module that kohya writes with "_" for dots; as it is where the network lacks it."""
+def _dotted(plan) -> dict[str, str]:
+    """What kohya writes with "_" for dots -> the module, also under its original name."""
     # Names have underscores of their own. So only the network's list tells which were dots.
-    modules = [module_of(tensor) for source in plan.values() for tensor in source.tensors]
-    names = {module.replace(".", "_"): module for module in modules}
-    return names.get(flat, flat)
+    modules = {module_of(tensor) for source in plan.values() for tensor in source.tensors}
+    names = original.in_unet(modules) | {module: module for module in modules}
+    return {name.replace(".", "_"): module for name, module in names.items()}

@@ -35,6 +35,7 @@ _OPEN_CLIP = {
     **{"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj"},
     **{"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"},
 }
+MOST_BLOCKS = 32  # on one way; Stable Diffusion has 12
 _UNUSED = (".position_ids", ".logit_scale")  # counted anew, and of CLIP's loss alone
 
 
@@ -45,9 +46,9 @@ def of_unet(module: str, config: Mapping) -> str:
     """
     if module in _AROUND:
         return _AROUND[module]
-    if match := re.fullmatch(r"middle_block\.([012])\.(.+)", module):
+    if match := re.fullmatch(r"middle_block\.([012])\.(.*)", module):
         return f"{_MIDDLE[int(match[1])]}.{_RESNET.get(match[2], match[2])}"
-    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.+)", module)
+    match = re.fullmatch(r"(input|output)_blocks\.(\d+)\.(\d)\.(.*)", module)
     if not match:
         return module
     way, at, slot, rest = match.groups()
@@ -61,6 +62,24 @@ def of_unet(module: str, config: Mapping) -> str:
     if slot == "0":
         return f"{path}.resnets.{number}.{_RESNET.get(rest, rest)}"
     return f"{path}.attentions.{number}.{rest}"
+
+
+def in_unet(modules) -> dict[str, str]:
+    """Original name -> the one in diffusers' U-net, of its modules; some have two of the first."""
+    resnets = [re.match(r"down_blocks\.0\.resnets\.(\d+)\.", module) for module in modules]
+    config = {"layers_per_block": max((int(m[1]) + 1 for m in resnets if m), default=2)}
+    heads = [f"{way}_blocks.{at}" for way in ("input", "output") for at in range(MOST_BLOCKS)]
+    rests = ["0.op", "1.conv", "2.conv", *(f"0.{rest}" for rest in _RESNET)]
+    names = [*_AROUND, *(f"{head}.{rest}" for head in heads for rest in rests)]
+    names += [f"middle_block.{at}.{rest}" for at in (0, 2) for rest in _RESNET]
+    found = {name: of_unet(name, config) for name in names}
+    # Within attentions all names are the same.
+    begins = {of_unet(f"{head}.1.", config): f"{head}.1." for head in (*heads, "middle_block")}
+    for module in modules:
+        begin = re.match(r".*?attentions\.\d+\.|", module)[0]
+        if begin in begins:
+            found[begins[begin] + module.removeprefix(begin)] = module
+    return {name: module for name, module in found.items() if module in modules}
 
 
 def of_autoencoder(module: str, config: Mapping) -> str:
