@@ -84,6 +84,7 @@ def test_what_files_and_memory_hold_is_what_the_encoder_says(written):
     assert np.abs(direct["cond_seq"]).max() > 0.5
 
 
+@pytest.mark.slow
 def test_states_of_another_encoder_data_set_or_length_are_refused(written, tmp_path):
     shutil.copytree(written, tmp_path / "run")
     changed = (
@@ -113,6 +114,7 @@ def test_states_written_with_the_fingerprint_of_before_are_used(written, tmp_pat
     assert cache.states(path.parent, *states).shapes["cond_seq"].shape == (16, 32)
 
 
+@pytest.mark.slow
 def test_a_damaged_file_is_named(written, tmp_path):
     shutil.copytree(written, tmp_path / "run")
     path = tmp_path / "run/captions/states-00001.array_record"

@@ -53,6 +53,7 @@ def test_a_config_trains_resumes_and_predicts(name, tmp_path, pictures):
     assert images.shape == (1, 16, 16, 3)
 
 
+@pytest.mark.slow
 def test_own_pictures_are_drawn_and_held_out_by_one_option(tmp_path, pictures):
     """Captions of the data in samples/, and the loss of pictures that training does not see."""
     config = folder_flow.get_config(f"path={pictures},holdout=0.3")

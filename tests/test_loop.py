@@ -273,6 +273,7 @@ def test_a_key_that_nobody_reads_does_not_exist():
         assert f"config.{key}" in text or f'"{key}"' in text, key
 
 
+@pytest.mark.slow
 def test_minutes_become_steps_before_the_first_and_stay_what_they_are(tmp_path, monkeypatch):
     monkeypatch.setattr(minutes, "TIMED", 3)
     plain = dict(prompts=(), save_every=5, log_every=2)
@@ -328,6 +329,7 @@ def test_what_cannot_be_watched_is_said_before_anything(tmp_path, watch, message
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_to_before_it_diverged_and_on_with_other_noise(
     tmp_path, monkeypatch, readers
 ):

@@ -115,6 +115,7 @@ def config():
     return config
 
 
+@pytest.mark.slow
 def test_a_flow_model_works_in_another_space_and_on_another_path(config):
     """Bands of a transform scaled by a frozen net, with a discrete schedule, and no edit of flow:
     what a network that knows the noise would draw is the image itself.

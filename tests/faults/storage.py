@@ -114,7 +114,7 @@ def detected(lab, wanted) -> str:
     return f"{tried} damages, all found"
 
 
-@row("C5", "a truncated file: the checkpoint before is used, the damaged one set aside")
+@row("C5", "a truncated file: the checkpoint before is used, the damaged one set aside", long=True)
 def c5(lab):
     return detected(lab, ("empty", "half", "one byte short", "one byte more"))
 
@@ -595,7 +595,11 @@ def c4(lab):
     assert rows(folder) == rows(lab.oracle)
 
 
-@row("C11", "one writer: a second start exits 77; a dead owner's workdir is taken over at once")
+@row(
+    "C11",
+    "one writer: a second start exits 77; a dead owner's workdir is taken over at once",
+    long=True,
+)
 def c11(lab):
     folder = lab.folder()
     process = lab.start(folder, failpoint="step.before:6=sleep600")
