@@ -24,6 +24,7 @@ def get_config(arg=None):
     config = shapes_flow.get_config()
     if arg.data != "shapes":
         config.data = dict(source=arg.data, path=arg.path)
+        config.prompts, config.evaluators = (), {}  # those of shapes say nothing of other data
     if arg.size not in SIZES:
         raise errors.unknown("size", arg.size, SIZES, where="--config=…:size")
     width, depth, heads = SIZES[arg.size]

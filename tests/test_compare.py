@@ -264,3 +264,9 @@ def test_hours_on_other_cores_stay_what_they_were(runs, tmp_path):
     rows = [{"step": 2, "seconds": 3600, "cores": 2}, {"step": 4, "seconds": 3600, "cores": 8}]
     (tmp_path / "slow" / "times.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert compare.read([tmp_path / "slow"])[0].hours_at(4) == 10
+
+
+def test_a_line_that_a_kill_has_cut_is_left_out(runs, tmp_path):
+    with (tmp_path / "slow" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "model/lo')
+    assert compare.read([tmp_path / "slow"])[0].steps == 6

@@ -321,7 +321,9 @@ def _three(value: float) -> str:
 
 def _rows(path: pathlib.Path) -> list[dict]:
     with _reading(path):
-        lines = path.read_bytes().splitlines() if path.exists() else []
+        data = path.read_bytes() if path.exists() else b""
+        # A kill may have cut the last line. The next start removes it.
+        lines = data[: data.rfind(b"\n") + 1].splitlines()
         rows = [json.loads(line) for line in lines]
         if not all(isinstance(row, dict) for row in rows):
             raise ValueError("a row is no object")

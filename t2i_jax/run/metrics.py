@@ -263,8 +263,9 @@ class Writer:
         """Raises StorageError if rows are left that could not be written."""
         self.bar.close()
         self._flush_board()
-        for file in (*self._files.values(), *([self._board] if self._board else ())):
-            file.close()
+        with contextlib.ExitStack() as files:  # the others are closed, too, if one cannot be
+            for file in (*self._files.values(), *([self._board] if self._board else ())):
+                files.callback(file.close)
 
 
 def evaluated(workdir: pathlib.Path, step: int) -> bool:
