@@ -109,3 +109,23 @@ def test_a_tensor_axis_may_join_processes(axes, devices):
     ]
     found = [json.loads(p.communicate(timeout=120)[0].splitlines()[-1]) for p in processes]
     assert found == [[8, sum(range(8))]] * 2
+
+
+BEGINS = """
+import sys
+import jax
+from t2i_jax import loop
+from tests import runs
+
+jax.config.update("jax_num_cpu_devices", 2)
+first, second = sys.argv[1:]
+loop.train(runs.small(steps=1), first)
+loop.train(runs.small(steps=1, init_from=first, strategy="fsdp"), second)
+"""
+
+
+@pytest.mark.slow
+def test_a_run_on_several_devices_may_begin_with_another(tmp_path):
+    command = [sys.executable, "-c", BEGINS, str(tmp_path / "a"), str(tmp_path / "b")]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    assert (tmp_path / "b" / "checkpoints" / "1").is_dir()
