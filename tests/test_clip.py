@@ -174,6 +174,7 @@ def test_hugging_faces_clip_gives_its_logits(tmp_path):
         (dict(model=dict(image=dict(tower="vti"))), "did you mean 'vit'"),
         (dict(model=dict(images={})), "did you mean 'image'"),
         (dict(model=dict(image=dict(width=0))), "width is 0"),
+        (dict(model=dict(caption=dict(projected=999))), "vectors of 999 numbers"),
         (dict(res=24), "res is 24"),
     ],
 )

@@ -112,6 +112,13 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
     if sizes["caption"] is not False:
         own = {"projected": net.projected, **sizes["caption"]}
         caption = plugins.network(clip.Caption, where=f"{where}.caption", options=own)
+        if caption.projected != net.projected:
+            raise errors.ConfigError(
+                f"captions become vectors of {caption.projected} numbers, pictures of "
+                f"{net.projected}",
+                where=f"{where}.caption.projected",
+                fix=f"set it to {net.projected}, or leave it out",
+            )
     return clip.Image(net, **learned), caption
 
 
