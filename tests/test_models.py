@@ -111,8 +111,10 @@ def test_space_to_depth_and_back():
     np.testing.assert_array_equal(layers.space_to_depth(x, 2)[0, 0, 0, :3], x[0, 0, 0])
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_attention_and_its_gradient_are_the_textbook_formula(masked):
+def test_attention_and_its_gradient_are_the_textbook_formula(masked, by_head, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE", 0 if by_head else 2**30)
     keys = jax.random.split(jax.random.key(0), 3)
     q, k, v = (jax.random.normal(key, (2, n, 3, 8)) for key, n in zip(keys, (4, 6, 6), strict=True))
     mask = jnp.arange(6)[None] < jnp.array([[2], [6]]) if masked else None
@@ -132,17 +134,35 @@ def test_attention_and_its_gradient_are_the_textbook_formula(masked):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_attention_with_every_key_masked_is_finite():
+@pytest.mark.parametrize("large", [0, 2**30])
+def test_attention_with_every_key_masked_is_finite(large, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE", large)
     q = jnp.ones((1, 2, 1, 4))
     assert np.isfinite(attention.attention(q, q, q, mask_BS=jnp.zeros((1, 2), bool))).all()
 
 
-@pytest.fixture(scope="module")
-def convolved():
-    """The convolution in parts and XLA's, with their arguments."""
-    shape, features = (16, 16, 16, 3), 5
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_head_by_head_is_all_at_once(dtype, monkeypatch):
+    """With a mask of each query, and for several heads and examples."""
+    keys, found = jax.random.split(jax.random.key(0), 4), []
+    q, k, v = (jax.random.normal(x, (2, 5, 3, 8)).astype(dtype) for x in keys[:3])
+    mask_BTS = jax.random.bernoulli(keys[3], 0.7, (2, 5, 5))
+    for large in (0, 2**30):
+        monkeypatch.setattr(attention, "LARGE", large)
+        found.append(attention.attention(q, k, v, mask_BTS=mask_BTS, scale=0.5))
+    assert found[0].dtype == q.dtype
+    np.testing.assert_allclose(
+        *(x.astype(jnp.float32) for x in found), atol=1e-6 if dtype == "float32" else 2e-2
+    )
+
+
+@pytest.fixture(scope="module", params=["parts", "products"])
+def convolved(request):
+    """The convolution by parts or by products and XLA's, with their arguments."""
+    size, channels, features = (16, 3, 5) if request.param == "parts" else (4, 64, 65)
     keys = jax.random.split(jax.random.key(0), 2)
-    x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], (3, 3, 3, features))
+    x = jax.random.normal(keys[0], (size, size, size, channels))
+    kernel = jax.random.normal(keys[1], (3, 3, channels, features)) / np.sqrt(channels / 3)
     options = dict(dimension_numbers=("NHWC", "HWIO", "NHWC"))
     ours, theirs = (
         lambda x, kernel, fn=fn: jnp.tanh(fn(x, kernel, (1, 1), "SAME", **options))
@@ -179,4 +199,5 @@ def test_a_kernels_gradient_is_summed_over_parts_without_a_conditional(convolved
         program = gradient.lower(x, kernel).compile().as_text()
         assert not re.search(r" (conditional|while)\(", program)
         count[fn] = len(re.findall(r" convolution\(", program))
-    assert count[ours] == count[theirs] - 1 + 8  # 4096 pixels, 512 a part
+    parts = 8 if x.shape[-1] == 3 else 0  # 4096 pixels, 512 a part; products are none
+    assert count[ours] == count[theirs] - 1 + parts
