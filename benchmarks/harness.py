@@ -120,6 +120,50 @@ def serve(run, library: str, *, flops=None, moved=None, timed=False, dtype="floa
         print(json.dumps(answer), flush=True)
 
 
+def serve_steps(folder, forward, variables, data, spec, steps: int = 1) -> None:
+    """Serves training steps of a network, after it wrote three losses in a row to `ours.npz`.
+
+    Args:
+      forward: (variables, data) -> output, whose squared error from data["target"] is the loss.
+      data: name -> array of a batch.
+      spec: of AdamW, without decay.
+      steps: of a round. The work of each is three forward passes, as a backward pass has two
+        products for each of one.
+    """
+    import jax
+
+    from t2i_jax import losses, optim, step
+    from t2i_jax.commands import plan
+    from t2i_jax.objective import Aux, Loss, Objective
+
+    def loss(nets, batch, key, n):
+        out = forward(nets["model"], batch)
+        return losses.squared_error(out, batch["target"]).mean(), Aux()
+
+    family = Objective(None, (Loss(("model",), loss),), {})
+    spec = dict(name="adamw", weight_decay=0.0, **spec)
+    optimisers = {"model": optim.make(spec, steps=1000, where="benchmark")}
+    state = step.start(optimisers, {}, {"model": variables})
+    update = jax.jit(step.make_update(family, optimisers, ema={}), donate_argnums=0)
+    products = plan.flops(jax.make_jaxpr(forward)(variables, data))
+    weight = np.ones(len(data["target"]), np.float32)
+    data = jax.device_put(data | {"weight": weight})
+    update = update.lower(state, {}, data).compile()
+    found = []
+    for _ in range(3):
+        state, metrics = update(state, {}, data)
+        found.append(float(metrics["model/loss"]))
+    np.savez(folder / "ours.npz", losses=found)
+
+    def run():
+        nonlocal state
+        for _ in range(steps):
+            state, _ = update(state, {}, data)
+        return state
+
+    serve(run, "jax", flops=3 * products * steps)
+
+
 def _waiting(library: str):
     if library != "jax":
         return lambda result: result

@@ -1,9 +1,11 @@
 """Networks of pretrained pipelines against diffusers in PyTorch, at middle sizes.
 
-python -m benchmarks.pretrained [unet] [dit] [draw] [decode] [encode] [--check]
+python -m benchmarks.pretrained [unet] [dit] [draw] [attention] [decode] [encode] [--check]
 
 unet, dit  a training step of a U-net of 30 million parameters, and of a PixArt of as many, on four
            pictures of 32 × 32 latents: forward, backward, gradient norm and AdamW
+attention  of 1,024 tokens with its gradient, four examples of 8 heads of 12, as that U-net's outer
+           blocks have it
 draw       20 guided Euler steps of the U-net for one caption, eager and compiled
 decode, encode  one picture of 256 px with the autoencoder of Stable Diffusion 1.5
 
@@ -103,43 +105,14 @@ def condition(data):
 
 
 def ours_step(name: str, folder: pathlib.Path) -> None:
-    import jax
-
-    from t2i_jax import losses, optim, step
-    from t2i_jax.commands import plan
     from t2i_jax.models.types import Output
-    from t2i_jax.objective import Aux, Loss, Objective
 
     data = inputs()
-    cond = condition(data)
-    module, variables = opened(name, folder, Output, data["z"], data["t"], cond)
-
-    def loss(nets, batch, key, n):
-        out = module.apply(nets["model"], batch["z"], batch["t"], condition(batch))
-        return losses.squared_error(out, batch["target"]).mean(), Aux()
-
-    family = Objective(None, (Loss(("model",), loss),), {})
-    spec = dict(name="adamw", learning_rate=RATE, b1=BETAS[0], b2=BETAS[1])
-    spec |= dict(weight_decay=0.0, clip=CLIP)
-    optimisers = {"model": optim.make(spec, steps=1000, where="benchmark")}
-    state = step.start(optimisers, {}, {"model": variables})
-    update = jax.jit(step.make_update(family, optimisers, ema={}), donate_argnums=0)
-    forward = lambda model, z, t: module.apply(model, z, t, cond)
-    products = plan.flops(jax.make_jaxpr(forward)(variables, data["z"], data["t"]))
-    data = jax.device_put(data | {"weight": np.ones(BATCH, np.float32)})
-    update = update.lower(state, {}, data).compile()
-    found = []
-    for _ in range(3):
-        state, metrics = update(state, {}, data)
-        found.append(float(metrics["model/loss"]))
-    np.savez(folder / "ours.npz", losses=found)
-
-    def run():
-        nonlocal state
-        state, _ = update(state, {}, data)
-        return state
-
-    harness.serve(run, "jax", flops=3 * products)
+    module, variables = opened(name, folder, Output, data["z"], data["t"], condition(data))
+    forward = lambda net, batch: module.apply(net, batch["z"], batch["t"], condition(batch))
+    spec = dict(learning_rate=RATE, b1=BETAS[0], b2=BETAS[1], clip=CLIP)
+    used = {name: data[name] for name in ("z", "t", "seq", "target")}
+    harness.serve_steps(folder, forward, variables, used, spec)
 
 
 def peer_step(name: str, folder: pathlib.Path, compiled: bool) -> None:
@@ -273,6 +246,37 @@ def peer_vae(way: str, folder: pathlib.Path, compiled: bool) -> None:
     harness.serve(run, "torch")
 
 
+def ours_attention(folder: pathlib.Path) -> None:
+    import jax
+
+    from t2i_jax.models import attention
+
+    *given, out = heads()
+    apply = jax.jit(lambda *x: jax.vjp(attention.attention, *x[:3])[1](x[3]))
+    arguments = jax.device_put((*given, out))
+    np.savez(folder / "ours.npz", *(np.asarray(x) for x in apply(*arguments)))
+    harness.serve(lambda: apply(*arguments), "jax")
+
+
+def peer_attention(folder: pathlib.Path, compiled: bool) -> None:
+    import torch
+
+    torch.set_num_threads(harness.THREADS)
+    *given, out = (torch.from_numpy(x.transpose(0, 2, 1, 3).copy()) for x in heads())
+    attend = torch.nn.functional.scaled_dot_product_attention
+    attend = torch.compile(attend) if compiled else attend
+    given = [x.requires_grad_() for x in given]
+    run = lambda: torch.autograd.grad(attend(*given), given, out)
+    np.savez(folder / "peer.npz", *(x.numpy().transpose(0, 2, 1, 3) for x in run()))
+    harness.serve(run, "torch")
+
+
+def heads():
+    """Queries, keys, values and the output's gradient of a U-net's outer attention, BTNH."""
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((BATCH, SIDE**2, 8, 12), np.float32) for _ in range(4)]
+
+
 KINDS = ("eager", "compiled")
 
 
@@ -292,6 +296,12 @@ def draws():
         yield harness.Case(f"pretrained/draw/{kind}", *arms, 1, prepare=made, tolerance=1e-3)
 
 
+def attentions():
+    for kind in KINDS:
+        arms = ("ours_attention",), (f"attention_{kind}",)
+        yield harness.Case(f"pretrained/attention/{kind}", *arms, BATCH)
+
+
 def vaes(way: str):
     if harness.lacks("diffusers", f"pretrained/{way}"):
         return
@@ -300,13 +310,27 @@ def vaes(way: str):
         yield harness.Case(f"pretrained/{way}/{kind}", *arms, 1, prepare=made)
 
 
-ARMS = {"prepare": prepare, "ours_step": ours_step, "ours_draw": ours_draw, "ours_vae": ours_vae}
+ARMS = {
+    "ours_attention": ours_attention,
+    "prepare": prepare,
+    "ours_step": ours_step,
+    "ours_draw": ours_draw,
+    "ours_vae": ours_vae,
+}
 for kind in KINDS:
     ARMS |= {
         f"{name}_{kind}": functools.partial(fn, compiled=kind == "compiled")
-        for name, fn in (("step", peer_step), ("draw", peer_draw), ("vae", peer_vae))
+        for name, fn in (
+            ("step", peer_step),
+            ("draw", peer_draw),
+            ("vae", peer_vae),
+            ("attention", peer_attention),
+        )
     }
-PARTS = {name: functools.partial(steps, name) for name in ("unet", "dit")} | {"draw": draws}
+PARTS = {name: functools.partial(steps, name) for name in ("unet", "dit")} | {
+    "draw": draws,
+    "attention": attentions,
+}
 PARTS |= {way: functools.partial(vaes, way) for way in ("decode", "encode")}
 
 if __name__ == "__main__":

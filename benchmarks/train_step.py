@@ -16,46 +16,15 @@ from benchmarks import cases, harness
 
 BATCH, STEPS_A_ROUND = (8, 1) if harness.CHECK else (64, 4)
 RATE, BETAS, CLIP = 1e-3, (0.9, 0.95), 1.0
+SPEC = dict(learning_rate=RATE, b1=BETAS[0], b2=BETAS[1], clip=CLIP)
 
 
 def ours(case: str, folder: pathlib.Path) -> None:
     import jax
 
-    from t2i_jax import losses, optim, step
-    from t2i_jax.commands import plan
-    from t2i_jax.objective import Aux, Loss, Objective
-
-    module, data = cases.backbone(case), cases.inputs(BATCH)
-
-    def loss(nets, batch, key, n):
-        out = module.apply(nets["model"], batch["z"], batch["t"], cases.cond(batch))
-        return losses.squared_error(out, batch["target"]).mean(), Aux()
-
-    family = Objective(None, (Loss(("model",), loss),), {})
-    spec = dict(
-        name="adamw", learning_rate=RATE, b1=BETAS[0], b2=BETAS[1], weight_decay=0.0, clip=CLIP
-    )
-    optimisers = {"model": optim.make(spec, steps=1000, where="benchmark")}
-    state = step.start(optimisers, {}, {"model": jax.device_put(cases.variables(case, folder))})
-    update = jax.jit(step.make_update(family, optimisers, ema={}), donate_argnums=0)
-    forward = lambda model, batch: module.apply(model, batch["z"], batch["t"], cases.cond(batch))
-    products = plan.flops(jax.make_jaxpr(forward)(state.nets["model"], data))
-    data = jax.device_put(data | {"weight": np.ones(BATCH, np.float32)})
-    update = update.lower(state, {}, data).compile()
-
-    found = []
-    for _ in range(3):
-        state, metrics = update(state, {}, data)
-        found.append(float(metrics["model/loss"]))
-    np.savez(folder / "ours.npz", losses=found)
-
-    def run():
-        nonlocal state
-        for _ in range(STEPS_A_ROUND):
-            state, _ = update(state, {}, data)
-        return state
-
-    harness.serve(run, "jax", flops=3 * products * STEPS_A_ROUND)
+    module, variables = cases.backbone(case), jax.device_put(cases.variables(case, folder))
+    forward = lambda net, batch: module.apply(net, batch["z"], batch["t"], cases.cond(batch))
+    harness.serve_steps(folder, forward, variables, cases.inputs(BATCH), SPEC, STEPS_A_ROUND)
 
 
 def peer(case: str, folder: pathlib.Path, compiled: bool) -> None:

@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -408,10 +408,10 @@ class Pipeline:
     """A trained model, ready to draw.
 
     words: those of its training captions, or None where they are not known.
-    adapters: name of each file of adapters -> [SHA-256, weight].
+    adapters: "name", "sha256" and "weight" of each file of adapters.
     """
 
-    adapters: Mapping[str, list] = {}
+    adapters: Sequence[Mapping] = ()
 
     def __init__(self, predictor: Predictor, nets, source: str, step: int | None, words=None):
         self.predictor, self.nets = predictor, nets

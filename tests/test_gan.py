@@ -932,3 +932,18 @@ def test_the_way_to_the_next_picture_needs_all_of_them(config, made):
     predictor = pipeline.Predictor(config)
     with pytest.raises(errors.ConfigError, match="reads a batch as a whole"):
         predictor.draw("between", made, {"caption": ["a", "b", "c"]}, share=0.5)
+
+
+def test_weights_are_not_read_under_another_meaning_of_their_output(tmp_path):
+    """A flow model's picture taken for a velocity would be another teacher, without an error."""
+    config = shapes_gan_from_flow.get_config("debug")
+    config.model.teacher = dict(config.model.gen.to_dict(), prediction="v")
+    trained = weights.config_at("builtin:shapes")
+    assert trained.loss.prediction == "x"
+    with pytest.raises(errors.ConfigError, match="read as 'v', and it was trained as 'x'"):
+        weights._check_prediction("teacher", config, "model", trained)
+    config.model.teacher.prediction = "x"
+    weights._check_prediction("teacher", config, "model", trained)
+    del config.model.teacher.prediction
+    with pytest.raises(errors.ConfigError, match="nothing says what the teacher's output means"):
+        distillation.teacher(config)

@@ -111,6 +111,7 @@ def test_a_grid_holds_every_picture():
     [
         *(None, {"seed": 1}, metadata(seed="7"), metadata(options=[])),
         metadata(image={"name": "a.png", "sha256": [1]}),
+        *(metadata(lora=x) for x in ({}, [3], [{"name": "a", "sha256": "b", "weight": "c"}])),
     ],
 )
 def test_a_picture_without_our_settings_says_so(tmp_path, settings):
@@ -255,11 +256,15 @@ def test_a_written_line_is_read_as_the_prompt(prompt, tmp_path):
     assert request.prompt == prompt
 
 
+def adapter(name, sha256, weight):
+    return {"name": name, "sha256": sha256, "weight": weight}
+
+
 def test_another_adapter_does_not_make_the_picture_again(tmp_path):
-    images.save(tmp_path / "a.png", picture(), metadata(lora={"x.safetensors": ["ab", 0.8]}))
+    images.save(tmp_path / "a.png", picture(), metadata(lora=[adapter("x.safetensors", "ab", 0.8)]))
     recorded = prompts.from_picture(tmp_path / "a.png")
-    prompts.check_adapters(recorded, {"renamed.safetensors": ["ab", 0.8]})
-    for given in ({}, {"x.safetensors": ["ab", 1.0]}, {"x.safetensors": ["cd", 0.8]}):
+    prompts.check_adapters(recorded, [adapter("renamed.safetensors", "ab", 0.8)])
+    for given in ([], [adapter("x", "ab", 1.0)], [adapter("x", "cd", 0.8)]):
         with pytest.raises(errors.ConfigError, match=r"--lora=x\.safetensors:0\.8"):
             prompts.check_adapters(recorded, given)
 

@@ -105,8 +105,10 @@ def test_matrices_that_are_no_adapter_are_refused(plans, module, tmp_path, chang
 
 def test_a_pipeline_knows_the_files_it_was_loaded_with(plans, module, tmp_path):
     path, _ = written(tmp_path / "a.safetensors", *module)
-    pipe = pipeline.Pipeline.load(str(folder.TINY), lora={str(path): 0.5})
-    ((name, (digest, weight)),) = pipe.adapters.items()
-    assert (name, weight, len(digest)) == ("a.safetensors", 0.5, 64)
-    assert pipeline.Pipeline.load(str(folder.TINY)).adapters == {}
+    (tmp_path / "other").mkdir()
+    other, _ = written(tmp_path / "other" / "a.safetensors", *module)  # of the same name
+    pipe = pipeline.Pipeline.load(str(folder.TINY), lora={str(path): 0.5, str(other): 2})
+    found = [(one["name"], one["weight"], len(one["sha256"])) for one in pipe.adapters]
+    assert found == [("a.safetensors", 0.5, 64), ("a.safetensors", 2.0, 64)]
+    assert not pipeline.Pipeline.load(str(folder.TINY)).adapters
     assert jax.tree.leaves(pipe.nets)

@@ -1,6 +1,8 @@
 """Single files in Stable Diffusion's own layout: read as diffusers reads them."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -214,3 +216,10 @@ def test_adapters_with_the_original_names_are_those_with_diffusers(single, tmp_p
     for place in ("down_blocks_1/attentions_0", "mid_block/attentions_0", "up_blocks_0/resnets_1"):
         assert any(one.startswith(place) for one in got), place
     assert len(chosen) > 20
+
+
+def test_the_command_says_what_it_needs():
+    command = [sys.executable, "-m", "t2i_jax", "convert", "single", "--input=a.safetensors"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 78
+    assert "--input=FILE --like=DIR --output_dir=NEW" in done.stderr

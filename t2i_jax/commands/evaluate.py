@@ -202,13 +202,12 @@ def _by_evaluators() -> dict:
     result = {"model": pipe.source, "step": pipe.step, "weights": _digest(pipe)}
     if "sample" in pipe.predictor.objective.predict:
         result["sample"] = pipe.predictor.check("sample", **options)
-    # None and not {}: an empty dictionary would replace the config's own options.
-    flagged = {"num_images": NUM_IMAGES.value, "seed": SEED.value, "sample": options or None}
+    flagged = {"num_images": NUM_IMAGES.value, "seed": SEED.value}
     flagged = {name: value for name, value in flagged.items() if value is not None}
     for name in EVALUATORS.value:
         own = pipe.config.evaluators.to_dict().get(name, {})  # as in the training
-        if options and own.get("sample"):  # a flag changes one option, not all
-            flagged["sample"] = {**own["sample"], **options}
+        if options:  # a flag changes one option, not all
+            own = {**own, "sample": {**(own.get("sample") or {}), **options}}
         sizes = {"batch_size": BATCH_SIZE.value} if _goes_to(name, BATCH_SIZE) else {}
         # What a flag says comes before the config, and its default behind it.
         asked = {**sizes, **own, **flagged, **(sizes if BATCH_SIZE.present else {})}

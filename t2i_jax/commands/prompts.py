@@ -6,7 +6,7 @@ import json
 import pathlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -185,7 +185,7 @@ class Recorded(NamedTuple):
     """What a picture's metadata says: requests, the model's name, and its step.
 
     grid: it is of several pictures.   frames: of a way between pictures, or 0.
-    lora: name of each file of adapters -> [SHA-256, weight].
+    lora: "name", "sha256" and "weight" of each file of adapters.
     """
 
     requests: list[Request]
@@ -193,7 +193,7 @@ class Recorded(NamedTuple):
     step: int | str | None
     grid: bool = False
     frames: int = 0
-    lora: Mapping = {}
+    lora: Sequence[Mapping] = ()
 
 
 def from_picture(path) -> Recorded:
@@ -215,6 +215,10 @@ def from_picture(path) -> Recorded:
     fits = fits and all(isinstance(row.get(k, t()), t) for row in rows for k, t in optional.items())
     images_of = [row["image"] for row in rows if "image" in row] if fits else []
     fits = fits and all(isinstance(i.get(k), str) for i in images_of for k in ("name", "sha256"))
+    lora = (found or {}).get("lora", [])
+    kinds = {"name": str, "sha256": str, "weight": int | float}
+    fits = fits and isinstance(lora, list) and all(isinstance(one, dict) for one in lora)
+    fits = fits and all(isinstance(one.get(k), t) for one in lora for k, t in kinds.items())
     if not fits or not limits.is_whole(frames) or not 0 <= frames <= limits.COUNT_LIMIT:
         raise errors.DataError(
             "the picture holds no settings of ours",
@@ -233,7 +237,7 @@ def from_picture(path) -> Recorded:
             fix="give a picture that sample.py wrote",
         )
     step = step if isinstance(step, int) else None
-    grid, lora = "pictures" in found and not frames, found.get("lora") or {}
+    grid = "pictures" in found and not frames
     return Recorded(requests, found["model"], step, grid, frames, lora)
 
 
@@ -241,9 +245,9 @@ def check_adapters(recorded: Recorded, adapters) -> None:
     """Raises ConfigError unless a picture was drawn with these adapters, whatever their files'
     names.
     """
-    known = lambda given: sorted([list(x) for x in given.values()], key=str)
-    if not isinstance(recorded.lora, dict) or known(recorded.lora) != known(adapters):
-        named = [f"--lora={name}:{weight}" for name, (_, weight) in recorded.lora.items()]
+    known = lambda given: sorted((one["sha256"], one["weight"]) for one in given)
+    if known(recorded.lora) != known(adapters):
+        named = [f"--lora={one['name']}:{one['weight']}" for one in recorded.lora]
         raise errors.ConfigError(
             "the picture was drawn with other adapters",
             where="--reproduce",

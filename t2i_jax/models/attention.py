@@ -28,6 +28,7 @@ def attention(
     whole = lambda q, k, v: jax.nn.dot_product_attention(
         q, k, v, bias, mask, scale=scale, is_causal=causal
     )
+    # With several devices a loop over examples would gather a batch that is split.
     large = q_BTNH.shape[1] * k_BSNH.shape[1] >= LARGE
     if large and bias is None and not causal and jax.device_count() == 1:
         by_head = functools.partial(_by_head, mask=mask, scale=scale)

@@ -136,9 +136,13 @@ def opened(folder: folders.Folder, shapes: Mapping, files: Mapping[str, float]) 
     return folder.by_net({part: combined(pairs) for part, pairs in found.items()})
 
 
-def described(files: Mapping[str, float]) -> dict[str, list]:
-    """Name of each file -> [SHA-256, weight], for what tells how a picture was drawn."""
-    return {_file(name).name: [hf.sha256(_file(name)), float(w)] for name, w in files.items()}
+def described(files: Mapping[str, float]) -> list[dict]:
+    """The "name", "sha256" and "weight" of each file, for what tells how a picture was drawn."""
+    # A list: most files of PEFT have the same name.
+    return [
+        {"name": _file(name).name, "sha256": hf.sha256(_file(name)), "weight": float(weight)}
+        for name, weight in files.items()
+    ]
 
 
 def _file(name: str) -> pathlib.Path:

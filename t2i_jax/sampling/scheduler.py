@@ -75,7 +75,7 @@ REFUSED = {  # field -> the values that change no number
     "sigma_max": (),
     "skip_prk_steps": (True,),
 }
-DEFAULTS = {  # of classes, where they are none of ours
+DEFAULTS = {  # of classes; another solver than the folder's takes what REFUSED allows
     "DDIMScheduler": {"clip_sample": True},
     "DDPMScheduler": {"clip_sample": True},
     "PNDMScheduler": {"skip_prk_steps": False},
@@ -173,8 +173,8 @@ class Scheduler(NamedTuple):
 
         Args:
           tokens: of a picture, which a scheduler may shift its noise by.
-          solver: another than the config's. Its class reads the fields that it has, and takes its
-            own defaults for the others.
+          solver: another than the config's. It reads the fields that its class has, and for the
+            others takes that class's defaults. But nothing is clipped, and "pndm" is PLMS.
           even: the noise levels of a flow begin as 1, 1 − 1/steps, …, as FLUX.1 wants.
           strength: share of the steps that are done, the last ones. Their grid may be empty.
         Raises:
