@@ -28,7 +28,7 @@ def get_config(arg=None):
     config.res, config.steps, config.batch_size = arg.res or made["res"], arg.steps, 8
     config.data = dict(source="folder", path=arg.path, holdout=arg.holdout, pad=False)
     config.text = dict(dtype="bfloat16")
-    config.model.model = dict(dtype="bfloat16")
+    config.model.model = dict(dtype="bfloat16", remat="full", scan=True)
     config.loss = dict(text_dropout=0.1, snr_gamma=0.0, offset=0.0, guidance=1.0, train_text=False)
     config.optim.model = dict(
         name="adamw", learning_rate=1e-5, warmup=100, decay="constant", weight_decay=0.01, clip=1.0

@@ -46,6 +46,14 @@ TENSOR_RULES = (
     (r"layer_\d+/(gate|up)/kernel$", -1),  # of the text encoders
     (r"layer_\d+/down/kernel$", -2),
     (r"(blocks|attentions)_\d+/(out|cross_out|mlp_leave)/.*kernel$", -2),
+    # Of pretrained denoisers. The halves of a GEGLU, and what a single block of FLUX.1 joins, lie
+    # on other devices than their like: XLA exchanges them.
+    (r"(attn\d?|image|context)/(q|k|v)/kernel$", -1),
+    (r"attn\d?/(out|context_out)/kernel$", -2),
+    (r"ff(_context)?/up/kernel$|proj_mlp/kernel$|/norm\w*/linear/kernel$", -1),
+    (r"ff(_context)?/down/kernel$|single_transformer_blocks_\w+/proj_out/kernel$", -2),
+    (r"resnets_\d+/conv1/kernel$", -1),
+    (r"resnets_\d+/conv2/kernel$", -2),
 )
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
-from t2i_jax.models.types import Tokens
+from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import fingerprint
@@ -40,6 +40,48 @@ LONG = {
     "uneven one": dict(mesh={"data": 1}, width=36),
     "uneven fsdp": dict(strategy="fsdp", width=36),  # 36 divides by 4, and a matrix by 4 × 2
     "uneven zero1": dict(strategy="zero1", width=36),
+}
+
+DENOISERS = {  # by what of theirs the tensor axis splits
+    "unet": dict(
+        _class_name="UNet2DConditionModel",
+        block_out_channels=(8, 12),
+        layers_per_block=1,
+        norm_num_groups=4,
+        cross_attention_dim=12,
+        attention_head_dim=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ),
+    "pixart": dict(
+        _class_name="PixArtTransformer2DModel",
+        sample_size=8,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=6,
+        in_channels=3,
+        use_additional_conditions=False,
+    ),
+    "sd3": dict(
+        _class_name="SD3Transformer2DModel",
+        num_layers=3,
+        attention_head_dim=6,
+        num_attention_heads=2,
+        caption_projection_dim=12,
+        pos_embed_max_size=7,
+        in_channels=3,
+        out_channels=3,
+    ),
+    "flux": dict(
+        _class_name="FluxTransformer2DModel",
+        in_channels=12,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=12,
+        num_attention_heads=2,
+        axes_dims_rope=(2, 6, 4),
+        guidance_embeds=True,
+    ),
 }
 
 
@@ -152,7 +194,7 @@ def main():
         }
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
-        found |= _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
+        found |= _denoisers() | _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
         found |= _encoders("umt5") | _guided()
@@ -320,6 +362,30 @@ def _guided() -> dict:
         found[name] = {kind: [m.count, m.bytes] for kind, m in moved.items()}
     found["picture_bytes"] = 16 * config.res**2 * 3 * 4
     return {"guided": found}
+
+
+def _denoisers() -> dict:
+    """Gradients of pretrained denoisers on 4 × 2 devices, the second the tensor axis."""
+    layout = sharding.Layout({"data": 4, "tensor": 2})
+    return {"denoisers": {name: _denoiser(config, layout) for name, config in DENOISERS.items()}}
+
+
+def _denoiser(config, layout) -> dict:
+    module = opener.families()[config["_class_name"]].from_config(config, scan=True)
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    cond = Cond(normal(8, 5, 12), np.ones((8, 5), bool), normal(8, 9), normal(8, 1))
+    data = (normal(8, 8, 8, module.channels), np.linspace(10, 900, 8, dtype=np.float32), cond)
+    shapes = jax.eval_shape(module.init, jax.random.key(1), *data)
+    params = jax.tree.map(lambda s: 0.3 * normal(*s.shape), shapes)
+    loss = lambda params, *data: (module.apply(params, *data) ** 2).mean()
+    where = layout.nets({"model": params})["model"]
+    placed = jax.device_put((params, *data), (where, *[layout.batch] * len(data)))
+    wanted, found = (jax.device_get(jax.jit(jax.grad(loss))(*x)) for x in ((params, *data), placed))
+    largest = max(np.abs(x).max() for x in jax.tree.leaves(wanted))
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max() / largest), wanted, found)
+    split = sum("tensor" in s.spec for s in jax.tree.leaves(where))
+    return {"difference": max(jax.tree.leaves(apart)), "split": split}
 
 
 def _scan() -> dict:

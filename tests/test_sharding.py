@@ -163,6 +163,16 @@ def test_the_tensor_axis_splits_heads_and_mlp_by_the_rules(found):
 
 
 @SLOW
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "split"), [("unet", 24), ("pixart", 9), ("sd3", 30), ("flux", 22)]
+)
+def test_the_tensor_axis_splits_pretrained_denoisers(long, name, split):
+    found = long["denoisers"][name]
+    assert found["difference"] <= 1e-5
+    assert found["split"] == split
+
+
 def test_both_axes_together_split_the_state(found):
     assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
 

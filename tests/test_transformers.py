@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 
 from t2i_jax import errors
 from t2i_jax.models.types import Cond
@@ -62,7 +63,7 @@ CASES = {
     "sd 3": ("SD3Transformer2DModel", SD3),
     "sd 3.5": (
         "SD3Transformer2DModel",
-        SD3 | dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
+        SD3 | dict(num_layers=5, qk_norm="rms_norm", dual_attention_layers=(0, 1)),
     ),
     "flux schnell": ("FluxTransformer2DModel", FLUX),
     "flux dev": ("FluxTransformer2DModel", FLUX | dict(guidance_embeds=True)),
@@ -186,12 +187,24 @@ def far(a, b):
     return float(np.abs(a - b).max() / np.abs(a).max())
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_outputs_and_gradients_are_torchs(case, name):
+LOOPS = {  # blocks that are one, in all of which those of a kind are neighbours
+    "pixart α": {"transformer_blocks_0to2"},
+    "sd 3.5": {"transformer_blocks_0to1", "transformer_blocks_2to3", "transformer_blocks_4"},
+    "flux dev": {"transformer_blocks_0to1", "single_transformer_blocks_0to2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {}) for name in CASES] + [(name, dict(scan=True, remat="full")) for name in LOOPS],
+)
+def test_outputs_and_gradients_are_torchs(case, name, options):
     """A rectangle, captions of two lengths, keys and values made before the steps."""
     case = case(name)
-    net, shapes = network(case)
+    net, shapes = network(case, **options)
     assert net.channels == CHANNELS
+    if options:
+        assert {p for p in shapes["params"] if "transformer_blocks" in p} == LOOPS[name]
     out_BHWC, grads = run(net, opener.load(case.folder, shapes), case)
     assert far(case.out_BHWC, out_BHWC) <= CLOSE
     wanted = opener.load(case.grads, shapes)["params"]
@@ -200,7 +213,18 @@ def test_outputs_and_gradients_are_torchs(case, name):
     assert max(jax.tree.leaves(apart)) <= CLOSE
 
 
-@pytest.mark.parametrize("name", ["pixart α", "sd 3.5", "flux dev"])
+@pytest.mark.parametrize("name", LOOPS)
+def test_stacked_blocks_are_written_as_they_were_read(case, name):
+    case = case(name)
+    shapes = network(case, scan=True)[1]
+    variables = opener.load(case.folder, shapes)
+    flat = traverse_util.flatten_dict(variables["params"], sep="/")
+    for path, source in opener.open(case.folder).plan(shapes).items():
+        for tensor, value in zip(source.tensors, source.apart(flat[path]), strict=True):
+            np.testing.assert_array_equal(value, tensor.whole())
+
+
+@pytest.mark.parametrize("name", LOOPS)
 def test_bfloat16_is_near_and_keeps_its_stream_in_float32(case, name):
     case = case(name)
     net, shapes = network(case, dtype="bfloat16")

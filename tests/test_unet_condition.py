@@ -34,6 +34,7 @@ CASES = {  # name -> diffusers' sizes, height and width of the latents
     "SD 1": (dict(layers_per_block=2), (6, 8)),
     "SD 2": (dict(use_linear_projection=True, attention_head_dim=(2, 3)), (8, 6)),
     "SDXL": (SDXL, (8, 12)),
+    "SDXL, layers as a loop": (SDXL, (8, 12)),
     "inpainting, odd sides": (THREE | dict(in_channels=9), (7, 10)),
     "two pictures, one pixel high": (THREE | dict(in_channels=8), (1, 6)),
     "other times": (dict(flip_sin_to_cos=False, freq_shift=1, norm_eps=1e-3), (4, 6)),
@@ -90,15 +91,16 @@ def case(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unet")
     net = save(folder, **sizes)
     data = inputs(net.config.in_channels, sides, "addition_embed_type" in sizes)
-    module, variables = opened(folder, data)
+    module, variables = opened(folder, data, scan="loop" in request.param)
     return net, data, module, variables, jax.jit(module.apply)(variables, *data)
 
 
 def test_outputs_are_the_same(case):
-    net, data, module, _, out_BHWC = case
+    net, data, module, variables, out_BHWC = case
     assert out_BHWC.shape == (*data[0].shape[:3], 4)
     assert out_BHWC.dtype == jnp.float32
     assert (module.channels, module.unit) == (net.config.in_channels, 1)
+    assert ("transformer_blocks_0to2" in str(jax.tree.structure(variables))) == module.scan
     with torch.inference_mode():
         near(out_BHWC, by_torch(net, *data).numpy().transpose(0, 2, 3, 1))
 

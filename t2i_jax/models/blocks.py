@@ -119,38 +119,32 @@ class Attention(nn.Module):
 
     The products are of `dtype`, and so is the result.
 
-    crosses: to a text, whose keys and values come ready from `keys_values`.
     bias: of queries, keys and values. The last product always has one.
     """
 
     width: int
     heads: int
     dtype: str
-    crosses: bool = False
     bias: bool = False
 
     def setup(self):
-        dense = lambda n, bias: nn.Dense(n * self.width, use_bias=bias, dtype=self.dtype)
-        if self.crosses:
-            self.q, self.kv = dense(1, self.bias), dense(2, self.bias)
-        else:
-            self.qkv = dense(3, self.bias)
-        self.out = dense(1, True)
+        # Three products, so that a tensor axis splits the heads of each (ADR 26).
+        dense = lambda bias: nn.Dense(self.width, use_bias=bias, dtype=self.dtype)
+        self.q, self.k, self.v = (dense(self.bias) for _ in range(3))
+        self.out = dense(True)
 
-    def keys_values(self, text_BSD):
-        """Keys and values of text tokens, BSNH both. They are the same at every solver step."""
-        pair = jnp.split(layers.flat(self.kv, text_BSD), 2, -1)
-        return tuple(attention.split_heads(x, self.heads) for x in pair)
+    def keys_values(self, x_BSD):
+        """Keys and values of tokens, BSNH both. A text's are the same at every solver step."""
+        x_BSD = x_BSD.astype(self.dtype)
+        return tuple(
+            attention.split_heads(layers.flat(fn, x_BSD), self.heads) for fn in (self.k, self.v)
+        )
 
     def __call__(self, x_BTD, text_kv=None, mask_BS=None):
-        """mask_BS: False hides a text token."""
-        x_BTD = x_BTD.astype(self.dtype)
-        if self.crosses:
-            q_BTNH = attention.split_heads(layers.flat(self.q, x_BTD), self.heads)
-            seen_BTNH = attention.attention(q_BTNH, *text_kv, mask_BS=mask_BS)
-        else:
-            parts = jnp.split(layers.flat(self.qkv, x_BTD), 3, -1)
-            seen_BTNH = attention.attention(*(attention.split_heads(x, self.heads) for x in parts))
+        """text_kv: what `keys_values` gave of a text.   mask_BS: False hides one of its tokens."""
+        kv = self.keys_values(x_BTD) if text_kv is None else text_kv
+        q_BTNH = attention.split_heads(layers.flat(self.q, x_BTD.astype(self.dtype)), self.heads)
+        seen_BTNH = attention.attention(q_BTNH, *kv, mask_BS=mask_BS)
         return layers.flat(self.out, attention.merge_heads(seen_BTNH))
 
 

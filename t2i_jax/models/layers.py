@@ -1,11 +1,13 @@
 """Layers that several networks share.   B batch · T tokens · D width · H W pixels · C channels"""
 
+import itertools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors, sharding
+from t2i_jax import errors, lora, sharding
 from t2i_jax.models import attention
 
 
@@ -70,6 +72,35 @@ def remat(module, policy: str, *, scanned: bool = False):
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT[policy], prevent_cse=not scanned)
+
+
+# Every block has its own parameters and adapters, and its own random first values.
+STACK = dict(variable_axes={"params": 0, lora.COLLECTION: 0}, split_rngs={"params": True})
+
+
+def stacked(block, kinds, *, remat_policy: str, scan: bool, **methods) -> dict[str, nn.Module]:
+    """Blocks one after another, for an attribute of a module: the ending of a name -> block.
+
+    With `scan` neighbours of one kind are one block, which is compiled once and runs as often as
+    there are of them. Its parameters are stacked, and it is called by their numbers: "0to11".
+
+    Args:
+      kinds: of each block its options.
+      methods: name -> which arguments behind the first, the carry, each block has of its own: 0,
+        or `nn.broadcast` for one that serves all. A method returns (carry, what each block gives).
+    """
+    found, first = {}, 0
+    for kind, alike in itertools.groupby(kinds):
+        n = len([*alike])
+        loops = scan and n > 1
+        made = remat(block, remat_policy, scanned=loops)
+        if loops:
+            each = {name: STACK | dict(in_axes=axes, length=n) for name, axes in methods.items()}
+            found[f"{first}to{first + n - 1}"] = nn.scan(made, methods=each)(**kind)
+        else:
+            found |= {str(i): made(**kind) for i in range(first, first + n)}
+        first += n
+    return found
 
 
 def modulate(x, shift_BD, scale_BD):

@@ -10,7 +10,7 @@ from typing import Annotated
 import flax.linen as nn
 import jax.numpy as jnp
 
-from t2i_jax import fields, lora
+from t2i_jax import fields
 from t2i_jax.models import attention, layers
 from t2i_jax.models.types import Cond
 
@@ -93,14 +93,10 @@ class Backbone(nn.Module):
         # Keys and values of all blocks are computed before the scan, which then gets one block's at
         # each turn. So a sampler can compute them once.
         if self.scan:
-            # Every block has its own parameters and adapters, and its own random first values.
-            stack = dict(
-                variable_axes={"params": 0, lora.COLLECTION: 0}, split_rngs={"params": True}
-            )
-            keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **stack)
+            keys_values = nn.vmap(keys_values, in_axes=None, axis_size=self.depth, **layers.STACK)
             # Each block reads its own keys and values. The condition and the mask serve all.
             axes = (0, nn.broadcast, nn.broadcast)
-            block = nn.scan(block, in_axes=axes, length=self.depth, **stack)
+            block = nn.scan(block, in_axes=axes, length=self.depth, **layers.STACK)
         copies = 1 if self.scan else self.depth
         self.kvs = [keys_values(d, self.heads, **kind) for _ in range(copies)]
         self.blocks = [block(d, self.heads, hidden, **kind) for _ in range(copies)]

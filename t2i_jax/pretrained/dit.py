@@ -94,12 +94,13 @@ class Heads(nn.Module):
     dtype: str
 
     def setup(self):
-        self.qkv = nn.Dense(3 * self.heads * self.head_width, dtype=self.dtype)
+        width = self.heads * self.head_width
+        self.q, self.k, self.v = (nn.Dense(width, dtype=self.dtype) for _ in range(3))
         if self.normed:
             self.norm_q, self.norm_k = (nn.RMSNorm(1e-6, dtype="float32") for _ in range(2))
 
     def __call__(self, x_BTD):
-        qkv = jnp.split(flat(self.qkv, x_BTD.astype(self.dtype)), 3, -1)
+        qkv = (flat(fn, x_BTD.astype(self.dtype)) for fn in (self.q, self.k, self.v))
         q_BTNH, k_BTNH, v_BTNH = (attention.split_heads(x, self.heads) for x in qkv)
         if self.normed:
             q_BTNH, k_BTNH = (
@@ -153,8 +154,8 @@ def joint_names(block: str) -> dict:
     theirs, table = block.replace("_{}", ".{}").replace("/", "."), {}
     for name in ("attn", "attn2"):
         path, one = f"{block}/{name}", f"{theirs}.{name}"
-        table[f"{path}/image/qkv"] = tuple(f"{one}.to_{x}" for x in "qkv")
-        table[f"{path}/context/qkv"] = tuple(f"{one}.add_{x}_proj" for x in "qkv")
+        table |= {f"{path}/image/{x}": f"{one}.to_{x}" for x in "qkv"}
+        table |= {f"{path}/context/{x}": f"{one}.add_{x}_proj" for x in "qkv"}
         table[f"{path}/out"], table[f"{path}/context_out"] = f"{one}.to_out.0", f"{one}.to_add_out"
         for x in "qk":
             table[f"{path}/image/norm_{x}"] = f"{one}.norm_{x}"
@@ -188,7 +189,9 @@ class JointBlock(nn.Module):
         if not self.last:
             self.ff_context = FeedForward(self.width, self.dtype)
 
-    def __call__(self, x_BTD, text_BSD, c_BD, turn=lambda x: x):
+    def __call__(self, tokens, c_BD, turn=lambda x: x):
+        """tokens: x_BTD of the image, text_BSD; returned in the same form, and None."""
+        x_BTD, text_BSD = tokens
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, *second = self.norm1(c_BD)
         text = self.norm1_context(c_BD)
         # The last block's modulation of the text stands the other way round.
@@ -203,10 +206,10 @@ class JointBlock(nn.Module):
         h = self.ff(entered(x_BTD, shift_mlp, scale_mlp).astype(self.dtype))
         x_BTD = x_BTD + layers.gate(h, gate_mlp)
         if self.last:
-            return x_BTD, None
+            return (x_BTD, None), None
         text_BSD = text_BSD + layers.gate(out_text, text[2])
         h = self.ff_context(entered(text_BSD, text[3], text[4]).astype(self.dtype))
-        return x_BTD, text_BSD + layers.gate(h, text[5])
+        return (x_BTD, text_BSD + layers.gate(h, text[5])), None
 
 
 def sincos_2d(rows, columns, width: int):

@@ -4,6 +4,7 @@ B batch · T image tokens · S text tokens · D width · N heads · H head width
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,7 +36,7 @@ def names(config) -> tensors.Names:
     for name in ("ff", "ff_context"):
         table |= dit.feed_forward_names(f"{double}/{name}")
     theirs = "single_transformer_blocks.{}.attn"
-    table[f"{single}/attn/qkv"] = tuple(f"{theirs}.to_{x}" for x in "qkv")
+    table |= {f"{single}/attn/{x}": f"{theirs}.to_{x}" for x in "qkv"}
     table |= {f"{single}/attn/norm_{x}": f"{theirs}.norm_{x}" for x in "qk"}
     for name in ("timestep_embedder", "guidance_embedder", "text_embedder"):
         table[f"time_text_embed/{name}/linear_{{}}"] = f"time_text_embed.{name}.linear_{{}}"
@@ -63,7 +64,7 @@ class SingleBlock(nn.Module):
         seen_BTD = attention.merge_heads(attention.attention(turn(q), turn(k), v))
         # The kernel's rows are in this order. Linen's GELU is the tanh form, as theirs here.
         both = jnp.concatenate([seen_BTD, nn.gelu(flat(self.proj_mlp, h_BTD))], -1)
-        return x_BTD + layers.gate(flat(self.proj_out, both), gate)
+        return x_BTD + layers.gate(flat(self.proj_out, both), gate), None
 
 
 class Flux(nn.Module):
@@ -85,6 +86,7 @@ class Flux(nn.Module):
     guided: bool = False
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = False
 
     @property
     def channels(self) -> int:
@@ -102,12 +104,13 @@ class Flux(nn.Module):
             nn.Dense(width, dtype="float32") for _ in range(2)
         )
         self.time_text_embed = dit.Condition(width, self.guided)
-        double, single = (layers.remat(kind, self.remat) for kind in (dit.JointBlock, SingleBlock))
-        sizes = (width, self.heads, self.head_width)
-        self.transformer_blocks = [double(*sizes, True, self.dtype) for _ in range(self.depth)]
-        self.single_transformer_blocks = [
-            single(*sizes, self.dtype) for _ in range(self.single_depth)
-        ]
+        sizes = dict(width=width, heads=self.heads, head_width=self.head_width, dtype=self.dtype)
+        how = dict(remat_policy=self.remat, scan=self.scan, __call__=(nn.broadcast, nn.broadcast))
+        double = [sizes | dict(normed=True)] * self.depth
+        self.transformer_blocks = layers.stacked(dit.JointBlock, double, **how)
+        self.single_transformer_blocks = layers.stacked(
+            SingleBlock, [sizes] * self.single_depth, **how
+        )
         self.norm_out = dit.Modulation(width, 2)
         self.proj_out = nn.Dense(self.packed, dtype="float32")
 
@@ -128,12 +131,12 @@ class Flux(nn.Module):
         grid = z_BHWC.reshape(b, rows, PACK, columns, PACK, c).transpose(0, 1, 3, 5, 2, 4)
         x_BTD = flat(self.x_embedder, grid.reshape(b, rows * columns, -1).astype(jnp.float32))
         turn = turned(rows, columns, self.axes)
-        for block in self.transformer_blocks:
-            x_BTD, text_BSD = block(x_BTD, text_BSD, c_BD, turn)
+        for block in self.transformer_blocks.values():
+            (x_BTD, text_BSD), _ = block((x_BTD, text_BSD), c_BD, turn)
         # Diffusers has the text first. Attention sees no order, and `turn` wants the image first.
         x_BTD = jnp.concatenate([x_BTD, text_BSD], 1)
-        for block in self.single_transformer_blocks:
-            x_BTD = block(x_BTD, c_BD, turn)
+        for block in self.single_transformer_blocks.values():
+            x_BTD, _ = block(x_BTD, c_BD, turn)
         scale_BD, shift_BD = self.norm_out(c_BD)  # in this order here alone
         x_BTD = dit.entered(x_BTD[:, : rows * columns], shift_BD, scale_BD)
         grid = flat(self.proj_out, x_BTD).reshape(b, rows, columns, c, PACK, PACK)
@@ -150,21 +153,25 @@ def turned(rows: int, columns: int, axes):
     places = np.concatenate([np.zeros((rows * columns, 1)), places.reshape(-1, 2)], 1)
     rates = [PERIOD ** -(np.arange(0, width, 2) / width) for width in axes]
     angle_TF = np.concatenate([np.outer(places[:, i], r) for i, r in enumerate(rates)], 1)
-    cos_TF, sin_TF = (fn(angle_TF).astype(np.float32)[:, None] for fn in (np.cos, np.sin))
-
-    def turn(x_BTNH):
-        count = rows * columns
-        pairs = x_BTNH[:, :count].astype(jnp.float32)
-        pairs = pairs.reshape(*pairs.shape[:-1], -1, 2)
-        a, b = pairs[..., 0], pairs[..., 1]
-        moved = jnp.stack([a * cos_TF - b * sin_TF, b * cos_TF + a * sin_TF], -1)
-        moved = moved.reshape(*moved.shape[:-2], -1).astype(x_BTNH.dtype)
-        return jnp.concatenate([moved, x_BTNH[:, count:]], 1)
-
-    return turn
+    waves = (fn(angle_TF).astype(np.float32) for fn in (np.cos, np.sin))
+    # A loop over blocks takes arrays alone, and Partial is a tree of these two.
+    return jax.tree_util.Partial(_turn, *waves)
 
 
-def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none") -> Flux:
+def _turn(cos_TF, sin_TF, x_BTNH):
+    count = len(cos_TF)
+    cos_T1F, sin_T1F = cos_TF[:, None], sin_TF[:, None]
+    pairs = x_BTNH[:, :count].astype(jnp.float32)
+    pairs = pairs.reshape(*pairs.shape[:-1], -1, 2)
+    a, b = pairs[..., 0], pairs[..., 1]
+    moved = jnp.stack([a * cos_T1F - b * sin_T1F, b * cos_T1F + a * sin_T1F], -1)
+    moved = moved.reshape(*moved.shape[:-2], -1).astype(x_BTNH.dtype)
+    return jnp.concatenate([moved, x_BTNH[:, count:]], 1)
+
+
+def from_config(
+    config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none", scan: bool = False
+) -> Flux:
     """The transformer that a config.json describes.
 
     Raises:
@@ -182,4 +189,4 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
             fix="use the config.json that was saved with the weights",
         )
     guided = bool(config.get("guidance_embeds", False))
-    return Flux(**sizes, axes=axes, guided=guided, dtype=dtype, remat=remat)
+    return Flux(**sizes, axes=axes, guided=guided, dtype=dtype, remat=remat, scan=scan)

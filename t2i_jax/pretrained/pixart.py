@@ -39,10 +39,8 @@ def names(config) -> tensors.Names:
     table["caption_projection/linear_{}"] = "caption_projection.linear_{}"
     table["table"] = "scale_shift_table"
     table[f"{block}/table"] = "transformer_blocks.{}.scale_shift_table"
-    for n, parts in ((1, ("qkv",)), (2, ("q", "kv"))):
-        for part in parts:
-            theirs = tuple(f"transformer_blocks.{{}}.attn{n}.to_{x}" for x in part)
-            table[f"{block}/attn{n}/{part}"] = theirs
+    for n in (1, 2):
+        table |= {f"{block}/attn{n}/{x}": f"transformer_blocks.{{}}.attn{n}.to_{x}" for x in "qkv"}
         table[f"{block}/attn{n}/out"] = f"transformer_blocks.{{}}.attn{n}.to_out.0"
     return tensors.Names(table | dit.feed_forward_names(f"{block}/ff"))
 
@@ -117,8 +115,11 @@ class Block(nn.Module):
         self.table = blocks.Value((6, self.width))
         sizes = (self.width, self.heads, self.dtype)
         self.attn1 = blocks.Attention(*sizes, bias=True)
-        self.attn2 = blocks.Attention(*sizes, bias=True, crosses=True)
+        self.attn2 = blocks.Attention(*sizes, bias=True)
         self.ff = dit.FeedForward(self.width, self.dtype)
+
+    def keys_values(self, carry, text_BSD):
+        return carry, self.attn2.keys_values(text_BSD)
 
     def __call__(self, x_BTD, text_kv, mask_BS, mods_B6D):
         mods = jnp.moveaxis(self.table() + mods_B6D.reshape(-1, 6, self.width), 1, 0)
@@ -127,7 +128,7 @@ class Block(nn.Module):
         # PixArt has neither norm nor gate here.
         x_BTD = x_BTD + self.attn2(x_BTD, text_kv, mask_BS)
         h = self.ff(dit.entered(x_BTD, shift_mlp, scale_mlp).astype(self.dtype))
-        return x_BTD + layers.gate(h, gate_mlp)
+        return x_BTD + layers.gate(h, gate_mlp), None
 
 
 class PixArt(nn.Module):
@@ -150,6 +151,7 @@ class PixArt(nn.Module):
     sized: bool = False
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = False
 
     @property
     def unit(self) -> int:
@@ -161,15 +163,20 @@ class PixArt(nn.Module):
         self.pos_embed = Patches(width, self.patch)
         self.adaln_single = Times(width, self.sized)
         self.caption_projection = Caption(width)
-        block = layers.remat(Block, self.remat)
-        self.transformer_blocks = [block(width, self.heads, self.dtype) for _ in range(self.depth)]
+        self.transformer_blocks = layers.stacked(
+            Block,
+            [dict(width=width, heads=self.heads, dtype=self.dtype)] * self.depth,
+            **dict(remat_policy=self.remat, scan=self.scan),
+            __call__=(0, nn.broadcast, nn.broadcast),
+            keys_values=(nn.broadcast,),
+        )
         self.table = blocks.Value((2, width))
         self.proj_out = nn.Dense(self.patch**2 * self.out_channels, dtype="float32")
 
     def prepare(self, cond: Cond):
         """Keys and values of the text for every block, and the embedding of the numbers."""
         text_BSD = self.caption_projection(cond.seq_BLD).astype(self.dtype)
-        kvs = [block.attn2.keys_values(text_BSD) for block in self.transformer_blocks]
+        kvs = [b.keys_values(None, text_BSD)[1] for b in self.transformer_blocks.values()]
         return kvs, self.adaln_single.of_numbers(cond.numbers_BK) if self.sized else None
 
     def __call__(self, z_BHWC, t_B, cond: Cond, prepared=None) -> Output:
@@ -180,8 +187,8 @@ class PixArt(nn.Module):
         base = self.side // self.patch
         places = [np.arange(n) * base / n / self.interpolation for n in (rows, columns)]
         x_BTD += dit.sincos_2d(*places, x_BTD.shape[-1])
-        for block, text_kv in zip(self.transformer_blocks, kvs, strict=True):
-            x_BTD = block(x_BTD, text_kv, cond.mask_BL, mods_B6D)
+        for block, text_kv in zip(self.transformer_blocks.values(), kvs, strict=True):
+            x_BTD, _ = block(x_BTD, text_kv, cond.mask_BL, mods_B6D)
         # The last modulation is of the embedding itself, not of the six vectors made of it.
         shift_BD, scale_BD = jnp.moveaxis(self.table() + c_BD[:, None], 1, 0)
         x_BTD = flat(self.proj_out, dit.entered(x_BTD, shift_BD, scale_BD))
@@ -189,7 +196,9 @@ class PixArt(nn.Module):
         return x_BHWC[..., : self.channels]  # what is left is a variance, which nothing reads
 
 
-def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none") -> PixArt:
+def from_config(
+    config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none", scan: bool = False
+) -> PixArt:
     """The transformer that a config.json describes.
 
     Raises:
@@ -206,6 +215,5 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
             config, "interpolation_scale", max(sizes["side"] // 64, 1.0), float
         ),
         sized=sizes["side"] == 128 if sized is None else bool(sized),
-        dtype=dtype,
-        remat=remat,
+        **dict(dtype=dtype, remat=remat, scan=scan),
     )

@@ -59,6 +59,7 @@ class SD3(nn.Module):
     dual: tuple[int, ...] = ()
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = False
 
     @property
     def unit(self) -> int:
@@ -70,11 +71,16 @@ class SD3(nn.Module):
         self.place = blocks.Value((1, self.places**2, self.width))
         self.time_text_embed = dit.Condition(self.width)
         self.context_embedder = nn.Dense(self.width, dtype="float32")
-        block = layers.remat(dit.JointBlock, self.remat)
-        sizes = (self.width, self.heads, self.head_width, self.normed, self.dtype)
-        self.transformer_blocks = [
-            block(*sizes, dual=i in self.dual, last=i == self.depth - 1) for i in range(self.depth)
-        ]
+        sizes = dict(width=self.width, heads=self.heads, head_width=self.head_width)
+        sizes |= dict(normed=self.normed, dtype=self.dtype)
+        kinds = [sizes | dict(dual=i in self.dual) for i in range(self.depth)]
+        kinds[-1]["last"] = True
+        self.transformer_blocks = layers.stacked(
+            dit.JointBlock,
+            kinds,
+            **dict(remat_policy=self.remat, scan=self.scan),
+            __call__=(nn.broadcast,),
+        )
         self.norm_out = dit.Modulation(self.width, 2)
         self.proj_out = nn.Dense(self.patch**2 * self.out_channels, dtype="float32")
 
@@ -88,8 +94,8 @@ class SD3(nn.Module):
         c_BD = self.time_text_embed(t_B, of_text_BD)
         rows, columns = (n // self.patch for n in z_BHWC.shape[1:3])
         x_BTD = self.pos_embed(z_BHWC) + self._places(rows, columns)
-        for block in self.transformer_blocks:
-            x_BTD, text_BSD = block(x_BTD, text_BSD, c_BD)
+        for block in self.transformer_blocks.values():
+            (x_BTD, text_BSD), _ = block((x_BTD, text_BSD), c_BD)
         scale_BD, shift_BD = self.norm_out(c_BD)  # in this order here alone
         x_BTD = flat(self.proj_out, dit.entered(x_BTD, shift_BD, scale_BD))
         return layers.depth_to_space(x_BTD.reshape(len(z_BHWC), rows, columns, -1), self.patch)
@@ -109,7 +115,9 @@ class SD3(nn.Module):
         return middle.reshape(rows * columns, -1).astype(jnp.float32)
 
 
-def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none") -> SD3:
+def from_config(
+    config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none", scan: bool = False
+) -> SD3:
     """The transformer that a config.json describes.
 
     Raises:
@@ -134,6 +142,5 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
         out_channels=hf.number(config, "out_channels", sizes["channels"]),
         normed=norm is not None,
         dual=tuple(dual),
-        dtype=dtype,
-        remat=remat,
+        **dict(dtype=dtype, remat=remat, scan=scan),
     )

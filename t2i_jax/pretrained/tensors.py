@@ -25,7 +25,7 @@ class Names(NamedTuple):
 
     tensors: path of a Linen module -> torch module, or several, concatenated along the output axis;
       `{}` stands for the layer's number on both sides, of several in their order. Where a path has
-      one number less, as under a scan, its parameters are all layers' stacked. A leaf `kernel`
+      two, as "blocks_0to11", its parameters are those layers' stacked. A leaf `kernel`
       is the torch `weight`, its input before its output and, of a convolution, height and width
       before both; `embedding` and `scale` are `weight` as it is, `mean` and `var` the running ones,
       and a leaf `value` is what the torch name itself names.
@@ -56,6 +56,7 @@ _LEAVES = {
     **{"kernel": "weight", "embedding": "weight", "scale": "weight", "bias": "bias"},
     **{"mean": "running_mean", "var": "running_var"},
 }
+_NUMBER = re.compile(r"_(\d+)(?:to(\d+))?(?=/|$)")  # of a layer, or of the first and last
 _AXES = {2: (1, 0), 4: (2, 3, 1, 0)}  # of torch's weight, in the order of a kernel's
 
 
@@ -103,7 +104,7 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     found = _tensors(folder, names)
     plan, problems, used = {}, [], set()
     for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
-        sources, kernel, layers = _sources(path, names, leaf.shape)
+        sources, kernel, layers = _sources(path, names)
         if not sources:
             problems.append(f"{path}: no net of this kind has it")
             continue
@@ -141,7 +142,7 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
 def known(abstract_params, names: Names) -> int:
     """How many parameters the names tell the tensors of."""
     leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    return sum(bool(_sources(path, names, leaf.shape)[0]) for path, leaf in leaves.items())
+    return sum(bool(_sources(path, names)[0]) for path in leaves)
 
 
 def load(sources: dict[str, Source]):
@@ -176,7 +177,7 @@ def ignored(tensor: str, names: Names) -> bool:
 
 def pattern(module: str) -> str:
     """A module's path as Names writes it: `{}` in place of numbers."""
-    return re.sub(r"_\d+(?=/|$)", "_{}", module)
+    return _NUMBER.sub("_{}", module)
 
 
 class _Tensor(NamedTuple):
@@ -293,29 +294,22 @@ def _flatten(found: dict[str, _Tensor], source: str, shape: tuple) -> None:
         found[source] = found[source]._replace(shape=shape)
 
 
-def _sources(path: str, names: Names, shape) -> tuple[list[str], bool, int]:
+def _sources(path: str, names: Names) -> tuple[list[str], bool, int]:
     """The torch tensors that make the parameter at `path`, whether they are of a kernel, and of how
     many stacked layers.
     """
     if names is OURS:
         return [path], False, 0
     module, _, leaf = path.rpartition("/")
-    numbers = re.findall(r"_(\d+)(?=/|$)", module)
-    wanted, layers = pattern(module), 0
-    modules, layered = names.tensors.get(wanted, ()), [numbers]
-    if not modules and shape:
-        # A scan's module has no number where the file has one for each layer.
-        for key in names.tensors:
-            places = [m.start() for m in re.finditer(r"_\{\}", key)]
-            for i, place in enumerate(places):
-                # `_{}` has three characters.
-                if key[:place] + key[place + 3 :] == wanted:
-                    modules, layers = names.tensors[key], shape[0]
-                    layered = [[*numbers[:i], n, *numbers[i:]] for n in range(layers)]
+    numbers = _NUMBER.findall(module)
+    modules = names.tensors.get(pattern(module), ())
     modules = (modules,) if isinstance(modules, str) else modules
     ending = f".{_LEAVES[leaf]}" if leaf != "value" else ""
-    sources = [m.format(*numbers) + ending for numbers in layered for m in modules]
-    return sources, leaf == "kernel", layers
+    spans = [range(int(first), int(last or first) + 1) for first, last in numbers]
+    each = itertools.product(*spans)
+    sources = [m.format(*numbers) + ending for numbers in each for m in modules]
+    stacked = any(last for _, last in numbers)
+    return sources, leaf == "kernel", math.prod(map(len, spans)) if stacked else 0
 
 
 def _array(source: Source):

@@ -55,10 +55,8 @@ def names(config) -> tensors.Names:
     for block in blocks:
         path = f"{block}/attentions_{{}}/transformer_blocks_{{}}"
         layer = path.replace("_{}", ".{}").replace("/", ".")
-        own = {"qkv": ("q", "k", "v"), "q": ("q",), "kv": ("k", "v")}
         for n in (1, 2):
-            for ours, theirs in own.items():
-                table[f"{path}/attn{n}/{ours}"] = tuple(f"{layer}.attn{n}.to_{x}" for x in theirs)
+            table |= {f"{path}/attn{n}/{x}": f"{layer}.attn{n}.to_{x}" for x in "qkv"}
             table[f"{path}/attn{n}/out"] = f"{layer}.attn{n}.to_out.0"
         table[f"{path}/ff/up"] = f"{layer}.ff.net.0.proj"
         table[f"{path}/ff/down"] = f"{layer}.ff.net.2"
@@ -96,13 +94,16 @@ class Layer(nn.Module):
         norm = lambda: nn.LayerNorm(1e-5, dtype="float32", use_fast_variance=False)
         self.norm1, self.norm2, self.norm3 = norm(), norm(), norm()
         self.attn1 = blocks.Attention(self.width, self.heads, self.dtype)
-        self.attn2 = blocks.Attention(self.width, self.heads, self.dtype, crosses=True)
+        self.attn2 = blocks.Attention(self.width, self.heads, self.dtype)
         self.ff = FeedForward(self.width, self.dtype)
+
+    def keys_values(self, carry, text_BSD):
+        return carry, self.attn2.keys_values(text_BSD)
 
     def __call__(self, x_BTD, text_kv, mask_BS):
         x_BTD += self.attn1(self.norm1(x_BTD))
         x_BTD += self.attn2(self.norm2(x_BTD), text_kv, mask_BS)
-        return x_BTD + self.ff(self.norm3(x_BTD).astype(self.dtype))
+        return x_BTD + self.ff(self.norm3(x_BTD).astype(self.dtype)), None
 
 
 class Transformer(nn.Module):
@@ -118,6 +119,7 @@ class Transformer(nn.Module):
     linear: bool
     dtype: str
     remat: str = "none"
+    scan: bool = False
 
     def setup(self):
         dense = lambda: nn.Dense(self.width, dtype=self.dtype)
@@ -125,12 +127,17 @@ class Transformer(nn.Module):
         # norm_eps of config.json is for the residual blocks alone.
         self.norm = residual.norm(self.groups, 1e-6, dtype=self.dtype)
         self.proj_in, self.proj_out = project(), project()
-        layer = layers.remat(Layer, self.remat)
-        sizes = (self.width, self.heads, self.dtype)
-        self.transformer_blocks = [layer(*sizes) for _ in range(self.depth)]
+        sizes = dict(width=self.width, heads=self.heads, dtype=self.dtype)
+        self.transformer_blocks = layers.stacked(
+            Layer,
+            [sizes] * self.depth,
+            **dict(remat_policy=self.remat, scan=self.scan),
+            __call__=(0, nn.broadcast),
+            keys_values=(nn.broadcast,),
+        )
 
     def keys_values(self, text_BSD):
-        return [block.attn2.keys_values(text_BSD) for block in self.transformer_blocks]
+        return [b.keys_values(None, text_BSD)[1] for b in self.transformer_blocks.values()]
 
     def __call__(self, x_BHWC, text_kvs, mask_BS):
         shape = x_BHWC.shape
@@ -139,8 +146,8 @@ class Transformer(nn.Module):
             h = flat(self.proj_in, h.reshape(shape[0], -1, shape[-1]))
         else:
             h = self.proj_in(h).reshape(shape[0], -1, shape[-1])
-        for block, text_kv in zip(self.transformer_blocks, text_kvs, strict=True):
-            h = block(h, text_kv, mask_BS)
+        for block, text_kv in zip(self.transformer_blocks.values(), text_kvs, strict=True):
+            h, _ = block(h, text_kv, mask_BS)
         h = (
             flat(self.proj_out, h).reshape(shape)
             if self.linear
@@ -165,6 +172,7 @@ class Block(nn.Module):
     linear: bool
     dtype: str
     remat: str
+    scan: bool
     smaller: bool = False
     larger: bool = False
     middle: bool = False
@@ -175,7 +183,7 @@ class Block(nn.Module):
         if self.depth:
             of = (self.features, self.heads, self.depth, self.groups, self.linear, self.dtype)
             count = self.blocks - self.middle
-            self.attentions = [Transformer(*of, self.remat) for _ in range(count)]
+            self.attentions = [Transformer(*of, self.remat, self.scan) for _ in range(count)]
         if self.smaller:
             self.downsamplers = [residual.Smaller(self.features, self.dtype)]
         if self.larger:
@@ -235,6 +243,7 @@ class UNet(nn.Module):
     numbers: int = 0
     dtype: str = "float32"
     remat: str = "none"
+    scan: bool = False
 
     @property
     def unit(self) -> int:
@@ -243,7 +252,7 @@ class UNet(nn.Module):
 
     def setup(self):
         shared = dict(groups=self.groups, epsilon=self.epsilon, linear=self.linear)
-        shared |= dict(dtype=self.dtype, remat=self.remat)
+        shared |= dict(dtype=self.dtype, remat=self.remat, scan=self.scan)
         n, last = self.layers, len(self.blocks) - 1
         width = 4 * self.blocks[0]
         self.time_embedding = Embedding(width)
@@ -300,11 +309,14 @@ class UNet(nn.Module):
         return dict(cosine_first=self.cosine_first, shift=self.shift)
 
 
-def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none") -> UNet:
+def from_config(
+    config: dict, *, dtype: fields.Dtype = "float32", remat: str = "none", scan: bool = False
+) -> UNet:
     """The U-net that a config.json describes.
 
     Args:
       remat: what the backward pass of a transformer's layer computes again, see `layers.remat`.
+      scan: equal layers of a transformer are compiled once, see `layers.stacked`.
     Raises:
       ConfigError: a field asks for something not implemented, or is no sensible size.
     """
@@ -344,8 +356,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", remat: str = "
         cosine_first=hf.flag(config, "flip_sin_to_cos", True),
         shift=hf.number(config, "freq_shift", 0.0, float) if config.get("freq_shift") else 0.0,
         numbers=numbers,
-        dtype=dtype,
-        remat=remat,
+        **dict(dtype=dtype, remat=remat, scan=scan),
     )
 
 
