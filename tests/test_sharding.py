@@ -165,7 +165,7 @@ def test_the_tensor_axis_splits_heads_and_mlp_by_the_rules(found):
 @SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "split"), [("unet", 24), ("pixart", 9), ("sd3", 30), ("flux", 22)]
+    ("name", "split"), [("unet", 56), ("pixart", 10), ("sd3", 26), ("flux", 21)]
 )
 def test_the_tensor_axis_splits_pretrained_denoisers(long, name, split):
     found = long["denoisers"][name]
