@@ -204,7 +204,7 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     run.load_frozen()
     states = cache.states(folder / "run" / cache.FOLDER, *run.caption_states())
     both, some = (*run.batches.inputs, states), [run.source[i] for i in range(64)]
-    fixed = inputs.make(both, some, [None] * 64, np.arange(64))
+    fixed = inputs.arrays(both, some, [None] * 64, np.arange(64))
     if cached:
         run.batches.inputs = both
     always = run.layout.place({key: fixed[key] for key in states.shapes})

@@ -57,6 +57,23 @@ def make_run(slice_name, size, strategy, remat, per_chip):
     return loop.Run(config, pathlib.Path("out/none"), devices)
 
 
+def sampling(run, batch_size: int):
+    """The sampler's program for one batch of prompts, traced with the shardings of a run."""
+    import jax
+
+    from t2i_jax import sharding, weights
+
+    config, layout = run.config, run.layout
+    nets = weights.abstract_nets(run.predictor.objective, config)
+    batch = weights.abstract_batch(run.family, batch_size)
+    placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
+    return run.predictor.trace(
+        "sample",
+        sharding.on(nets, layout.nets(nets)),
+        sharding.on(batch, jax.tree.map(lambda _: placed, batch)),
+    )
+
+
 def largest(make_traced, memory):
     """The largest power of two of pictures a chip whose program fits, and what it needs.
 
@@ -107,7 +124,7 @@ def row(slice_name, size, strategy, remat) -> dict:
     if remat:
         traced = lambda n: make_run(slice_name, size, strategy, remat, n).trace()
     else:
-        traced = lambda n: plan.sampling(make_run(slice_name, size, strategy, "none", n), n * chips)
+        traced = lambda n: sampling(make_run(slice_name, size, strategy, "none", n), n * chips)
     n, need, seconds = largest(traced, memory)
     found = dict(slice=slice_name, size=size, strategy=strategy, remat=remat, pictures=n)
     found |= dict(chips=chips, memory=memory, seconds=seconds)

@@ -140,6 +140,9 @@ class Run:
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(family, config.batch_size)
         self.shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
+        if config.init_from and not begun:
+            source = weights.locate(config.init_from)
+            weights.check_trained(source, self.shapes.nets, where="config.init_from")
         self._placed = self.layout.state(self.shapes)
         update = step.make_update(
             *(family, self.optimisers),
@@ -244,29 +247,15 @@ class Run:
 
         guard: called before a checkpoint is committed; raises where another process took over.
         """
-        config, workdir, row = self.config, self.workdir, {}
+        config, row = self.config, {}
         self._prepare(signals)
-        checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
-        # The first process has made the folder and swept it. The others must not list it before.
-        distributed.barrier("workdir")
-        if jax.process_index() == 0:
-            rundir.describe(workdir, config, self.source, self.family.inputs)
-        if self._changed:
-            logging.info("the config changed: %s", "; ".join(self._changed))
-        self.layout.report(self.shapes)
-        if restart:
-            checkpoints.set_all_aside()
-            rundir.forget_rollbacks(workdir)
-        with watchdog.phase("restore"), signals.at_once():
-            state, start = self._first_state(checkpoints)
-        writer = metrics.Writer(
-            workdir, start=start, stop=config.steps, batch_size=config.batch_size
-        )
-        self._opened = (checkpoints, writer, start)
+        state = self._open(signals, guard, restart)
+        checkpoints, writer, start = self._opened
         # A batch follows from its number, so nobody has to note which records a step has read.
         examples = lambda n: [int(i) for i in self.batches.batch(n - 1).records]
         # A thousand: the window over which skipped steps are counted, so that starts share it.
-        well = health.Health(workdir, writer.before(1000), config.watch, examples, self.shapes.nets)
+        before, shapes = writer.before(1000), self.shapes.nets
+        well = health.Health(self.workdir, before, config.watch, examples, shapes)
         meta = rundir.meta(config, self.source, self._frozen_digests)
 
         def flush():
@@ -299,13 +288,7 @@ class Run:
                 due = n % config.save_every == 0 or self.hooks.rates(n) or self._late(n, since)
                 if n > saved and (last or due):
                     row = flush()
-                    with watchdog.phase("save"):
-                        failpoints.hit("save.before", n)
-                        # A save removes old checkpoints. Before, all ratings must be known, as the
-                        # best one stays.
-                        self.hooks.collect(writer, checkpoints, before=n)
-                        checkpoints.save(state, meta)
-                        failpoints.hit("save.started", n)
+                    self._save(n, state, meta)
                     saved, since = n, time.monotonic()
                 if last:
                     break
@@ -343,6 +326,38 @@ class Run:
         row = flush()
         self._close(n, signals)
         return row
+
+    def _open(self, signals, guard, restart: bool):
+        """The first state. From here on the workdir is written to."""
+        config, workdir = self.config, self.workdir
+        checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
+        # The first process has made the folder and swept it. The others must not list it before.
+        distributed.barrier("workdir")
+        if jax.process_index() == 0:
+            rundir.describe(workdir, config, self.source, self.family.inputs)
+        if self._changed:
+            logging.info("the config changed: %s", "; ".join(self._changed))
+        self.layout.report(self.shapes)
+        if restart:
+            checkpoints.set_all_aside()
+            rundir.forget_rollbacks(workdir)
+        with watchdog.phase("restore"), signals.at_once():
+            state, start = self._first_state(checkpoints)
+        writer = metrics.Writer(
+            workdir, start=start, stop=config.steps, batch_size=config.batch_size
+        )
+        self._opened = (checkpoints, writer, start)
+        return state
+
+    def _save(self, n: int, state, meta) -> None:
+        """Begins to save the state of step n."""
+        checkpoints, writer, _ = self._opened
+        with watchdog.phase("save"):
+            failpoints.hit("save.before", n)
+            # A save removes old checkpoints. Before, all ratings must be known, as the best stays.
+            self.hooks.collect(writer, checkpoints, before=n)
+            checkpoints.save(state, meta)
+            failpoints.hit("save.started", n)
 
     def _next_batch(self, stream, n: int, writer, signals):
         """The arrays of step n + 1, placed on the devices; broken examples are written down."""

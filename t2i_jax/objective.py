@@ -1,5 +1,6 @@
 """The contract every family fulfils: networks, losses run in order, and named predictions."""
 
+import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -41,7 +42,11 @@ class Pictures:
 
 
 class Texts:
-    """The same: `Tokens` of B texts. The last tokenizer of the family's inputs reads them."""
+    """The same: `Tokens` of B texts, which a tokenizer of the family's inputs reads.
+
+    Where there are several, `Annotated[Texts, key]` names one: the key of its input, and behind a
+    slash its name there, such as "text/t5".
+    """
 
 
 def together(prediction: Callable) -> Callable:
@@ -115,11 +120,21 @@ def model_by_net(config) -> Mapping[str, Any]:
     return read(config["model"], config["load"])
 
 
+def outputs(config) -> Mapping[str, str]:
+    """net -> what it puts out, of the nets for which that is a choice, as a flow network's "v".
+
+    A net that is loaded into another run must mean the same there. A family whose nets have such a
+    choice has a function `outputs(config)` in its module.
+    """
+    family = plugins.load("objectives", config.objective)
+    return getattr(family, "outputs", lambda config: {})(config)
+
+
 def make(config) -> Objective:
     """The objective that `config.objective` names, with the adapters of `config.lora`."""
     family = plugins.load("objectives", config.objective).make(config)
     if family.inputs is None:
         # By name and not imported: `data` builds on this module.
-        usual = plugins.load("data", "inputs").picture_and_caption
+        usual = importlib.import_module("t2i_jax.data.inputs").picture_and_caption
         family = family._replace(inputs=usual(config))
     return lora.wrap(family, config.lora) if config.lora else family

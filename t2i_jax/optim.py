@@ -85,30 +85,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         )
     peak = fields.checked(Annotated[float, fields.above(0)], "learning_rate", peak, where=where)
     clip = fields.checked(Clip, "clip", spec.pop("clip", None), where=where)
-    own = _take(spec, ("warmup", "stable", "decay", "final"))
+    own = {n: spec.pop(n) for n in ("warmup", "stable", "decay", "final") if n in spec}
     schedule = fields.build(_schedule, own, peak, steps, where=where)
     fields.check_names(fn, spec, where=where)
-    parameters = inspect.signature(fn).parameters
-    if fn is optax.contrib.muon:
-        if spec.get("adam_weight_decay"):
-            raise errors.ConfigError(
-                "Muon's Adam would decay norms and biases, too",
-                where=f"{where}.adam_weight_decay",
-                fix="set weight_decay, which is of the kernels that Muon trains",
-            )
-        spec.setdefault("muon_weight_dimension_numbers", _matrices)
-    if masks := [name for name in MASKS if name in parameters]:
-        spec.setdefault(masks[0], _kernels)
-    elif spec.get("weight_decay"):
-        logging.warning("%s: %s decays norms and biases, too", where, name)
-    pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
-    for option in pairs:
-        if not isinstance(parameters[option].default, float):
-            raise errors.ConfigError(
-                f"{option} is {pairs[option]!r}, and it is no number that could be annealed",
-                where=where,
-                fix="give one value",
-            )
+    spec |= _for_kernels(fn, spec, where)
+    pairs = _pairs(fn, spec, where)
     # Muon's Adam may have a rate of its own. It follows the same schedule.
     rates = {option: spec[option] / peak for option in spec if option.endswith("_learning_rate")}
     # Injected options are arrays in the state. Fixed ones stay Python's, so that optax can branch
@@ -139,6 +120,41 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         return updates, _unmasked(state)
 
     return Optimiser(init, update, schedule)
+
+
+def _for_kernels(fn, spec, where: str) -> dict:
+    """The options that tell an optimiser of Optax which parameters are kernels."""
+    own = {}
+    if fn is optax.contrib.muon:
+        if spec.get("adam_weight_decay"):
+            raise errors.ConfigError(
+                "Muon's Adam would decay norms and biases, too",
+                where=f"{where}.adam_weight_decay",
+                fix="set weight_decay, which is of the kernels that Muon trains",
+            )
+        own["muon_weight_dimension_numbers"] = _matrices
+    if masks := [name for name in MASKS if name in inspect.signature(fn).parameters]:
+        own[masks[0]] = _kernels
+    elif spec.get("weight_decay"):
+        logging.warning("%s: %s decays norms and biases, too", where, fn.__name__)
+    return {option: value for option, value in own.items() if option not in spec}
+
+
+def _pairs(fn, spec, where: str) -> dict[str, tuple]:
+    """The options that go from one number to another over the run.
+
+    Raises:
+      ConfigError: one of them is no number for this optimiser.
+    """
+    pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
+    for option, pair in pairs.items():
+        if not isinstance(inspect.signature(fn).parameters[option].default, float):
+            raise errors.ConfigError(
+                f"{option} is {pair!r}, and it is no number that could be annealed",
+                where=where,
+                fix="give one value",
+            )
+    return pairs
 
 
 def _injected(fn, fixed, where: str, **options):
@@ -214,10 +230,6 @@ def _kernels(params):
 def _is_kernel(path: str, leaf) -> bool:
     """Whether it is a kernel, or one of the two factors of a kernel's adapter (`lora`)."""
     return "kernel" in path.split("/") and leaf.ndim >= 2
-
-
-def _take(spec: dict, names):
-    return {name: spec.pop(name) for name in names if name in spec}
 
 
 def _schedule(

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
 from t2i_jax.data import inputs, transforms
@@ -42,6 +43,7 @@ class Predictor:
             _check_signature(name, fn)
         read = [one for one in self.objective.inputs if one.tokenizer is not None]
         self.tokenizers = {key: one.tokenizer for one in read for key in one.shapes}
+        self._readers = {name: self._reader(name) for name in self.objective.predict}
         # Bounded, as users choose static options such as steps, and each program stays in memory.
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
@@ -128,7 +130,28 @@ class Predictor:
         """What a prediction gives: `objective.Pictures`, `objective.Texts`, or else arrays."""
         self.check(name)
         said = fields.signature(self.objective.predict[name]).return_annotation
-        return objective.Pictures if name == "sample" else said  # it draws, whoever wrote it
+        kind = getattr(said, "__origin__", said)  # of Annotated[Texts, key], Texts
+        return objective.Pictures if name == "sample" else kind  # it draws, whoever wrote it
+
+    def _reader(self, name: str):
+        """The tokenizer that reads what a prediction gives; None where it gives no texts.
+
+        Raises:
+          ConfigError: there are several, and its annotation does not name one of them.
+        """
+        said = fields.signature(self.objective.predict[name]).return_annotation
+        if getattr(said, "__origin__", said) is not objective.Texts:
+            return None
+        readers = traverse_util.flatten_dict(self.tokenizers, sep="/")
+        # Without a mark, the only tokenizer there is.
+        key, *others = getattr(said, "__metadata__", readers) or [""]
+        if others or key not in readers:
+            raise errors.ConfigError(
+                f"nothing says which tokenizer reads the texts of prediction {name!r}",
+                where=f"objectives, {name}",
+                fix=f"annotate it as Annotated[Texts, …], with one of {sorted(readers)}",
+            )
+        return readers[key]
 
     def draws(self, name: str) -> bool:
         """Whether a prediction gives pictures or texts."""
@@ -193,7 +216,7 @@ class Predictor:
             found = images.to_uint8(found) if kind is objective.Pictures else found
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
-        return [*self.tokenizers.values()][-1].decode(*found) if kind is objective.Texts else found
+        return self._readers[name].decode(*found) if kind is objective.Texts else found
 
     def _run_aloud(self, name: str, nets, batch, examples, *, seed, **options):
         """`run`, on the host; says when it compiles, which may take long."""
@@ -322,7 +345,7 @@ class Predictor:
         """The arrays of the inputs that read no more than is given."""
         examples = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
         n, read = len(examples), [one for one in self.objective.inputs if {*one.reads} <= {*given}]
-        return inputs.make(read, examples, [None] * n, np.arange(n))
+        return inputs.arrays(read, examples, [None] * n, np.arange(n))
 
     def cuts(self, captions) -> list[str | None]:
         """What is not read of each caption, for it is too long: the most that a net loses."""
@@ -440,7 +463,7 @@ class Pipeline:
         """
         compile_cache.enable()
         source = os.fspath(source)
-        if folders.is_pipeline(source):
+        if weights.is_pipeline(source):
             return cls._import(source, step, load or {}, lora or {})
         if lora:
             raise errors.ConfigError(

@@ -1,6 +1,5 @@
 """Where nets come from: exported models, runs and pretrained encoders, by one name."""
 
-import contextlib
 import json
 import pathlib
 
@@ -23,16 +22,22 @@ KINDS = {  # of what every config.json holds and nets are built from
     **{"model": dict, "load": dict, "optim": dict, "ema": dict, "loss": dict, "sample": dict},
     **{"evaluators": dict},
 }
+SENSELESS = (  # what building by a senseless config.json raises
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 ALWAYS = {"index": "int32", "weight": "float32"}  # in every batch, beside the family's inputs
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
 
 
 def locate(source: str) -> pathlib.Path:
-    """The folder of a run or an exported model: `builtin:name` or a path.
+    """The folder of a run or an exported model: `builtin:name`, a path or `hf:org/name[@revision]`.
 
     Raises:
       ConfigError: there is no such folder, or it holds neither checkpoints nor an exported model.
+      DataError: the hub has no such model.
     """
+    if source.startswith("hf:"):
+        return hf.locate(source)
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
         known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
@@ -75,44 +80,25 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    for key, kind in KINDS.items():
-        # Not isinstance, by which True would be a whole number.
-        if key in values and (type(values[key]) is not kind):
-            raise errors.DataError(
-                f"{key!r} is {values[key]!r:.50} in it, not {kind.__name__}",
-                where=str(path),
-                fix="restore the file from a copy of the run",
-            )
+    # Not isinstance, by which True would be a whole number.
+    if wrong := [key for key in KINDS if key in values and type(values[key]) is not KINDS[key]]:
+        what = f"{wrong[0]!r} is {values[wrong[0]]!r:.50} in it, not {KINDS[wrong[0]].__name__}"
+        raise errors.DataError(what, where=str(path), fix=fix)
     _check_size(values, path)
     with describes(path):
         return config_of(values)
 
 
-@contextlib.contextmanager
 def describes(path: pathlib.Path):
     """Turns what a senseless config.json makes of the body, which builds its nets, into one error.
 
     Raises:
       DataError: names the file.
     """
-    try:
-        yield
-    except errors.Error:
-        raise
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as e:
-        line = (str(e).splitlines() or [""])[0][:200]
-        raise errors.DataError(
-            f"it describes no model that can be built: {type(e).__name__}: {line}",
-            where=str(path),
-            fix="restore the file from a copy, or see --debug",
-        ) from e
+    what = "it describes no model that can be built"
+    fix = "restore the file from a copy, or see --debug"
+    say = lambda e: f"{errors.named(e)} in {errors.place(e)}"
+    return errors.explained(errors.DataError, what, where=path, fix=fix, of=SENSELESS, say=say)
 
 
 def check_regular(path: pathlib.Path) -> None:
@@ -125,9 +111,14 @@ def check_regular(path: pathlib.Path) -> None:
 
 def config_at(source: str) -> ml_collections.ConfigDict:
     """The config of a run, an exported model or a pretrained pipeline."""
-    if folders.is_pipeline(source):
+    if is_pipeline(source):
         return config_of(folders.described(source))
     return read_config(locate(source))
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether it is a pretrained pipeline. The hub has models of ours, too."""
+    return folders.is_pipeline(source) and not is_ours(source)
 
 
 def config_of(values: dict) -> ml_collections.ConfigDict:
@@ -211,30 +202,28 @@ def checked_shapes(config, shapes, except_nets=()):
             continue
         if is_ours(source):
             folder, theirs = _trained(source, name)
-            _check_prediction(name, config, theirs, read_config(folder))
+            _check_output(name, config, theirs, read_config(folder))
             if name in config.lora and (res := read_config(folder).res) != config.res:
                 raise errors.ConfigError(
                     f"adapters for pictures of {config.res} pixels a side, of a net for {res}",
                     where="config.res",
                     fix=f"set it to {res}, or train the net itself (config.init_from) instead",
                 )
+            check_trained(folder, {theirs: shapes[name]}, where=f"config.load.{name}")
         else:
             _check_there(name, source)
             shapes[name] = opener.check(source, shapes[name])
     return shapes
 
 
-def _check_prediction(name: str, config, theirs: str, trained) -> None:
+def _check_output(name: str, config, theirs: str, trained) -> None:
     """Raises ConfigError where a net's output means something else here than it was trained for."""
-    said = [
-        own.model[net].get("prediction", own.loss.get("prediction")) if net in own.model else None
-        for net, own in ((name, config), (theirs, trained))
-    ]
-    if None not in said and said[0] != said[1]:
+    here, there = objective.outputs(config).get(name), objective.outputs(trained).get(theirs)
+    if here and there and here != there:
         raise errors.ConfigError(
-            f"its output is read as {said[0]!r}, and it was trained as {said[1]!r}",
+            f"its output is read as {here!r}, and it was trained as {there!r}",
             where=f"config.load.{name}",
-            fix=f"set its prediction to {said[1]!r}",
+            fix=f"set its prediction to {there!r}",
         )
 
 
@@ -298,12 +287,7 @@ def override(config, given) -> None:
       ConfigError: a net that it does not load.
     """
     for name, source in given.items():
-        if name not in config.load:
-            raise errors.ConfigError(
-                f"the model loads no net {name!r}",
-                where="--load",
-                fix=errors.nearest(name, list(config.load)),
-            )
+        errors.check_known("net", name, config.load, where="--load", say="the model loads no")
         # A ConfigDict refuses another type, such as a text in place of several.
         with config.ignore_type():
             config.load[name] = source
@@ -317,14 +301,9 @@ def frozen_digests(folder: pathlib.Path, step: int | None) -> dict[str, str] | s
     if not (folder / EXPORTED).exists():
         return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
     note = _stored(folder)[1].get("frozen")
-    try:
+    what, fix = "its note of the frozen nets is not JSON", "copy or export the model again"
+    with errors.explained(errors.DataError, what, where=folder / EXPORTED, fix=fix):
         return json.loads(note) if note and note.startswith("{") else note
-    except (ValueError, RecursionError) as e:
-        raise errors.DataError(
-            f"its note of the frozen nets is not JSON: {e}",
-            where=str(folder / EXPORTED),
-            fix="copy or export the model again",
-        ) from e
 
 
 def load_net(source, name: str, target):
@@ -423,12 +402,14 @@ def is_ours(source) -> bool:
         return False  # several pretrained encoders
     if source.startswith("builtin:"):
         return True
-    folder, net = hf.split(source)
-    path = folder / "config.json"
+    hub, (folder, net) = source.startswith("hf:"), hf.split(source)
     try:
+        path = (hf.described(source) if hub else folder) / "config.json"
         return path.is_file() and "objective" in json.loads(files.read_text(path))
     except (OSError, ValueError, TypeError, RecursionError):
-        return bool(net)  # of a run with a broken config.json, as `read_config` will tell
+        # A run's net, whose broken config.json `read_config` will tell; of the hub it is a part's
+        # name, and what cannot be fetched is told where it is opened.
+        return bool(net) and not hub
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, averaged: bool = True):
@@ -447,13 +428,37 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
             )
         check_regular(folder / EXPORTED)
         return tensors.load(tensors.match(folder, targets, tensors.OURS)), None
-    config = read_config(folder)
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
     placed = sharding.on(targets, jax.tree.map(lambda s: s.sharding or _here(), targets))
-    ema = [name for name in config.ema if name in targets and averaged]
-    nets = checkpoints.restore_nets(step, placed, ema)
-    return nets, step
+    ema = _averaged(folder, targets) if averaged else []
+    return checkpoints.restore_nets(step, placed, ema), step
+
+
+def check_trained(folder: pathlib.Path, shapes, *, where: str) -> None:
+    """Raises ConfigError where the newest nets there have other arrays than these.
+
+    It reads no more than the names and shapes of what is stored.
+
+    where: the key of the config that names the run or model.
+    """
+    exported = nets_in(folder)  # a file that cannot be read has advice of its own
+    try:
+        if exported:
+            tensors.match(folder, shapes, tensors.OURS)
+        else:
+            checkpoints = checkpoint.Checkpoints(folder, create=False)
+            checkpoints.check_nets(checkpoints.choose(None), shapes, _averaged(folder, shapes))
+    except checkpoint.Damaged:
+        raise
+    except errors.DataError as e:  # whose advice is for a start of that run itself
+        fix = f"describe the nets in config.model as {folder / 'config.json'} does"
+        raise errors.ConfigError(e.what, where=f"{where}, {folder}", fix=fix) from e
+
+
+def _averaged(folder: pathlib.Path, nets) -> list[str]:
+    """Those of the nets whose parameters the run averages."""
+    return [name for name in read_config(folder).ema if name in nets]
 
 
 def nets_in(folder: pathlib.Path) -> list[str]:

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from t2i_jax import __main__ as commands
 from t2i_jax import errors, fields, loop
 from t2i_jax.commands import cli
+from t2i_jax.run import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/shapes_flow.py:debug"
@@ -259,6 +262,21 @@ def test_help_shows_our_flags():
     assert "--prompt:" in done.stdout
     for name in fields.FLAGS:
         assert f"--{name}:" in done.stdout
+
+
+def test_an_unexpected_error_names_the_line_of_the_users_own_file(tmp_path, monkeypatch, capsys):
+    """Not that of the library in which it arises, as the shapes here do in JAX."""
+    path = tmp_path / "own_family.py"
+    path.write_text("import jax.numpy as jnp\n\n\ndef loss(x):\n    return x + jnp.zeros(3)\n")
+    spec = importlib.util.spec_from_file_location("own_family", path)
+    family = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(family)
+    monkeypatch.setattr(distributed, "leave", sys.exit)
+    with pytest.raises(SystemExit, match="70"):
+        cli.run(lambda: jax.jit(family.loss)(jnp.zeros(2)), argv=["train.py"])
+    told = capsys.readouterr().err
+    assert f"(at {path}:5). Fix: mend that line" in told
+    assert "shapes" in told
 
 
 def test_debug_shows_the_traceback():

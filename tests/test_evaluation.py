@@ -108,6 +108,14 @@ def test_an_unknown_protocol_names_those_there_are():
         protocol.read("shape")
 
 
+def test_a_protocol_that_is_no_json_is_not_said_to_be_missing(tmp_path):
+    path = tmp_path / "own.json"
+    for text in ("{num_images: 3}", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(errors.ConfigError, match="not readable as JSON: "):
+            protocol.read(str(path))
+
+
 def test_captions_are_chosen_by_the_seed_and_whole_sets_keep_their_order(tmp_path):
     read = lambda **changes: protocol.read(write(tmp_path, **changes)).captions()
     whole = world.make(split="test", size=12).captions()

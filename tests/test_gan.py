@@ -941,9 +941,9 @@ def test_weights_are_not_read_under_another_meaning_of_their_output(tmp_path):
     trained = weights.config_at("builtin:shapes")
     assert trained.loss.prediction == "x"
     with pytest.raises(errors.ConfigError, match="read as 'v', and it was trained as 'x'"):
-        weights._check_prediction("teacher", config, "model", trained)
+        weights._check_output("teacher", config, "model", trained)
     config.model.teacher.prediction = "x"
-    weights._check_prediction("teacher", config, "model", trained)
+    weights._check_output("teacher", config, "model", trained)
     del config.model.teacher.prediction
     with pytest.raises(errors.ConfigError, match="nothing says what the teacher's output means"):
         distillation.teacher(config)

@@ -224,9 +224,17 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"model": {"model": {"backbone": "unet", "width": 18, "heads": 2}}}, "use 16 or 20"),
         ({"model": {"model": {"backbone": "layers"}}}, "no models named 'layers'"),
         ({"model": {"width": 16}}, "set config.model.model.width"),
-        ({"data": {"source": "loader"}}, "no data named 'loader'"),
+        (
+            {"data": {"source": "inputs"}},
+            r"no data named 'inputs' .*one of \['digits', 'folder', 'openmoji', 'shapes', 'tfds'\]",
+        ),
         ({"init_from": "nowhere"}, "no such folder"),
         ({"load": {"model": "nowhere#model"}}, "no such folder"),
+        ({"init_from": "builtin:shapes"}, "tensors do not fit: .* describe the nets in"),
+        (
+            {"load": {"model": "builtin:shapes#model"}, "loss": {"prediction": "x"}},
+            "tensors do not fit: .*config.load.model, .*shapes.* describe the nets in config.model",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, message):

@@ -6,15 +6,18 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+from typing import Annotated
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax import errors, images, objectives, pipeline, weights
+from t2i_jax import errors, images, objective, objectives, pipeline, weights
 from t2i_jax.commands import prompts
-from t2i_jax.data import transforms
+from t2i_jax.data import inputs, transforms
+from t2i_jax.objective import Objective, Texts
+from t2i_jax.text import tokenize
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -225,6 +228,39 @@ def test_a_predictions_options_stand_after_a_star_under_free_names(write):
     exec(f"def predict(nets, batch, key, {write}): ...", space)
     with pytest.raises(errors.ConfigError, match="write options after `\\*`"):
         pipeline._check_signature("predict", space["predict"])
+
+
+@pytest.mark.parametrize(
+    ("mark", "text"),
+    [(None, None), ("long", "long: a red ring"), ("both/short", "short: a r"), ("both", None)],
+)
+def test_texts_are_read_by_the_tokenizer_that_a_prediction_names(monkeypatch, mark, text):
+    """Of several tokenizers none is taken for the right one by its place."""
+
+    def named(name, length):
+        one = tokenize.open("bytes", length)
+        says = lambda *tokens: [
+            f"{name}: {text}" for text in tokenize.Tokenizer.decode(one, *tokens)
+        ]
+        monkeypatch.setattr(one, "decode", says)
+        return one
+
+    both = {name: named(name, n) for name, n in (("short", 5), ("other", 32))}
+    read = inputs.caption(named("long", 16), "long"), inputs.caption(both, "both")
+
+    def echo(nets, batch, key):
+        return batch["both"]["short"] if mark == "both/short" else batch["long"]
+
+    echo.__annotations__["return"] = Annotated[Texts, mark] if mark else Texts
+    family = Objective(lambda key, batch: {}, (), {"echo": echo}, inputs=read)
+    monkeypatch.setattr(objective, "make", lambda config: family)
+    if text is None:
+        message = r"which tokenizer reads .*'echo'.*\['both/other', 'both/short', 'long'\]"
+        with pytest.raises(errors.ConfigError, match=message):
+            pipeline.Predictor(runs.config())
+    else:
+        drawn = pipeline.Predictor(runs.config()).draw("echo", {}, {"caption": ["a red ring"]})
+        assert drawn == [text]
 
 
 def test_arrays_come_from_python_alone(pipe):

@@ -134,15 +134,9 @@ def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
     """
     named = [options[name].value for name in ("workdir", "checkpoint") if options[name].value]
     if len(named) > 1:
-        raise errors.ConfigError(
-            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
-        )
+        raise errors.misused("two models", "give --workdir or --checkpoint, not both")
     if not (named or default):
-        raise errors.ConfigError(
-            "no model",
-            where="the command line",
-            fix=f"add --workdir=… or --checkpoint=builtin:shapes{hint}",
-        )
+        raise errors.misused("no model", f"add --workdir=… or --checkpoint=builtin:shapes{hint}")
     return named[0] if named else default
 
 
@@ -218,14 +212,14 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
         # The death of another process shows as an error of the next exchange with it.
         if lost := distributed.lost_peer(e):
             _fail(lost, 70)
-        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
-        _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
+        fix = "mend that line if it is yours; else run again with --debug and report it"
+        _fail(f"{errors.named(e)} (at {errors.place(e)}). Fix: {fix}", 70)
 
 
 def _in_background(args) -> None:
     """Logs the exception of a thread as one line. Code that waits for the thread gets it, too."""
-    text = f"{args.exc_type.__name__}: {(str(args.exc_value).splitlines() or [''])[0][:300]}"
-    logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
+    name = args.thread.name if args.thread else "?"
+    logging.warning("thread %s: %s", name, errors.named(args.exc_value))
 
 
 def _parse(argv, required, arguments) -> list[str]:
@@ -264,18 +258,12 @@ def _parse(argv, required, arguments) -> list[str]:
     for path in rest[1:]:
         errors.check_local(path, "the command line")
     if rest[1:] and not arguments:
-        raise errors.ConfigError(
-            f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"
-        )
+        raise errors.misused(f"unexpected argument {rest[1]!r}", "flags start with --")
     if arguments and not rest[1:]:
-        raise errors.ConfigError(
-            f"no {arguments}", where="the command line", fix=f"name one {arguments} at least"
-        )
+        raise errors.misused(f"no {arguments}", f"name one {arguments} at least")
     for name in required:
         if not flags.FLAGS[name].value:
-            raise errors.ConfigError(
-                f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
-            )
+            raise errors.misused(f"--{name} is missing", f"add --{name}=…")
     return rest[1:]
 
 
@@ -300,10 +288,9 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
     """The error for an unknown flag or a bad value, from absl's. None for other errors of absl."""
     if isinstance(e, flags.UnrecognizedFlagError):
         names = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
-        return errors.ConfigError(
+        return errors.misused(
             f"no flag --{e.flagname}",
-            where="the command line",
-            fix=errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
+            errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
         )
     text = " ".join(str(e).split())
     if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):

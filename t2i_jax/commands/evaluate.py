@@ -46,10 +46,9 @@ def main():
     from t2i_jax import errors, images
 
     if bool(PROTOCOL.value) == bool(EVALUATORS.value):
-        raise errors.ConfigError(
+        raise errors.misused(
             "one of --protocol and --evaluators is needed",
-            where="the command line",
-            fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
+            "add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
         )
     drawing = (*MODEL.values(), *OPTIONS.values(), EVALUATORS, NUM_IMAGES, SEED, CAPTIONS)
     unused = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]

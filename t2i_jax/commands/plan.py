@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 
-from t2i_jax import errors, loop, sharding, weights
+from t2i_jax import errors, loop
 
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
@@ -175,19 +175,6 @@ def training(run, memory: int | None = None) -> dict:
         values |= {f"{kind}/count": moved.count, f"{kind}/bytes": moved.bytes}
         values |= {f"{kind}/hidden_bytes": moved.hidden} if moved.hidden else {}
     return values if memory is None else values | {"memory_bytes": memory, "fits": need.fits}
-
-
-def sampling(run, batch_size: int):
-    """The sampler's program for one batch of prompts, traced with the shardings of a run."""
-    config, layout = run.config, run.layout
-    nets = weights.abstract_nets(run.predictor.objective, config)
-    batch = weights.abstract_batch(run.family, batch_size)
-    placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
-    return run.predictor.trace(
-        "sample",
-        sharding.on(nets, layout.nets(nets)),
-        sharding.on(batch, jax.tree.map(lambda _: placed, batch)),
-    )
 
 
 class DoesNotFit(Exception):

@@ -71,9 +71,7 @@ def main():
     elif sources:
         wanted = prompts.starting_from(wanted or [default] * len(sources), sources)
     if not wanted:
-        raise errors.ConfigError(
-            "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
-        )
+        raise errors.misused("nothing to draw", 'add --prompt="…" or --prompts_file=…')
     # This look makes nothing: a model that does not load must leave no empty folder.
     images.check_folder(OUTPUT_DIR.value, "--output_dir")
     source = cli.model(MODEL, default=default_model, hint=hint)
@@ -145,10 +143,8 @@ def _check_together() -> None:
         # `present` and not the value: a default was asked for by nobody.
         given = [f"--{flag.name}" for flag in void if flag.present]
         if main_flag.value and given:
-            raise errors.ConfigError(
-                f"{', '.join(given)} beside --{main_flag.name}",
-                where="the command line",
-                fix=f"leave out {', '.join(given)}",
+            raise errors.misused(
+                f"{', '.join(given)} beside --{main_flag.name}", f"leave out {', '.join(given)}"
             )
 
 

@@ -106,14 +106,14 @@ def stored(store, key: str) -> Input:
     return Input(shapes, make, reads=("record",))
 
 
-def make(inputs, examples, rngs, records) -> dict:
+def arrays(inputs, examples, rngs, records) -> dict:
     """The arrays of all inputs, each made of the examples and of what those before it made.
 
     Raises:
       TypeError: an input does not make what its shapes say.
     """
     # Copies, as inputs add their keys to them below and a source may keep its own.
-    arrays, examples = {}, [dict(example) for example in examples]
+    batch, examples = {}, [dict(example) for example in examples]
     for one in inputs:
         made = one.make(examples, rngs, records)
         said = jax.tree.map(lambda s: (len(examples), *s.shape, np.dtype(s.dtype)), one.shapes)
@@ -121,7 +121,7 @@ def make(inputs, examples, rngs, records) -> dict:
         # Assigning to the loader's arrays would broadcast a wrong shape without a word.
         if said != there:
             raise TypeError(f"an input says it makes {said}, and makes {there}")
-        arrays |= made
+        batch |= made
         for i, example in enumerate(examples):
             example |= jax.tree.map(lambda x, i=i: x[i], made)
-    return arrays
+    return batch

@@ -121,7 +121,7 @@ class Loader:
                     # the draws.
                     seeds = [(self._seed, positions[row]) for row in rows]
                     rngs = [np.random.default_rng(seed) for seed in seeds]
-                    made = inputs.make(self.inputs, examples, rngs, records[rows])
+                    made = inputs.arrays(self.inputs, examples, rngs, records[rows])
                 except transforms.BadExample as e:
                     if len(rows) == 1:
                         return [(rows[0], str(e))]

@@ -41,12 +41,7 @@ def make(
     """
     where = "evaluator retrieval"
     for name in ("image_emb", "text_emb"):
-        if name not in predict:
-            raise errors.ConfigError(
-                f"the family has no prediction {name!r}",
-                where=where,
-                fix=errors.nearest(name, predict),
-            )
+        errors.check_known("prediction", name, predict, where=where, say="the family has no")
     source = plugins.source(data, where=where)
     # A caption that occurs twice would be right for two images, and recall has one right candidate.
     chosen = {}

@@ -90,6 +90,12 @@ def model_by_net(model, load):
     return networks.by_net(model, load)
 
 
+def outputs(config):
+    """What `prediction` says of nets that are flow networks: the generator and the teacher."""
+    said = {name: config.model.get(name, {}).get("prediction") for name in ("gen", "teacher")}
+    return {name: prediction for name, prediction in said.items() if prediction}
+
+
 def make(config) -> Objective:
     """Nets "disc", "gen" and the frozen "text", perhaps "eye"; predictions sample, between, encode,
     score, gap.

@@ -291,7 +291,7 @@ class Latent:
         keys_B = randomness.per_example(key, batch["index"])
         noise = self.noise(batch, keys_B, size)
         grid = self.grid(size, steps, sampler, strength)
-        z0 = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        z0 = self.space.of_images(nets, batch, keys_B)
         z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise if len(grid.time_S) else z0
         z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
         return self.image(nets, z)

@@ -83,7 +83,7 @@ def locate_pipeline(name: str) -> pathlib.Path:
       DataError: there is no such folder, or no pipeline in it.
     """
     hub = name.startswith("hf:")
-    path = _fetch_index(name.removeprefix("hf:")) if hub else pathlib.Path(name).expanduser()
+    path = described(name) if hub else pathlib.Path(name).expanduser()
     if not (path / PIPELINE).is_file():
         raise errors.DataError(
             f"no {PIPELINE} in it" if path.is_dir() else "no such folder",
@@ -91,6 +91,11 @@ def locate_pipeline(name: str) -> pathlib.Path:
             fix="give the folder that diffusers' save_pretrained wrote, or hf:org/name",
         )
     return path
+
+
+def described(name: str) -> pathlib.Path:
+    """The folder of `hf:org/name[@revision]` with no more of it than says what lies there."""
+    return _fetch_index(name.removeprefix("hf:").partition("#")[0], name.removeprefix("hf:"))
 
 
 def without_weights(name: str) -> pathlib.Path:
@@ -156,10 +161,9 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     """
     for field, value in (implemented or {}).items():
         if config.get(field, value) != value:
-            raise errors.ConfigError(
+            raise errors.misfit(
                 f"{field} {config[field]!r} is not implemented",
-                where=CONFIG,
-                fix=f"use a checkpoint with {field} {value!r}",
+                f"use a checkpoint with {field} {value!r}",
             )
     found = {}
     for theirs, ours in names.items():
@@ -174,16 +178,12 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
         # An empty list has no sensible size, either.
         if type(value) is not type(default) or value == () or not all(fits):
             example = list(default) if many else default
-            raise errors.ConfigError(
-                f"{theirs} is {config[theirs]!r:.50}",
-                where=CONFIG,
-                fix=f"it should be like {example!r}",
+            raise errors.misfit(
+                f"{theirs} is {config[theirs]!r:.50}", f"it should be like {example!r}"
             )
         limit = LARGEST.get(ours, LARGE)
         if any(not isinstance(x, str) and x > limit for x in entries) or len(entries) > LONGEST:
-            raise errors.ConfigError(
-                f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be at most {limit}"
-            )
+            raise errors.misfit(f"{theirs} is {value!r:.50}", f"it should be at most {limit}")
     return found
 
 
@@ -198,9 +198,7 @@ def number(config: dict, name: str, default, kind: type = int):
         return default
     # JSON's 1 may stand for 1.0, but true for no number.
     if type(value) not in (kind, int) or not 0 < value <= LARGE:
-        raise errors.ConfigError(
-            f"{name} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
-        )
+        raise errors.misfit(f"{name} is {value!r:.50}", f"it should be like {default!r}")
     return kind(value)
 
 
@@ -213,9 +211,7 @@ def flag(config: dict, name: str, default: bool) -> bool:
     value = config.get(name)
     if value is None or isinstance(value, bool):
         return default if value is None else value
-    raise errors.ConfigError(
-        f"{name} is {value!r:.50}", where=CONFIG, fix="it should be true or false"
-    )
+    raise errors.misfit(f"{name} is {value!r:.50}", "it should be true or false")
 
 
 def _minilm() -> pathlib.Path:
@@ -286,9 +282,11 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
 
 
 @functools.cache
-def _fetch_index(whole: str) -> pathlib.Path:
-    """A local copy of what `org/name[@revision]` says of a pipeline, without its networks."""
-    return _snapshot(whole, whole, [PIPELINE, f"{SCHEDULER}/*.json"], None)
+def _fetch_index(whole: str, name: str) -> pathlib.Path:
+    """A local copy of what `org/name[@revision]` says of itself, without its networks."""
+    # The hub's `*` matches "/", too: the last argument keeps the files of parts out.
+    patterns, ignored = [PIPELINE, CONFIG, f"{SCHEDULER}/*.json"], [f"*/{CONFIG}"]
+    return _snapshot(whole, name, patterns, ignored)
 
 
 def _snapshot(whole: str, name: str, patterns, ignored) -> pathlib.Path:

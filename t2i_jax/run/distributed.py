@@ -56,10 +56,9 @@ def start(
     if not any(is_set) and not distributed:
         return
     if any(is_set) and not all(is_set):
-        raise errors.ConfigError(
+        raise errors.misused(
             "the processes are described by halves",
-            where="the command line",
-            fix="give --coordinator, --num_processes and --process_id together, or --distributed",
+            "give --coordinator, --num_processes and --process_id together, or --distributed",
         )
     if all(is_set) and not 0 <= process_id < num_processes:
         raise errors.ConfigError(

@@ -98,12 +98,7 @@ class Hooks:
         metric = self._config.best.removeprefix("-")
         # A minus in front says that less is better, also where the metric's name does not tell.
         less = metric != self._config.best or metrics.falls(metric)
-        if metric not in found:
-            raise errors.ConfigError(
-                f"no evaluator measures {metric!r}",
-                where="config.best",
-                fix=errors.nearest(metric, found),
-            )
+        errors.check_known("metric", metric, found, where="config.best")
         if not math.isfinite(found[metric]):
             logging.warning("step %d: %s is %s, which is never the best", n, metric, found[metric])
             return
