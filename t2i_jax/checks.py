@@ -18,6 +18,7 @@ DECAY = Annotated[float, fields.at_least(0), fields.below(1)]
 
 def check(config) -> None:
     """Refuses values outside their range, before anything is built."""
+    weights.to_json(config)  # which a run writes only after reading its nets and captions
     for name, wanted in KEYS.items():
         fields.checked(wanted, name, config[name], where="config")
     for name, decay in config.ema.items():

@@ -259,6 +259,7 @@ class Run:
             rundir.forget_rollbacks(workdir)
         with watchdog.phase("restore"), signals.at_once():
             state, start = self._first_state(checkpoints)
+        self.hooks.forget(start)
         writer = metrics.Writer(
             workdir, start=start, stop=config.steps, batch_size=config.batch_size
         )
@@ -299,11 +300,12 @@ class Run:
                 due = n % config.save_every == 0 or self.hooks.rates(n) or self._late(n, since)
                 if n > saved and (last or due):
                     row = flush()
+                    # A save removes old checkpoints. Before, all ratings must be known, as the best
+                    # one stays.
+                    with watchdog.phase("hooks"):
+                        self.hooks.collect(writer, checkpoints, before=n)
                     with watchdog.phase("save"):
                         failpoints.hit("save.before", n)
-                        # A save removes old checkpoints. Before, all ratings must be known, as the
-                        # best one stays.
-                        self.hooks.collect(writer, checkpoints, before=n)
                         checkpoints.save(state, meta)
                         failpoints.hit("save.started", n)
                     saved, since = n, time.monotonic()

@@ -44,6 +44,10 @@ class Texts:
     """The same: `Tokens` of B texts. The last tokenizer of the family's inputs reads them."""
 
 
+class OfBatch:
+    """The same: arrays of a batch as a whole, such as its mean loss. `Predictor.run` gives them."""
+
+
 def together(prediction: Callable) -> Callable:
     """Marks a prediction whose result for an example depends on the others of its batch."""
     prediction.together = True
@@ -77,8 +81,9 @@ class Objective(NamedTuple):
 
     init:    `(key, batch) -> Nets`, every network, trainable and frozen.
     losses:  run in order at each step; a net named by a loss is trained, any other is frozen.
-    predict: name -> `(nets, batch, key, **options)`. Its return annotation is `Pictures` or
-      `Texts`; without one it gives arrays. Options may have rules, see `fields`.
+    predict: name -> `(nets, batch, key, **options)`. Its return annotation is `Pictures`, `Texts`
+      or `OfBatch`; without one it gives arrays with an entry for each example. Options may have
+      rules, see `fields`.
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
     inputs: what the batch holds; by default `data.inputs.picture_and_caption(config)`, which are
       "image", BHWC, and "text", `models.types.Tokens` or of several encoders name -> `Tokens`.

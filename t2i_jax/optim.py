@@ -22,6 +22,7 @@ DECAYS = {  # (share of the decay that is done, final share of the rate) -> shar
     "cosine": lambda x, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
 }
 Clip = Annotated[float | None, fields.above(0)]
+SCHEDULE_FREE = (optax.contrib.schedule_free_adamw, optax.contrib.schedule_free_sgd)
 MASKS = ("mask", "weight_decay_mask")  # optax's options for the parameters that decay
 
 
@@ -30,18 +31,23 @@ class Optimiser(NamedTuple):
 
     Several losses of one step may train one net. Each of them updates it at the same `step`. So a
     schedule counts steps of the loop, not calls (ADR 2).
+
+    point: (state, params) -> the parameters to average and draw with, where these are others than
+      those that gradients are taken at, as of schedule-free methods; None where they are the same.
     """
 
     init: Callable
     update: Callable
     learning_rate: Callable  # step -> scalar
+    point: Callable | None = None
 
 
 def make_all(config, trained) -> dict[str, Optimiser]:
     """The optimiser of each trained net, by config.optim.
 
     Raises:
-      ConfigError: config.optim does not name just the trained nets, or config.ema another net.
+      ConfigError: config.optim does not name just the trained nets, or config.ema another net, or
+        not one whose optimiser finds its point beside the parameters.
     """
     if set(config.optim) != set(trained) or not set(config.ema) <= set(trained):
         raise errors.ConfigError(
@@ -49,10 +55,18 @@ def make_all(config, trained) -> dict[str, Optimiser]:
             where=f"objective {config.objective!r}",
             fix=f"its trained nets are {sorted(trained)}: one optimiser for each",
         )
-    return {
+    made = {
         name: make(spec, steps=config.steps, where=f"config.optim.{name}")
         for name, spec in config.optim.items()
     }
+    for name, optimiser in made.items():
+        if optimiser.point and name not in config.ema:
+            raise errors.ConfigError(
+                "it learns beside the point that it finds, which would be drawn with nowhere",
+                where=f"config.optim.{name}.name",
+                fix=f"set config.ema.{name}: 0.0 keeps that point itself, more averages it",
+            )
+    return made
 
 
 def make(spec, *, steps: int, where: str) -> Optimiser:
@@ -138,7 +152,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         updates, state = inner.update(grads, state, params)
         return updates, _unmasked(state)
 
-    return Optimiser(init, update, schedule)
+    def point(state, params):
+        # x of y = (1 − β)·z + β·x, in which y are the parameters (arXiv:2405.15682).
+        return optax.contrib.schedule_free_eval_params(state.inner_state, params)
+
+    return Optimiser(init, update, schedule, point if fn in SCHEDULE_FREE else None)
 
 
 def _injected(fn, fixed, where: str, **options):

@@ -156,6 +156,8 @@ class Predictor:
           DataError: pictures that are not finite.
         """
         settings, kind = self.check(name, **options), self.kind(name)
+        if kind is objective.OfBatch:
+            raise _of_batch(name)
         fields.check_names(self.batch, examples, where="examples")
         n = _count(examples)
         for argument, rows in (("seed", seed), ("index", index)):
@@ -185,11 +187,7 @@ class Predictor:
             batch = jax.tree.map(lambda x, rows=rows: x[rows], whole)
             found = self._run_aloud(name, nets, batch, examples, seed=seed_B[rows], **options)
             if any(np.shape(x)[:1] != (size,) for x in jax.tree.leaves(found)):
-                raise errors.ConfigError(
-                    f"prediction {name!r} gives no array with an entry for each example",
-                    where="draw",
-                    fix="call Predictor.run with a whole batch",
-                )
+                raise _of_batch(name)
             found = images.to_uint8(found) if kind is objective.Pictures else found
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
@@ -347,6 +345,14 @@ def _check_signature(name: str, fn) -> None:
                 where=f"objectives, {name}",
                 fix=f"write options after `*`, and not as one of {', '.join(TAKEN)}",
             )
+
+
+def _of_batch(name: str) -> errors.ConfigError:
+    return errors.ConfigError(
+        f"prediction {name!r} gives no array with an entry for each example",
+        where="draw",
+        fix="call Predictor.run with a whole batch",
+    )
 
 
 def _count(examples) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 
 import jax
@@ -33,6 +34,7 @@ def locate(source: str) -> pathlib.Path:
     Raises:
       ConfigError: there is no such folder, or it holds neither checkpoints nor an exported model.
     """
+    source = os.fspath(source)
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
         known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
@@ -497,7 +499,30 @@ def export(
 
 
 def to_json(config) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    """A config as its file: paths become texts, numbers of numpy Python's.
+
+    Raises:
+      ConfigError: a value that JSON has no form for.
+    """
+    return json.dumps(_plain(config.to_dict(), "config"), indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value, where: str):
+    if hasattr(value, "items"):
+        return {str(key): _plain(child, f"{where}.{key}") for key, child in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(child, f"{where}[{i}]") for i, child in enumerate(value)]
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, str | int | float | None):
+        raise errors.ConfigError(
+            f"{value!r:.100} is a {type(value).__name__}, which config.json cannot hold",
+            where=where,
+            fix="give texts, numbers, lists and dictionaries of them",
+        )
+    return value
 
 
 def _stored(folder: pathlib.Path):

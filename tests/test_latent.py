@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from t2i_jax import errors, pipeline
-from t2i_jax.pretrained import folder
+from t2i_jax.pretrained import folder, writer
 
 torch = pytest.importorskip("torch")
 folders = pytest.importorskip("tests.folders")  # needs diffusers
@@ -98,6 +98,24 @@ def test_a_pipelines_side_is_what_its_config_says(size, res, tmp_path):
     else:
         with pytest.raises(errors.ConfigError, match="no side of a square"):
             folder.described(str(path))
+
+
+def test_an_autoencoder_from_elsewhere_brings_its_own_scale(tmp_path):
+    whole = shutil.copytree(folder.TINY, tmp_path / "whole")
+    path = whole / "vae" / "config.json"
+    config = json.loads(path.read_text()) | {"scaling_factor": 0.5, "shift_factor": 0.1}
+    path.write_text(json.dumps(config))
+    load = {"vae": str(whole / "vae")}
+    found = pipeline.Pipeline.load(str(folder.TINY), load=load).predictor.objective
+    family = found.predict["sample"].__self__
+    assert (family.vae.scaling_factor, family.vae.shift_factor) == (0.5, 0.1)
+    opened = folder.open(str(folder.TINY))
+    writer.pipeline(opened, tmp_path / "out", {}, "float32", load)
+    assert json.loads((tmp_path / "out" / "vae" / "config.json").read_text()) == config
+    assert pipeline.Pipeline.load(str(tmp_path / "out")).config.res == 16
+    path.write_text(json.dumps(config | {"latent_channels": 5}))
+    with pytest.raises(errors.ConfigError, match="latents have 5 channels, the denoiser's 4"):
+        pipeline.Pipeline.load(str(folder.TINY), load=load)
 
 
 def test_a_picture_without_a_negative_prompt_is_the_same_beside_one_with(pair):

@@ -6,12 +6,14 @@ import pathlib
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from t2i_jax import errors, loop, pipeline
+from t2i_jax import errors, loop, pipeline, weights
 from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
+from t2i_jax.pretrained import opener
 from t2i_jax.run import health, minutes, rundir
 from tests import test_cache
 from tests.runs import config, rows, small
@@ -77,8 +79,14 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
 def test_a_run_with_cached_captions_trains(tmp_path):
     cached = small(cache="encode", steps=1, prompts=(), save_every=5)
     cached.data.size = 64
+    former, others = ("step_00000001.png", "step_100000000_x.png"), ("a.png", "step_00000000.png")
+    (tmp_path / "samples").mkdir()
+    for name in (*former, *others):
+        (tmp_path / "samples" / name).write_bytes(b"")
     loop.train(cached, tmp_path)
     assert np.isfinite(rows(tmp_path)[0]["model/loss"])
+    # What a former run drew at steps that this one has not done is not taken for its own.
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(others)
 
 
 @pytest.mark.slow
@@ -88,6 +96,17 @@ def test_a_run_started_from_another_has_its_averages_and_a_fresh_optimiser(run, 
     loop.train(still, tmp_path)
     before, after = (pipeline.Pipeline.load(str(path)).nets["model"] for path in (run, tmp_path))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
+
+
+def test_paths_and_numbers_of_numpy_are_plain_in_config_json(tmp_path):
+    inner = ml_collections.ConfigDict({"path": pathlib.Path("a/b")})
+    held = dict(n=np.int64(3), part=(np.float32(0.5), np.bool_(True), None), more=dict(x=[inner]))
+    found = json.loads(weights.to_json(ml_collections.ConfigDict(held)))
+    assert found == {"n": 3, "part": [0.5, True, None], "more": {"x": [{"path": "a/b"}]}}
+    assert opener.parse(pathlib.Path("a,b")) == ("a", "b")
+    with pytest.raises(errors.ConfigError, match=r"a set, which.* .at config\.watch\.x\[1\]"):
+        loop.train(small(watch={"x": [1, {2}]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(run):

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs import shapes_gan
 from t2i_jax import errors, images, objectives, pipeline, weights
 from t2i_jax.commands import prompts
 from t2i_jax.data import transforms
+from t2i_jax.pretrained import folder
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -231,6 +233,22 @@ def test_arrays_come_from_python_alone(pipe):
     np.testing.assert_array_equal(pipe.draw("raw", {"caption": ["a", "b"]}, index=[4, 2]), [4, 2])
     with pytest.raises(errors.ConfigError, match=r"'raw' gives arrays.*pipeline\.Pipeline\.draw"):
         prompts.check_options(pipe, [prompts.Request("a", 0, prediction="raw")])
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "count"),
+    [
+        (runs.config, "loss_at_times", 8),
+        (lambda: weights.config_at(str(folder.TINY)), "loss_at_times", 8),
+        (lambda: shapes_gan.get_config("debug"), "gap", 1),
+    ],
+)
+def test_means_of_as_many_numbers_as_examples_are_not_taken_for_theirs(make, name, count):
+    """Eight losses at eight times, one gap: refused by what they declare, no net is read."""
+    predictor = pipeline.Predictor(make())
+    examples = {"caption": ["a ring"] * count, "image": [IMAGE] * count}
+    with pytest.raises(errors.ConfigError, match=f"'{name}' gives no array with an entry for each"):
+        predictor.draw(name, {}, examples)
 
 
 def test_images_are_one_for_all_or_one_for_each():

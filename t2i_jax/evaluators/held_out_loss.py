@@ -4,6 +4,7 @@ T values of the prediction, such as losses at fixed times
 """
 
 import itertools
+import re
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from t2i_jax import errors, fields, plugins
 from t2i_jax.data import loader
 
 NAME = "loss_at_times"
+NAMES = ("mean", re.compile("[0-9]+"))  # how many there are is the prediction's matter
 
 
 def make(
@@ -73,6 +75,7 @@ def make(
             )
         return lambda: _named(np.mean(np.asarray(values, np.float64), 0))
 
+    run.names = NAMES
     return run
 
 

@@ -10,6 +10,8 @@ from t2i_jax.data import loader
 from t2i_jax.quality import retrieval
 
 PLACES = (1, 5, 10)  # the k of recall at k
+NAMES = tuple(f"{way}_at_{k}" for way in ("image_to_text", "text_to_image") for k in PLACES)
+NAMES += ("r_precision", "num_images")
 
 
 def make(
@@ -80,6 +82,7 @@ def make(
         image_NP, text_NP = embedded(nets)
         return lambda: measured(image_NP, text_NP, candidates, seed)
 
+    run.names = NAMES
     return run
 
 

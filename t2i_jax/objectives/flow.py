@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
 from t2i_jax.sampling import path as paths
@@ -120,7 +120,7 @@ class Flow:
         value_B = self.loss_at(nets, x, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
-    def loss_at_times(self, nets, batch, key):
+    def loss_at_times(self, nets, batch, key) -> OfBatch:
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
         x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))

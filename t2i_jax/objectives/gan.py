@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, optim, plugins, randomness
 from t2i_jax.models import augment as augmentation
 from t2i_jax.models.types import Cond
-from t2i_jax.objective import Aux, Loss, Objective, Pictures, together
+from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures, together
 from t2i_jax.objectives.parts import critic, distillation, games, guidance, networks, terms
 from t2i_jax.objectives.parts.critic import Critic
 from t2i_jax.objectives.parts.terms import Term
@@ -304,7 +304,7 @@ class GAN(NamedTuple):
         """The discriminator's logits of a batch's images beside their captions.   -> B"""
         return self.critic.logit(nets, batch["image"], self.text.encode(nets, batch))
 
-    def gap(self, nets, batch, key):
+    def gap(self, nets, batch, key) -> OfBatch:
         """How far the discriminator puts a batch's images above drawn ones, as in `disc_loss`.
 
         Of images that it never saw: a gap that stays behind the training's "disc/gap" says that

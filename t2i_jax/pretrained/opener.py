@@ -100,6 +100,7 @@ def parse(source):
     """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
     a string that is no folder names with commas between.
     """
+    source = str(source) if isinstance(source, pathlib.PurePath) else source
     if isinstance(source, str) and "," in source and not hf.split(source)[0].is_dir():
         source = [one.strip() for one in source.split(",")]
     if source is None or isinstance(source, str):
