@@ -126,8 +126,9 @@ class Perceptual:
 def _label(source: str, digest: str) -> str:
     """The name of a network whose variables have this digest."""
     checkpoint, name = opener.open(source), source.rstrip("/").rpartition("/")[2].partition("@")[0]
-    published = hf.published(checkpoint.folder, checkpoint.config)
-    return published or (f"{name}-{digest[:8]}" if name in hf.CONVERTED else name)
+    if published := hf.published(checkpoint.folder, checkpoint.config):
+        return published
+    return f"{name}-{digest.rpartition(':')[2][:8]}" if name in hf.CONVERTED else name
 
 
 def _opened(source: str):
