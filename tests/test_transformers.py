@@ -194,9 +194,14 @@ LOOPS = {  # blocks that are one, in all of which those of a kind are neighbours
 }
 
 
+# Of FLUX.1's two the one that reads more is tried always.
+LONG = {"flux schnell": [pytest.mark.slow]}
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {}) for name in CASES] + [(name, dict(scan=True, remat="full")) for name in LOOPS],
+    [pytest.param(name, {}, marks=LONG.get(name, [])) for name in CASES]
+    + [(name, dict(scan=True, remat="full")) for name in LOOPS],
 )
 def test_outputs_and_gradients_are_torchs(case, name, options):
     """A rectangle, captions of two lengths, keys and values made before the steps."""
