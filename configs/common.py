@@ -35,6 +35,7 @@ def base() -> ml_collections.ConfigDict:
     config.ema = dict()  # net -> decay of its parameters' moving average
     config.mesh = dict(data=-1)  # axis -> devices; -1: all that are left; "tensor" splits heads
     config.strategy = "data"  # pmap, data, zero1 or fsdp, see t2i_jax/sharding.py
+    config.attention = "auto"  # over many tokens: xla, by_head, splash or cudnn, see sharding.py
     config.init_from = ""  # a run or exported model whose nets start this one
 
     config.sample = dict()  # default options of predict["sample"]

@@ -107,7 +107,9 @@ class Run:
         compile_cache.enable()
         self.config, self.workdir, self._restart, self._prepared = config, workdir, restart, False
         self._opened = None  # once it trains: checkpoints, writer, first step
-        self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
+        self.layout = sharding.Layout(
+            config.mesh, config.strategy, devices=devices, attention=config.attention
+        )
         self.layout.check_batch(config.batch_size, config.accumulate)
         self.predictor = pipeline.Predictor(config, layout=self.layout)
         self.family = family = self.predictor.objective

@@ -122,7 +122,9 @@ class Predictor:
             key = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
             return fn(nets, batch, key, **dict(static), **arrays)
 
-        return jax.jit(predict, out_shardings=layout.whole if layout else None)
+        if not layout:
+            return jax.jit(predict)
+        return jax.jit(layout.context()(predict), out_shardings=layout.whole)
 
     def kind(self, name: str):
         """What a prediction gives: `objective.Pictures`, `objective.Texts`, or else arrays."""

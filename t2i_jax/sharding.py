@@ -14,6 +14,8 @@ For this, zero1 and fsdp give the mesh a named axis for every prime factor of it
 of 1152 is split over 128 of 256 devices. A matrix splits its other axis over the remaining 2.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 import re
@@ -35,6 +37,9 @@ STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
 GATHERED = "gathered"  # the name of gathered parameters in remat policies
 SMALL = 2**14  # numbers on a device: so few are not split along a second axis
+# How attention over many tokens is computed -> the only platform that can. See `models.attention`.
+KERNELS = {"auto": "", "xla": "", "by_head": "", "splash": "tpu", "cudnn": "gpu"}
+_KERNEL = contextvars.ContextVar("kernel", default="auto")
 UNEVEN = 0.02  # a larger share of the state beyond the even part of a device gives a warning
 
 # A parameter's path and the axis, from the last, that the tensor axis splits. Kernels that enter
@@ -66,12 +71,16 @@ class Layout:
       strategy: one of STRATEGIES.
       devices: by default all devices of all processes. A number gives a mesh without devices,
         which serves for shapes alone.
+      attention: one of KERNELS, for programs within `context`. "auto" is the platform's own where
+        it can, else "xla".
     Raises:
-      ConfigError: an unknown strategy, or a mesh that does not fit the devices.
+      ConfigError: an unknown strategy, a mesh that does not fit the devices, or a kernel that they
+        do not have.
     """
 
-    def __init__(self, axes, strategy: str = "data", *, devices=None):
+    def __init__(self, axes, strategy: str = "data", *, devices=None, attention: str = "auto"):
         errors.check_known("strategy", strategy, STRATEGIES, where="config.strategy")
+        errors.check_known("kernel", attention, KERNELS, where="config.attention")
         self.strategy, mesh = strategy, _mesh(dict(axes), devices)
         self.axes = dict(mesh.shape)
         self.mesh = _factored(mesh) if strategy in ("zero1", "fsdp") else mesh
@@ -79,6 +88,20 @@ class Layout:
         self.parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.batch = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
+        self.attention, known = attention, self.mesh.abstract_mesh.abstract_device
+        platform = known.platform if known else jax.default_backend()
+        if KERNELS[attention] not in ("", platform):
+            raise errors.ConfigError(
+                f"{attention!r} is a kernel for a {KERNELS[attention]}, and this is a {platform}",
+                where="config.attention",
+                fix='set it to "auto"',
+            )
+
+    @contextlib.contextmanager
+    def context(self):
+        """Within it code that is traced knows the mesh, and the kernel for attention."""
+        with attention_by(self.attention), jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            yield
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         """Raises ConfigError for a batch that parts and micro-batches do not divide evenly."""
@@ -246,6 +269,21 @@ class Layout:
 
     def _size(self, names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
+
+
+def kernel() -> str:
+    """The kernel for attention in this context, one of KERNELS."""
+    return _KERNEL.get()
+
+
+@contextlib.contextmanager
+def attention_by(kernel: str):
+    """Within it code that is traced computes attention so: one of KERNELS."""
+    before = _KERNEL.set(kernel)
+    try:
+        yield
+    finally:
+        _KERNEL.reset(before)
 
 
 def is_image(dtype, rank: int) -> bool:

@@ -76,6 +76,7 @@ def make_update(
     layout = layout or sharding.Layout({"data": 1}, devices=jax.local_devices()[:1])
     _check_whole(objective, accumulate, layout)
 
+    @layout.context()
     def update(state: State, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         nets, opt, metrics = dict(state.nets), dict(state.opt), {}

@@ -133,7 +133,7 @@ def config_at(source: str) -> ml_collections.ConfigDict:
 def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
-    younger |= {"minutes": 0.0, "save_minutes": 0.0}
+    younger |= {"minutes": 0.0, "save_minutes": 0.0, "attention": "auto"}
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
     if values.keys() >= {"objective", "model", "load"}:

@@ -11,11 +11,13 @@ import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
+from t2i_jax.models import attention
 from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
@@ -197,7 +199,7 @@ def main():
         found |= _denoisers() | _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
-        found |= _encoders("umt5") | _guided()
+        found |= _encoders("umt5") | _guided() | _attention()
     print(json.dumps(found))
 
 
@@ -276,6 +278,37 @@ def _features() -> dict:
         shapes = jax.eval_shape(net.init, jax.random.key(0), image_BHWC)
         one = jax.jit(net.apply)(opener.load(folder, shapes), image_BHWC).pooled_BD
     return {"features": {"difference": _difference(all_, np.asarray(one))}}
+
+
+def _attention() -> dict:
+    """Gradients through kernels for many tokens, each device with its examples and heads."""
+    found, rng = {}, np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 8, 40, 2, 8)).astype(np.float32)
+    given = q, k, v, np.arange(40)[None] < rng.integers(1, 40, (8, 1))
+    fn = lambda q, k, v, mask: jnp.sin(attention.attention(q, k, v, mask_BS=mask)).sum()
+    gradients = jax.grad(fn, (0, 1, 2))
+    plain = jax.device_get(jax.jit(gradients)(*given))
+    attention.LARGE, attention._splash = 0, functools.partial(attention._splash, interpret=True)
+    layouts = {
+        "data": sharding.Layout({"data": -1}),
+        "tensor fsdp": sharding.Layout({"data": 4, "tensor": 2}, "fsdp"),
+        "pmap": sharding.Layout({"data": 4, "tensor": 2}, "pmap"),
+    }
+    for name, layout in layouts.items():
+        spec = layout.batch.spec
+        by_hand = functools.partial(
+            jax.shard_map, mesh=layout.mesh, axis_names=set(layout.batch_axes), check_vma=False
+        )
+        run = by_hand(gradients, in_specs=spec, out_specs=spec) if name == "pmap" else gradients
+        for kernel in ("by_head", "splash"):
+            attention.BEST = {"cpu": kernel}
+            placed = jax.device_put(given, layout.batch)
+            compiled = jax.jit(layout.context()(run)).lower(*placed).compile()
+            found[f"{name}, {kernel}"] = {
+                "difference": _difference(jax.device_get(compiled(*placed)), plain),
+                "moved": sorted(plan.traffic(compiled.as_text())),
+            }
+    return {"attention": found}
 
 
 def _contrast() -> dict:

@@ -162,6 +162,13 @@ def test_the_tensor_axis_splits_heads_and_mlp_by_the_rules(found):
     assert set(found["tensor"]["collectives"]) == {"all-reduce"}
 
 
+def test_kernels_for_attention_see_each_devices_examples_and_heads(found):
+    for case, seen in found["attention"].items():
+        assert seen["difference"] < 1e-5, case
+        if case.startswith("data"):
+            assert not seen["moved"], case
+
+
 @SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize(

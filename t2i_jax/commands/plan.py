@@ -226,6 +226,8 @@ def flops(jaxpr) -> int:
         else:
             inside = [flops(sub) for sub in _inside(eqn)]
             times = eqn.params.get("length", 1) if name == "scan" else 1
+            if name == "pallas_call":  # its body is that of one block
+                times = math.prod(eqn.params["grid_mapping"].grid)
             if name == "shard_map":  # its body has the shapes of one device
                 sizes = dict(eqn.params["mesh"].shape)
                 times = math.prod(sizes[axis] for axis in eqn.params["manual_axes"])

@@ -18,7 +18,7 @@ from t2i_jax.text import words
 FREE_TO_CHANGE = (
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
-    *("watch", "rollbacks", "save_minutes", "minutes"),
+    *("watch", "rollbacks", "save_minutes", "minutes", "attention"),
 )
 ROLLBACKS = "rollbacks.jsonl"
 WHERE_DATA_LIES = ("data.path", "data.data_dir")  # free: the fingerprint tells the data apart
