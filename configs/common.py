@@ -26,6 +26,7 @@ def base() -> ml_collections.ConfigDict:
     config.load = dict()  # net -> where its weights come from: "minilm", or several with commas
     config.text = dict(dtype="float32")  # and a family's options: clip=dict(skip=1)
     config.lora = dict()  # net -> dict(rank=8): its adapter `<net>_lora` is trained, see lora.py
+    config.int8 = ""  # frozen nets whose kernels are kept in eight bits: "text" or "text,vae"
     config.allow_random = False  # frozen nets without a source: only :debug configs
     config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
 

@@ -86,7 +86,8 @@ def merge_run(nets, config):
     options = _options(config.lora)
     whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
     for name, option in options.items():
-        params = merge(nets[name]["params"], nets[name + SUFFIX]["params"], option)
+        # Of kernels in eight bits that is what the adapters learned beside.
+        params = merge(meta.unbox(nets[name]["params"]), nets[name + SUFFIX]["params"], option)
         whole[name] = {**nets[name], "params": params}
     plain = config.copy_and_resolve_references()
     plain.lora = {}

@@ -429,6 +429,7 @@ class Pipeline:
         averaged: bool = True,
         load=None,
         lora: Mapping[str, float] | None = None,
+        int8: str = "",
     ) -> "Pipeline":
         """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
         model's folder, or `builtin:name`; with averaged parameters where there are any. Or a
@@ -437,13 +438,14 @@ class Pipeline:
         Args:
           load: net -> where its weights lie now, in place of what config.json says.
           lora: of a pretrained pipeline, file of adapters -> weight, see `pretrained.lora_files`.
+          int8: nets whose kernels are kept in eight bits, with commas, such as "model,text".
         Raises:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         compile_cache.enable()
         source = os.fspath(source)
         if folders.is_pipeline(source):
-            return cls._import(source, step, load or {}, lora or {})
+            return cls._import(source, step, load or {}, lora or {}, int8)
         if lora:
             raise errors.ConfigError(
                 "files of adapters go with a pretrained pipeline",
@@ -456,7 +458,7 @@ class Pipeline:
         try:
             # A model's config names what its author chose. Only what the caller names is fetched.
             with hf.offline_except(*weights.named(load)):
-                return cls._load(source, folder, config, step, averaged)
+                return cls._load(source, folder, config, step, averaged, int8)
         except (errors.DataError, errors.ConfigError) as e:
             described = folder / "config.json"
             if e.where == str(described):  # its sources may be senseless, too
@@ -473,13 +475,14 @@ class Pipeline:
             ) from e
 
     @classmethod
-    def _import(cls, source, step, load, files):
+    def _import(cls, source, step, load, files, int8):
         if step is not None:
             raise errors.ConfigError(
                 f"a pretrained pipeline has no step {step}", where=source, fix="leave out --step"
             )
         config = weights.config_at(source)
         weights.override(config, load)
+        config.int8 = int8
         predictor = Predictor(config)
         nets = weights.imported(predictor.objective, config)
         if files:
@@ -494,7 +497,7 @@ class Pipeline:
         return pipe
 
     @classmethod
-    def _load(cls, source, folder, config, step, averaged):
+    def _load(cls, source, folder, config, step, averaged, int8):
         with weights.describes(folder / "config.json"):
             predictor = Predictor(config)
             family = predictor.objective
@@ -509,7 +512,8 @@ class Pipeline:
         sources = weights.sources(config)
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
         weights.check_frozen(loaded, known)
-        nets |= frozen
+        # After the check: digests are those of what the run was trained with.
+        nets = weights.in_eight_bits(nets | frozen, int8)
         return cls(predictor, nets, source, step, words.read(folder))
 
     def __call__(

@@ -176,7 +176,10 @@ class Layout:
             return nets
         box = lambda x, there, back: GatherAtUse(x, there, back)
         boxes = jax.tree.map(box, nets, self._tree(nets, split=False), self.nets(nets))
-        return boxes if at_use else meta.unbox(boxes)
+        if at_use:
+            return boxes
+        is_box = lambda x: isinstance(x, GatherAtUse)  # kernels in eight bits stay in theirs
+        return jax.tree.map(lambda x: x.unbox(), boxes, is_leaf=is_box)
 
     def scatter(self, net: str, grads):
         """One net's gradients, sharded like its optimiser's state."""
@@ -237,10 +240,11 @@ class Layout:
         that remain may go to a second axis.
         """
         # room: what is left of each axis on a device; axes: the mesh axes that split it.
+        # In eight bits a kernel is its part "q".
         room, axes, free = list(shape), [()] * len(shape), list(self.mesh.axis_names)
         n = self.mesh.shape.get(TENSOR, 1)
         for pattern, axis in TENSOR_RULES if n > 1 else ():
-            if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % n == 0:
+            if re.search(pattern, path.removesuffix("/q")) and len(shape) >= -axis and shape[axis] % n == 0:
                 axes[axis], room[axis] = (TENSOR,), shape[axis] // n
                 free.remove(TENSOR)
                 break

@@ -11,7 +11,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import errors, files, images, objective, sharding
+from t2i_jax import errors, files, images, int8, objective, sharding
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf, opener, tensors
 from t2i_jax.run import checkpoint, fingerprint
@@ -134,6 +134,7 @@ def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
     younger |= {"minutes": 0.0, "save_minutes": 0.0, "attention": "auto"}
+    younger |= {"int8": ""}
     values = younger | values
     values["text"] = {"dtype": "float32"} | values["text"]
     if values.keys() >= {"objective", "model", "load"}:
@@ -177,16 +178,24 @@ def abstract_nets(family: objective.Objective, config):
 
 
 def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes=None):
-    """The shapes of the frozen nets, in the types that their files store. Checks that every net
-    that `config.load` names has a readable source; nets in `except_nets` are not checked.
+    """The shapes of the frozen nets, in the types that their files store, or in eight bits as
+    `config.int8` says. Checks that every net that `config.load` names has a readable source; nets
+    in `except_nets` are not checked.
 
     Args:
       shapes: what `abstract_nets` gave, where it is known: it takes a second.
     Raises:
-      ConfigError: `config.load` names an unknown net or a run that there is not, or a frozen net
-        has no source.
+      ConfigError: `config.load` or `config.int8` names an unknown net, or a run that there is not,
+        or a frozen net has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
+    found = _frozen_shapes(family, config, except_nets, shapes)
+    named = _in_eight_bits(found, config.int8, "config.int8")
+    return found | {name: jax.eval_shape(int8.stored, found[name]) for name in named}
+
+
+def _frozen_shapes(family, config, except_nets, shapes):
+    """As `frozen_shapes`, of what is read."""
     shapes = checked_shapes(config, shapes or abstract_nets(family, config), except_nets)
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -246,9 +255,11 @@ def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(
       except_nets: names of nets that come from elsewhere.
       shapes: as of `frozen_shapes`.
     """
-    shapes = frozen_shapes(family, config, except_nets=except_nets, shapes=shapes)
+    shapes = _frozen_shapes(family, config, except_nets, shapes)
     wanted = {name: shape for name, shape in shapes.items() if name not in except_nets}
-    return _filled(family, config, wanted, shardings)
+    return _filled(
+        family, config, wanted, shardings, _in_eight_bits(shapes, config.int8, "config.int8")
+    )
 
 
 def pretrained(family: objective.Objective, config, shardings=None):
@@ -258,8 +269,11 @@ def pretrained(family: objective.Objective, config, shardings=None):
     return _filled(family, config, {name: shapes[name] for name in sorted(named)}, shardings)
 
 
-def _filled(family, config, shapes, shardings):
-    """Nets of these shapes, of `config.load` where it names them, else random."""
+def _filled(family, config, shapes, shardings, eight_bits=()):
+    """Nets of these shapes, of `config.load` where it names them, else random.
+
+    eight_bits: names of nets whose kernels are stored so. One net at a time is there as it is read.
+    """
     given, targets, nets = sources(config), _placed(shapes, shardings), {}
     for name, target in targets.items():
         if name in given:
@@ -271,12 +285,32 @@ def _filled(family, config, shapes, shardings):
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             # Within jit, what computes the other nets is dropped as unused.
             nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+        if name in eight_bits:
+            nets[name] = int8.stored(nets[name])
+    placed = _placed(jax.eval_shape(lambda: nets), shardings)
+    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, placed))
 
 
 def imported(family: objective.Objective, config):
-    """All nets of a pipeline that was opened as it is, in the types that its files store."""
-    return _filled(family, config, checked_shapes(config, abstract_nets(family, config)), None)
+    """All nets of a pipeline that was opened as it is, in the types that its files store, or in
+    eight bits where `config.int8` says so.
+    """
+    shapes = checked_shapes(config, abstract_nets(family, config))
+    return _filled(family, config, shapes, None, _in_eight_bits(shapes, config.int8, "int8"))
+
+
+def in_eight_bits(nets, names: str):
+    """The nets, with the kernels of those that are named in eight bits; see `int8`."""
+    names = _in_eight_bits(nets, names, "int8")
+    return nets | {name: int8.stored(nets[name]) for name in names}
+
+
+def _in_eight_bits(nets, names: str, where: str) -> list[str]:
+    """The nets that an option names with commas; ConfigError for one that there is not."""
+    named = [name.strip() for name in names.split(",") if name.strip()]
+    for name in named:
+        errors.check_known("net", name, nets, where=where)
+    return named
 
 
 def sources(config) -> dict:

@@ -28,6 +28,9 @@ SET = flags.DEFINE_multi_string("set", [], "name=value: any option of the predic
 LORA = flags.DEFINE_multi_string(
     "lora", [], "A file of adapters for a pretrained pipeline, or FILE:weight; repeatable."
 )
+INT8 = flags.DEFINE_string(
+    "int8", "", "Nets whose kernels are kept in eight bits, with commas: model,text,vae."
+)
 INTERPOLATE = flags.DEFINE_integer(
     "interpolate",
     0,
@@ -79,7 +82,7 @@ def main():
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters())
+    options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters(), int8=INT8.value)
     pipe = pipeline.Pipeline.load(source, **options)
     if REPRODUCE.value:
         prompts.check_adapters(recorded, pipe.adapters)
