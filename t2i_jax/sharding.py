@@ -240,11 +240,11 @@ class Layout:
         that remain may go to a second axis.
         """
         # room: what is left of each axis on a device; axes: the mesh axes that split it.
-        # In eight bits a kernel is its part "q".
         room, axes, free = list(shape), [()] * len(shape), list(self.mesh.axis_names)
         n = self.mesh.shape.get(TENSOR, 1)
+        path = path.removesuffix("/q")  # of a kernel in eight bits
         for pattern, axis in TENSOR_RULES if n > 1 else ():
-            if re.search(pattern, path.removesuffix("/q")) and len(shape) >= -axis and shape[axis] % n == 0:
+            if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % n == 0:
                 axes[axis], room[axis] = (TENSOR,), shape[axis] // n
                 free.remove(TENSOR)
                 break
