@@ -169,7 +169,6 @@ def test_kernels_for_attention_see_each_devices_examples_and_heads(found):
             assert not seen["moved"], case
 
 
-@SLOW
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "split"), [("unet", 56), ("pixart", 10), ("sd3", 26), ("flux", 21)]
@@ -180,6 +179,7 @@ def test_the_tensor_axis_splits_pretrained_denoisers(long, name, split):
     assert found["split"] == split
 
 
+@SLOW
 def test_both_axes_together_split_the_state(found):
     assert found["tensor fsdp"]["held"] <= 1 / 8 + 0.02
 
