@@ -13,13 +13,13 @@ import tempfile
 import jax
 import numpy as np
 
-from configs import digits_mlp_gan, shapes_transformer
-from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
+from configs import digits_mlp_gan, finetune, finetune_lora, shapes_transformer
+from t2i_jax import loop, losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
 from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.quality import extractor
-from t2i_jax.run import fingerprint
+from t2i_jax.run import checkpoint, fingerprint
 from tests import runs, test_text_families, test_vits
 
 QUICK = {
@@ -195,6 +195,7 @@ def main():
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
         found |= _denoisers() | _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
+        found |= _finetune()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
         found |= _encoders("umt5") | _guided()
@@ -326,6 +327,55 @@ def _gan() -> dict:
             state, values = update(state, frozen, layout.place(batch))
         states.append(jax.device_get((state.nets, state.ema, values["disc/loss"])))
     return {"gan": {"difference": _difference(*states)}}
+
+
+def _finetune() -> dict:
+    """Two steps of a pretrained pipeline, whole and by adapters: what they change under each
+    strategy against one device; and whether the state that one saved is, under the next, the same.
+    """
+    found = {}
+    for kind, module in {"whole": finetune, "adapters": finetune_lora}.items():
+        runs_, states, changes = {}, {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("one", "data", "zero1", "fsdp"):
+                config = module.get_config("debug")
+                config.strategy = "data" if name == "one" else name
+                for spec in config.optim.values():
+                    # Adam would take the sign of gradients that are noise.
+                    spec.update(name="sgd", learning_rate=1.0, decay="constant", warmup=0)
+                    if "weight_decay" in spec:
+                        del spec["weight_decay"]
+                devices = jax.devices()[:1] if name == "one" else None
+                run = runs_[name] = loop.Run(config, pathlib.Path(folder, name), devices)
+                run.load_frozen()
+                state = run.fresh_state()
+                start = jax.tree.map(np.array, state.nets)
+                for n in range(2):
+                    batch = run.layout.place(run.batches.batch(n).arrays)
+                    state, values = run.update(state, run.frozen, batch)
+                changes[name] = jax.tree.map(lambda x, y: np.array(x) - y, state.nets, start)
+                checkpoints = checkpoint.Checkpoints(run.workdir)
+                checkpoints.save(state, {})
+                checkpoints.close()
+                states[name] = jax.tree.map(np.array, state)
+                arrays = jax.tree.leaves(state)
+                held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+                found[f"{kind} {name}"] = {
+                    "loss": next(float(v) for k, v in values.items() if k.endswith("/loss")),
+                    "difference": _difference(changes[name], changes["one"]),
+                    "held": held / sum(x.nbytes for x in arrays),
+                }
+            for (name, run), other in zip(runs_.items(), [*runs_][1:] + ["one"], strict=True):
+                there = runs_[other]
+                target = sharding.on(there.shapes, there.layout.state(there.shapes))
+                state = checkpoint.Checkpoints(run.workdir).restore(2, target)
+                same = jax.tree.map(lambda x, y: np.array_equal(x, y), state, states[name])
+                placed = all(
+                    x.sharding.is_equivalent_to(s.sharding, x.ndim)
+                    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True)
+                )
+                found[f"{kind} {name}"]["restored"] = all(jax.tree.leaves(same)) and placed
+    return {"finetune": found}
 
 
 def _draw() -> dict:

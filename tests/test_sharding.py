@@ -209,6 +209,22 @@ def test_adapters_train_on_split_nets_as_on_one_device(found):
 
 
 @SLOW
+@pytest.mark.parametrize("kind", ["whole", "adapters"])
+def test_a_pretrained_pipeline_is_tuned_as_on_one_device(found, kind):
+    """Changes of weights and loss of two steps; a state that was saved under one strategy is under
+    another what it was, to the bit.
+    """
+    one = found["finetune"][f"{kind} one"]
+    for strategy in ("data", "zero1", "fsdp"):
+        seen = found["finetune"][f"{kind} {strategy}"]
+        assert seen["loss"] == pytest.approx(one["loss"], rel=1e-5)
+        assert seen["difference"] <= 1e-5
+        assert seen["restored"]
+    assert one["restored"]
+    assert found["finetune"][f"{kind} fsdp"]["held"] <= 0.3
+
+
+@SLOW
 def test_a_net_split_over_eight_devices_draws_as_one_does(found):
     assert found["draw"]["spread"] > 50
     assert found["draw"]["difference"] <= 1

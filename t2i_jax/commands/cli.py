@@ -331,14 +331,8 @@ def configs_folder() -> pathlib.Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
-def _with_config_files(argv) -> list[str]:
-    """The arguments with the name of a config replaced by its file. Makes `configs` importable.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
-    if "config" not in flags.FLAGS:
-        return argv
+def import_configs() -> pathlib.Path:
+    """Makes `from configs import …` work, also in an installed package.   -> `configs_folder`"""
     folder = configs_folder()
     # Config files import `configs.common`. In an installed package `configs` is on no import path.
     if "configs" not in sys.modules and (folder / "__init__.py").is_file():
@@ -347,7 +341,18 @@ def _with_config_files(argv) -> list[str]:
         )
         sys.modules["configs"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["configs"])
-    out = list(argv)
+    return folder
+
+
+def _with_config_files(argv) -> list[str]:
+    """The arguments with the name of a config replaced by its file. Makes `configs` importable.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if "config" not in flags.FLAGS:
+        return argv
+    folder, out = import_configs(), list(argv)
     for i, argument in enumerate(argv[1:], 1):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config") and equals:

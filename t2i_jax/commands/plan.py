@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 
 from t2i_jax import errors, loop, sharding, weights
+from t2i_jax.pretrained import hf
 
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
@@ -103,7 +104,8 @@ def needs(traced, *, memory: int | None = None) -> Needs:
 
 
 def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
-    """Compiles the step of a run and prints what it needs. Nothing is written.
+    """Compiles the step of a run and prints what it needs. Nothing is written, and of pretrained
+    checkpoints only the configs are read.
 
     Args:
       topology: the TPU slice to compile for, see `slice_devices`. By default the devices at hand.
@@ -122,7 +124,10 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
         )
     devices = slice_devices(topology) if topology else None
     memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
-    values = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
+    if config.data.get("path") == "":  # the program is the same for any pictures
+        config.data = dict(source="shapes", size=1)
+    with hf.configs_alone():
+        values = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
     for name, value in values.items():
         print(f"{name.removesuffix('_bytes'):28} {_readable(name, value):>20}")
     return values

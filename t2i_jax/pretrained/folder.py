@@ -257,8 +257,10 @@ def described(source: str) -> dict:
     Raises: as `open`.
     """
     folder = open(source)
-    denoiser = opener.open(folder.part(folder.recipe.denoiser)).config
-    vae = opener.open(folder.part(AUTOENCODER)).config
+    # Whether weights are there too, is told where they are read.
+    with hf.configs_alone():
+        denoiser = opener.open(folder.part(folder.recipe.denoiser)).config
+        vae = opener.open(folder.part(AUTOENCODER)).config
     factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     side = denoiser.get("sample_size") or FLUX_SIDE
     sides = {*side} if isinstance(side, list) else {side}

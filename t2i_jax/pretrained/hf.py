@@ -71,7 +71,8 @@ def locate(name: str) -> pathlib.Path:
         raise errors.ConfigError(
             f"{part!r} names no part", where=name, fix="write the name of one folder behind the #"
         )
-    return _check(_fetch(whole, part) if name.startswith("hf:") else whole, part)
+    alone = _alone.get()
+    return _check(_fetch(whole, part, alone) if name.startswith("hf:") else whole, part, alone)
 
 
 def locate_pipeline(name: str) -> pathlib.Path:
@@ -266,16 +267,33 @@ def offline_except(*names):
         _allowed.reset(token)
 
 
+# Whether checkpoints are wanted without their weights.
+_alone: contextvars.ContextVar = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def configs_alone():
+    """Within it, a checkpoint's weights are neither fetched nor missed: its texts say the sizes."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 @functools.cache
-def _fetch(whole: str, part: str) -> pathlib.Path:
-    """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone."""
+def _fetch(whole: str, part: str, alone: bool) -> pathlib.Path:
+    """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone, perhaps
+    without weights.
+    """
     # A part's name becomes a pattern, in which its characters must mean themselves.
     within, beside = (f"{glob.escape(name)}/" if part else "" for name in (part, _beside(part)))
     texts = [folder + name for folder in {within, beside} for name in TEXTS]
     weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
     plain = weights_of(".safetensors") + weights_of("-*.safetensors")
     # A repository may hold the same weights in several precisions: one is fetched.
-    for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
+    kinds = (plain, [f"*{variant}*.safetensors" for variant in VARIANTS])
+    for patterns in ((),) if alone else kinds:
         name = f"{whole}#{part}" if part else whole
         patterns = [*texts, *(within + pattern for pattern in patterns)]
         # The hub's `*` matches "/", too: the last argument keeps files of deeper folders out.
@@ -326,11 +344,11 @@ def _snapshot(whole: str, name: str, patterns, ignored) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _check(whole: pathlib.Path, part: str) -> pathlib.Path:
+def _check(whole: pathlib.Path, part: str, alone: bool) -> pathlib.Path:
     """The folder itself or that of its part, where a checkpoint lies there."""
     folder = whole / part
     found, has_config = weights(folder), (folder / CONFIG).is_file()
-    if found and has_config:
+    if has_config and (found or alone):
         return folder
     index = read_json(whole / PIPELINE) if (whole / PIPELINE).is_file() else {}
     parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]

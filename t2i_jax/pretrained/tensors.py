@@ -83,6 +83,12 @@ class Source(NamedTuple):
         """Of the parameter, in one layer."""
         return _wide(self.leaf.shape[1:] if self.layers else self.leaf.shape)
 
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor in its file."""
+        *lead, last = self.shape
+        return _back((*lead, last // len(self.by_layer[0])), self.axes)
+
     def apart(self, value: np.ndarray) -> list[np.ndarray]:
         """The tensors of a parameter's value, as in their file: the inverse of `load`."""
         parts = []
@@ -103,25 +109,19 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     """
     found = _tensors(folder, names)
     plan, problems, used = {}, [], set()
-    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
-        sources, kernel, layers = _sources(path, names)
-        if not sources:
+    for path, made in wanted(abstract_params, names).items():
+        if not made.tensors:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        made = Source(leaf, [None] * len(sources), (), layers)
-        axes = tuple(range(len(made.shape)))
-        axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
-        used.update(sources)
-        *lead, last = made.shape
-        shape = _back((*lead, last // len(made.by_layer[0])), axes)
-        for source in sources:
-            _flatten(found, source, shape)
+        used.update(made.tensors)
+        for source in made.tensors:
+            _flatten(found, source, made.tensor_shape)
             has = found[source].shape if source in found else "none"
-            if has != shape:
-                problems.append(f"{source}: want {shape}, found {has}")
+            if has != made.tensor_shape:
+                problems.append(f"{source}: want {made.tensor_shape}, found {has}")
             elif (kind := found[source].kind) not in hf.FLOATS:
                 problems.append(f"{source}: want one of {', '.join(hf.FLOATS)}, found {kind}")
-        plan[path] = made._replace(tensors=[found.get(name) for name in sources], axes=axes)
+        plan[path] = made._replace(tensors=[found.get(name) for name in made.tensors])
     # Without prefixes startswith(()) is False, so every unused tensor is reported below.
     trunk = lambda source: found[source].name.startswith(names.prefixes)
     headed = any(map(trunk, found))
@@ -139,10 +139,24 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     return plan
 
 
+def wanted(abstract_params, names: Names) -> dict[str, Source]:
+    """Path of each parameter -> its source, with names in place of tensors; none where the table
+    does not know the parameter.
+    """
+    made = {}
+    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
+        sources, kernel, layers = _sources(path, names)
+        source = Source(leaf, sources, (), layers)
+        axes = tuple(range(len(source.shape)))
+        if sources and kernel and not names.untransposed:
+            axes = _AXES[len(axes)]
+        made[path] = source._replace(axes=axes)
+    return made
+
+
 def known(abstract_params, names: Names) -> int:
     """How many parameters the names tell the tensors of."""
-    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    return sum(bool(_sources(path, names)[0]) for path in leaves)
+    return sum(bool(source.tensors) for source in wanted(abstract_params, names).values())
 
 
 def load(sources: dict[str, Source]):
