@@ -215,7 +215,7 @@ def test_a_pretrained_pipeline_is_tuned_as_on_one_device(found, kind):
     another what it was, to the bit.
     """
     one = found["finetune"][f"{kind} one"]
-    for strategy in ("data", "zero1", "fsdp"):
+    for strategy in ("data", "zero1", "fsdp") if kind == "whole" else ("fsdp",):
         seen = found["finetune"][f"{kind} {strategy}"]
         assert seen["loss"] == pytest.approx(one["loss"], rel=1e-5)
         assert seen["difference"] <= 1e-5
