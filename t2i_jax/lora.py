@@ -77,8 +77,13 @@ def wrap(family, spec):
     frozen = tuple(adapter(name) for name in options if name not in family.trained)
     losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
     predict = {name: _with(fn, spec) for name, fn in family.predict.items()}
+    stages = {
+        name: tuple(stage._replace(fn=_with(stage.fn, spec)) for stage in each)
+        for name, each in family.stages.items()
+    }
     unread = tuple(name for name in family.training_only if name not in options)
-    return family._replace(init=init, losses=tuple(losses), predict=predict, training_only=unread)
+    changed = dict(losses=tuple(losses), predict=predict, training_only=unread, stages=stages)
+    return family._replace(init=init, **changed)
 
 
 def merge_run(nets, config):

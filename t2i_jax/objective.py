@@ -3,7 +3,9 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from t2i_jax import lora, plugins
+import jax
+
+from t2i_jax import lora, plugins, sharding
 
 # net name -> Linen variables {"params": …, "batch_stats": …}
 Nets = Mapping[str, Mapping[str, Any]]
@@ -50,6 +52,44 @@ def together(prediction: Callable) -> Callable:
     return prediction
 
 
+class Stage(NamedTuple):
+    """A part of a prediction that can be a program of its own.
+
+    Then only its nets take memory, and one can look at what lies between stages.
+
+    nets: those that it reads.
+    fn: `(nets, batch, key, **options) -> batch`, of the next stage, or what the prediction gives.
+      Every batch has "index". Arrays are split over devices where the first axis is that of the
+      examples, or of two rows for each.
+    times: `(batch, **options) -> int`, how often `fn` runs; None: once. Where it is set, `fn` gets
+      the number `n`, too, and gives what changes in the batch; beside that "preview", which is what
+      the pictures would be, as latents.
+    """
+
+    nets: tuple[str, ...]
+    fn: Callable
+    times: Callable | None = None
+
+    def changed(self, batch, new):
+        """The batch behind one run of `fn` that gave `new`."""
+        return new if self.times is None else {key: new.get(key, batch[key]) for key in batch}
+
+
+def through(stages, nets, batch, key, **options):
+    """What stages give, one after another in one program."""
+    for stage in stages:
+        if stage.times is None:
+            batch = stage.fn(nets, batch, key, **options)
+        elif times := stage.times(batch, **options):
+
+            def step(n, batch, stage=stage):
+                own, n = sharding.anew(nets, n)
+                return stage.changed(batch, stage.fn(own, batch, key, n=n, **options))
+
+            batch = jax.lax.fori_loop(0, times, step, batch)
+    return batch
+
+
 class Input(NamedTuple):
     """Keys of the batch, and how they are made; `data.inputs` has the usual ones.
 
@@ -82,6 +122,7 @@ class Objective(NamedTuple):
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
     inputs: what the batch holds; by default `data.inputs.picture_and_caption(config)`, which are
       "image", BHWC, and "text", `models.types.Tokens` or of several encoders name -> `Tokens`.
+    stages: name of a prediction -> what it goes `through`, where it does.
 
     `batch` also holds "weight" f32 B and "index" int32 B: the slot in the global batch, or the
     picture's number when sampling, from which all noise of an example comes. Images of uint8 are
@@ -94,6 +135,7 @@ class Objective(NamedTuple):
     predict: Mapping[str, Callable]
     training_only: tuple[str, ...] = ()
     inputs: tuple[Input, ...] | None = None
+    stages: Mapping[str, tuple[Stage, ...]] = {}
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -291,6 +291,17 @@ class GatherAtUse(meta.AxisMetadata):
         return self.replace(there=moved(self.there), back=moved(self.back))
 
 
+def anew(nets, n):
+    """Nets and a loop's number n, for use in the loop: split parameters are gathered in each turn.
+
+    XLA would gather all of them before the first turn, as they are the same in each.
+    """
+    is_box = lambda x: isinstance(x, GatherAtUse)
+    if not any(map(is_box, jax.tree.leaves(nets, is_leaf=is_box))):
+        return nets, n
+    return jax.lax.optimization_barrier((nets, n))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _move(there, back, x):
     """x with the sharding `there`. Its cotangent gets the sharding `back`.

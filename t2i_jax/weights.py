@@ -1,8 +1,10 @@
 """Where nets come from: exported models, runs and pretrained encoders, by one name."""
 
 import contextlib
+import functools
 import json
 import pathlib
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -248,35 +250,66 @@ def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(
     """
     shapes = frozen_shapes(family, config, except_nets=except_nets, shapes=shapes)
     wanted = {name: shape for name, shape in shapes.items() if name not in except_nets}
-    return _filled(family, config, wanted, shardings)
+    return dict(_filled(family, config, wanted, shardings))
 
 
 def pretrained(family: objective.Objective, config, shardings=None):
     """The trained nets that `config.load` names, as they are there; `shardings` as in `frozen`."""
     shapes = abstract_nets(family, config)
     named = sources(config).keys() & set(family.trained)
-    return _filled(family, config, {name: shapes[name] for name in sorted(named)}, shardings)
+    wanted = {name: shapes[name] for name in sorted(named)}
+    return dict(_filled(family, config, wanted, shardings))
 
 
-def _filled(family, config, shapes, shardings):
+class OnDemand(Mapping):
+    """Nets that are loaded each time one asks for them, and not kept.
+
+    makers: net -> a function that gives its variables.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable]):
+        self._makers = makers
+
+    def __getitem__(self, name):
+        return self._makers[name]()
+
+    def __iter__(self):
+        return iter(self._makers)
+
+    def __len__(self):
+        return len(self._makers)
+
+    def __or__(self, nets):
+        """With more nets, which are kept."""
+        return OnDemand(self._makers | {name: lambda net=net: net for name, net in nets.items()})
+
+
+def _filled(family, config, shapes, shardings) -> OnDemand:
     """Nets of these shapes, of `config.load` where it names them, else random."""
-    given, targets, nets = sources(config), _placed(shapes, shardings), {}
-    for name, target in targets.items():
+    given = sources(config)
+
+    def fill(name, target):
         if name in given:
-            nets[name] = load_net(given[name], name, target)
+            net = load_net(given[name], name, target)
         else:
             # The run's seed: a random frozen net must be the same at each start.
             key = jax.random.key(config.seed)
             batch = abstract_batch(family, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             # Within jit, what computes the other nets is dropped as unused.
-            nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+            net = jax.jit(lambda k, b: family.init(k, b)[name])(key, zeros)
+        return jax.device_put(net, jax.tree.map(lambda s: s.sharding, target))
+
+    targets = _placed(shapes, shardings)
+    return OnDemand({name: functools.partial(fill, name, s) for name, s in targets.items()})
 
 
-def imported(family: objective.Objective, config):
-    """All nets of a pipeline that was opened as it is, in the types that its files store."""
-    return _filled(family, config, checked_shapes(config, abstract_nets(family, config)), None)
+def imported(family: objective.Objective, config, shardings=None) -> OnDemand:
+    """All nets of a pipeline that was opened as it is, in the types that its files store;
+    `shardings` as in `frozen`.
+    """
+    shapes = checked_shapes(config, abstract_nets(family, config))
+    return _filled(family, config, shapes, shardings)
 
 
 def sources(config) -> dict:

@@ -17,7 +17,7 @@ from configs import digits_mlp_gan, shapes_transformer
 from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
 from t2i_jax.models.types import Cond, Tokens
-from t2i_jax.pretrained import opener, text_encoder
+from t2i_jax.pretrained import folder, opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import fingerprint
 from tests import runs, test_text_families, test_vits
@@ -194,7 +194,8 @@ def main():
         }
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
-        found |= _denoisers() | _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
+        found |= _denoisers() | _scan() | _draw() | _pipeline() | _lora() | _features()
+        found |= _contrast() | _gan()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
         found |= _encoders("umt5") | _guided()
@@ -345,6 +346,39 @@ def _draw() -> dict:
         pictures.append(predictor.sample(nets, ["a red circle"] * 8, steps=3).astype(int))
     a, b = pictures
     return {"draw": {"difference": int(np.abs(a - b).max()), "spread": int(np.ptp(a))}}
+
+
+def _pipeline() -> dict:
+    """A pretrained pipeline's pictures of one device, of all, and of one split over all."""
+    captions = ["a red circle", "a ring"] * 4
+    config, options = weights.config_at(str(folder.TINY)), dict(steps=3, guidance=4.0)
+    one = pipeline.Predictor(config)
+    batch, found = one.batch(caption=captions), {}
+    nets = dict(weights.imported(one.objective, config))
+    alone = np.asarray(one.run("sample", nets, batch, **options))
+    few = one.sample(nets, captions[:3], **options).astype(int)
+    for strategy in ("data", "fsdp"):
+        pipe = pipeline.Pipeline.load(str(folder.TINY), strategy=strategy)
+        drawn = pipe(captions[:3], **options).astype(int)
+        together = pipe.predictor.run("sample", pipe.nets, batch, seed=[0] * 8, **options)
+        arrays, placed = jax.tree.leaves(pipe.nets), pipe.predictor.batch(caption=captions)
+        compiled = pipe.predictor.trace("sample", pipe.nets, placed, **options).lower().compile()
+        found[strategy] = {
+            "difference": float(np.abs(together - alone).max()),
+            "few": int(np.abs(drawn - few).max()),
+            # A batch of as many as there are devices: the program of eight captions.
+            "programs": pipe.predictor._bind("sample", options)[0]._cache_size(),
+            "held": sum(x.addressable_shards[0].data.nbytes for x in arrays)
+            / sum(x.nbytes for x in arrays),
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "bytes": sum(x.nbytes for x in arrays),
+        }
+    frugal = pipeline.Pipeline.load(str(folder.TINY), strategy="fsdp", low_memory=True)
+    found["low memory"] = int(np.abs(frugal(captions[:3], **options).astype(int) - few).max())
+    sliced = pipe.predictor.trace("sample", pipe.nets, placed, **options, sliced=True)
+    found["sliced"] = plan.traffic(sliced.lower().compile().as_text())["all-gather"].bytes
+    found["at once"] = plan.traffic(compiled.as_text())["all-gather"].bytes
+    return {"pipeline": found | {"spread": float(np.ptp(alone))}}
 
 
 def _guided() -> dict:

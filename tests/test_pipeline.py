@@ -197,6 +197,15 @@ def batches(pipe, monkeypatch):
     return asked
 
 
+def test_a_batch_is_computed_while_the_one_before_is_fetched(pipe, batches, monkeypatch):
+    order, run, fetch = [], pipe.predictor.run, pipeline.jax.device_get
+    said = lambda word, fn: lambda *args, **options: order.append(word) or fn(*args, **options)
+    monkeypatch.setattr(pipe.predictor, "run", said("run", run))
+    monkeypatch.setattr(pipeline.jax, "device_get", said("fetch", fetch))
+    assert len(pipe(CAPTIONS[0], num_images=5, batch_size=2)) == 5
+    assert order == ["run", "run", "fetch", "run", "fetch", "fetch"]
+
+
 def test_seeds_are_for_prompts_or_for_pictures(pipe, batches):
     for seed in (7, [7, 8], [7, 7, 8, 9]):
         assert pipe(CAPTIONS, seed=seed, num_images=2).shape[0] == 4

@@ -215,6 +215,23 @@ def test_a_net_split_over_eight_devices_draws_as_one_does(found):
 
 
 @SLOW
+@pytest.mark.parametrize(("strategy", "share"), [("data", 1), ("fsdp", 1 / 8)])
+def test_a_pretrained_pipeline_draws_on_eight_devices_as_on_one(found, strategy, share):
+    ours = found["pipeline"][strategy]
+    assert found["pipeline"]["spread"] > 0.5
+    assert ours["difference"] <= 1e-5
+    assert ours["few"] <= 1  # three pictures: padded to eight, and cut again
+    assert ours["programs"] == 1
+    assert share <= ours["held"] <= share * 1.1
+    assert found["pipeline"]["low memory"] <= 1
+    # The steps gather what they read, each anew. All at once it would be 0.8 of all parameters.
+    more = ours["temporaries"] - found["pipeline"]["data"]["temporaries"]
+    assert more <= 0.6 * ours["bytes"]
+    # Where images are decoded one after another, each device decodes its own.
+    assert found["pipeline"]["sliced"] <= found["pipeline"]["at once"]
+
+
+@SLOW
 def test_a_scan_over_layers_computes_what_the_layers_do(found):
     assert found["scan"]["difference"] <= 1e-5
 

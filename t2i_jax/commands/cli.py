@@ -28,7 +28,7 @@ PATHS = (  # flags that name a file or folder
         "extractor",
     ),
     *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
-    *("input", "image", "like"),
+    *("input", "image", "like", "preview"),
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 HELP = ("-h", "--help", "-help")
@@ -61,7 +61,16 @@ def model_flags() -> dict:
         ),
         "step": step_flag(),
         "load": load_flag(),
+        "strategy": flags.DEFINE_enum(
+            "strategy", None, ["data", "fsdp"], "fsdp: each of several devices holds a part."
+        ),
     }
+
+
+def opened(options: dict) -> dict:
+    """What the flags of `model_flags` ask `Pipeline.load` for, beside the model's name."""
+    wanted = {"step": options["step"].value, "load": loads(options["load"])}
+    return wanted | given({"strategy": options["strategy"]})
 
 
 def step_flag():

@@ -235,8 +235,7 @@ def _pipeline(**options):
     source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
     from t2i_jax import pipeline  # imports JAX: errors of flags should not wait for that
 
-    load = cli.loads(MODEL["load"])
-    return pipeline.Pipeline.load(source, step=MODEL["step"].value, load=load, **options)
+    return pipeline.Pipeline.load(source, **cli.opened(MODEL), **options)
 
 
 def _digest(pipe) -> str:

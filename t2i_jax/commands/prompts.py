@@ -270,10 +270,10 @@ def _request(row) -> Request:
     )
 
 
-def draw(pipe, requests, *, batch_size: int, strict: bool = False):
+def draw(pipe, requests, *, batch_size: int, strict: bool = False, callback=None):
     """Draws all requests, those with equal options together.   -> [(result, metadata), …]
 
-    A result is a picture, uint8 HWC, or a text.
+    A result is a picture, uint8 HWC, or a text. The callback is that of `Pipeline`.
 
     Raises:
       ConfigError: a prediction or an option that the family does not have; with `strict`, a prompt
@@ -309,6 +309,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
             seed=[r.seed for r in each],
             index=[requests[i].first + k for i, k in jobs],
             batch_size=batch_size,
+            callback=callback,
             **dict(options),
         )
         drawn |= dict(zip(jobs, found, strict=True))

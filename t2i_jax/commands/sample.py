@@ -3,7 +3,10 @@
 python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background"
 """
 
-from absl import flags
+import functools
+import pathlib
+
+from absl import flags, logging
 
 from t2i_jax import errors
 from t2i_jax.commands import cli
@@ -36,6 +39,12 @@ INTERPOLATE = flags.DEFINE_integer(
 )
 REPRODUCE = flags.DEFINE_string(
     "reproduce", None, "A picture, grid or strip of ours, to be drawn again."
+)
+LOW_MEMORY = flags.DEFINE_bool(
+    "low_memory", False, "Load the networks of a pretrained pipeline in turn, when each is needed."
+)
+PREVIEW = flags.DEFINE_string(
+    "preview", None, "A small autoencoder, DIR or hf:madebyollin/taesd: shows each step in a file."
 )
 OPTIONS = cli.sampling_flags()
 
@@ -79,7 +88,8 @@ def main():
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters())
+    options = {**cli.opened(MODEL), "step": step, "lora": _adapters()}
+    options |= {"low_memory": LOW_MEMORY.value, "preview": PREVIEW.value}
     pipe = pipeline.Pipeline.load(source, **options)
     if REPRODUCE.value:
         prompts.check_adapters(recorded, pipe.adapters)
@@ -93,7 +103,8 @@ def main():
         options = dict(metadata=METADATA.value)
         paths = prompts.save_between(drawn, settings, OUTPUT_DIR.value, **options)
     else:
-        drawn = prompts.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
+        options = dict(strict=STRICT.value, callback=_previews() if PREVIEW.value else None)
+        drawn = prompts.draw(pipe, wanted, batch_size=BATCH_SIZE.value, **options)
         options = dict(grid=grid, metadata=METADATA.value, extension=FORMAT.value)
         paths = prompts.save(drawn, OUTPUT_DIR.value, **options)
     for path in paths:
@@ -113,6 +124,23 @@ def _adapters() -> dict[str, float]:
         except ValueError:
             found[text] = 1.0  # the colon belongs to the name
     return found
+
+
+def _previews():
+    """A callback that writes what the pictures would be after each step into one file."""
+    from t2i_jax import images
+
+    @functools.cache
+    def path():
+        claimed = images.claim(pathlib.Path(OUTPUT_DIR.value), "preview.png")
+        logging.info("previews: %s", claimed)
+        return claimed
+
+    def write(step, image_BHWC):
+        with images.writing(OUTPUT_DIR.value, "--output_dir"):
+            images.save(path(), images.grid(image_BHWC))
+
+    return write
 
 
 def predictions() -> str:
@@ -139,7 +167,7 @@ def _check_together() -> None:
     """Options that another one makes void are errors, as nothing is ignored in silence."""
     asked = (PROMPT, PROMPTS_FILE, NEGATIVE_PROMPT, NUM_IMAGES, SEED, INTERPOLATE)
     for main_flag, void in (
-        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE)),
+        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE, PREVIEW)),
         (REPRODUCE, (*asked, PREDICT, SET, *OPTIONS.values())),
     ):
         # `present` and not the value: a default was asked for by nobody.

@@ -17,7 +17,7 @@ from t2i_jax import errors, fields, losses, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.data import inputs
 from t2i_jax.models.types import Moments, Output
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.objective import Aux, Loss, Objective, Pictures, Stage, through
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
@@ -64,7 +64,8 @@ def make(config) -> Objective:
         inputs.picture(config.res, augment=tuple(config.augment)),
         inputs.caption(family.captions.tokenizers),
     )
-    return Objective(family.init, (Loss(trained, family.loss),), predict, inputs=read)
+    losses, stages = (Loss(trained, family.loss),), family.stages
+    return Objective(family.init, losses, predict, inputs=read, stages=stages)
 
 
 def latents(vae, res: int) -> spaces.Space:
@@ -73,16 +74,23 @@ def latents(vae, res: int) -> spaces.Space:
     """
     side = res // vae.factor
 
-    def encode(nets, batch, keys_B):
-        mean_BhwC, logvar_BhwC = vae.apply(nets[folders.AUTOENCODER], batch["image"])
-        if logvar_BhwC is not None:
+    # `by` applies a network, perhaps to a part at a time. Without it, all is encoded at once.
+    def encode(nets, batch, keys_B, by=lambda net, image_BHWC: net(image_BHWC)):
+        def moments(image_BHWC):
+            found = vae.apply(nets[folders.AUTOENCODER], image_BHWC)
+            return jnp.concatenate([x for x in found if x is not None], -1)
+
+        moments_BhwC = by(moments, batch["image"])
+        mean_BhwC, logvar_BhwC = jnp.split(moments_BhwC, [vae.latent_channels], -1)
+        if logvar_BhwC.size:
             noise = randomness.normal_each(keys_B, mean_BhwC.shape[1:])
             mean_BhwC += jnp.exp(0.5 * logvar_BhwC) * noise
         return (mean_BhwC - vae.shift_factor) * vae.scaling_factor
 
-    def decode(nets, z_BhwC):
+    def decode(nets, z_BhwC, by=lambda net, latent_BhwC: net(latent_BhwC)):
         latent_BhwC = z_BhwC / vae.scaling_factor + vae.shift_factor
-        return vae.apply(nets[folders.AUTOENCODER], latent_BhwC, method="decode")
+        decode = lambda z: vae.apply(nets[folders.AUTOENCODER], z, method="decode")
+        return by(decode, latent_BhwC)
 
     def init(key, batch):
         return vae.init(key, jnp.zeros((1, res, res, 3)))
@@ -126,6 +134,14 @@ class Latent:
         self.path = self.scheduler.path
         # FLUX.1-dev learned what guidance gives, and reads its scale; schnell needs none.
         self.distilled = bool(denoiser.config.get("guidance_embeds"))
+        drawing = (
+            Stage(("text",), self.read),
+            Stage(("model",), self.begin),
+            Stage(("model",), self.step, self.count),
+            Stage((folders.AUTOENCODER,), self.show),
+        )
+        seen = Stage((folders.AUTOENCODER,), self.see)
+        self.stages = {"sample": drawing, "img2img": (seen, *drawing)}
         if config.cache:
             raise errors.ConfigError(
                 "caption states are not cached for this family",
@@ -251,6 +267,7 @@ class Latent:
         width: Side = 0,
         height: Side = 0,
         tile: Side = 0,
+        sliced: bool = False,
     ) -> Pictures:
         """Images for captions.   -> image_BHWC in [-1, 1]
 
@@ -261,13 +278,11 @@ class Latent:
           width, height: in pixels; 0: those that the model was trained for.
           tile: side in pixels of the overlapping tiles that large images are decoded in, one after
             another; 0: all at once.
+          sliced: the images are decoded one after another, on each device.
         """
-        size = self.size(height, width)
-        keys_B = randomness.per_example(key, batch["index"])
-        noise = self.noise(batch, keys_B, size)
-        grid = self.grid(size, steps, sampler)
-        z = self.solved(nets, batch, keys_B, grid.start * noise, grid, sampler, size, guidance)
-        return self.image(nets, z, tile)
+        options = dict(steps=steps, sampler=sampler, tile=tile, sliced=sliced)
+        options |= dict(guidance=guidance, width=width, height=height)
+        return through(self.stages["sample"], nets, batch, key, **options)
 
     def img2img(
         self,
@@ -280,30 +295,116 @@ class Latent:
         guidance: Guidance = 5.0,
         steps: Steps = 28,
         sampler: Solver = "",
+        tile: Side = 0,
+        sliced: bool = False,
     ) -> Pictures:
         """Images for captions that begin as given ones (SDEdit, arXiv:2108.01073).
 
         Args:
           strength: share of the steps that are done, from 0, which leaves the images, to 1.
           guidance, steps, sampler: as of `sample`.
+          tile, sliced: as of `sample`, and images are encoded so, too.
         """
-        size = batch["image"].shape[1:3]
-        keys_B = randomness.per_example(key, batch["index"])
-        noise = self.noise(batch, keys_B, size)
-        grid = self.grid(size, steps, sampler, strength)
-        z0 = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
-        z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise if len(grid.time_S) else z0
-        z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
-        return self.image(nets, z)
+        options = dict(steps=steps, sampler=sampler, tile=tile, sliced=sliced)
+        options |= dict(guidance=guidance, strength=strength)
+        return through(self.stages["img2img"], nets, batch, key, **options)
 
-    def image(self, nets, z, tile: int = 0):
-        """The images of latents, decoded in tiles of so many pixels a side.   -> image_BHWC"""
-        decode, side = (lambda z: self.space.decode(nets, z)), tile // self.vae.factor
-        if tile:
-            image = tiles.tiled(decode, z, tile=max(side, 2), factor=self.vae.factor)
+    def see(self, nets, batch, key, *, tile, sliced, **options):
+        """The stage that makes latents of images."""
+        keys_B = randomness.per_example(key, batch["index"])
+        by = self.by_parts(tile, sliced, factor=1, unit=self.vae.factor)
+        z0 = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0), by)
+        return {name: x for name, x in batch.items() if name != "image"} | {"latents": z0}
+
+    def read(self, nets, batch, key, *, guidance, **options):
+        """The stage that encodes captions, and what to be guided away from, beside each other."""
+        if self.distilled and "negative_text" in batch:
+            raise errors.ConfigError(
+                "this model was trained to be guided by itself, and reads no negative prompt",
+                where="negative_prompt",
+                fix="leave it out",
+            )
+        size = self.size_of(batch, **options)
+        cond = self.cond(nets, batch["text"], size, guidance)
+        # A distilled model reads the scale, and one pass is enough.
+        if not self.distilled and not guide.is_none(guidance):
+            cond = jax.tree.map(guide.interleave, cond, self.null(nets, batch, cond, size))
+        rest = {k: x for k, x in batch.items() if k in ("index", "noise", "latents")}
+        return rest | {"cond": cond}
+
+    def begin(self, nets, batch, key, *, strength=1.0, steps, sampler, **options):
+        """The stage before the first step."""
+        size = self.size_of(batch, **options)
+        grid = self.grid(size, steps, sampler, strength)
+        noise = self.noise(batch, randomness.per_example(key, batch["index"]), size)
+        if "latents" not in batch:
+            z = grid.start * noise
+        elif len(grid.time_S):
+            z = grid.alpha_S[0] * batch["latents"] + grid.sigma_S[0] * noise
         else:
-            image = decode(z)
-        return jnp.clip(image, -1, 1)
+            z = batch["latents"]
+        # As in `flow`: what follows from the caption alone is computed once for all steps.
+        prepared = self.model.apply(nets["model"], batch["cond"], method="prepare")
+        state = solvers.SOLVERS[sampler or self.scheduler.name].start(z, grid)
+        return {"index": batch["index"], "cond": batch["cond"], "text": prepared, "state": state}
+
+    def count(self, batch, *, strength=1.0, steps, sampler, **options) -> int:
+        """How often `step` runs."""
+        return len(self.grid(self.size_of(batch), steps, sampler, strength).time_S)
+
+    def step(self, nets, batch, key, *, n, strength=1.0, steps, sampler, guidance, **options):
+        """The stage that takes noise off latents, once."""
+        grid = self.grid(self.size_of(batch), steps, sampler, strength)
+        keys_B = randomness.per_example(key, batch["index"])
+        shape = batch["state"][0].shape
+
+        def output(z, t_B):
+            return self.model.apply(nets["model"], z, t_B, batch["cond"], batch["text"])
+
+        if len(batch["cond"].seq_BLD) == shape[0]:  # nothing stands beside the captions
+            guided = lambda z, t: output(z, jnp.full(len(z), t))
+        else:
+            guided = guide.cfg(output, None, guidance, guide.ALWAYS)
+        # Number 0 is that of the encoded image's noise.
+        step_keys = lambda n: randomness.fold_each(keys_B, n + 1)
+        normal = lambda n: randomness.normal_each(step_keys(n), shape[1:])
+        solver = solvers.SOLVERS[sampler or self.scheduler.name]
+        state, x = solver.step(guided, batch["state"], n, grid.at(n), grid, normal)
+        return {"state": state, "preview": x}
+
+    def show(self, nets, batch, key, *, tile, sliced, **options):
+        """The stage that makes images of latents."""
+        by = self.by_parts(tile, sliced, factor=self.vae.factor)
+        return jnp.clip(self.space.decode(nets, batch["state"][0], by), -1, 1)
+
+    def size_of(self, batch, *, height: int = 0, width: int = 0, **options):
+        """Height and width in pixels of a batch: of its latents, if it has any, or as asked."""
+        z = batch["state"][0] if "state" in batch else batch.get("latents")
+        if z is None:
+            return self.size(height, width)
+        return tuple(side * self.vae.factor for side in z.shape[1:3])
+
+    def by_parts(self, tile: int, sliced: bool, **sides):
+        """How the autoencoder is applied to images, or to latents.   -> (net, x_BHWC) -> BHWC
+
+        sides: of `tiles.tiled`, but for the tile's.
+        """
+        places, rest = divmod(tile, self.vae.factor)
+        if rest or places == 1:
+            near = max(places, 2) * self.vae.factor
+            raise errors.ConfigError(
+                f"tile is {tile}, no multiple of {self.vae.factor} from {2 * self.vae.factor} on",
+                where="--set tile",
+                fix=f"use {near} or {near + self.vae.factor}, or 0 for none",
+            )
+
+        def apply(net, x_BHWC):
+            one = (lambda x: tiles.tiled(net, x, tile=places, **sides)) if tile else net
+            # A batch is split over the devices of its process, which decode an image each.
+            at_once = jax.local_device_count()
+            return tiles.sliced(one, x_BHWC, at_once=at_once) if sliced else one(x_BHWC)
+
+        return apply
 
     def parts(self, nets, batch, key, *, width: Side = 0, height: Side = 0):
         """What each network makes of captions and noise, to be compared with other programs.
@@ -335,31 +436,3 @@ class Latent:
             even=self.recipe.evenly,
             strength=strength,
         )
-
-    def solved(self, nets, batch, keys_B, z, grid, sampler, size, guidance):
-        """The latents that guided steps lead to from z at the grid's first time."""
-        cond = self.cond(nets, batch["text"], size, guidance)
-
-        def under(cond):
-            # As in `flow`: what follows from the caption alone is computed once for all steps.
-            prepared = self.model.apply(nets["model"], cond, method="prepare")
-            return lambda z, t_B: self.model.apply(nets["model"], z, t_B, cond, prepared)
-
-        alone = under(cond)
-        if self.distilled and "negative_text" in batch:
-            raise errors.ConfigError(
-                "this model was trained to be guided by itself, and reads no negative prompt",
-                where="negative_prompt",
-                fix="leave it out",
-            )
-        if self.distilled:  # it reads the scale, and one pass is enough
-            output = lambda z, t: alone(z, jnp.full(len(z), t))
-        else:
-            null = self.null(nets, batch, cond, size)
-            pair = under(jax.tree.map(guide.interleave, cond, null))
-            output = guide.cfg(pair, alone, guidance, guide.ALWAYS)
-        # Number 0 is that of the encoded image's noise.
-        step_keys = lambda n: randomness.fold_each(keys_B, n + 1)
-        normal = lambda n: randomness.normal_each(step_keys(n), z.shape[1:])
-        solve = solvers.SOLVERS[sampler or self.scheduler.name]
-        return solve(output, z, grid, normal)

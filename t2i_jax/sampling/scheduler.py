@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -118,6 +119,10 @@ class Grid(NamedTuple):
             draws=None,
             repeats=None,
         )
+
+    def at(self, n) -> "Grid":
+        """The numbers of call n, which may be traced."""
+        return jax.tree.map(lambda x_S: x_S[n], self.arrays())
 
     def after(self, begin: int) -> "Grid":
         """The grid without its first `begin` calls, for what begins with less noise."""
