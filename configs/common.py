@@ -14,6 +14,7 @@ def base() -> ml_collections.ConfigDict:
     config.objective = ""  # t2i_jax/objectives/<name>.py
     config.seed = 0
     config.res = 32  # pictures are res × res pixels
+    config.size = ()  # or of this height and width, for families that learn rectangles
     config.steps = 1000  # optimiser steps in all; 0: what fits into `minutes` here, see loop.py
     config.minutes = 0.0  # of training, without compiling; the steps are fixed before the first
     config.batch_size = 64  # global, over all devices and processes
@@ -86,7 +87,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
     config.load = dict.fromkeys(config.load, "")  # a flag may name one
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
-    config.text_length = 16
+    config.text_length, config.size = 16, ()
     small = dict(width=16, depth=1, reads=1, heads=2)
     for sizes in _parts(config.model):
         sizes.update({name: size for name, size in small.items() if name in sizes})

@@ -17,9 +17,11 @@ TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose
 
 
 def get_config(arg=None):
-    known = dict(source="", path="", res=0, steps=1000, holdout=0.0, rank=16, debug=False)
+    known = dict(
+        source="", path="", res=0, width=0, height=0, steps=1000, holdout=0.0, rank=16, debug=False
+    )
     arg = common.parse_arg(arg, **known)
-    options = ("source", "path", "res", "steps", "holdout", "debug")
+    options = [name for name in known if name != "rank"]
     config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in options))
     config.lora.model = dict(rank=arg.rank, match=TARGETS)
     config.optim = dict(

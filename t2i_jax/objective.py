@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from t2i_jax import lora, plugins
+from t2i_jax import errors, lora, plugins
 
 # net name -> Linen variables {"params": …, "batch_stats": …}
 Nets = Mapping[str, Mapping[str, Any]]
@@ -115,11 +115,27 @@ def model_by_net(config) -> Mapping[str, Any]:
     return read(config["model"], config["load"])
 
 
+def size(config) -> tuple[int, int]:
+    """Height and width of the pictures that a config's run learns."""
+    return tuple(config.size) or (config.res, config.res)
+
+
 def make(config) -> Objective:
-    """The objective that `config.objective` names, with the adapters of `config.lora`."""
+    """The objective that `config.objective` names, with the adapters of `config.lora`.
+
+    Raises:
+      ConfigError: `config.size` asks for rectangles, and the family learns squares.
+    """
     family = plugins.load("objectives", config.objective).make(config)
     if family.inputs is None:
         # By name and not imported: `data` builds on this module.
         usual = plugins.load("data", "inputs").picture_and_caption
         family = family._replace(inputs=usual(config))
+    for shape in [one.shapes["image"].shape for one in family.inputs if "image" in one.shapes]:
+        if shape[:2] != size(config):
+            raise errors.ConfigError(
+                f"objective {config.objective!r} learns squares",
+                where="config.size",
+                fix="set it to () and config.res to the side",
+            )
     return lora.wrap(family, config.lora) if config.lora else family

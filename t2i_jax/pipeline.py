@@ -89,7 +89,7 @@ class Predictor:
         make = plugins.load("evaluators", name).make
         data = inspect.signature(make).parameters.get("data")
         needed = data is not None and data.default is data.empty
-        own = {"res": self.config.res, **self.config.data, "split": "test"}
+        own = {"res": self.config.size or self.config.res, **self.config.data, "split": "test"}
         return ({"data": own} if needed else {}) | dict(options)
 
     def run(self, name: str, nets, batch, *, seed=0, **options):

@@ -21,7 +21,7 @@ BUILTIN = pathlib.Path(__file__).parent / "builtin"
 KINDS = {  # of what every config.json holds and nets are built from
     **{"objective": str, "res": int, "text_length": int, "batch_size": int, "seed": int},
     **{"model": dict, "load": dict, "optim": dict, "ema": dict, "loss": dict, "sample": dict},
-    **{"evaluators": dict},
+    **{"evaluators": dict, "size": list},
 }
 ALWAYS = {"index": "int32", "weight": "float32"}  # in every batch, beside the family's inputs
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
@@ -133,8 +133,9 @@ def config_at(source: str) -> ml_collections.ConfigDict:
 def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
-    younger |= {"minutes": 0.0, "save_minutes": 0.0}
+    younger |= {"minutes": 0.0, "save_minutes": 0.0, "size": ()}
     values = younger | values
+    values["size"] = tuple(values["size"])
     values["text"] = {"dtype": "float32"} | values["text"]
     if values.keys() >= {"objective", "model", "load"}:
         values["model"] = objective.model_by_net(values)
@@ -145,6 +146,7 @@ def _check_size(values, path) -> None:
     """Raises ConfigError for networks that are no sensible size, before any time goes into one."""
     limits = {"depth": 512}
     sizes = [("res", values.get("res"), hf.LARGEST["res"])]
+    sizes += [("size", side, hf.LARGEST["res"]) for side in values.get("size", ())]
     sizes += [("text_length", values.get("text_length"), hf.LARGE)]
     rest = [("model", values.get("model"))]
     while rest:

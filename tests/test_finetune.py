@@ -11,9 +11,11 @@ import pytest
 from PIL import Image
 
 from configs import finetune, finetune_lora
-from t2i_jax import loop, pipeline
+from t2i_jax import errors, loop, objective, pipeline, weights
+from t2i_jax.objectives import latent
 from t2i_jax.pretrained import lora_files
-from tests import test_latent
+from t2i_jax.text import tokenize
+from tests import runs, test_latent
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -103,6 +105,48 @@ def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path):
     assert apart(again(folders.PROMPTS, noise=start, **OPTIONS), ours) <= 1
     none = pipeline.Pipeline.load(str(source), lora={str(folder): 0.0})
     assert apart(none(folders.PROMPTS, noise=start, **OPTIONS), before) <= test_latent.CLOSE
+
+
+def test_a_run_learns_rectangles_of_one_size(source, data, tmp_path):
+    """Also its samples have that size, and a family of squares refuses it."""
+    config = small(finetune, source, data, size=(24, 16), steps=1, sample_every=1)
+    config.data.pad = True
+    config.prompts, config.sample = ("a red circle",), dict(steps=1)
+    run = loop.Run(config, tmp_path)
+    assert run.batches.batch(0).arrays["image"].shape == (4, 24, 16, 3)
+    loop.train(config, tmp_path)
+    assert Image.open(tmp_path / "samples/step_00000001.png").size == (16, 24)
+    assert pipeline.Pipeline.load(str(tmp_path))("two circles", steps=1).shape == (1, 24, 16, 3)
+    for size in ((20, 17), (24,)):
+        with pytest.raises(errors.ConfigError) as e:
+            loop.Run(small(finetune, source, data, size=size), tmp_path / "new")
+        assert e.value.where == "config.size"
+    with pytest.raises(errors.ConfigError, match="learns squares"):
+        loop.Run(runs.config(size=(24, 16)), tmp_path / "new")
+
+
+def test_sdxl_is_told_where_pictures_come_from(tmp_path):
+    """The loss changes with what `inputs.origin` says, and the denoiser reads it in its place."""
+    folders.save(folders.sdxl, tmp_path)
+    config = weights.config_at(str(tmp_path))
+    config.res = 16
+    family = latent.Latent(config)
+    nets = pipeline.Pipeline.load(str(tmp_path)).nets
+    tokens, _ = tokenize.read(family.captions.tokenizers, folders.PROMPTS)
+    origin = np.array([[20, 30, 0, 10], [60, 16, 18, 0]], np.float32)
+    cond = family.cond(nets, tokens, (24, 16), origin_B4=origin)
+    np.testing.assert_array_equal(cond.numbers_BK, np.c_[origin, [[24, 16]] * 2])
+    alone = family.cond(nets, tokens, (24, 16))
+    np.testing.assert_array_equal(alone.numbers_BK, [[24, 16, 0, 0, 24, 16]] * 2)
+    assert "origin" in objective.make(config).inputs[0].shapes
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    batch = dict(image=image, text=tokens, index=np.arange(2), weight=np.ones(2, np.float32))
+    losses = [
+        family.loss(nets, batch | extra, jax.random.key(0), 0)[0]
+        for extra in ({}, {"origin": np.tile([16.0, 16, 0, 0], (2, 1))}, {"origin": origin})
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    assert abs(losses[2] - losses[0]) > 1e-4
 
 
 def test_a_stopped_run_goes_on_bit_for_bit(source, data, adapted, tmp_path):

@@ -212,7 +212,8 @@ def _by_evaluators() -> dict:
         # What a flag says comes before the config, and its default behind it.
         asked = {**sizes, **own, **flagged, **(sizes if BATCH_SIZE.present else {})}
         if DATA.value and _goes_to(name, DATA):
-            asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
+            res = pipe.config.size or pipe.config.res
+            asked["data"] = {"source": "folder", "path": DATA.value, "res": res}
         asked = pipe.predictor.evaluator_options(name, asked)
         metrics = pipe.evaluate(name, **asked)
         numbers = {k: v for k, v in metrics.items() if not getattr(v, "ndim", 0)}  # no images

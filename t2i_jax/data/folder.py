@@ -21,10 +21,14 @@ EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a red sofa"}'
 
 
 class Source:
-    """Examples {"image": uint8 HWC, "caption": str}, read on access."""
+    """Examples {"image": uint8 HWC, "caption": str, "scale": float}, read on access.
 
-    def __init__(self, root: pathlib.Path, examples: list, fingerprint: str, res: int, pad: bool):
-        self._root, self._examples, self._res, self._pad = root, examples, res, pad
+    scale: how much larger the picture's sides are in the file.
+    """
+
+    def __init__(self, root: pathlib.Path, examples: list, fingerprint: str, res, pad: bool):
+        self._root, self._examples, self._pad = root, examples, pad
+        self._size = (res, res) if isinstance(res, int) else res
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
@@ -36,13 +40,16 @@ class Source:
         if not isinstance(caption, str):
             raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {shown}")
         try:
-            image_HWC = transforms.decode((self._root / name).read_bytes(), self._res)
+            data = (self._root / name).read_bytes()
+            image_HWC, scale = transforms.decode_scaled(data, max(self._size))
         # It would be missing again. Other errors of the disk pass, and the loader tries again.
         except FileNotFoundError as e:
             raise transforms.BadExample(f"missing file: {shown}") from e
         except transforms.BadExample as e:
             raise transforms.BadExample(f"{e} in {shown}") from e
-        return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+        if self._pad:
+            image_HWC = transforms.pad(image_HWC, self._size)
+        return {"image": image_HWC, "caption": caption, "scale": scale}
 
     def where(self, index: int) -> str:
         """The file of an example."""
@@ -54,7 +61,12 @@ class Source:
 
 
 def make(
-    path, *, split: str = "train", res: int = 32, holdout: float = 0.0, pad: bool = False
+    path,
+    *,
+    split: str = "train",
+    res: int | tuple[int, int] = 32,
+    holdout: float = 0.0,
+    pad: bool = False,
 ) -> Source:
     """The PNG, JPEG and WebP images below a folder, in the order of their names.
 
@@ -70,9 +82,10 @@ def make(
     Args:
       path: the folder.
       split: "train" or "test".
-      res: pixels a side of the final squares. Large photographs are decoded near it.
+      res: pixels a side of the final squares, or height and width. Large photographs are decoded
+        near it.
       holdout: share of the images that only "test" has. A hash of the name decides.
-      pad: adds white bars instead of cutting out the middle square.
+      pad: adds white bars instead of cutting out the middle.
     Raises:
       ConfigError: an unknown split, or a holdout outside [0, 1).
       DataError: no images, no captions, a broken metadata file, or a name or link that leads out of

@@ -23,16 +23,18 @@ def picture_and_caption(config) -> tuple[Input, ...]:
     return picture(config.res, augment=tuple(config.augment)), caption(tokenizer)
 
 
-def picture(size: int, key: str = "image", augment=()) -> Input:
-    """A square image, uint8 HWC; float32 in [-1, 1] for losses and predictions.
+def picture(size, key: str = "image", augment=()) -> Input:
+    """An image, uint8 HWC; float32 in [-1, 1] for losses and predictions.
 
+    size: height and width, or one number for a square.
     augment: names of `transforms.AUGMENTATIONS`, applied in this order, in training alone.
     """
     for name in augment:
         errors.check_known("augmentation", name, transforms.AUGMENTATIONS, where="config.augment")
+    size = (size, size) if isinstance(size, int) else tuple(size)
 
     def one(example, rng):
-        image_HWC = transforms.square(example["image"], size)
+        image_HWC = transforms.fit(example["image"], size)
         for name in augment if rng else ():
             image_HWC = transforms.AUGMENTATIONS[name](image_HWC, rng)
         return image_HWC
@@ -40,7 +42,25 @@ def picture(size: int, key: str = "image", augment=()) -> Input:
     def make(examples, rngs, records):
         return {key: np.stack([one(*pair) for pair in zip(examples, rngs, strict=True)])}
 
-    return Input({key: jax.ShapeDtypeStruct((size, size, 3), np.uint8)}, make, reads=("image",))
+    return Input({key: jax.ShapeDtypeStruct((*size, 3), np.uint8)}, make, reads=("image",))
+
+
+def origin(size, key: str = "origin") -> Input:
+    """Where `picture` takes an image of this height and width from: height and width of the file's
+    picture, and the top left corner of the part in it, once it is resized. Float32 4.
+
+    It reads the picture as the source gave it, so it stands in front of `picture`.
+    """
+
+    def one(example):
+        sides = np.array(example["image"].shape[:2])
+        scaled = sides * max(size / sides)
+        return [*np.round(sides * example.get("scale", 1.0)), *(np.round(scaled - size) // 2)]
+
+    def make(examples, rngs, records):
+        return {key: np.array([one(example) for example in examples], np.float32)}
+
+    return Input({key: jax.ShapeDtypeStruct((4,), np.float32)}, make, reads=("image",))
 
 
 def smaller(size: int, key: str = "low") -> Input:

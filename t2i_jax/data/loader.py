@@ -38,7 +38,9 @@ HELD = 2**28  # bytes of their arrays
 
 def make_source(config, **overrides):
     """The training data that config.data describes; `overrides` such as split="test"."""
-    return plugins.source({**config.data, **overrides}, where="config.data", res=config.res)
+    return plugins.source(
+        {**config.data, **overrides}, where="config.data", res=config.size or config.res
+    )
 
 
 class Batch(NamedTuple):

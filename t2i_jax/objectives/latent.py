@@ -13,7 +13,7 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, fields, losses, plugins, randomness
+from t2i_jax import errors, fields, losses, objective, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.data import inputs
 from t2i_jax.models.types import Moments, Output
@@ -28,7 +28,7 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
 Steps = Annotated[int, fields.count()]
-Side = Annotated[int, fields.at_least(0)]  # 0: that of config.res
+Side = Annotated[int, fields.at_least(0)]  # 0: that of the config
 Solver = Annotated[str, fields.one_of(("", *solvers.SOLVERS))]
 
 
@@ -61,17 +61,18 @@ def make(config) -> Objective:
     predict |= {"loss_at_times": family.loss_at_times, "parts": family.parts}
     trained = ("model", "text") if family.options.train_text else ("model",)
     read = (
-        inputs.picture(config.res, augment=tuple(config.augment)),
+        *([inputs.origin(family.pixels)] if family.recipe.numbers == "sizes" else []),
+        inputs.picture(family.pixels, augment=tuple(config.augment)),
         inputs.caption(family.captions.tokenizers),
     )
     return Objective(family.init, (Loss(trained, family.loss),), predict, inputs=read)
 
 
-def latents(vae, res: int) -> spaces.Space:
-    """The latents of an autoencoder's module, which is the net "vae"; scaled as denoisers learn
-    them, z = (latent − shift)·scale (arXiv:2112.10752, appendix G).
+def latents(vae, size) -> spaces.Space:
+    """The latents that an autoencoder's module, which is the net "vae", makes of images of a height
+    and width; scaled as denoisers learn them, z = (latent − shift)·scale (arXiv:2112.10752,
+    appendix G).
     """
-    side = res // vae.factor
 
     def encode(nets, batch, keys_B):
         mean_BhwC, logvar_BhwC = vae.apply(nets[folders.AUTOENCODER], batch["image"])
@@ -85,9 +86,9 @@ def latents(vae, res: int) -> spaces.Space:
         return vae.apply(nets[folders.AUTOENCODER], latent_BhwC, method="decode")
 
     def init(key, batch):
-        return vae.init(key, jnp.zeros((1, res, res, 3)))
+        return vae.init(key, jnp.zeros((1, *size, 3)))
 
-    shape = (side, side, vae.latent_channels)
+    shape = (*(side // vae.factor for side in size), vae.latent_channels)
     return spaces.Space(shape, encode, decode, {folders.AUTOENCODER: init})
 
 
@@ -105,7 +106,7 @@ class Latent:
                 fix="name the denoiser in a diffusers folder: DIR#unet or DIR#transformer",
             )
         self.folder = folders.open(source.rpartition("#")[0])
-        self.recipe, self.res = self.folder.recipe, config.res
+        self.recipe, self.pixels = self.folder.recipe, objective.size(config)
         denoiser, vae = (
             opener.open(self.folder.part(name))
             for name in (self.recipe.denoiser, folders.AUTOENCODER)
@@ -114,8 +115,8 @@ class Latent:
         self.model = denoiser.module(Output, **sizes("model"))
         self.vae = vae.module(Moments, **sizes(folders.AUTOENCODER))
         self.unit = self.vae.factor * self.model.unit  # of the sides of pictures
-        self.size(config.res, config.res, where="config.res")
-        self.space = latents(self.vae, config.res)
+        self.size(*self.pixels, where="config.size" if config.size else "config.res")
+        self.space = latents(self.vae, self.pixels)
         self.captions = folders.Captions(
             self.folder,
             width=denoiser.config.get("joint_attention_dim", 0),
@@ -139,7 +140,7 @@ class Latent:
         Raises:
           ConfigError: a side that the networks do not divide.
         """
-        sides = {"height": height or self.res, "width": width or self.res}
+        sides = {"height": height or self.pixels[0], "width": width or self.pixels[1]}
         for name, side in sides.items():
             if side % self.unit:
                 near = max(side // self.unit, 1) * self.unit
@@ -153,24 +154,30 @@ class Latent:
     def init(self, key, batch):
         key_model, key_text, key_vae = jax.random.split(key, 3)
         text = self.captions.init(key_text, batch["text"])
-        cond = self.cond({"text": text}, batch["text"], (self.res, self.res))
+        cond = self.cond({"text": text}, batch["text"], self.pixels)
         t_B = jnp.zeros(len(batch["index"]))
         z = jnp.zeros((len(t_B), *self.space.shape[:2], self.model.channels))
         nets = {"model": self.model.init(key_model, z, t_B, cond), "text": text}
         return nets | {name: init(key_vae, batch) for name, init in self.space.init.items()}
 
-    def cond(self, nets, tokens, size, guidance=1.0):
-        """The condition of captions for pictures of a size, in pixels."""
+    def cond(self, nets, tokens, size, guidance=1.0, origin_B4=None):
+        """The condition of captions for pictures of a size, in pixels.
+
+        origin_B4: what `inputs.origin` says of them; by default they are no part of larger ones.
+        """
         cond = self.captions(nets["text"], tokens)
-        numbers = folders.numbers(self.recipe, size, guidance=guidance)
+        known = {}
+        if origin_B4 is not None:
+            known = {"original": origin_B4.T[:2], "corner": origin_B4.T[2:]}
+        numbers = folders.numbers(self.recipe, size, guidance=guidance, **known)
         if numbers is None or (self.recipe.numbers == "guidance" and not self.distilled):
             return cond
-        numbers_K = jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
-        return cond._replace(numbers_BK=jnp.tile(numbers_K, (len(cond.mask_BL), 1)))
+        each = [jnp.broadcast_to(jnp.float32(n), len(cond.mask_BL)) for n in numbers]
+        return cond._replace(numbers_BK=jnp.stack(each, axis=1))
 
     def encode(self, nets, batch, key):
         """The condition of captions, for pictures of the config's size."""
-        return self.cond(nets, batch["text"], (self.res, self.res))
+        return self.cond(nets, batch["text"], self.pixels)
 
     def null(self, nets, batch, cond, size):
         """What pictures are guided away from: the batch's negative prompts, else the empty text;
@@ -219,7 +226,7 @@ class Latent:
         dropped = lambda x: jnp.where(draw_B[:, None] < self.options.text_dropout, 0, x)
         # The cast makes a mask of bools again, of which `where` with 0 makes integers.
         tokens = jax.tree.map(lambda x: dropped(x).astype(x.dtype), batch["text"])
-        cond = self.cond(nets, tokens, size, self.options.guidance)
+        cond = self.cond(nets, tokens, size, self.options.guidance, batch.get("origin"))
         value_B = self.loss_at(nets, z0, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
@@ -228,7 +235,8 @@ class Latent:
         keys = randomness.split_each(randomness.per_example(key, batch["index"]), 2)
         z0 = self.space.encode(nets, batch, keys[0])
         noise = randomness.normal_each(keys[1], z0.shape[1:])
-        cond = self.cond(nets, batch["text"], batch["image"].shape[1:3], self.options.guidance)
+        size, guidance = batch["image"].shape[1:3], self.options.guidance
+        cond = self.cond(nets, batch["text"], size, guidance, batch.get("origin"))
 
         def at(t):
             value_B = self.loss_at(nets, z0, cond, noise, jnp.full(len(noise), t))

@@ -351,7 +351,7 @@ class Captions:
 
 
 def numbers(recipe: Recipe, size, *, guidance=None, original=None, corner=(0, 0)):
-    """The further numbers of one example's condition, or None.   -> K
+    """The further numbers of one example's condition, or None: K numbers, or arrays of them.
 
     Args:
       size: height and width of the picture in pixels.
@@ -360,7 +360,7 @@ def numbers(recipe: Recipe, size, *, guidance=None, original=None, corner=(0, 0)
       corner: top and left of the crop.
     """
     if recipe.numbers == "sizes":
-        return (*(original or size), *corner, *size)
+        return (*(size if original is None else original), *corner, *size)
     if recipe.numbers == "aspect":
         return (*size, size[0] / size[1])
     return (guidance,) if recipe.numbers == "guidance" else None
