@@ -72,6 +72,25 @@ class Input(NamedTuple):
     tokenizer: Any = None
 
 
+class Cached(NamedTuple):
+    """A prediction whose arrays `config.cache` may keep, see `data.cache`: a dict of them, each
+    with an entry for each example. A batch brings them under their names.
+
+    reads: "caption" or "image", which is all that it reads. Of captions the first of `nets` has the
+      arrays of the empty one as a collection "empty". With kept arrays of pictures, a batch has no
+      input that reads pictures.
+    nets: frozen nets that no loss then runs. A run that neither draws nor judges does without them.
+    """
+
+    reads: str
+    nets: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> str:
+        """Its files' folder in a workdir."""
+        return {"caption": "captions", "image": "pictures"}[self.reads]
+
+
 class Objective(NamedTuple):
     """A family.
 
@@ -80,6 +99,8 @@ class Objective(NamedTuple):
     predict: name -> `(nets, batch, key, **options)`. Its return annotation is `Pictures` or
       `Texts`; without one it gives arrays. Options may have rules, see `fields`.
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
+    cached: the predictions that `config.cache` may name. Without any, it may name one of the text
+      alone that gives a `Cond`: batches then bring its "cond_seq" and "cond_pooled".
     inputs: what the batch holds; by default `data.inputs.picture_and_caption(config)`, which are
       "image", BHWC, and "text", `models.types.Tokens` or of several encoders name -> `Tokens`.
 
@@ -93,6 +114,7 @@ class Objective(NamedTuple):
     losses: tuple[Loss, ...]
     predict: Mapping[str, Callable]
     training_only: tuple[str, ...] = ()
+    cached: Mapping[str, Cached] = {}
     inputs: tuple[Input, ...] | None = None
 
     @property
@@ -132,7 +154,7 @@ def make(config) -> Objective:
         usual = plugins.load("data", "inputs").picture_and_caption
         family = family._replace(inputs=usual(config))
     for shape in [one.shapes["image"].shape for one in family.inputs if "image" in one.shapes]:
-        if shape[:2] != size(config):
+        if config.size and shape[:2] != size(config):
             raise errors.ConfigError(
                 f"objective {config.objective!r} learns squares",
                 where="config.size",

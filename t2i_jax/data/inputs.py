@@ -47,7 +47,7 @@ def picture(size, key: str = "image", augment=()) -> Input:
 
 def origin(size, key: str = "origin") -> Input:
     """Where `picture` takes an image of this height and width from: height and width of the file's
-    picture, and the top left corner of the part in it, once it is resized. Float32 4.
+    picture, and the top left corner of the part in it, once it is resized: int32 4.
 
     It reads the picture as the source gave it, so it stands in front of `picture`.
     """
@@ -58,9 +58,9 @@ def origin(size, key: str = "origin") -> Input:
         return [*np.round(sides * example.get("scale", 1.0)), *(np.round(scaled - size) // 2)]
 
     def make(examples, rngs, records):
-        return {key: np.array([one(example) for example in examples], np.float32)}
+        return {key: np.array([one(example) for example in examples], np.int32)}
 
-    return Input({key: jax.ShapeDtypeStruct((4,), np.float32)}, make, reads=("image",))
+    return Input({key: jax.ShapeDtypeStruct((4,), np.int32)}, make, reads=("image",))
 
 
 def smaller(size: int, key: str = "low") -> Input:

@@ -12,12 +12,13 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
 from t2i_jax import errors, fields, losses, objective, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.data import inputs
-from t2i_jax.models.types import Moments, Output
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.models.types import Cond, Moments, Output
+from t2i_jax.objective import Aux, Cached, Loss, Objective, Pictures
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
@@ -51,7 +52,7 @@ class Options(NamedTuple):
 
 def make(config) -> Objective:
     """Nets "model", "text" and "vae" of the folder that config.load.model names a part of;
-    predictions sample, img2img, encode, loss_at_times.
+    predictions sample, img2img, encode, loss_at_times; for config.cache states and moments.
 
     `config.model`: options of `from_config` of the denoiser and the autoencoder, such as
     model=dict(dtype="bfloat16").
@@ -59,13 +60,18 @@ def make(config) -> Objective:
     family = Latent(config)
     predict = {"sample": family.sample, "img2img": family.img2img, "encode": family.encode}
     predict |= {"loss_at_times": family.loss_at_times, "parts": family.parts}
+    predict |= {"states": family.states, "moments": family.moments}
     trained = ("model", "text") if family.options.train_text else ("model",)
     read = (
         *([inputs.origin(family.pixels)] if family.recipe.numbers == "sizes" else []),
         inputs.picture(family.pixels, augment=tuple(config.augment)),
         inputs.caption(family.captions.tokenizers),
     )
-    return Objective(family.init, (Loss(trained, family.loss),), predict, inputs=read)
+    cached = {"states": Cached("caption", ("text",))}
+    cached["moments"] = Cached("image", (folders.AUTOENCODER,))
+    return Objective(
+        family.init, (Loss(trained, family.loss),), predict, inputs=read, cached=cached
+    )
 
 
 def latents(vae, size) -> spaces.Space:
@@ -75,7 +81,11 @@ def latents(vae, size) -> spaces.Space:
     """
 
     def encode(nets, batch, keys_B):
-        mean_BhwC, logvar_BhwC = vae.apply(nets[folders.AUTOENCODER], batch["image"])
+        if "mean" in batch:  # from a cache, as float16
+            kept = lambda name: batch[name].astype(jnp.float32) if name in batch else None
+            mean_BhwC, logvar_BhwC = kept("mean"), kept("logvar")
+        else:
+            mean_BhwC, logvar_BhwC = vae.apply(nets[folders.AUTOENCODER], batch["image"])
         if logvar_BhwC is not None:
             noise = randomness.normal_each(keys_B, mean_BhwC.shape[1:])
             mean_BhwC += jnp.exp(0.5 * logvar_BhwC) * noise
@@ -127,12 +137,6 @@ class Latent:
         self.path = self.scheduler.path
         # FLUX.1-dev learned what guidance gives, and reads its scale; schnell needs none.
         self.distilled = bool(denoiser.config.get("guidance_embeds"))
-        if config.cache:
-            raise errors.ConfigError(
-                "caption states are not cached for this family",
-                where="config.cache",
-                fix="set --config.cache= (nothing)",
-            )
 
     def size(self, height: int, width: int, where: str = "--") -> tuple[int, int]:
         """Height and width of a picture, for 0 those of the config.
@@ -166,6 +170,10 @@ class Latent:
         origin_B4: what `inputs.origin` says of them; by default they are no part of larger ones.
         """
         cond = self.captions(nets["text"], tokens)
+        return self.numbered(cond, size, guidance, origin_B4)
+
+    def numbered(self, cond, size, guidance, origin_B4=None):
+        """The condition with the numbers that the denoiser reads beside captions, as of `cond`."""
         known = {}
         if origin_B4 is not None:
             known = {"original": origin_B4.T[:2], "corner": origin_B4.T[2:]}
@@ -200,6 +208,36 @@ class Latent:
         null = self.cond(nets, one, size)
         return jax.tree.map(lambda x: jnp.repeat(x, len(batch["index"]), 0), null)
 
+    # ---- What config.cache keeps ----
+
+    def states(self, nets, batch, key):
+        """The states of captions.   -> cond_seq BLD, cond_mask BL, cond_pooled BD"""
+        cond = self.captions(nets["text"], batch["text"])
+        return dict(cond_seq=cond.seq_BLD, cond_mask=cond.mask_BL, cond_pooled=cond.pooled_BD)
+
+    def moments(self, nets, batch, key):
+        """What the autoencoder makes of pictures, and what else is said of them.
+
+        -> mean and logvar BhwC, the latter where latents are drawn; "origin" of `inputs.origin`.
+        """
+        mean_BhwC, logvar_BhwC = self.vae.apply(nets[folders.AUTOENCODER], batch["image"])
+        found = dict(mean=mean_BhwC, logvar=logvar_BhwC, origin=batch.get("origin"))
+        return {name: x for name, x in found.items() if x is not None}
+
+    def read(self, nets, batch, dropped_B):
+        """The states of a batch's captions, dropped ones being empty: encoded, or from a cache."""
+        drop = lambda x, none: jnp.where(jnp.expand_dims(dropped_B, range(1, x.ndim)), none, x)
+        if "cond_seq" not in batch:
+            # The cast makes a mask of bools again, of which `where` with 0 makes integers.
+            tokens = jax.tree.map(lambda x: drop(x, 0).astype(x.dtype), batch["text"])
+            return self.captions(nets["text"], tokens)
+        # No module reads them, which would open the boxes of split arrays (`Layout.gather`).
+        empty = meta.unbox(nets["text"]["empty"])
+        seq_BLD, pooled_BD, mask_BL = (
+            drop(batch[name], empty[name]) for name in ("cond_seq", "cond_pooled", "cond_mask")
+        )
+        return Cond(seq_BLD.astype(jnp.float32), mask_BL, pooled_BD.astype(jnp.float32))
+
     # ---- Training ----
 
     def loss_at(self, nets, z0, cond, noise, t_B):
@@ -214,7 +252,6 @@ class Latent:
     def loss(self, nets, batch, key, step):
         keys_B = randomness.per_example(key, batch["index"])
         keys = randomness.split_each(keys_B, 5)
-        size = batch["image"].shape[1:3]
         z0 = self.space.encode(nets, batch, keys[0])
         noise = randomness.normal_each(keys[1], z0.shape[1:])
         if self.options.offset:
@@ -222,11 +259,8 @@ class Latent:
             noise += self.options.offset * shared
         t_B = self.path.draw(randomness.normal_each(keys[3], ()))
         draw_B = jax.vmap(jax.random.uniform)(keys[4])
-        # A dropped caption is an empty one before it is encoded.
-        dropped = lambda x: jnp.where(draw_B[:, None] < self.options.text_dropout, 0, x)
-        # The cast makes a mask of bools again, of which `where` with 0 makes integers.
-        tokens = jax.tree.map(lambda x: dropped(x).astype(x.dtype), batch["text"])
-        cond = self.cond(nets, tokens, size, self.options.guidance, batch.get("origin"))
+        cond = self.read(nets, batch, draw_B < self.options.text_dropout)
+        cond = self.numbered(cond, self.pixels, self.options.guidance, batch.get("origin"))
         value_B = self.loss_at(nets, z0, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
