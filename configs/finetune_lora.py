@@ -18,7 +18,17 @@ TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose
 
 def get_config(arg=None):
     known = dict(
-        source="", path="", res=0, width=0, height=0, steps=1000, holdout=0.0, rank=16, debug=False
+        source="",
+        path="",
+        res=0,
+        width=0,
+        height=0,
+        steps=1000,
+        holdout=0.0,
+        prior="",
+        prior_weight=1.0,
+        rank=16,
+        debug=False,
     )
     arg = common.parse_arg(arg, **known)
     options = [name for name in known if name != "rank"]

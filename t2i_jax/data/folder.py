@@ -1,4 +1,4 @@
-"""Images in a folder, with captions from metadata.jsonl, metadata.csv or a .txt for each."""
+"""Images in a folder, with captions from metadata.jsonl, metadata.csv, a .txt for each, or PNGs."""
 
 import collections
 import csv
@@ -10,7 +10,7 @@ import unicodedata
 
 from absl import logging
 
-from t2i_jax import errors
+from t2i_jax import errors, images
 from t2i_jax.data import transforms
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -35,10 +35,8 @@ class Source:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict:
-        name, caption = self._examples[index]
+        name, example = self._examples[index][0], self.caption(index)
         shown = printable(name)
-        if not isinstance(caption, str):
-            raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {shown}")
         try:
             data = (self._root / name).read_bytes()
             image_HWC, scale = transforms.decode_scaled(data, max(self._size))
@@ -49,7 +47,15 @@ class Source:
             raise transforms.BadExample(f"{e} in {shown}") from e
         if self._pad:
             image_HWC = transforms.pad(image_HWC, self._size)
-        return {"image": image_HWC, "caption": caption, "scale": scale}
+        return {**example, "image": image_HWC, "scale": scale}
+
+    def caption(self, index: int) -> dict:
+        """An example without its image, which is not opened."""
+        name, caption = self._examples[index]
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            raise transforms.BadExample(f"caption is no text: {kind} for {printable(name)}")
+        return {"caption": caption}
 
     def where(self, index: int) -> str:
         """The file of an example."""
@@ -73,6 +79,7 @@ def make(
     - A metadata file in the image's folder, or in one above, holds captions. Its rows have the keys
       file_name (relative to the metadata file) and text. Each row is an example.
     - Without a row, the first line of the .txt file of the same name is the caption.
+    - Without either, it is the prompt that a PNG of ours was drawn with.
     - A metadata.csv is not read where its folder has a metadata.jsonl.
     - An empty caption means no condition. Images without a caption and hidden files are left out.
 
@@ -200,11 +207,15 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
                 captions.setdefault(name, []).append(caption)
             else:
                 (unread if sizes.get(name, -1) >= 0 else absent).append(name)
-    # ---- A .txt file for each image that has no row ----
+    # ---- For each image that has no row a .txt file, or what a picture of ours says itself ----
     texts = {n[:-4]: n for n, size in sizes.items() if n.lower().endswith(".txt") and size >= 0}
     for picture in pictures:
         text = texts.get(picture.rpartition(".")[0])
-        if picture in captions or not text:
+        if picture in captions:
+            continue
+        if not text:
+            if prompt := _prompt(root / picture):
+                captions[picture] = [prompt]
             continue
         read.add(text)
         # "utf-8-sig" drops the byte order mark that some editors write in front.
@@ -251,6 +262,18 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
     ):
         _warn(root, names, what)
     return examples
+
+
+def _prompt(path: pathlib.Path) -> str | None:
+    """The prompt that a PNG of ours was drawn with."""
+    if path.suffix.lower() != ".png":
+        return None
+    try:
+        metadata = images.read_metadata(path) or {}
+    except (OSError, ValueError):
+        return None
+    prompt = metadata.get("prompt")
+    return prompt if isinstance(prompt, str) else None
 
 
 def _warn(root, names, what: str) -> None:

@@ -21,7 +21,11 @@ FREE_TO_CHANGE = (
     *("watch", "rollbacks", "save_minutes", "minutes"),
 )
 ROLLBACKS = "rollbacks.jsonl"
-WHERE_DATA_LIES = ("data.path", "data.data_dir")  # free: the fingerprint tells the data apart
+WHERE_DATA_LIES = (
+    "data.path",
+    "data.data_dir",
+    "data.prior",
+)  # free: the fingerprint tells the data apart
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
 FREE_OF_MODEL = ("remat",)  # config.model.<net>.<these>: another program, the same numbers
 
