@@ -8,6 +8,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from configs import finetune, finetune_lora
@@ -115,8 +116,8 @@ def test_a_run_learns_rectangles_of_one_size(source, data, tmp_path):
     run = loop.Run(config, tmp_path)
     assert run.batches.batch(0).arrays["image"].shape == (4, 24, 16, 3)
     loop.train(config, tmp_path)
-    assert Image.open(tmp_path / "samples/step_00000001.png").size == (16, 24)
-    assert pipeline.Pipeline.load(str(tmp_path))("two circles", steps=1).shape == (1, 24, 16, 3)
+    with Image.open(tmp_path / "samples/step_00000001.png") as picture:
+        assert picture.size == (16, 24)
     for size in ((20, 17), (24,)):
         with pytest.raises(errors.ConfigError) as e:
             loop.Run(small(finetune, source, data, size=size), tmp_path / "new")
@@ -155,6 +156,69 @@ def test_a_stopped_run_goes_on_bit_for_bit(source, data, adapted, tmp_path):
     whole, stopped = (pipeline.Pipeline.load(str(path)).nets for path in (adapted, tmp_path))
     same = jax.tree.map(np.array_equal, whole["model_lora"], stopped["model_lora"])
     assert all(jax.tree.leaves(same))
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory):
+    """A pipeline of Stable Diffusion XL, whose two text encoders read each caption."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    folders.save(folders.sdxl, folder)
+    return folder
+
+
+def opened(folder, start):
+    """diffusers' pipeline, and what draws with it."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, lambda: test_latent.drawn(pipe, start, num_inference_steps=4)
+
+
+def test_adapters_of_both_text_encoders_draw_the_same_in_diffusers(two_encoders, data, tmp_path):
+    """They learn beside those of the denoiser, and one file holds all three."""
+    start = noise()
+    config = small(finetune_lora, two_encoders, data)
+    config.lora.text = dict(rank=4)
+    config.optim.text_lora = config.optim.model_lora
+    loop.train(config, tmp_path / "run")
+    pipe = pipeline.Pipeline.load(str(tmp_path / "run"))
+    ours = pipe(folders.PROMPTS, noise=start, **OPTIONS)
+    for name in ("encoders_0", "encoders_1"):
+        pairs = jax.tree.leaves(pipe.nets["text_lora"]["params"][name])
+        assert max(np.abs(x).max() for x in pairs[1::2]) > 1e-3  # B, which begins as zero
+    folder = written(tmp_path / "run", tmp_path / "lora")
+    theirs, draw = opened(two_encoders, start)
+    theirs.load_lora_weights(folder)
+    parts = [theirs.unet, theirs.text_encoder, theirs.text_encoder_2]
+    assert all(hasattr(part, "peft_config") for part in parts)
+    assert apart(draw(), ours) <= test_latent.CLOSE
+    again = pipeline.Pipeline.load(str(two_encoders), lora={str(folder): 1.0})
+    assert apart(again(folders.PROMPTS, noise=start, **OPTIONS), ours) <= 1
+    # Without those of the text encoders the pictures are others.
+    whole = safetensors.numpy.load_file(folder / lora_files.WEIGHTS)
+    denoiser = {name: x for name, x in whole.items() if name.startswith("unet.")}
+    safetensors.numpy.save_file(denoiser, tmp_path / "unet.safetensors")
+    less = pipeline.Pipeline.load(str(two_encoders), lora={str(tmp_path / "unet.safetensors"): 1.0})
+    assert apart(less(folders.PROMPTS, noise=start, **OPTIONS), ours) > 5
+
+
+def test_peft_s_adapters_of_both_text_encoders_draw_the_same_here(two_encoders, tmp_path):
+    torch.manual_seed(0)
+    start = noise()
+    theirs, draw = opened(two_encoders, start)
+    before, found = draw(), {}
+    for part in ("text_encoder", "text_encoder_2"):
+        net = getattr(theirs, part)
+        spec = dict(r=3, lora_alpha=6, init_lora_weights=False)
+        spec["target_modules"] = ["q_proj", "out_proj", "fc1"]
+        peft.inject_adapter_in_model(peft.LoraConfig(**spec), net)
+        found[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(net)
+        notes = net.peft_config["default"].to_dict()
+        notes["target_modules"] = sorted(notes["target_modules"])
+        found[f"{part}_lora_adapter_metadata"] = notes
+    theirs.save_lora_weights(tmp_path, **found)
+    ours = pipeline.Pipeline.load(str(two_encoders), lora={str(tmp_path): 1.0})
+    drawn = ours(folders.PROMPTS, noise=start, **OPTIONS)
+    assert apart(draw(), drawn) <= test_latent.CLOSE < 5 < apart(before, drawn)
 
 
 @pytest.mark.slow
