@@ -49,8 +49,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def small(make, source, data, **changes):
-    config = make.get_config(f"source={source},path={data},steps=3,res=16")
+def small(make, source, data, more="", **changes):
+    config = make.get_config(f"source={source},path={data},steps=3,res=16{more}")
     config.text.dtype = config.model.model.dtype = "float32"
     config.batch_size, config.strategy = 4, "data"
     config.sample_every = config.save_minutes = 0
@@ -176,9 +176,7 @@ def opened(folder, start):
 def test_adapters_of_both_text_encoders_draw_the_same_in_diffusers(two_encoders, data, tmp_path):
     """They learn beside those of the denoiser, and one file holds all three."""
     start = noise()
-    config = small(finetune_lora, two_encoders, data)
-    config.lora.text = dict(rank=4)
-    config.optim.text_lora = config.optim.model_lora
+    config = small(finetune_lora, two_encoders, data, ",text_rank=4")
     loop.train(config, tmp_path / "run")
     pipe = pipeline.Pipeline.load(str(tmp_path / "run"))
     ours = pipe(folders.PROMPTS, noise=start, **OPTIONS)
