@@ -41,11 +41,12 @@ def losses(workdir):
 
 
 def write(config, workdir):
-    """`python -m t2i_jax cache`, in this process."""
+    """`python -m t2i_jax cache`, in this process.   -> digests of the nets"""
     run = loop.Run(config, workdir)
     run.load_frozen()
     for name, kept in run.cached.items():
         cache.write(workdir / kept.folder, *run.kept_rows(name))
+    return run._frozen_digests
 
 
 KINDS = [
@@ -61,7 +62,7 @@ def test_a_cache_changes_no_loss(kind, data, tmp_path):
     for name, kept in (("without", ""), ("with", BOTH)):
         loop.train(config(data, tmp_path / "source", cache=kept, steps=4), tmp_path / name)
     without, kept = losses(tmp_path / "without"), losses(tmp_path / "with")
-    np.testing.assert_allclose(kept, without, rtol=1e-3)
+    np.testing.assert_allclose(kept, without, rtol=1e-4)
     assert np.ptp(without) > 0.01
 
 
@@ -69,9 +70,8 @@ def test_files_take_the_place_of_nets(data, tmp_path, monkeypatch):
     """None is read that no step runs, and a stopped run goes on bit for bit."""
     read, load = [], weights.load_net
     monkeypatch.setattr(weights, "load_net", lambda *args: read.append(args[1]) or load(*args))
-    loop.train(config(data), tmp_path / "without")
-    for name in ("whole", "stopped"):
-        write(config(data, cache=BOTH), tmp_path / name)
+    digests = write(config(data, cache=BOTH), tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "stopped")
     read.clear()
     (_, frozen, batch), _ = loop.Run(config(data, cache=BOTH), tmp_path / "whole").trace().args_info
     assert (frozen.keys(), frozen["text"].keys()) == ({"text"}, {"empty"})
@@ -81,14 +81,11 @@ def test_files_take_the_place_of_nets(data, tmp_path, monkeypatch):
     for steps in (2, 3):
         loop.train(config(data, cache=BOTH, steps=steps), tmp_path / "stopped")
     assert read == ["model"] * 2
-    np.testing.assert_allclose(losses(tmp_path / "whole"), losses(tmp_path / "without"), rtol=1e-3)
     assert losses(tmp_path / "whole") == losses(tmp_path / "stopped")
     # What it was trained with is written down all the same.
-    meta = [
-        checkpoint.Checkpoints(tmp_path / n, create=False).meta(3) for n in ("whole", "without")
-    ]
-    assert meta[0]["frozen"] == meta[1]["frozen"]
-    assert meta[0]["frozen"].keys() == {"text", "vae"}
+    meta = checkpoint.Checkpoints(tmp_path / "whole", create=False).meta(3)
+    assert meta["frozen"] == digests
+    assert digests.keys() == {"text", "vae"}
     # A run that draws needs all nets.
     read.clear()
     more = dict(cache=BOTH, steps=4, sample_every=4, prompts=("a",), sample=dict(steps=1))
