@@ -66,6 +66,7 @@ def test_a_cache_changes_no_loss(kind, data, tmp_path):
     assert np.ptp(without) > 0.01
 
 
+@pytest.mark.slow
 def test_files_take_the_place_of_nets(data, tmp_path, monkeypatch):
     """None is read that no step runs, and a stopped run goes on bit for bit."""
     read, load = [], weights.load_net
