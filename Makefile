@@ -9,7 +9,7 @@ PINS ?= requirements/$(AGE).txt
 INSTALL = $(PY) -m pip install --quiet --constraint $(PINS)
 COMPARED = bench,digits,emoji,parity
 
-.PHONY: demo test faults lint venv parity bench bench-check pins clean
+.PHONY: demo test faults lint venv parity bench bench-check notebooks pins clean
 
 venv: $(VENV)/.installed
 
@@ -38,6 +38,10 @@ faults: venv
 lint: venv
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# Writes each notebook from its script.
+notebooks: venv
+	$(PY) -m jupytext --quiet --to ipynb notebooks/*.py
 
 # What tests and benchmarks compare with. Three declare torchvision or wandb as dependencies; only
 # their networks and formulas are wanted.

@@ -53,6 +53,7 @@ setup(
         "report": ["matplotlib"],  # the curves of t2i_jax compare
         "dev": [
             "hypothesis",
+            "jupytext",
             "matplotlib",
             "pytest",
             "pytest-timeout",

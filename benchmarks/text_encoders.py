@@ -152,10 +152,10 @@ def captions_arm(case: str, folder: pathlib.Path, *, bucketed: bool) -> None:
     def run():
         pooled = np.empty((len(texts), net_width(case)), np.float16)
         if bucketed:
-            found = cache._Captions(Data(), given)
+            rows = cache.Captions(Data(), given, batch=32)
             both = lambda b: encode(*b["text"])
-            for row, _, pooled_P in found.states(both, found.order, 32):
-                pooled[row] = pooled_P
+            for row, found in zip(rows.order, rows.computed(both, rows.order), strict=True):
+                pooled[row] = found["cond_pooled"]
         else:
             (text_NL, mask_NL), _ = given(texts)
             for i in range(0, len(texts), 32):
@@ -183,7 +183,7 @@ def in_buckets():
 
 def store(folder: pathlib.Path) -> None:
     """Writes the caption states that `step_arm` reads."""
-    command = [sys.executable, "-m", "t2i_jax", "captions", "--config=configs/shapes_flow.py"]
+    command = [sys.executable, "-m", "t2i_jax", "cache", "--config=configs/shapes_flow.py"]
     command += [f"--config.data.size={RECORDS}", f"--workdir={folder}/run"]
     subprocess.run(command, check=True)
 
@@ -202,9 +202,10 @@ def step_arm(folder: pathlib.Path, *, cached: bool) -> None:
     config.data.size, config.steps = RECORDS, 100_000
     run = loop.Run(config, folder / "run")
     run.load_frozen()
-    states = cache.states(folder / "run" / cache.FOLDER, *run.caption_states())
+    (kept,) = run.cached.values()
+    states = cache.states(folder / "run" / kept.folder, *run.kept_rows())
     both, some = (*run.batches.inputs, states), [run.source[i] for i in range(64)]
-    fixed = inputs.make(both, some, [None] * 64, np.arange(64))
+    fixed = inputs.arrays(both, some, [None] * 64, np.arange(64))
     if cached:
         run.batches.inputs = both
     always = run.layout.place({key: fixed[key] for key in states.shapes})

@@ -57,8 +57,27 @@ def make_run(slice_name, size, strategy, remat, per_chip):
     return loop.Run(config, pathlib.Path("out/none"), devices)
 
 
-def largest(make_traced, memory):
+def sampling(run, batch_size: int):
+    """The sampler's program for one batch of prompts, traced with the shardings of a run."""
+    import jax
+
+    from t2i_jax import sharding, weights
+
+    config, layout = run.config, run.layout
+    nets = weights.abstract_nets(run.predictor.objective, config)
+    batch = weights.abstract_batch(run.family, batch_size)
+    placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
+    return run.predictor.trace(
+        "sample",
+        sharding.on(nets, layout.nets(nets)),
+        sharding.on(batch, jax.tree.map(lambda _: placed, batch)),
+    )
+
+
+def largest(need_of, memory, first=FIRST):
     """The largest power of two of pictures a chip whose program fits, and what it needs.
+
+    need_of: pictures a chip -> `plan.Needs`; raises DoesNotFit where the compiler refuses.
 
     Between two programs memory is taken to grow in proportion with the pictures; what is returned
     has been compiled, and so has the next larger one if it seemed to fit. Returns (pictures, needs,
@@ -71,13 +90,13 @@ def largest(make_traced, memory):
     def tried(n):
         started = time.perf_counter()
         try:
-            need = plan.needs(make_traced(n), memory=memory)
+            need = need_of(n)
         except plan.DoesNotFit as e:
             need = e
         seen[n] = need, time.perf_counter() - started
         return getattr(need, "fits", False)
 
-    n = FIRST
+    n = first
     while not tried(n) and n > 1:
         n //= 2
     need = seen[n][0]
@@ -107,8 +126,8 @@ def row(slice_name, size, strategy, remat) -> dict:
     if remat:
         traced = lambda n: make_run(slice_name, size, strategy, remat, n).trace()
     else:
-        traced = lambda n: plan.sampling(make_run(slice_name, size, strategy, "none", n), n * chips)
-    n, need, seconds = largest(traced, memory)
+        traced = lambda n: sampling(make_run(slice_name, size, strategy, "none", n), n * chips)
+    n, need, seconds = largest(lambda n: plan.needs(traced(n), memory=memory), memory)
     found = dict(slice=slice_name, size=size, strategy=strategy, remat=remat, pictures=n)
     found |= dict(chips=chips, memory=memory, seconds=seconds)
     if isinstance(need, plan.DoesNotFit):

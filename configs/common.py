@@ -14,6 +14,7 @@ def base() -> ml_collections.ConfigDict:
     config.objective = ""  # t2i_jax/objectives/<name>.py
     config.seed = 0
     config.res = 32  # pictures are res × res pixels
+    config.size = ()  # or of this height and width, for families that learn rectangles
     config.steps = 1000  # optimiser steps in all; 0: what fits into `minutes` here, see loop.py
     config.minutes = 0.0  # of training, without compiling; the steps are fixed before the first
     config.batch_size = 64  # global, over all devices and processes
@@ -26,6 +27,7 @@ def base() -> ml_collections.ConfigDict:
     config.load = dict()  # net -> where its weights come from: "minilm", or several with commas
     config.text = dict(dtype="float32")  # and a family's options: clip=dict(skip=1)
     config.lora = dict()  # net -> dict(rank=8): its adapter `<net>_lora` is trained, see lora.py
+    config.int8 = ""  # frozen nets whose kernels are kept in eight bits: "text" or "text,vae"
     config.allow_random = False  # frozen nets without a source: only :debug configs
     config.cache = ""  # a prediction of the text alone, computed once per caption: "encode"
 
@@ -35,6 +37,7 @@ def base() -> ml_collections.ConfigDict:
     config.ema = dict()  # net -> decay of its parameters' moving average
     config.mesh = dict(data=-1)  # axis -> devices; -1: all that are left; "tensor" splits heads
     config.strategy = "data"  # pmap, data, zero1 or fsdp, see t2i_jax/sharding.py
+    config.attention = "auto"  # over many tokens: xla, by_head, splash or cudnn, see sharding.py
     config.init_from = ""  # a run or exported model whose nets start this one
 
     config.sample = dict()  # default options of predict["sample"]
@@ -86,7 +89,7 @@ def shrink(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.steps, config.batch_size, config.res = 6, 8, min(config.res, 16)
     config.load = dict.fromkeys(config.load, "")  # a flag may name one
     config.text, config.allow_random, config.cache = dict(dtype="float32"), True, ""
-    config.text_length = 16
+    config.text_length, config.size = 16, ()
     small = dict(width=16, depth=1, reads=1, heads=2)
     for sizes in _parts(config.model):
         sizes.update({name: size for name, size in small.items() if name in sizes})

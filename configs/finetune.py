@@ -5,7 +5,9 @@ python train.py --config=configs/finetune.py:source=DIR,path=DATA --workdir=runs
 
 source: a folder of diffusers, or hf:org/name@revision: Stable Diffusion 1 and 2, SDXL, PixArt-α
   and -Σ, SD 3, FLUX.1. path: pictures and captions, see configs/folder_flow.py. res: pixels a
-  side, by default those that the pipeline was made for.
+  side, by default those that the pipeline was made for; width and height: of rectangles.
+  prior: a folder with pictures of the subject's class, for prior preservation, see
+  t2i_jax/data/subject.py; prior_weight: their λ.
 
 Hardware: not tried with published weights; weights, gradients, moments and averages take 20 bytes
 a parameter, spread over all devices. Expected: depends on the pictures; look at samples/.
@@ -17,7 +19,18 @@ from t2i_jax.pretrained import folder
 
 
 def get_config(arg=None):
-    known = dict(source="", path="", res=0, steps=2000, holdout=0.0, debug=False)
+    known = dict(
+        source="",
+        path="",
+        res=0,
+        width=0,
+        height=0,
+        steps=2000,
+        holdout=0.0,
+        prior="",
+        prior_weight=1.0,
+        debug=False,
+    )
     arg = common.parse_arg(arg, **known)
     source = arg.source or (str(folder.TINY) if arg.debug else "")
     # What is no pipeline is told when the run starts, with all that is wrong beside it.
@@ -26,7 +39,11 @@ def get_config(arg=None):
     config.objective, config.text_length = made["objective"], made["text_length"]
     config.load, config.sample = made["load"], made["sample"]
     config.res, config.steps, config.batch_size = arg.res or made["res"], arg.steps, 8
+    if arg.width or arg.height:
+        config.size = (arg.height or config.res, arg.width or config.res)
     config.data = dict(source="folder", path=arg.path, holdout=arg.holdout, pad=False)
+    if arg.prior:
+        config.data.update(source="subject", prior=arg.prior, prior_weight=arg.prior_weight)
     config.text = dict(dtype="bfloat16")
     config.model.model = dict(dtype="bfloat16", remat="full", scan=True)
     config.loss = dict(text_dropout=0.1, snr_gamma=0.0, offset=0.0, guidance=1.0, train_text=False)

@@ -4,8 +4,8 @@ python train.py --config=configs/finetune_lora.py:source=DIR,path=DATA --workdir
 (:debug for seconds, with a tiny pipeline of random weights)
 
 Options are those of configs/finetune.py, and `rank`. Targets are the projections of attention;
-another choice is a pattern: --config.lora.model.match='attn|ff'. For adapters of the text encoder,
-too: --config.lora.text='{"rank": 4}' and an entry text_lora in config.optim.
+another choice is a pattern: --config.lora.model.match='attn|ff'. With `text_rank` the text encoders
+get adapters, too.
 
 Hardware: not tried with published weights; the frozen nets take what their files do. Expected:
 depends on the pictures; look at samples/.
@@ -17,13 +17,29 @@ TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose
 
 
 def get_config(arg=None):
-    known = dict(source="", path="", res=0, steps=1000, holdout=0.0, rank=16, debug=False)
+    known = dict(
+        source="",
+        path="",
+        res=0,
+        width=0,
+        height=0,
+        steps=1000,
+        holdout=0.0,
+        prior="",
+        prior_weight=1.0,
+        rank=16,
+        text_rank=0,
+        debug=False,
+    )
     arg = common.parse_arg(arg, **known)
-    options = ("source", "path", "res", "steps", "holdout", "debug")
+    options = [name for name in known if name not in ("rank", "text_rank")]
     config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in options))
     config.lora.model = dict(rank=arg.rank, match=TARGETS)
     config.optim = dict(
         model_lora=dict(name="adamw", learning_rate=1e-4, warmup=50, decay="cosine", clip=1.0)
     )
+    if arg.text_rank:
+        config.lora.text = dict(rank=arg.text_rank, match="")
+        config.optim.text_lora = dict(config.optim.model_lora, learning_rate=5e-5)
     config.ema, config.strategy = {}, "data"
     return config

@@ -11,7 +11,7 @@ COMMANDS = {
     "evaluate": ("t2i_jax.commands.evaluate", "judges a model, or a folder of pictures"),
     "compare": ("t2i_jax.commands.compare", "compares runs"),
     "export": ("t2i_jax.commands.export", "writes a run's weights as a model"),
-    "captions": ("t2i_jax.commands.captions", "encodes a run's captions once"),
+    "cache": ("t2i_jax.commands.cache", "runs frozen nets once for all captions and pictures"),
     "verify": ("t2i_jax.commands.verify", "says what each network of a pipeline computes"),
     "convert": ("t2i_jax.commands.convert", "makes image networks from files of torch"),
 }

@@ -6,18 +6,23 @@ from typing import Annotated
 from t2i_jax import errors, fields, limits, weights
 
 OFTEN = Annotated[int, fields.at_least(0)]  # every so many steps; 0: never
+NO_OR_BOTH = fields.Rule(
+    lambda v: not v or (len(v) == 2 and min(v) > 0), ": none, or height and width", whole=True
+)
+SIDES = Annotated[tuple[int, ...], NO_OR_BOTH]
 KEYS = {  # a key of the config -> what its value must be
     **dict.fromkeys(("steps", "batch_size", "accumulate", "res", "text_length"), fields.Size),
     **dict.fromkeys(("log_every", "save_every", "keep"), fields.Size),
     **dict.fromkeys(("sample_every", "eval_every", "rollbacks"), OFTEN),
     **dict.fromkeys(("minutes", "save_minutes"), fields.Weight),
-    **{"seed": fields.Seed, "bad_budget": fields.Share},
+    **{"seed": fields.Seed, "bad_budget": fields.Share, "size": SIDES},
 }
 DECAY = Annotated[float, fields.at_least(0), fields.below(1)]
 
 
 def check(config) -> None:
     """Refuses values outside their range, before anything is built."""
+    weights.to_json(config)  # which a run writes only after reading its nets and captions
     for name, wanted in KEYS.items():
         fields.checked(wanted, name, config[name], where="config")
     for name, decay in config.ema.items():

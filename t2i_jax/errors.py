@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import os
 import re
+import sysconfig
+import traceback
 
 # The errno values of storage. In order: no room or no right, read-only or broken disks, names and
 # files that are too long, paths that lead nowhere or to another kind of thing. All others, such as
@@ -67,17 +70,18 @@ def of_storage(where):
 
 
 @contextlib.contextmanager
-def explained(kind: type[Error], what: str, *, where, fix: str, of=UNREADABLE):
+def explained(kind: type[Error], what: str, *, where, fix: str, of=UNREADABLE, say=None):
     """Turns exceptions within the body into one error of `kind`: "what: reason". Ours pass.
 
     of: the kinds of exceptions, by default those of files that cannot be read or parsed.
+    say: exception -> its reason, by default `reason`.
     """
     try:
         yield
     except Error:  # also an OSError or a ValueError, and says more
         raise
     except of as e:
-        raise kind(f"{what}: {reason(e)}", where=str(where), fix=fix) from e
+        raise kind(f"{what}: {(say or reason)(e)}", where=str(where), fix=fix) from e
 
 
 class NonFiniteError(Error, ArithmeticError):
@@ -136,18 +140,44 @@ def nearest(name: str, known, else_say: str = "") -> str:
     return else_say or (f"choose one of {known}" if known else "there is none to choose")
 
 
-def unknown(kind: str, name, known, *, where: str) -> ConfigError:
+def unknown(kind: str, name, known, *, where: str, say: str = "unknown") -> ConfigError:
     """The error for a name that is none of `known`. Its fix is the hint of `nearest`.
 
-    kind: the kind of name, such as "sampler".
+    kind: the kind of name, such as "sampler".   say: what stands before it.
     """
-    return ConfigError(f"unknown {kind} {name!r}", where=where, fix=nearest(name, known))
+    return ConfigError(f"{say} {kind} {name!r}", where=where, fix=nearest(name, known))
 
 
-def check_known(kind: str, name, known, *, where: str) -> None:
+def check_known(kind: str, name, known, *, where: str, say: str = "unknown") -> None:
     """Raises `unknown` for a name that is none of `known`."""
     if name not in known:
-        raise unknown(kind, name, known, where=where)
+        raise unknown(kind, name, known, where=where, say=say)
+
+
+def misfit(what: str, fix: str = "use the config.json that was saved with the weights"):
+    """The ConfigError for a pretrained checkpoint's config.json, whose path its opener puts in."""
+    return ConfigError(what, where="config.json", fix=fix)
+
+
+def misused(what: str, fix: str) -> ConfigError:
+    """The error for flags and arguments that do not go together, or for one that is missing."""
+    return ConfigError(what, where="the command line", fix=fix)
+
+
+def named(e: BaseException) -> str:
+    """The type of an error and the first line of its text."""
+    return f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
+
+
+def place(e: Exception) -> str:
+    """The file and line where an error arose, the last ones that are no library's."""
+    # A family's file may lie in the package, which may itself be installed among the libraries.
+    ours = os.path.dirname(__file__)
+    libraries = (*sysconfig.get_paths().values(), os.path.dirname(os.__file__), "<")
+    frames = traceback.extract_tb(e.__traceback__)
+    own = [f for f in frames if f.filename.startswith(ours) or not f.filename.startswith(libraries)]
+    last = (own or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
 
 
 def reason(e: Exception) -> str:

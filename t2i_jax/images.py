@@ -175,20 +175,21 @@ def check_folder(path, flag: str) -> None:
     with writing(path, flag):
         # `exists` may raise, for a name too long or a folder that may not be entered.
         existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise _unwritable(path, f"{existing} is a file", flag)
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise _unwritable(path, f"{existing} is read-only", flag)
+        if not existing.is_dir():
+            raise OSError(f"{existing} is a file")
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise OSError(f"{existing} is read-only")
 
 
 def check_file(path, flag: str) -> None:
     """The same as `check_folder`, for one file. The file may exist."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise _unwritable(path, "it is a folder", flag)
-    check_folder(path.parent, flag)
-    if not path.parent.is_dir():
-        raise _unwritable(path, f"{path.parent} is not there", flag)
+    with writing(path, flag):
+        if path.is_dir():
+            raise OSError("it is a folder")
+        check_folder(path.parent, flag)
+        if not path.parent.is_dir():
+            raise OSError(f"{path.parent} is not there")
 
 
 def make_folder(path, flag: str) -> None:
@@ -207,16 +208,8 @@ def make_folder(path, flag: str) -> None:
 
 def writing(path, flag: str):
     """Within it, what a disk refuses is a StorageError that names the path and the flag."""
-    fix = f"choose another {flag}"
-    return errors.explained(
-        errors.StorageError, "cannot write there", where=path, fix=fix, of=OSError
-    )
-
-
-def _unwritable(path, reason: str, flag: str) -> errors.StorageError:
-    return errors.StorageError(
-        f"cannot write there: {reason}", where=str(path), fix=f"choose another {flag}"
-    )
+    what, fix = "cannot write there", f"choose another {flag}"
+    return errors.explained(errors.StorageError, what, where=path, fix=fix, of=OSError)
 
 
 def write_whole(path, data: bytes) -> None:

@@ -107,10 +107,13 @@ class Run:
         compile_cache.enable()
         self.config, self.workdir, self._restart, self._prepared = config, workdir, restart, False
         self._opened = None  # once it trains: checkpoints, writer, first step
-        self.layout = sharding.Layout(config.mesh, config.strategy, devices=devices)
+        self.layout = sharding.Layout(
+            config.mesh, config.strategy, devices=devices, attention=config.attention
+        )
         self.layout.check_batch(config.batch_size, config.accumulate)
         self.predictor = pipeline.Predictor(config, layout=self.layout)
         self.family = family = self.predictor.objective
+        self.cached = cache.named(config, family)
         if "sample" in family.predict:
             # Only traced: a wrong option of config.sample would else strike at the first picture.
             self.predictor.trace("sample")
@@ -124,9 +127,16 @@ class Run:
         if not prompts and config.sample_every and "sample" in family.predict:
             prompts = loader.some_captions(self.source)
         self.hooks = hooks.Hooks(self.predictor, workdir, prompts)
+        # Nets that only drawing and judging need. Without both they need not stay in memory.
+        self._idle = {net for kept in self.cached.values() for net in kept.nets}
+        if (config.sample_every and prompts) or (config.eval_every and config.evaluators):
+            self._idle = set()
+        read, source = family.inputs, self.source
+        if any(kept.reads == "image" for kept in self.cached.values()):
+            read, source = cache.without_pictures(read), cache.Captioned(source)
         self.batches = loader.Loader(
-            self.source,
-            family.inputs,
+            source,
+            read,
             batch_size=config.batch_size,
             seed=seed,
             share=self.layout.share if devices is None else (0, 1),
@@ -140,6 +150,9 @@ class Run:
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(family, config.batch_size)
         self.shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
+        if config.init_from and not begun:
+            source = weights.locate(config.init_from)
+            weights.check_trained(source, self.shapes.nets, where="config.init_from")
         self._placed = self.layout.state(self.shapes)
         update = step.make_update(
             *(family, self.optimisers),
@@ -157,39 +170,67 @@ class Run:
 
     def trace(self):
         """The step, traced for abstract arguments that lie as in training; see `plan.needs`."""
-        batch = self._example
-        if self.config.cache:
-            encode = self.family.predict[self.config.cache]
-            batch |= jax.eval_shape(lambda n, b: cache.arrays(encode(n, b)), self.frozen, batch)
+        read, frozen = self.batches.inputs, self.frozen
+        batch = weights.abstract_batch(self.family._replace(inputs=read), self.config.batch_size)
+        for name in self.cached:
+            predict = lambda n, b, name=name: cache.arrays(self.family.predict[name](n, b, None))
+            found = jax.eval_shape(predict, self.frozen, self._example)
+            batch |= found
+            one = jax.tree.map(lambda s: jax.ShapeDtypeStruct((1, *s.shape[1:]), s.dtype), found)
+            frozen = self._in_step(frozen, name, one)
         batch = sharding.on(batch, jax.tree.map(lambda _: self.layout.batch, batch))
-        frozen = sharding.on(self.frozen, self.layout.nets(self.frozen))
+        frozen = sharding.on(frozen, self.layout.nets(frozen))
         return self.update.trace(sharding.on(self.shapes, self._placed), frozen, batch)
+
+    def _in_step(self, frozen, name: str, empty) -> dict:
+        """The frozen nets that a step reads beside what is kept of a prediction.
+
+        empty: the arrays of the empty caption.
+        """
+        kept = self.cached[name]
+        left = {net: x for net, x in frozen.items() if net not in self._idle & {*kept.nets}}
+        if kept.reads == "caption" and kept.nets:
+            left[kept.nets[0]] = {**left.get(kept.nets[0], {}), "empty": empty}
+        return left
 
     # ---- Restore: frozen nets and captions once, then the newest checkpoint or a first state. ----
 
     def _prepare(self, signals) -> None:
-        """Fills the frozen nets and encodes the captions, once."""
+        """Fills the frozen nets, and reads or computes what config.cache keeps, once."""
         self.predictor.poll = signals.poll
         if self._prepared:
             return
         with watchdog.phase("reading frozen nets"), signals.at_once():
             failpoints.hit("frozen.before")
-            self.load_frozen()
-        if self.config.cache:
+            files = [cache.manifest(self.workdir / kept.folder) for kept in self.cached.values()]
+            known = [found.get("nets", {}) for found in files if found]
+            known = {net: digest for nets in known for net, digest in nets.items()}
+            self.load_frozen({net: known[net] for net in self._idle & known.keys()})
+        asked = {name: self.kept_rows(name) for name in self.cached}
+        for name, (predict, rows, identity) in asked.items():
             with watchdog.phase("captions"), signals.at_once():
-                states = self.caption_states()
-                folder = self.workdir / cache.FOLDER
-                self.batches.inputs += (cache.states(folder, *states),)
+                folder = self.workdir / self.cached[name].folder
+                self.batches.inputs += (cache.states(folder, predict, rows, identity),)
+                placed = jax.device_put(getattr(rows, "empty", None), self.layout.whole)
+                self.frozen = self._in_step(self.frozen, name, placed)
         self._prepared = True
 
-    def load_frozen(self) -> None:
-        """Fills the frozen nets, of which there are only shapes so far."""
-        self.frozen = weights.frozen(self.family, self.config, self.layout.nets)
-        self._frozen_digests = weights.digests(self.frozen)
+    def load_frozen(self, known=()) -> None:
+        """Fills the frozen nets, of which there are only shapes so far.
 
-    def caption_states(self):
-        """What `cache.states` and `cache.write` ask for after the folder."""
-        return cache.asked(self.config, self.predictor, self.frozen, self.source)
+        known: net -> digest of nets that are left out.
+        """
+        self.frozen = weights.frozen(
+            self.family, self.config, self.layout.nets, except_nets=tuple(known)
+        )
+        self._frozen_digests = weights.digests(self.frozen) | dict(known)
+
+    def kept_rows(self, name: str = ""):
+        """What `cache.states` and `cache.write` ask for after the folder, of a prediction that
+        config.cache names.
+        """
+        loaded = {net: self._frozen_digests[net] for net in self.frozen}
+        return cache.asked(self.config, self.predictor, self.frozen, self.source, name, loaded)
 
     def measured(self, signals):
         """This start of the run with as many steps as fit into config.minutes."""
@@ -209,7 +250,8 @@ class Run:
             state, start = restored
             logging.info("resuming %s after %d steps", self.workdir, start)
             known = checkpoints.meta(start).get("frozen")
-            weights.check_frozen(self.frozen, known, self._frozen_digests)
+            nets = {**dict.fromkeys(self._frozen_digests), **self.frozen}
+            weights.check_frozen(nets, known, self._frozen_digests)
             return state, start
         origin = self.config.init_from or "scratch"
         logging.info("no checkpoint in %s: starting from %s", self.workdir, origin)
@@ -244,29 +286,15 @@ class Run:
 
         guard: called before a checkpoint is committed; raises where another process took over.
         """
-        config, workdir, row = self.config, self.workdir, {}
+        config, row = self.config, {}
         self._prepare(signals)
-        checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
-        # The first process has made the folder and swept it. The others must not list it before.
-        distributed.barrier("workdir")
-        if jax.process_index() == 0:
-            rundir.describe(workdir, config, self.source, self.family.inputs)
-        if self._changed:
-            logging.info("the config changed: %s", "; ".join(self._changed))
-        self.layout.report(self.shapes)
-        if restart:
-            checkpoints.set_all_aside()
-            rundir.forget_rollbacks(workdir)
-        with watchdog.phase("restore"), signals.at_once():
-            state, start = self._first_state(checkpoints)
-        writer = metrics.Writer(
-            workdir, start=start, stop=config.steps, batch_size=config.batch_size
-        )
-        self._opened = (checkpoints, writer, start)
+        state = self._open(signals, guard, restart)
+        checkpoints, writer, start = self._opened
         # A batch follows from its number, so nobody has to note which records a step has read.
         examples = lambda n: [int(i) for i in self.batches.batch(n - 1).records]
         # A thousand: the window over which skipped steps are counted, so that starts share it.
-        well = health.Health(workdir, writer.before(1000), config.watch, examples, self.shapes.nets)
+        before, shapes = writer.before(1000), self.shapes.nets
+        well = health.Health(self.workdir, before, config.watch, examples, shapes)
         meta = rundir.meta(config, self.source, self._frozen_digests)
 
         def flush():
@@ -299,13 +327,7 @@ class Run:
                 due = n % config.save_every == 0 or self.hooks.rates(n) or self._late(n, since)
                 if n > saved and (last or due):
                     row = flush()
-                    with watchdog.phase("save"):
-                        failpoints.hit("save.before", n)
-                        # A save removes old checkpoints. Before, all ratings must be known, as the
-                        # best one stays.
-                        self.hooks.collect(writer, checkpoints, before=n)
-                        checkpoints.save(state, meta)
-                        failpoints.hit("save.started", n)
+                    self._save(n, state, meta)
                     saved, since = n, time.monotonic()
                 if last:
                     break
@@ -343,6 +365,40 @@ class Run:
         row = flush()
         self._close(n, signals)
         return row
+
+    def _open(self, signals, guard, restart: bool):
+        """The first state. From here on the workdir is written to."""
+        config, workdir = self.config, self.workdir
+        checkpoints = checkpoint.Checkpoints(workdir, keep=config.keep, guard=guard)
+        # The first process has made the folder and swept it. The others must not list it before.
+        distributed.barrier("workdir")
+        if jax.process_index() == 0:
+            rundir.describe(workdir, config, self.source, self.family.inputs)
+        if self._changed:
+            logging.info("the config changed: %s", "; ".join(self._changed))
+        self.layout.report(self.shapes)
+        if restart:
+            checkpoints.set_all_aside()
+            rundir.forget_rollbacks(workdir)
+        with watchdog.phase("restore"), signals.at_once():
+            state, start = self._first_state(checkpoints)
+        self.hooks.forget(start)
+        writer = metrics.Writer(
+            workdir, start=start, stop=config.steps, batch_size=config.batch_size
+        )
+        self._opened = (checkpoints, writer, start)
+        return state
+
+    def _save(self, n: int, state, meta) -> None:
+        """Begins to save the state of step n."""
+        checkpoints, writer, _ = self._opened
+        # A save removes old checkpoints. Before, all ratings must be known, as the best stays.
+        with watchdog.phase("hooks"):
+            self.hooks.collect(writer, checkpoints, before=n)
+        with watchdog.phase("save"):
+            failpoints.hit("save.before", n)
+            checkpoints.save(state, meta)
+            failpoints.hit("save.started", n)
 
     def _next_batch(self, stream, n: int, writer, signals):
         """The arrays of step n + 1, placed on the devices; broken examples are written down."""

@@ -77,8 +77,13 @@ def wrap(family, spec):
     frozen = tuple(adapter(name) for name in options if name not in family.trained)
     losses[-1] = losses[-1]._replace(nets=(*losses[-1].nets, *frozen))
     predict = {name: _with(fn, spec) for name, fn in family.predict.items()}
+    stages = {
+        name: tuple(stage._replace(fn=_with(stage.fn, spec)) for stage in each)
+        for name, each in family.stages.items()
+    }
     unread = tuple(name for name in family.training_only if name not in options)
-    return family._replace(init=init, losses=tuple(losses), predict=predict, training_only=unread)
+    changed = dict(losses=tuple(losses), predict=predict, training_only=unread, stages=stages)
+    return family._replace(init=init, **changed)
 
 
 def merge_run(nets, config):
@@ -86,7 +91,8 @@ def merge_run(nets, config):
     options = _options(config.lora)
     whole = {name: net for name, net in nets.items() if name.removesuffix(SUFFIX) not in options}
     for name, option in options.items():
-        params = merge(nets[name]["params"], nets[name + SUFFIX]["params"], option)
+        # Of kernels in eight bits that is what the adapters learned beside.
+        params = merge(meta.unbox(nets[name]["params"]), nets[name + SUFFIX]["params"], option)
         whole[name] = {**nets[name], "params": params}
     plain = config.copy_and_resolve_references()
     plain.lora = {}

@@ -22,6 +22,7 @@ DECAYS = {  # (share of the decay that is done, final share of the rate) -> shar
     "cosine": lambda x, final: final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * x)),
 }
 Clip = Annotated[float | None, fields.above(0)]
+SCHEDULE_FREE = (optax.contrib.schedule_free_adamw, optax.contrib.schedule_free_sgd)
 MASKS = ("mask", "weight_decay_mask")  # optax's options for the parameters that decay
 
 
@@ -30,18 +31,23 @@ class Optimiser(NamedTuple):
 
     Several losses of one step may train one net. Each of them updates it at the same `step`. So a
     schedule counts steps of the loop, not calls (ADR 2).
+
+    point: (state, params) -> the parameters to average and draw with, where these are others than
+      those that gradients are taken at, as of schedule-free methods; None where they are the same.
     """
 
     init: Callable
     update: Callable
     learning_rate: Callable  # step -> scalar
+    point: Callable | None = None
 
 
 def make_all(config, trained) -> dict[str, Optimiser]:
     """The optimiser of each trained net, by config.optim.
 
     Raises:
-      ConfigError: config.optim does not name just the trained nets, or config.ema another net.
+      ConfigError: config.optim does not name just the trained nets, or config.ema another net, or
+        not one whose optimiser finds its point beside the parameters.
     """
     if set(config.optim) != set(trained) or not set(config.ema) <= set(trained):
         raise errors.ConfigError(
@@ -49,10 +55,18 @@ def make_all(config, trained) -> dict[str, Optimiser]:
             where=f"objective {config.objective!r}",
             fix=f"its trained nets are {sorted(trained)}: one optimiser for each",
         )
-    return {
+    made = {
         name: make(spec, steps=config.steps, where=f"config.optim.{name}")
         for name, spec in config.optim.items()
     }
+    for name, optimiser in made.items():
+        if optimiser.point and name not in config.ema:
+            raise errors.ConfigError(
+                "it learns beside the point that it finds, which would be drawn with nowhere",
+                where=f"config.optim.{name}.name",
+                fix=f"set config.ema.{name}: 0.0 keeps that point itself, more averages it",
+            )
+    return made
 
 
 def make(spec, *, steps: int, where: str) -> Optimiser:
@@ -85,30 +99,11 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         )
     peak = fields.checked(Annotated[float, fields.above(0)], "learning_rate", peak, where=where)
     clip = fields.checked(Clip, "clip", spec.pop("clip", None), where=where)
-    own = _take(spec, ("warmup", "stable", "decay", "final"))
+    own = {n: spec.pop(n) for n in ("warmup", "stable", "decay", "final") if n in spec}
     schedule = fields.build(_schedule, own, peak, steps, where=where)
     fields.check_names(fn, spec, where=where)
-    parameters = inspect.signature(fn).parameters
-    if fn is optax.contrib.muon:
-        if spec.get("adam_weight_decay"):
-            raise errors.ConfigError(
-                "Muon's Adam would decay norms and biases, too",
-                where=f"{where}.adam_weight_decay",
-                fix="set weight_decay, which is of the kernels that Muon trains",
-            )
-        spec.setdefault("muon_weight_dimension_numbers", _matrices)
-    if masks := [name for name in MASKS if name in parameters]:
-        spec.setdefault(masks[0], _kernels)
-    elif spec.get("weight_decay"):
-        logging.warning("%s: %s decays norms and biases, too", where, name)
-    pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
-    for option in pairs:
-        if not isinstance(parameters[option].default, float):
-            raise errors.ConfigError(
-                f"{option} is {pairs[option]!r}, and it is no number that could be annealed",
-                where=where,
-                fix="give one value",
-            )
+    spec |= _for_kernels(fn, spec, where)
+    pairs = _pairs(fn, spec, where)
     # Muon's Adam may have a rate of its own. It follows the same schedule.
     rates = {option: spec[option] / peak for option in spec if option.endswith("_learning_rate")}
     # Injected options are arrays in the state. Fixed ones stay Python's, so that optax can branch
@@ -138,7 +133,46 @@ def make(spec, *, steps: int, where: str) -> Optimiser:
         updates, state = inner.update(grads, state, params)
         return updates, _unmasked(state)
 
-    return Optimiser(init, update, schedule)
+    def point(state, params):
+        # x of y = (1 − β)·z + β·x, in which y are the parameters (arXiv:2405.15682).
+        return optax.contrib.schedule_free_eval_params(state.inner_state, params)
+
+    return Optimiser(init, update, schedule, point if fn in SCHEDULE_FREE else None)
+
+
+def _for_kernels(fn, spec, where: str) -> dict:
+    """The options that tell an optimiser of Optax which parameters are kernels."""
+    own = {}
+    if fn is optax.contrib.muon:
+        if spec.get("adam_weight_decay"):
+            raise errors.ConfigError(
+                "Muon's Adam would decay norms and biases, too",
+                where=f"{where}.adam_weight_decay",
+                fix="set weight_decay, which is of the kernels that Muon trains",
+            )
+        own["muon_weight_dimension_numbers"] = _matrices
+    if masks := [name for name in MASKS if name in inspect.signature(fn).parameters]:
+        own[masks[0]] = _kernels
+    elif spec.get("weight_decay"):
+        logging.warning("%s: %s decays norms and biases, too", where, fn.__name__)
+    return {option: value for option, value in own.items() if option not in spec}
+
+
+def _pairs(fn, spec, where: str) -> dict[str, tuple]:
+    """The options that go from one number to another over the run.
+
+    Raises:
+      ConfigError: one of them is no number for this optimiser.
+    """
+    pairs = {option: tuple(value) for option, value in spec.items() if _is_pair(value)}
+    for option, pair in pairs.items():
+        if not isinstance(inspect.signature(fn).parameters[option].default, float):
+            raise errors.ConfigError(
+                f"{option} is {pair!r}, and it is no number that could be annealed",
+                where=where,
+                fix="give one value",
+            )
+    return pairs
 
 
 def _injected(fn, fixed, where: str, **options):
@@ -214,10 +248,6 @@ def _kernels(params):
 def _is_kernel(path: str, leaf) -> bool:
     """Whether it is a kernel, or one of the two factors of a kernel's adapter (`lora`)."""
     return "kernel" in path.split("/") and leaf.ndim >= 2
-
-
-def _take(spec: dict, names):
-    return {name: spec.pop(name) for name in names if name in spec}
 
 
 def _schedule(

@@ -10,19 +10,21 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 from absl import logging
+from flax import traverse_util
 
 from t2i_jax import errors, fields, images, limits, objective, plugins, sharding, weights
 from t2i_jax.data import inputs, transforms
 from t2i_jax.lora import SUFFIX
 from t2i_jax.pretrained import folder as folders
-from t2i_jax.pretrained import hf, lora_files
+from t2i_jax.pretrained import hf, lora_files, previews
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
 NOUNS = {objective.Pictures: "picture", objective.Texts: "text"}  # of a prediction's kind
 EXAMPLES = {"image": "--image", "caption": "--prompt", "noise": "noise"}  # kind -> its flag
 WANTED = {"image": "uint8 arrays, each height × width × 3", "noise": "finite float arrays HWC"}
-TAKEN = ("name", "nets", "examples", "seed", "index", "batch_size")  # arguments of `draw`
+TAKEN = ("name", "nets", "examples", "seed", "index", "batch_size", "watch")  # arguments of `draw`
+TAKEN += ("callback",)  # of `Pipeline`'s
 
 
 class Predictor:
@@ -31,7 +33,8 @@ class Predictor:
     Options that are integers, strings or booleans are static; floats and tuples of floats are
     arrays, so that another guidance scale compiles nothing, but for what
     `fields.compiled_apart` in the option's annotation says. With a `sharding.Layout`, batches are
-    split over its mesh where they divide, and results lie whole on every device.
+    split over its mesh where they divide, and results lie whole on every device. `draw` makes them
+    divide.
     """
 
     def __init__(self, config, *, layout=None):
@@ -42,6 +45,7 @@ class Predictor:
             _check_signature(name, fn)
         read = [one for one in self.objective.inputs if one.tokenizer is not None]
         self.tokenizers = {key: one.tokenizer for one in read for key in one.shapes}
+        self._readers = {name: self._reader(name) for name in self.objective.predict}
         # Bounded, as users choose static options such as steps, and each program stays in memory.
         self._compiled = functools.lru_cache(maxsize=32)(self._compile)
         self._announced = set()  # programs that were compiled, by what they depend on
@@ -89,7 +93,7 @@ class Predictor:
         make = plugins.load("evaluators", name).make
         data = inspect.signature(make).parameters.get("data")
         needed = data is not None and data.default is data.empty
-        own = {"res": self.config.res, **self.config.data, "split": "test"}
+        own = {"res": self.config.size or self.config.res, **self.config.data, "split": "test"}
         return ({"data": own} if needed else {}) | dict(options)
 
     def run(self, name: str, nets, batch, *, seed=0, **options):
@@ -98,21 +102,26 @@ class Predictor:
         seed: a number, or B numbers, one for each example.
         """
         self.poll()
+        nets = dict(nets) if isinstance(nets, weights.OnDemand) else nets
         fn, arrays = self._bind(name, options)
         # One type for all seeds, and an argument: another seed then needs no other program.
         return fn(nets, batch, np.asarray(seed, np.uint32), arrays)
 
-    def _bind(self, name, options):
-        """A prediction's jitted program and the options that are its arguments."""
+    def _bind(self, name, options, stage=None):
+        """A prediction's jitted program and the options that are its arguments.
+
+        stage: the number of one of its stages, for the program of that alone.
+        """
         options = self.check(name, **options)
         parameters = fields.signature(self.objective.predict[name]).parameters
         static = {k: v for k, v in options.items() if fields.is_static(parameters[k], v)}
         arrays = {k: np.float32(v) for k, v in options.items() if k not in static}
         # Sorted, as the key of a cache must not depend on the order of options.
-        return self._compiled(name, tuple(sorted(static.items()))), arrays
+        return self._compiled(name, tuple(sorted(static.items())), stage), arrays
 
-    def _compile(self, name, static):
-        fn, layout = self.objective.predict[name], self._layout
+    def _compile(self, name, static, stage):
+        layout, parts = self._layout, self.objective.stages.get(name)
+        fn = self.objective.predict[name] if stage is None else parts[stage].fn
 
         def predict(nets, batch, seed, arrays):
             if layout:
@@ -122,40 +131,82 @@ class Predictor:
             key = jax.vmap(jax.random.key)(seed) if seed.ndim else jax.random.key(seed)
             return fn(nets, batch, key, **dict(static), **arrays)
 
-        return jax.jit(predict, out_shardings=layout.whole if layout else None)
+        predict = layout.context()(predict) if layout else predict
+        # What lies between stages stays split.
+        whole = layout and stage is None
+        return jax.jit(predict, out_shardings=layout.whole if whole else None)
 
     def kind(self, name: str):
         """What a prediction gives: `objective.Pictures`, `objective.Texts`, or else arrays."""
         self.check(name)
         said = fields.signature(self.objective.predict[name]).return_annotation
-        return objective.Pictures if name == "sample" else said  # it draws, whoever wrote it
+        kind = getattr(said, "__origin__", said)  # of Annotated[Texts, key], Texts
+        return objective.Pictures if name == "sample" else kind  # it draws, whoever wrote it
+
+    def _reader(self, name: str):
+        """The tokenizer that reads what a prediction gives; None where it gives no texts.
+
+        Raises:
+          ConfigError: there are several, and its annotation does not name one of them.
+        """
+        said = fields.signature(self.objective.predict[name]).return_annotation
+        if getattr(said, "__origin__", said) is not objective.Texts:
+            return None
+        readers = traverse_util.flatten_dict(self.tokenizers, sep="/")
+        # Without a mark, the only tokenizer there is.
+        key, *others = getattr(said, "__metadata__", readers) or [""]
+        if others or key not in readers:
+            raise errors.ConfigError(
+                f"nothing says which tokenizer reads the texts of prediction {name!r}",
+                where=f"objectives, {name}",
+                fix=f"annotate it as Annotated[Texts, …], with one of {sorted(readers)}",
+            )
+        return readers[key]
 
     def draws(self, name: str) -> bool:
         """Whether a prediction gives pictures or texts."""
         return self.kind(name) in NOUNS
 
-    def draw(self, name: str, nets, examples, *, seed=0, index=None, batch_size=None, **options):
+    def draw(
+        self,
+        name: str,
+        nets,
+        examples,
+        *,
+        seed=0,
+        index=None,
+        batch_size=None,
+        watch=None,
+        **options,
+    ):
         """A prediction of B examples, on the host.
 
         Args:
           name: of the family's predictions.
-          nets: net -> variables, all that the family has.
+          nets: net -> variables, all that the family has. Those that are loaded on demand,
+            `weights.OnDemand`, are loaded for each stage of the prediction, and freed after it.
           examples: what the prediction reads of "caption": B strings, "image": B uint8 images HWC
             of any size, "negative_prompt": B captions to be guided away from, or None.
           seed: 0 … 2³² − 1, or B of them.
           index: B integers, an example's number under its seed (default 0 … B − 1). Noise depends
             on (seed, index) alone, never on the batch size or on the other examples.
           batch_size: examples per compiled call at most. Fewer are padded to a power of two: every
-            size is a program of its own, and compiling takes longer than drawing.
+            size is a program of its own, and compiling takes longer than drawing. Of several
+            devices each gets as many, and one at least.
+          watch: a function of a step's number, from 1 on, and of what the batch in work would be
+            then: pictures as latents, float32 BhwC. Each stage and step is then a program of its
+            own, and whether somebody watches changes nothing in those.
           options: of the prediction.
         Returns:
           Pictures as uint8 BHWC, texts as B strings, of other predictions their arrays.
         Raises:
           ConfigError: no such prediction, a wrong option, examples that it lacks or does not read,
-            or arrays that are not one for each example.
+            arrays that are not one for each example, or no stages where they are needed.
           DataError: pictures that are not finite.
         """
         settings, kind = self.check(name, **options), self.kind(name)
+        if kind is objective.OfBatch:
+            raise _of_batch(name)
         fields.check_names(self.batch, examples, where="examples")
         n = _count(examples)
         for argument, rows in (("seed", seed), ("index", index)):
@@ -169,54 +220,114 @@ class Predictor:
         if any(examples.get("negative_prompt") or ()):
             self.check_negative(settings)
         size = min(batch_size or self.config.batch_size, _padded(n))
-        if n != size and getattr(self.objective.predict[name], "together", False):
+        together = getattr(self.objective.predict[name], "together", False)
+        if self._layout and not together:
+            size = -(-size // self._layout.parts) * self._layout.parts
+        if n != size and together:
             raise errors.ConfigError(
                 f"prediction {name!r} reads a batch as a whole, and {n} examples are not one of "
                 f"{size}",
                 where="draw",
                 fix="give 2, 4, 8, … examples, and a batch_size that holds them",
             )
-        whole, out = fields.build(self.batch, examples, where="examples"), []
+        staged = watch is not None or isinstance(nets, weights.OnDemand)
+        if staged and name not in self.objective.stages:
+            raise errors.ConfigError(
+                f"prediction {name!r} of {self.config.objective!r} is one program, without stages",
+                where="callback" if watch else "low_memory",
+                fix="leave it out",
+            )
+        whole, starts = fields.build(self.batch, examples, where="examples"), range(0, n, size)
         if index is not None:
             whole["index"] = np.asarray(index).astype(np.int32)
-        for start in range(0, n, size):
+
+        def batch_at(start):
             # The last example fills the batch up. Its copies are cut off behind the drawing.
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = jax.tree.map(lambda x, rows=rows: x[rows], whole)
-            found = self._run_aloud(name, nets, batch, examples, seed=seed_B[rows], **options)
-            if any(np.shape(x)[:1] != (size,) for x in jax.tree.leaves(found)):
-                raise errors.ConfigError(
-                    f"prediction {name!r} gives no array with an entry for each example",
-                    where="draw",
-                    fix="call Predictor.run with a whole batch",
-                )
+            return jax.tree.map(lambda x: x[rows], whole), seed_B[rows].astype(np.uint32)
+
+        began = self._announced_at(name, nets, *batch_at(0), examples, options, staged)
+        if staged:
+            cut = watch and (lambda i, step, x: watch(step, np.asarray(x)[: n - starts[i]]))
+            drawn = self._in_stages(name, nets, [*map(batch_at, starts)], cut, options)
+        else:
+            drawn = self._in_turn(name, nets, map(batch_at, starts), options)
+        out = []
+        for start, found in zip(starts, drawn, strict=True):
+            self._check_result(name, found, size, settings)
+            if began is not None:
+                _say(f"compiled, and drew the first in {time.perf_counter() - began:.1f} s")
+                began = None
             found = images.to_uint8(found) if kind is objective.Pictures else found
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
-        return [*self.tokenizers.values()][-1].decode(*found) if kind is objective.Texts else found
+        return self._readers[name].decode(*found) if kind is objective.Texts else found
 
-    def _run_aloud(self, name: str, nets, batch, examples, *, seed, **options):
-        """`run`, on the host; says when it compiles, which may take long."""
+    def _in_turn(self, name: str, nets, batches, options):
+        """Results on the host. One batch is computed while the result before it is fetched."""
+        ahead = []
+        for batch, seed in batches:
+            ahead.append(self.run(name, nets, batch, seed=seed, **options))
+            if len(ahead) > 1:
+                yield jax.device_get(ahead.pop(0))
+        yield jax.device_get(ahead.pop())
+
+    def _in_stages(self, name: str, nets, batches, watch, options):
+        """The same. All batches go through a stage before its nets make room for the next one's.
+
+        watch: a function of a batch's number, a step's number and its "preview".
+        """
+        batches, seeds = map(list, zip(*batches, strict=True))
+        settings, held, own = self.check(name, **options), (), {}
+        for number, stage in enumerate(self.objective.stages[name]):
+            fn, arrays = self._bind(name, options, number)
+            if stage.nets != held:
+                held, own = stage.nets, {}  # freed, before others are loaded
+                own = {net: nets[net] for net in nets if net.removesuffix(SUFFIX) in held}
+
+            def run(i, batch, seed, stage=stage, fn=fn, own=own, arrays=arrays):
+                batch = jax.device_put(batch, self._layout and self._layout.batch)
+                if stage.times is None:
+                    return jax.device_get(fn(own, batch, seed, arrays))
+                for n in range(stage.times(batch, **settings)):
+                    new = fn(own, batch, seed, {**arrays, "n": np.int32(n)})
+                    batch = stage.changed(batch, new)
+                    if watch:
+                        watch(i, n + 1, new["preview"])
+                return jax.device_get(batch)
+
+            for i, seed in enumerate(seeds):
+                self.poll()
+                batches[i] = run(i, batches[i], seed)
+            del run  # it refers to the nets
+        return batches
+
+    def _announced_at(self, name: str, nets, batch, seed, examples, options, staged: bool):
+        """Says when something is compiled, which may take long, and gives the time; else None."""
         shapes = str(jax.tree.map(np.shape, batch))
         fn, arrays = self._bind(name, options)
-        program, count = (fn, shapes, np.shape(seed)), len(batch["index"])
-        started, what = None, NOUNS.get(self.kind(name), "example")
-        if program not in self._announced:
-            arguments = (nets, batch, np.asarray(seed, np.uint32), arrays)
-            self._check_read(name, fn, arguments, {k for k in EXAMPLES if k in examples})
-            self._announced.add(program)
-            started = time.perf_counter()
-            _say(f"compiling for {count} {what}{'s' * (count > 1)} at once …")
-        found = jax.device_get(self.run(name, nets, batch, seed=seed, **options))
-        if what == "picture" and not np.isfinite(found).all():
+        program, count = (fn, shapes, np.shape(seed), staged), len(batch["index"])
+        if program in self._announced:
+            return None
+        if isinstance(nets, weights.OnDemand):
+            nets = weights.abstract_nets(self.objective, self.config)
+        kinds = {kind for kind in EXAMPLES if kind in examples}
+        self._check_read(name, fn, (nets, batch, seed, arrays), kinds)
+        self._announced.add(program)
+        what = NOUNS.get(self.kind(name), "example")
+        _say(f"compiling for {count} {what}{'s' * (count > 1)} at once …")
+        return time.perf_counter()
+
+    def _check_result(self, name: str, found, size: int, settings) -> None:
+        """DataError for pictures that are not finite, ConfigError unless there are `size`."""
+        if self.kind(name) is objective.Pictures and not np.isfinite(found).all():
             raise errors.DataError(
                 "the pictures hold values that are not finite",
-                where=f"{name} with {self.check(name, **options)}",
+                where=f"{name} with {settings}",
                 fix="choose options nearer to the defaults, or a model that was trained well",
             )
-        if started is not None:
-            _say(f"compiled, and drew the first in {time.perf_counter() - started:.1f} s")
-        return found
+        if any(np.shape(x)[:1] != (size,) for x in jax.tree.leaves(found)):
+            raise _of_batch(name)
 
     def _check_read(self, name: str, fn, arguments, kinds) -> None:
         """ConfigError unless a prediction has the examples that it reads, and reads those it has.
@@ -322,7 +433,7 @@ class Predictor:
         """The arrays of the inputs that read no more than is given."""
         examples = [dict(zip(given, row, strict=True)) for row in zip(*given.values(), strict=True)]
         n, read = len(examples), [one for one in self.objective.inputs if {*one.reads} <= {*given}]
-        return inputs.make(read, examples, [None] * n, np.arange(n))
+        return inputs.arrays(read, examples, [None] * n, np.arange(n))
 
     def cuts(self, captions) -> list[str | None]:
         """What is not read of each caption, for it is too long: the most that a net loses."""
@@ -347,6 +458,14 @@ def _check_signature(name: str, fn) -> None:
                 where=f"objectives, {name}",
                 fix=f"write options after `*`, and not as one of {', '.join(TAKEN)}",
             )
+
+
+def _of_batch(name: str) -> errors.ConfigError:
+    return errors.ConfigError(
+        f"prediction {name!r} gives no array with an entry for each example",
+        where="draw",
+        fix="call Predictor.run with a whole batch",
+    )
 
 
 def _count(examples) -> int:
@@ -409,9 +528,13 @@ class Pipeline:
 
     words: those of its training captions, or None where they are not known.
     adapters: "name", "sha256" and "weight" of each file of adapters.
+    int8: as of `load`.
+    preview: the `previews.Preview` that callbacks see pictures by, or None.
     """
 
     adapters: Sequence[Mapping] = ()
+    int8 = ""
+    preview: previews.Preview | None = None
 
     def __init__(self, predictor: Predictor, nets, source: str, step: int | None, words=None):
         self.predictor, self.nets = predictor, nets
@@ -427,6 +550,11 @@ class Pipeline:
         averaged: bool = True,
         load=None,
         lora: Mapping[str, float] | None = None,
+        int8: str = "",
+        mesh: Mapping[str, int] | None = None,
+        strategy: str = "data",
+        low_memory: bool = False,
+        preview: str | None = None,
     ) -> "Pipeline":
         """Opens a run's workdir (its newest checkpoint, that of `step`, or the "best"), an exported
         model's folder, or `builtin:name`; with averaged parameters where there are any. Or a
@@ -435,13 +563,38 @@ class Pipeline:
         Args:
           load: net -> where its weights lie now, in place of what config.json says.
           lora: of a pretrained pipeline, file of adapters -> weight, see `pretrained.lora_files`.
+          int8: nets whose kernels are kept in eight bits, with commas, such as "model,text".
+          mesh: axis -> devices of this process, see `sharding.Layout`; by default all along one
+            axis, over which batches are split.
+          strategy: "data" holds the nets whole on every device, "fsdp" a part of them on each.
+          low_memory: of a pretrained pipeline, nets are loaded for the stage of a drawing that
+            reads them, and leave the devices after it. Only the largest has to fit.
+          preview: a small autoencoder that `callback` sees pictures by: a folder, or
+            "hf:madebyollin/taesd".
         Raises:
           ConfigError, DataError: no such model, or what it was trained with changed or is gone.
         """
         compile_cache.enable()
         source = os.fspath(source)
-        if folders.is_pipeline(source):
-            return cls._import(source, step, load or {}, lora or {})
+        config, local = weights.config_at(source), jax.local_devices()
+        # Not by config.attention, which names a kernel of the devices that trained.
+        layout = sharding.Layout(mesh or {"data": -1}, strategy, devices=local)
+        layout = layout if len(local) > 1 else None
+        weights.override(config, load or {})
+        seen = preview and previews.Preview(
+            preview, weights.sources(config).get(folders.AUTOENCODER)
+        )
+        if weights.is_pipeline(source):
+            config.int8 = int8
+            pipe = cls._import(source, config, step, lora or {}, layout, low_memory)
+            pipe.preview, pipe.int8 = seen, int8
+            return pipe
+        if low_memory:
+            raise errors.ConfigError(
+                "nets are loaded stage by stage of a pretrained pipeline alone",
+                where="low_memory",
+                fix="leave it out, or export the run with --format=diffusers --merge",
+            )
         if lora:
             raise errors.ConfigError(
                 "files of adapters go with a pretrained pipeline",
@@ -449,12 +602,12 @@ class Pipeline:
                 fix="leave them out; a run's own adapters are part of it",
             )
         folder = weights.locate(source)
-        config = weights.read_config(folder)
-        weights.override(config, load or {})
         try:
             # A model's config names what its author chose. Only what the caller names is fetched.
             with hf.offline_except(*weights.named(load)):
-                return cls._load(source, folder, config, step, averaged)
+                pipe = cls._load(source, folder, config, step, averaged, layout, int8)
+            pipe.preview, pipe.int8 = seen, int8
+            return pipe
         except (errors.DataError, errors.ConfigError) as e:
             described = folder / "config.json"
             if e.where == str(described):  # its sources may be senseless, too
@@ -471,43 +624,47 @@ class Pipeline:
             ) from e
 
     @classmethod
-    def _import(cls, source, step, load, files):
+    def _import(cls, source, config, step, files, layout, low_memory):
         if step is not None:
             raise errors.ConfigError(
                 f"a pretrained pipeline has no step {step}", where=source, fix="leave out --step"
             )
-        config = weights.config_at(source)
-        weights.override(config, load)
-        predictor = Predictor(config)
-        nets = weights.imported(predictor.objective, config)
+        predictor = Predictor(config, layout=layout)
+        nets = weights.imported(predictor.objective, config, layout and layout.nets)
+        nets = nets if low_memory else dict(nets)
         if files:
-            params = {name: net["params"] for name, net in nets.items()}
+            shapes = weights.abstract_nets(predictor.objective, config)
+            params = {name: net["params"] for name, net in shapes.items()}
             adapters = lora_files.opened(folders.open(source), params, files)
             # Their scale is part of them, so that any rank will do here.
             config.lora = {name: {"rank": 1} for name in adapters}
-            nets |= {f"{n}{SUFFIX}": {"params": tree} for n, tree in adapters.items()}
-            predictor = Predictor(config)
+            own = {f"{n}{SUFFIX}": {"params": tree} for n, tree in adapters.items()}
+            nets |= jax.device_put(own, layout.nets(own)) if layout else own
+            predictor = Predictor(config, layout=layout)
         pipe = cls(predictor, nets, source, None)
         pipe.adapters = lora_files.described(files)
         return pipe
 
     @classmethod
-    def _load(cls, source, folder, config, step, averaged):
+    def _load(cls, source, folder, config, step, averaged, layout, int8):
         with weights.describes(folder / "config.json"):
-            predictor = Predictor(config)
+            predictor = Predictor(config, layout=layout)
             family = predictor.objective
             shapes = weights.abstract_nets(family, config)
         held = weights.nets_in(folder) or family.trained
         wanted = {name: shapes[name] for name in held}
+        wanted = sharding.on(wanted, layout.nets(wanted)) if layout else wanted
         nets, step = weights.load_trained(folder, wanted, step=step, averaged=averaged)
         known = weights.frozen_digests(folder, step)
         # A digest of all nets, as older runs have, can be compared with all of them alone.
         unread = () if isinstance(known, str) else family.training_only
-        frozen = weights.frozen(family, config, except_nets=(*held, *unread), shapes=shapes)
+        options = dict(except_nets=(*held, *unread), shapes=shapes)
+        frozen = weights.frozen(family, config, layout and layout.nets, **options)
         sources = weights.sources(config)
         loaded = frozen if step is not None else {n: frozen[n] for n in frozen if n in sources}
         weights.check_frozen(loaded, known)
-        nets |= frozen
+        # After the check: digests are those of what the run was trained with.
+        nets = weights.in_eight_bits(nets | frozen, int8)
         return cls(predictor, nets, source, step, words.read(folder))
 
     def __call__(
@@ -520,6 +677,7 @@ class Pipeline:
         index=None,
         batch_size: int | None = None,
         noise=None,
+        callback=None,
         **options,
     ):
         """Draws pictures.   -> uint8 BHWC, the pictures of a prompt beside each other
@@ -534,9 +692,12 @@ class Pipeline:
           batch_size: pictures drawn together at most; it changes no picture.
           noise: what the pictures begin with in place of the seed's noise, such as another
             program's: B × height × width × channels of what the model learned, float32.
+          callback: a function `(step, images)` that is called after each step, from 1 on, with what
+            the pictures of the batch in work would be: uint8 BHWC, by the `preview` of `load`.
           options: of the family's "sample", such as guidance and steps.
         Raises:
-          ConfigError: an argument of a wrong type or length, or an option the family lacks.
+          ConfigError: an argument of a wrong type or length, an option the family lacks, or a
+            callback without a `preview`.
         """
         asked = limits.pictures(prompts, num_images, seed, negative_prompt, index)
         limit = self.config.batch_size if batch_size is None else batch_size
@@ -547,11 +708,24 @@ class Pipeline:
                 f"no option {name!r}", where="draw", fix=f"say {limits.ALIASES[name]!r}"
             )
         self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
-        return self.predictor.sample(self.nets, **asked, noise=noise, batch_size=limit, **options)
+        options = dict(noise=noise, batch_size=limit, watch=self._watch(callback), **options)
+        return self.predictor.sample(self.nets, **asked, **options)
 
-    def draw(self, name: str, examples, **options):
-        """A prediction of examples with this model; see `Predictor.draw`."""
-        return self.predictor.draw(name, self.nets, examples, **options)
+    def draw(self, name: str, examples, *, callback=None, **options):
+        """A prediction of examples with this model; see `Predictor.draw`, and above."""
+        watch = self._watch(callback)
+        return self.predictor.draw(name, self.nets, examples, watch=watch, **options)
+
+    def _watch(self, callback):
+        if callback is None:
+            return None
+        if self.preview is None:
+            raise errors.ConfigError(
+                "no small autoencoder to decode previews with",
+                where="callback",
+                fix=f"load the model with preview=…, a folder or {previews.KNOWN}",
+            )
+        return lambda step, z_BHWC: callback(step, self.preview(z_BHWC))
 
     def tell_unknown_words(self, texts) -> None:
         """Warns, once for each, of words that the training captions do not have."""

@@ -3,25 +3,29 @@
 import contextlib
 import importlib
 import pkgutil
+import re
 import sys
 
 from t2i_jax import errors, fields
 
-ENTRIES = ("make", "Backbone", "from_config")  # what a pluggable module has one of
+ENTRY = re.compile(r"^(def make|class Backbone)\b", re.MULTILINE)  # of a pluggable module
 
 
 def load(kind: str, name: str):
     """The module t2i_jax/<kind>/<name>.py; an unknown name is an error that lists what there is."""
     package = importlib.import_module(f"t2i_jax.{kind}")
-    # Packages are left out: objectives/parts holds what families share.
-    known = [m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg]
-    module = importlib.import_module(f"t2i_jax.{kind}.{name}") if name in known else None
-    # A file without an entry only serves others, so its name counts as unknown.
-    if not any(hasattr(module, entry) for entry in ENTRIES):
+    # A file without an entry only serves others. Files are read for that and not imported, as
+    # some need a library that may not be there.
+    text = lambda m: m.module_finder.find_spec(m.name).loader.get_source(m.name)
+    found = pkgutil.iter_modules(package.__path__)
+    known = [m.name for m in found if not m.ispkg and ENTRY.search(text(m))]
+    if name not in known:
         raise errors.ConfigError(
-            f"no {kind} named {name!r}", where=f"t2i_jax/{kind}/", fix=errors.nearest(name, known)
+            f"no {kind} named {name!r}",
+            where=f"t2i_jax/{kind}/",
+            fix=f"{errors.nearest(name, known)}; one of your own is a file of that folder",
         )
-    return module
+    return importlib.import_module(f"t2i_jax.{kind}.{name}")
 
 
 def source(options, *, where: str, **defaults):

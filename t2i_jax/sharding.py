@@ -14,6 +14,8 @@ For this, zero1 and fsdp give the mesh a named axis for every prime factor of it
 of 1152 is split over 128 of 256 devices. A matrix splits its other axis over the remaining 2.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 import re
@@ -35,6 +37,9 @@ STRATEGIES = ("pmap", "data", "zero1", "fsdp")
 TENSOR = "tensor"
 GATHERED = "gathered"  # the name of gathered parameters in remat policies
 SMALL = 2**14  # numbers on a device: so few are not split along a second axis
+# How attention over many tokens is computed -> the only platform that can. See `models.attention`.
+KERNELS = {"auto": "", "xla": "", "by_head": "", "splash": "tpu", "cudnn": "gpu"}
+_KERNEL = contextvars.ContextVar("kernel", default="auto")
 UNEVEN = 0.02  # a larger share of the state beyond the even part of a device gives a warning
 
 # A parameter's path and the axis, from the last, that the tensor axis splits. Kernels that enter
@@ -66,12 +71,16 @@ class Layout:
       strategy: one of STRATEGIES.
       devices: by default all devices of all processes. A number gives a mesh without devices,
         which serves for shapes alone.
+      attention: one of KERNELS, for programs within `context`. "auto" is the platform's own where
+        it can, else "xla".
     Raises:
-      ConfigError: an unknown strategy, or a mesh that does not fit the devices.
+      ConfigError: an unknown strategy, a mesh that does not fit the devices, or a kernel that they
+        do not have.
     """
 
-    def __init__(self, axes, strategy: str = "data", *, devices=None):
+    def __init__(self, axes, strategy: str = "data", *, devices=None, attention: str = "auto"):
         errors.check_known("strategy", strategy, STRATEGIES, where="config.strategy")
+        errors.check_known("kernel", attention, KERNELS, where="config.attention")
         self.strategy, mesh = strategy, _mesh(dict(axes), devices)
         self.axes = dict(mesh.shape)
         self.mesh = _factored(mesh) if strategy in ("zero1", "fsdp") else mesh
@@ -79,6 +88,20 @@ class Layout:
         self.parts = math.prod(self.mesh.shape[name] for name in self.batch_axes)
         self.whole = NamedSharding(self.mesh, PartitionSpec())
         self.batch = NamedSharding(self.mesh, PartitionSpec(self.batch_axes))
+        self.attention, known = attention, self.mesh.abstract_mesh.abstract_device
+        platform = known.platform if known else jax.default_backend()
+        if KERNELS[attention] not in ("", platform):
+            raise errors.ConfigError(
+                f"{attention!r} is a kernel for a {KERNELS[attention]}, and this is a {platform}",
+                where="config.attention",
+                fix='set it to "auto"',
+            )
+
+    @contextlib.contextmanager
+    def context(self):
+        """Within it code that is traced knows the mesh, and the kernel for attention."""
+        with attention_by(self.attention), jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            yield
 
     def check_batch(self, batch_size: int, accumulate: int) -> None:
         """Raises ConfigError for a batch that parts and micro-batches do not divide evenly."""
@@ -153,7 +176,10 @@ class Layout:
             return nets
         box = lambda x, there, back: GatherAtUse(x, there, back)
         boxes = jax.tree.map(box, nets, self._tree(nets, split=False), self.nets(nets))
-        return boxes if at_use else meta.unbox(boxes)
+        if at_use:
+            return boxes
+        is_box = lambda x: isinstance(x, GatherAtUse)  # kernels in eight bits stay in theirs
+        return jax.tree.map(lambda x: x.unbox(), boxes, is_leaf=is_box)
 
     def scatter(self, net: str, grads):
         """One net's gradients, sharded like its optimiser's state."""
@@ -216,6 +242,7 @@ class Layout:
         # room: what is left of each axis on a device; axes: the mesh axes that split it.
         room, axes, free = list(shape), [()] * len(shape), list(self.mesh.axis_names)
         n = self.mesh.shape.get(TENSOR, 1)
+        path = path.removesuffix("/q")  # of a kernel in eight bits
         for pattern, axis in TENSOR_RULES if n > 1 else ():
             if re.search(pattern, path) and len(shape) >= -axis and shape[axis] % n == 0:
                 axes[axis], room[axis] = (TENSOR,), shape[axis] // n
@@ -246,6 +273,21 @@ class Layout:
 
     def _size(self, names) -> int:
         return math.prod(self.mesh.shape[name] for name in names)
+
+
+def kernel() -> str:
+    """The kernel for attention in this context, one of KERNELS."""
+    return _KERNEL.get()
+
+
+@contextlib.contextmanager
+def attention_by(kernel: str):
+    """Within it code that is traced computes attention so: one of KERNELS."""
+    before = _KERNEL.set(kernel)
+    try:
+        yield
+    finally:
+        _KERNEL.reset(before)
 
 
 def is_image(dtype, rank: int) -> bool:
@@ -289,6 +331,17 @@ class GatherAtUse(meta.AxisMetadata):
     def _with_specs(self, change):
         moved = lambda s: NamedSharding(s.mesh, PartitionSpec(*change(tuple(s.spec))))
         return self.replace(there=moved(self.there), back=moved(self.back))
+
+
+def anew(nets, n):
+    """Nets and a loop's number n, for use in the loop: split parameters are gathered in each turn.
+
+    XLA would gather all of them before the first turn, as they are the same in each.
+    """
+    is_box = lambda x: isinstance(x, GatherAtUse)
+    if not any(map(is_box, jax.tree.leaves(nets, is_leaf=is_box))):
+        return nets, n
+    return jax.lax.optimization_barrier((nets, n))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

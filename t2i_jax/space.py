@@ -6,6 +6,8 @@ B batch · H W pixels · C channels
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from t2i_jax import randomness
+
 
 class Space(NamedTuple):
     """What an objective learns to draw, and its way from and to images.
@@ -20,6 +22,10 @@ class Space(NamedTuple):
     encode: Callable
     decode: Callable
     init: Mapping[str, Callable] = {}
+
+    def of_images(self, nets, batch, keys_B, *how):
+        """`encode` with keys made of the examples' own, so that other noise of these differs."""
+        return self.encode(nets, batch, randomness.fold_each(keys_B, 0), *how)
 
 
 def pixels(res: int) -> Space:

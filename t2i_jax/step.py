@@ -76,6 +76,7 @@ def make_update(
     layout = layout or sharding.Layout({"data": 1}, devices=jax.local_devices()[:1])
     _check_whole(objective, accumulate, layout)
 
+    @layout.context()
     def update(state: State, frozen, batch):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         nets, opt, metrics = dict(state.nets), dict(state.opt), {}
@@ -110,12 +111,14 @@ def make_update(
                 metrics[f"{name}/grad_norm"] = norm
                 metrics[f"{name}/learning_rate"] = optimisers[name].learning_rate(state.step)
             metrics |= {f"{loss.nets[0]}/{k}": v for k, v in {"loss": value, **aux.metrics}.items()}
-        averages = {
-            name: optax.incremental_update(
-                nets[name]["params"], state.ema[name], 1 - optim.ema_decay(decay, state.step)
+        averages = {}
+        for name, decay in ema.items():
+            params, point = nets[name]["params"], optimisers[name].point
+            averages[name] = optax.incremental_update(
+                point(opt[name], params) if point else params,
+                state.ema[name],
+                1 - optim.ema_decay(decay, state.step),
             )
-            for name, decay in ema.items()
-        }
         # A dropped step keeps every old value. Only the two counters move on.
         changed = State(state.step, nets, opt, averages, jnp.int32(0))
         kept = state._replace(skipped=state.skipped + 1)

@@ -1,8 +1,10 @@
 """Where nets come from: exported models, runs and pretrained encoders, by one name."""
 
-import contextlib
+import functools
 import json
+import os
 import pathlib
+from collections.abc import Callable, Mapping
 
 import jax
 import ml_collections
@@ -11,7 +13,7 @@ import safetensors.numpy
 from absl import logging
 from flax import traverse_util
 
-from t2i_jax import errors, files, images, objective, sharding
+from t2i_jax import errors, files, images, int8, objective, sharding
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf, opener, tensors
 from t2i_jax.run import checkpoint, fingerprint
@@ -21,18 +23,25 @@ BUILTIN = pathlib.Path(__file__).parent / "builtin"
 KINDS = {  # of what every config.json holds and nets are built from
     **{"objective": str, "res": int, "text_length": int, "batch_size": int, "seed": int},
     **{"model": dict, "load": dict, "optim": dict, "ema": dict, "loss": dict, "sample": dict},
-    **{"evaluators": dict},
+    **{"evaluators": dict, "size": list},
 }
+SENSELESS = (  # what building by a senseless config.json raises
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 ALWAYS = {"index": "int32", "weight": "float32"}  # in every batch, beside the family's inputs
 EXPORTED = "model.safetensors"  # of an exported model, beside its config.json and README.md
 
 
 def locate(source: str) -> pathlib.Path:
-    """The folder of a run or an exported model: `builtin:name` or a path.
+    """The folder of a run or an exported model: `builtin:name`, a path or `hf:org/name[@revision]`.
 
     Raises:
       ConfigError: there is no such folder, or it holds neither checkpoints nor an exported model.
+      DataError: the hub has no such model.
     """
+    source = os.fspath(source)
+    if source.startswith("hf:"):
+        return hf.locate(source)
     if source.startswith("builtin:"):
         folder = BUILTIN / source.removeprefix("builtin:")
         known = sorted(p.name for p in BUILTIN.iterdir() if (p / "config.json").exists())
@@ -75,44 +84,25 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         raise errors.DataError(
             "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
         )
-    for key, kind in KINDS.items():
-        # Not isinstance, by which True would be a whole number.
-        if key in values and (type(values[key]) is not kind):
-            raise errors.DataError(
-                f"{key!r} is {values[key]!r:.50} in it, not {kind.__name__}",
-                where=str(path),
-                fix="restore the file from a copy of the run",
-            )
+    # Not isinstance, by which True would be a whole number.
+    if wrong := [key for key in KINDS if key in values and type(values[key]) is not KINDS[key]]:
+        what = f"{wrong[0]!r} is {values[wrong[0]]!r:.50} in it, not {KINDS[wrong[0]].__name__}"
+        raise errors.DataError(what, where=str(path), fix=fix)
     _check_size(values, path)
     with describes(path):
         return config_of(values)
 
 
-@contextlib.contextmanager
 def describes(path: pathlib.Path):
     """Turns what a senseless config.json makes of the body, which builds its nets, into one error.
 
     Raises:
       DataError: names the file.
     """
-    try:
-        yield
-    except errors.Error:
-        raise
-    except (
-        TypeError,
-        ValueError,
-        LookupError,
-        AttributeError,
-        ArithmeticError,
-        RecursionError,
-    ) as e:
-        line = (str(e).splitlines() or [""])[0][:200]
-        raise errors.DataError(
-            f"it describes no model that can be built: {type(e).__name__}: {line}",
-            where=str(path),
-            fix="restore the file from a copy, or see --debug",
-        ) from e
+    what = "it describes no model that can be built"
+    fix = "restore the file from a copy, or see --debug"
+    say = lambda e: f"{errors.named(e)} in {errors.place(e)}"
+    return errors.explained(errors.DataError, what, where=path, fix=fix, of=SENSELESS, say=say)
 
 
 def check_regular(path: pathlib.Path) -> None:
@@ -125,16 +115,22 @@ def check_regular(path: pathlib.Path) -> None:
 
 def config_at(source: str) -> ml_collections.ConfigDict:
     """The config of a run, an exported model or a pretrained pipeline."""
-    if folders.is_pipeline(source):
+    if is_pipeline(source):
         return config_of(folders.described(source))
     return read_config(locate(source))
+
+
+def is_pipeline(source: str) -> bool:
+    """Whether it is a pretrained pipeline. The hub has models of ours, too."""
+    return folders.is_pipeline(source) and not is_ours(source)
 
 
 def config_of(values: dict) -> ml_collections.ConfigDict:
     """A config of the values that a run wrote, perhaps before some keys were known."""
     younger = {"lora": {}, "text": {}, "best": "", "watch": {}, "rollbacks": 0}
-    younger |= {"minutes": 0.0, "save_minutes": 0.0}
+    younger |= {"minutes": 0.0, "save_minutes": 0.0, "size": (), "attention": "auto", "int8": ""}
     values = younger | values
+    values["size"] = tuple(values["size"])
     values["text"] = {"dtype": "float32"} | values["text"]
     if values.keys() >= {"objective", "model", "load"}:
         values["model"] = objective.model_by_net(values)
@@ -145,6 +141,7 @@ def _check_size(values, path) -> None:
     """Raises ConfigError for networks that are no sensible size, before any time goes into one."""
     limits = {"depth": 512}
     sizes = [("res", values.get("res"), hf.LARGEST["res"])]
+    sizes += [("size", side, hf.LARGEST["res"]) for side in values.get("size", ())]
     sizes += [("text_length", values.get("text_length"), hf.LARGE)]
     rest = [("model", values.get("model"))]
     while rest:
@@ -177,16 +174,24 @@ def abstract_nets(family: objective.Objective, config):
 
 
 def frozen_shapes(family: objective.Objective, config, *, except_nets=(), shapes=None):
-    """The shapes of the frozen nets, in the types that their files store. Checks that every net
-    that `config.load` names has a readable source; nets in `except_nets` are not checked.
+    """The shapes of the frozen nets, in the types that their files store, or in eight bits as
+    `config.int8` says. Checks that every net that `config.load` names has a readable source; nets
+    in `except_nets` are not checked.
 
     Args:
       shapes: what `abstract_nets` gave, where it is known: it takes a second.
     Raises:
-      ConfigError: `config.load` names an unknown net or a run that there is not, or a frozen net
-        has no source.
+      ConfigError: `config.load` or `config.int8` names an unknown net, or a run that there is not,
+        or a frozen net has no source.
       DataError: a pretrained encoder's checkpoint lacks tensors or has others.
     """
+    found = _frozen_shapes(family, config, except_nets, shapes)
+    named = _in_eight_bits(found, config.int8, "config.int8")
+    return found | {name: jax.eval_shape(int8.stored, found[name]) for name in named}
+
+
+def _frozen_shapes(family, config, except_nets, shapes):
+    """As `frozen_shapes`, of what is read."""
     shapes = checked_shapes(config, shapes or abstract_nets(family, config), except_nets)
     found = {name: shape for name, shape in shapes.items() if name not in family.trained}
     for name in found:
@@ -211,30 +216,28 @@ def checked_shapes(config, shapes, except_nets=()):
             continue
         if is_ours(source):
             folder, theirs = _trained(source, name)
-            _check_prediction(name, config, theirs, read_config(folder))
+            _check_output(name, config, theirs, read_config(folder))
             if name in config.lora and (res := read_config(folder).res) != config.res:
                 raise errors.ConfigError(
                     f"adapters for pictures of {config.res} pixels a side, of a net for {res}",
                     where="config.res",
                     fix=f"set it to {res}, or train the net itself (config.init_from) instead",
                 )
+            check_trained(folder, {theirs: shapes[name]}, where=f"config.load.{name}")
         else:
             _check_there(name, source)
             shapes[name] = opener.check(source, shapes[name])
     return shapes
 
 
-def _check_prediction(name: str, config, theirs: str, trained) -> None:
+def _check_output(name: str, config, theirs: str, trained) -> None:
     """Raises ConfigError where a net's output means something else here than it was trained for."""
-    said = [
-        own.model[net].get("prediction", own.loss.get("prediction")) if net in own.model else None
-        for net, own in ((name, config), (theirs, trained))
-    ]
-    if None not in said and said[0] != said[1]:
+    here, there = objective.outputs(config).get(name), objective.outputs(trained).get(theirs)
+    if here and there and here != there:
         raise errors.ConfigError(
-            f"its output is read as {said[0]!r}, and it was trained as {said[1]!r}",
+            f"its output is read as {here!r}, and it was trained as {there!r}",
             where=f"config.load.{name}",
-            fix=f"set its prediction to {said[1]!r}",
+            fix=f"set its prediction to {there!r}",
         )
 
 
@@ -246,37 +249,90 @@ def frozen(family: objective.Objective, config, shardings=None, *, except_nets=(
       except_nets: names of nets that come from elsewhere.
       shapes: as of `frozen_shapes`.
     """
-    shapes = frozen_shapes(family, config, except_nets=except_nets, shapes=shapes)
+    shapes = _frozen_shapes(family, config, except_nets, shapes)
     wanted = {name: shape for name, shape in shapes.items() if name not in except_nets}
-    return _filled(family, config, wanted, shardings)
+    eight = _in_eight_bits(shapes, config.int8, "config.int8")
+    return dict(_filled(family, config, wanted, shardings, eight))
 
 
 def pretrained(family: objective.Objective, config, shardings=None):
     """The trained nets that `config.load` names, as they are there; `shardings` as in `frozen`."""
     shapes = abstract_nets(family, config)
     named = sources(config).keys() & set(family.trained)
-    return _filled(family, config, {name: shapes[name] for name in sorted(named)}, shardings)
+    wanted = {name: shapes[name] for name in sorted(named)}
+    return dict(_filled(family, config, wanted, shardings))
 
 
-def _filled(family, config, shapes, shardings):
-    """Nets of these shapes, of `config.load` where it names them, else random."""
-    given, targets, nets = sources(config), _placed(shapes, shardings), {}
-    for name, target in targets.items():
+class OnDemand(Mapping):
+    """Nets that are loaded each time one asks for them, and not kept.
+
+    makers: net -> a function that gives its variables.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable]):
+        self._makers = makers
+
+    def __getitem__(self, name):
+        return self._makers[name]()
+
+    def __iter__(self):
+        return iter(self._makers)
+
+    def __len__(self):
+        return len(self._makers)
+
+    def __or__(self, nets):
+        """With more nets, which are kept."""
+        return OnDemand(self._makers | {name: lambda net=net: net for name, net in nets.items()})
+
+
+def _filled(family, config, shapes, shardings, eight_bits=()) -> OnDemand:
+    """Nets of these shapes, of `config.load` where it names them, else random.
+
+    eight_bits: names of nets whose kernels are stored so.
+    """
+    given = sources(config)
+
+    def fill(name, target):
         if name in given:
-            nets[name] = load_net(given[name], name, target)
+            net = load_net(given[name], name, target)
         else:
             # The run's seed: a random frozen net must be the same at each start.
             key = jax.random.key(config.seed)
             batch = abstract_batch(family, 1)
             zeros = jax.tree.map(lambda s: np.zeros(s.shape, s.dtype), batch)
             # Within jit, what computes the other nets is dropped as unused.
-            nets[name] = jax.jit(lambda k, b, name=name: family.init(k, b)[name])(key, zeros)
-    return jax.device_put(nets, jax.tree.map(lambda s: s.sharding, targets))
+            net = jax.jit(lambda k, b: family.init(k, b)[name])(key, zeros)
+        if name in eight_bits:
+            net = int8.stored(net)
+            target = _placed({name: jax.eval_shape(lambda: net)}, shardings)[name]
+        return jax.device_put(net, jax.tree.map(lambda s: s.sharding, target))
+
+    targets = _placed(shapes, shardings)
+    return OnDemand({name: functools.partial(fill, name, s) for name, s in targets.items()})
 
 
-def imported(family: objective.Objective, config):
-    """All nets of a pipeline that was opened as it is, in the types that its files store."""
-    return _filled(family, config, checked_shapes(config, abstract_nets(family, config)), None)
+def imported(family: objective.Objective, config, shardings=None) -> OnDemand:
+    """All nets of a pipeline that was opened as it is, in the types that its files store, or in
+    eight bits where `config.int8` says so; `shardings` as in `frozen`.
+    """
+    shapes = checked_shapes(config, abstract_nets(family, config))
+    eight = _in_eight_bits(shapes, config.int8, "int8")
+    return _filled(family, config, shapes, shardings, eight)
+
+
+def in_eight_bits(nets, names: str):
+    """The nets, with the kernels of those that are named in eight bits; see `int8`."""
+    names = _in_eight_bits(nets, names, "int8")
+    return nets | {name: int8.stored(nets[name]) for name in names}
+
+
+def _in_eight_bits(nets, names: str, where: str) -> list[str]:
+    """The nets that an option names with commas; ConfigError for one that there is not."""
+    named = [name.strip() for name in names.split(",") if name.strip()]
+    for name in named:
+        errors.check_known("net", name, nets, where=where)
+    return named
 
 
 def sources(config) -> dict:
@@ -298,12 +354,7 @@ def override(config, given) -> None:
       ConfigError: a net that it does not load.
     """
     for name, source in given.items():
-        if name not in config.load:
-            raise errors.ConfigError(
-                f"the model loads no net {name!r}",
-                where="--load",
-                fix=errors.nearest(name, list(config.load)),
-            )
+        errors.check_known("net", name, config.load, where="--load", say="the model loads no")
         # A ConfigDict refuses another type, such as a text in place of several.
         with config.ignore_type():
             config.load[name] = source
@@ -317,14 +368,9 @@ def frozen_digests(folder: pathlib.Path, step: int | None) -> dict[str, str] | s
     if not (folder / EXPORTED).exists():
         return checkpoint.Checkpoints(folder, create=False).meta(step).get("frozen")
     note = _stored(folder)[1].get("frozen")
-    try:
+    what, fix = "its note of the frozen nets is not JSON", "copy or export the model again"
+    with errors.explained(errors.DataError, what, where=folder / EXPORTED, fix=fix):
         return json.loads(note) if note and note.startswith("{") else note
-    except (ValueError, RecursionError) as e:
-        raise errors.DataError(
-            f"its note of the frozen nets is not JSON: {e}",
-            where=str(folder / EXPORTED),
-            fix="copy or export the model again",
-        ) from e
 
 
 def load_net(source, name: str, target):
@@ -423,12 +469,14 @@ def is_ours(source) -> bool:
         return False  # several pretrained encoders
     if source.startswith("builtin:"):
         return True
-    folder, net = hf.split(source)
-    path = folder / "config.json"
+    hub, (folder, net) = source.startswith("hf:"), hf.split(source)
     try:
+        path = (hf.described(source) if hub else folder) / "config.json"
         return path.is_file() and "objective" in json.loads(files.read_text(path))
     except (OSError, ValueError, TypeError, RecursionError):
-        return bool(net)  # of a run with a broken config.json, as `read_config` will tell
+        # A run's net, whose broken config.json `read_config` will tell; of the hub it is a part's
+        # name, and what cannot be fetched is told where it is opened.
+        return bool(net) and not hub
 
 
 def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, averaged: bool = True):
@@ -447,13 +495,37 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
             )
         check_regular(folder / EXPORTED)
         return tensors.load(tensors.match(folder, targets, tensors.OURS)), None
-    config = read_config(folder)
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
     placed = sharding.on(targets, jax.tree.map(lambda s: s.sharding or _here(), targets))
-    ema = [name for name in config.ema if name in targets and averaged]
-    nets = checkpoints.restore_nets(step, placed, ema)
-    return nets, step
+    ema = _averaged(folder, targets) if averaged else []
+    return checkpoints.restore_nets(step, placed, ema), step
+
+
+def check_trained(folder: pathlib.Path, shapes, *, where: str) -> None:
+    """Raises ConfigError where the newest nets there have other arrays than these.
+
+    It reads no more than the names and shapes of what is stored.
+
+    where: the key of the config that names the run or model.
+    """
+    exported = nets_in(folder)  # a file that cannot be read has advice of its own
+    try:
+        if exported:
+            tensors.match(folder, shapes, tensors.OURS)
+        else:
+            checkpoints = checkpoint.Checkpoints(folder, create=False)
+            checkpoints.check_nets(checkpoints.choose(None), shapes, _averaged(folder, shapes))
+    except checkpoint.Damaged:
+        raise
+    except errors.DataError as e:  # whose advice is for a start of that run itself
+        fix = f"describe the nets in config.model as {folder / 'config.json'} does"
+        raise errors.ConfigError(e.what, where=f"{where}, {folder}", fix=fix) from e
+
+
+def _averaged(folder: pathlib.Path, nets) -> list[str]:
+    """Those of the nets whose parameters the run averages."""
+    return [name for name in read_config(folder).ema if name in nets]
 
 
 def nets_in(folder: pathlib.Path) -> list[str]:
@@ -497,7 +569,30 @@ def export(
 
 
 def to_json(config) -> str:
-    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + "\n"
+    """A config as its file: paths become texts, numbers of numpy Python's.
+
+    Raises:
+      ConfigError: a value that JSON has no form for.
+    """
+    return json.dumps(_plain(config.to_dict(), "config"), indent=2, sort_keys=True) + "\n"
+
+
+def _plain(value, where: str):
+    if hasattr(value, "items"):
+        return {str(key): _plain(child, f"{where}.{key}") for key, child in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(child, f"{where}[{i}]") for i, child in enumerate(value)]
+    if isinstance(value, pathlib.PurePath):
+        return str(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    if not isinstance(value, str | int | float | None):
+        raise errors.ConfigError(
+            f"{value!r:.100} is a {type(value).__name__}, which config.json cannot hold",
+            where=where,
+            fix="give texts, numbers, lists and dictionaries of them",
+        )
+    return value
 
 
 def _stored(folder: pathlib.Path):

@@ -11,15 +11,17 @@ import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from configs import digits_mlp_gan, shapes_transformer
-from t2i_jax import losses, objective, optim, pipeline, sharding, step, weights
+from configs import digits_mlp_gan, finetune, finetune_lora, shapes_transformer
+from t2i_jax import loop, losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
+from t2i_jax.models import attention
 from t2i_jax.models.types import Cond, Tokens
-from t2i_jax.pretrained import opener, text_encoder
+from t2i_jax.pretrained import folder, opener, text_encoder
 from t2i_jax.quality import extractor
-from t2i_jax.run import fingerprint
+from t2i_jax.run import checkpoint, fingerprint
 from tests import runs, test_text_families, test_vits
 
 QUICK = {
@@ -96,8 +98,10 @@ class Case:
         batch_size=16,
         lora=None,
         abstract=False,
+        start=None,
         **model,
     ):
+        """start: a state in host memory, in place of a new one, which takes time to compile."""
         config = shapes_transformer.get_config("debug")
         config.lora = lora or {}
         config.batch_size = batch_size
@@ -122,8 +126,10 @@ class Case:
         self.frozen = jax.device_put(frozen, self.layout.nets(frozen))
         if abstract:
             self.state = sharding.on(self.shapes, placed)
-        else:
+        elif start is None:
             self.state = jax.jit(init, out_shardings=placed)(key, zeros)
+        else:
+            self.state = jax.device_put(start, placed)
         rng = np.random.default_rng(0)
         n, size, length = config.batch_size, batch["image"].shape, batch["text"].ids_BL.shape
         self.batch = self.layout.place(
@@ -162,15 +168,18 @@ def _text():
 def main():
     sharding.SMALL = 0  # so that these small arrays are split over two axes, too
     fingerprint.SMALL = 0  # and summed where they lie
-    found, oracles = {}, {}
+    found, oracles, starts = {}, {}, {}
     long = "--long" in sys.argv
     for name, options in (LONG if long else QUICK).items():
-        case = Case(**options)
+        alike = name in ("one", "zero1", "fsdp")  # to the bit, wherever they are drawn
+        case = Case(**options, start=None if alike else starts.get(str(options.get("width"))))
+        starts.setdefault(
+            str(options.get("width")), jax.tree.map(np.array, jax.device_get(case.state))
+        )
         arrays = jax.tree.leaves(case.state)
         held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
         memory = case.compiled.memory_analysis()
         moved = plan.traffic(case.compiled.as_text())
-        alike = name in ("one", "zero1", "fsdp")
         prints = fingerprint.of(case.state.nets)[0] if alike else {}
         kernels = jax.tree_util.tree_leaves_with_path(case.state.nets["model"]["params"])
         tensor = [fingerprint.path_of(p) for p, x in kernels if "tensor" in x.sharding.spec]
@@ -194,10 +203,11 @@ def main():
         }
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
-        found |= _denoisers() | _scan() | _draw() | _lora() | _features() | _contrast() | _gan()
+        found |= _denoisers() | _scan() | _draw() | _pipeline() | _lora() | _features()
+        found |= _contrast() | _gan() | _finetune()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
-        found |= _encoders("umt5") | _guided()
+        found |= _encoders("umt5") | _guided() | _attention()
     print(json.dumps(found))
 
 
@@ -278,6 +288,37 @@ def _features() -> dict:
     return {"features": {"difference": _difference(all_, np.asarray(one))}}
 
 
+def _attention() -> dict:
+    """Gradients through kernels for many tokens, each device with its examples and heads."""
+    found, rng = {}, np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 8, 40, 2, 8)).astype(np.float32)
+    given = q, k, v, np.arange(40)[None] < rng.integers(1, 40, (8, 1))
+    fn = lambda q, k, v, mask: jnp.sin(attention.attention(q, k, v, mask_BS=mask)).sum()
+    gradients = jax.grad(fn, (0, 1, 2))
+    plain = jax.device_get(jax.jit(gradients)(*given))
+    attention.LARGE, attention._splash = 0, functools.partial(attention._splash, interpret=True)
+    layouts = {
+        "data": sharding.Layout({"data": -1}),
+        "tensor fsdp": sharding.Layout({"data": 4, "tensor": 2}, "fsdp"),
+        "pmap": sharding.Layout({"data": 4, "tensor": 2}, "pmap"),
+    }
+    for name, layout in layouts.items():
+        spec = layout.batch.spec
+        by_hand = functools.partial(
+            jax.shard_map, mesh=layout.mesh, axis_names=set(layout.batch_axes), check_vma=False
+        )
+        run = by_hand(gradients, in_specs=spec, out_specs=spec) if name == "pmap" else gradients
+        for kernel in ("by_head", "splash"):
+            attention.BEST = {"cpu": kernel}
+            placed = jax.device_put(given, layout.batch)
+            compiled = jax.jit(layout.context()(run)).lower(*placed).compile()
+            found[f"{name}, {kernel}"] = {
+                "difference": _difference(jax.device_get(compiled(*placed)), plain),
+                "moved": sorted(plan.traffic(compiled.as_text())),
+            }
+    return {"attention": found}
+
+
 def _contrast() -> dict:
     """InfoNCE over the global batch, split over all devices and on one."""
     rng, layout = np.random.default_rng(0), sharding.Layout({"data": -1})
@@ -328,6 +369,60 @@ def _gan() -> dict:
     return {"gan": {"difference": _difference(*states)}}
 
 
+def _finetune() -> dict:
+    """Two steps of a pretrained pipeline, whole and by adapters: what they change under each
+    strategy against one device; and whether the state that one saved is, under the next, the same.
+    """
+    found = {}
+    for kind, module, strategies in (
+        ("whole", finetune, ("one", "data", "zero1", "fsdp")),
+        ("adapters", finetune_lora, ("one", "fsdp")),
+    ):
+        runs_, states, changes = {}, {}, {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in strategies:
+                config = module.get_config("debug")
+                config.strategy = "data" if name == "one" else name
+                for spec in config.optim.values():
+                    # Adam would take the sign of gradients that are noise.
+                    spec.update(name="sgd", learning_rate=1.0, decay="constant", warmup=0)
+                    if "weight_decay" in spec:
+                        del spec["weight_decay"]
+                devices = jax.devices()[:1] if name == "one" else None
+                run = runs_[name] = loop.Run(config, pathlib.Path(folder, name), devices)
+                run.load_frozen()
+                state = run.fresh_state()
+                start = jax.tree.map(np.array, state.nets)
+                for n in range(2):
+                    batch = run.layout.place(run.batches.batch(n).arrays)
+                    state, values = run.update(state, run.frozen, batch)
+                changes[name] = jax.tree.map(lambda x, y: np.array(x) - y, state.nets, start)
+                checkpoints = checkpoint.Checkpoints(run.workdir)
+                checkpoints.save(state, {})
+                checkpoints.close()
+                states[name] = jax.tree.map(np.array, state)
+                arrays = jax.tree.leaves(state)
+                held = sum(x.addressable_shards[0].data.nbytes for x in arrays)
+                found[f"{kind} {name}"] = {
+                    "loss": next(float(v) for k, v in values.items() if k.endswith("/loss")),
+                    "difference": _difference(changes[name], changes["one"]),
+                    "held": held / sum(x.nbytes for x in arrays),
+                }
+            for (name, run), other in zip(runs_.items(), [*runs_][1:] + ["one"], strict=True):
+                there = runs_[other]
+                target = sharding.on(there.shapes, there.layout.state(there.shapes))
+                checkpoints = checkpoint.Checkpoints(run.workdir)
+                state = checkpoints.restore(2, target)
+                checkpoints.close()
+                same = jax.tree.map(lambda x, y: np.array_equal(x, y), state, states[name])
+                placed = all(
+                    x.sharding.is_equivalent_to(s.sharding, x.ndim)
+                    for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(target), strict=True)
+                )
+                found[f"{kind} {name}"]["restored"] = all(jax.tree.leaves(same)) and placed
+    return {"finetune": found}
+
+
 def _draw() -> dict:
     """Pictures of one device and of a net split over eight."""
     config = shapes_transformer.get_config("debug")
@@ -345,6 +440,39 @@ def _draw() -> dict:
         pictures.append(predictor.sample(nets, ["a red circle"] * 8, steps=3).astype(int))
     a, b = pictures
     return {"draw": {"difference": int(np.abs(a - b).max()), "spread": int(np.ptp(a))}}
+
+
+def _pipeline() -> dict:
+    """A pretrained pipeline's pictures of one device, of all, and of one split over all."""
+    captions = ["a red circle", "a ring"] * 4
+    config, options = weights.config_at(str(folder.TINY)), dict(steps=3, guidance=4.0)
+    one = pipeline.Predictor(config)
+    batch, found = one.batch(caption=captions), {}
+    nets = dict(weights.imported(one.objective, config))
+    alone = np.asarray(one.run("sample", nets, batch, **options))
+    few = one.sample(nets, captions[:3], **options).astype(int)
+    for strategy in ("data", "fsdp"):
+        pipe = pipeline.Pipeline.load(str(folder.TINY), strategy=strategy)
+        drawn = pipe(captions[:3], **options).astype(int)
+        together = pipe.predictor.run("sample", pipe.nets, batch, seed=[0] * 8, **options)
+        arrays, placed = jax.tree.leaves(pipe.nets), pipe.predictor.batch(caption=captions)
+        compiled = pipe.predictor.trace("sample", pipe.nets, placed, **options).lower().compile()
+        found[strategy] = {
+            "difference": float(np.abs(together - alone).max()),
+            "few": int(np.abs(drawn - few).max()),
+            # A batch of as many as there are devices: the program of eight captions.
+            "programs": pipe.predictor._bind("sample", options)[0]._cache_size(),
+            "held": sum(x.addressable_shards[0].data.nbytes for x in arrays)
+            / sum(x.nbytes for x in arrays),
+            "temporaries": compiled.memory_analysis().temp_size_in_bytes,
+            "bytes": sum(x.nbytes for x in arrays),
+        }
+    frugal = pipeline.Pipeline.load(str(folder.TINY), strategy="fsdp", low_memory=True)
+    found["low memory"] = int(np.abs(frugal(captions[:3], **options).astype(int) - few).max())
+    sliced = pipe.predictor.trace("sample", pipe.nets, placed, **options, sliced=True)
+    found["sliced"] = plan.traffic(sliced.lower().compile().as_text())["all-gather"].bytes
+    found["at once"] = plan.traffic(compiled.as_text())["all-gather"].bytes
+    return {"pipeline": found | {"spread": float(np.ptp(alone))}}
 
 
 def _guided() -> dict:

@@ -279,6 +279,37 @@ def test_tiles_make_nearly_the_whole_picture(large):
         assert distance(same, np.repeat(np.repeat(z[..., :3], 2, 1), 2, 2)) < 1e-6
 
 
+def test_tiles_encode_as_those_of_diffusers(saved):
+    folder, theirs = saved("kl")
+    net, variables = network(folder)
+    encode = lambda x: jnp.concatenate(net.apply(variables, x), -1)
+    image = noise(2, 80, 104, 3)
+    theirs.enable_tiling()
+    want = by_torch(lambda x: theirs.encode(x).latent_dist.parameters, image)
+    theirs.disable_tiling()
+    ours = lambda x: tiles.tiled(encode, x, tile=net.tile, factor=1, unit=net.factor)
+    blends = lambda n: (np.arange(n) >= 6) & (np.arange(n) % 6 < 2)  # as above, in places
+    same = ~(blends(18)[:, None] & blends(24))
+    mean = lambda x: np.asarray(x)[:, :18, :24, : net.latent_channels][:, same]  # logvar is cut off
+    got = jax.jit(ours)(image)
+    assert got.shape == (2, 20, 26, 10)
+    assert distance(mean(got), mean(want)) < CLOSE
+    halves = lambda x: x.reshape(2, x.shape[1] // 4, 4, x.shape[2] // 4, 4, 3).mean((2, 4))
+    assert distance(tiles.tiled(halves, image, tile=8, factor=1, unit=4), halves(image)) < 1e-6
+
+
+@pytest.mark.parametrize(("factor", "unit", "blended"), [(4, 1, 8), (1, 4, 2)])
+def test_tiles_leave_no_seam(factor, unit, blended):
+    """What differs from tile to tile, as norms do, goes over within the overlap, in even steps."""
+    x = noise(1, 20 * unit, 26 * unit, 1)
+    ones = lambda x: np.ones((1, x.shape[1] // unit * factor, x.shape[2] // unit * factor, 1))
+    tile = lambda x: ones(x) * x.mean((1, 2, 3), keepdims=True)
+    got = np.asarray(tiles.tiled(tile, x, tile=8, factor=factor, unit=unit))
+    assert got.shape == (1, 20 * factor, 26 * factor, 1)
+    for axis in (1, 2):
+        assert 0 < np.abs(np.diff(got, axis=axis)).max() <= np.ptp(got) / blended * (1 + 1e-4)
+
+
 def test_a_picture_within_a_tile_is_decoded_as_a_whole(large):
     decode, latent, _, _ = large
     part = latent[:, :8, :6]
@@ -290,3 +321,9 @@ def test_slices_are_the_batch(large):
     decode, latent, _, whole = large
     got = jax.jit(lambda z: tiles.sliced(decode, z))(latent)
     assert distance(got, np.asarray(whole)) < 1e-5
+    rows = np.arange(12.0).reshape(6, 1, 2)
+    seen = []
+    several = tiles.sliced(lambda x: seen.append(x.shape) or 2 * x, rows, at_once=3)
+    np.testing.assert_array_equal(several, 2 * rows)
+    np.testing.assert_array_equal(tiles.sliced(lambda x: 2 * x, rows, at_once=4), 2 * rows)
+    assert {*seen} == {(3, 1, 2)}

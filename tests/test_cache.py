@@ -22,7 +22,7 @@ from t2i_jax.text import tokenize
 from tests import runs, test_conditioning
 
 ROOT = pathlib.Path(__file__).parent.parent
-COMMAND = [sys.executable, "-m", "t2i_jax", "captions", "--config=configs/shapes_flow.py:debug"]
+COMMAND = [sys.executable, "-m", "t2i_jax", "cache", "--config=configs/shapes_flow.py:debug"]
 COMMAND += ["--config.cache=encode", "--config.loss.prediction=v", "--config.data.size=12000"]
 
 
@@ -63,16 +63,17 @@ def test_training_reads_the_files(written, tmp_path, caplog):
     shutil.copytree(written, tmp_path / "run")
     with caplog.at_level("INFO", logger="absl"):
         loop.train(cached(steps=1), tmp_path / "run")
-    assert "captions' states in" in caplog.text
-    assert "encoding" not in caplog.text
+    assert "rows in" in caplog.text
+    assert "computing" not in caplog.text
 
 
 def test_what_files_and_memory_hold_is_what_the_encoder_says(written):
     run = loop.Run(cached(), written)
     run.load_frozen()
-    encode, source, tokenizer, identity = run.caption_states()
-    disk = cache.states(written / cache.FOLDER, encode, source, tokenizer, identity)
-    memory = cache.precompute(encode, source, tokenizer)
+    encode, rows, identity = run.kept_rows()
+    disk = cache.states(written / "captions", encode, rows, identity)
+    memory = cache.precompute(encode, rows)
+    source, tokenizer = run.source, run.predictor.tokenizers["text"]
     disk, memory = (functools.partial(given, found) for found in (disk, memory))
     records = np.array([11999, 0, 5, 5, 7000])
     tokens, _ = tokenizer([source[int(i)]["caption"] for i in records])
@@ -106,7 +107,7 @@ def test_states_written_with_the_fingerprint_of_before_are_used(written, tmp_pat
     shutil.copytree(written, tmp_path / "run")
     run = loop.Run(cached(), tmp_path / "run")
     run.load_frozen()
-    states = run.caption_states()
+    states = run.kept_rows()
     path = tmp_path / "run/captions/manifest.json"
     manifest = json.loads(path.read_text()) | states[-1](sums=fingerprint.WEIGHTED)
     del manifest["sums"]
@@ -139,7 +140,8 @@ def test_a_full_disk_is_told_and_the_command_goes_on(written, tmp_path):
 
 def test_the_manifest_says_what_the_states_are(written):
     manifest = json.loads((written / "captions/manifest.json").read_text())
-    assert (manifest["width"], manifest["pooled"], manifest["dtype"]) == (32, 32, "float16")
+    shapes = {"cond_pooled": [[32], "float16"], "cond_seq": [[-1, 32], "float16"]}
+    assert manifest["arrays"] == shapes
     assert len(manifest["files"]) > 1
     assert not list((written / "captions").glob("*.tmp"))
 
@@ -171,7 +173,7 @@ def test_a_second_start_encodes_no_caption_again(tmp_path, monkeypatch, caplog):
     def start(**changed):
         encoded.clear()
         identity = lambda: {"encoder": "one", **changed}
-        extra = cache.states(tmp_path / "run", encode, Few(), tokenizer, identity)
+        extra = cache.states(tmp_path / "run", encode, cache.Captions(Few(), tokenizer), identity)
         return given(extra, np.arange(4), tokenizer(list(Few.texts))[0])
 
     first = start()
@@ -212,7 +214,8 @@ def test_states_of_several_encoders_lie_where_their_tokens_do(tmp_path, order):
     predictor = pipeline.Predictor(config)
     nets = weights.frozen(predictor.objective, config)
     encode = functools.partial(predictor.run, "encode", nets)
-    extra = cache.precompute(encode, Few(), predictor.tokenizers["text"], batch_size=2)
+    rows = cache.Captions(Few(), predictor.tokenizers["text"], batch=2)
+    extra = cache.precompute(encode, rows)
     tokens, _ = tokenize.read(predictor.tokenizers["text"], list(Few.texts))
     direct = encode({"text": tokens})
     got = given(extra, np.arange(4), tokens)

@@ -7,11 +7,14 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from t2i_jax import __main__ as commands
 from t2i_jax import errors, fields, loop
 from t2i_jax.commands import cli
+from t2i_jax.run import distributed
 
 ROOT = pathlib.Path(__file__).parent.parent
 CONFIG = "--config=configs/shapes_flow.py:debug"
@@ -239,7 +242,7 @@ def test_commands_are_listed_by_one_name():
 def test_an_address_is_refused_for_every_flag_that_names_a_path():
     """What is neither in cli.PATHS nor here is a flag that nobody has decided on."""
     others = {"sampler", "prompt", "negative_prompt", "coordinator", "metric", "topology", "kind"}
-    others |= {"predict", "set"}
+    others |= {"predict", "set", "int8"}
     sources = [*ROOT.glob("*.py"), *(ROOT / "t2i_jax").rglob("*.py")]
     defined = re.compile(r'DEFINE_(?:multi_)?string\(\s*"(\w+)"')
     names = {name for source in sources for name in defined.findall(source.read_text())}
@@ -259,6 +262,21 @@ def test_help_shows_our_flags():
     assert "--prompt:" in done.stdout
     for name in fields.FLAGS:
         assert f"--{name}:" in done.stdout
+
+
+def test_an_unexpected_error_names_the_line_of_the_users_own_file(tmp_path, monkeypatch, capsys):
+    """Not that of the library in which it arises, as the shapes here do in JAX."""
+    path = tmp_path / "own_family.py"
+    path.write_text("import jax.numpy as jnp\n\n\ndef loss(x):\n    return x + jnp.zeros(3)\n")
+    spec = importlib.util.spec_from_file_location("own_family", path)
+    family = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(family)
+    monkeypatch.setattr(distributed, "leave", sys.exit)
+    with pytest.raises(SystemExit, match="70"):
+        cli.run(lambda: jax.jit(family.loss)(jnp.zeros(2)), argv=["train.py"])
+    told = capsys.readouterr().err
+    assert f"(at {path}:5). Fix: mend that line" in told
+    assert "shapes" in told
 
 
 def test_debug_shows_the_traceback():

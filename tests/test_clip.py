@@ -183,6 +183,14 @@ def test_what_no_dual_encoder_can_be_is_said(changes, message):
         objective.make(config(**changes))
 
 
+def test_an_image_network_without_a_projection_is_no_tower(tmp_path):
+    test_vits.by_golden("dino", tmp_path)
+    ours = config(load=dict(text="", image=str(tmp_path)))
+    ours.model = dict(image={}, caption={})
+    with pytest.raises(errors.ConfigError, match="has no projection"):
+        objective.make(ours)
+
+
 # --- retrieval ------------------------------------------------------------------------------------
 
 

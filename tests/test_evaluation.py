@@ -2,6 +2,8 @@
 
 import io
 import json
+import re
+import shutil
 import socket
 import subprocess
 import threading
@@ -18,8 +20,9 @@ from t2i_jax import errors, images, loop, pipeline, plugins
 from t2i_jax.data import pictures
 from t2i_jax.data import shapes as world
 from t2i_jax.evaluators import protocol as evaluator
+from t2i_jax.pretrained import hf
 from t2i_jax.quality import extractor, protocol, statistics
-from t2i_jax.run import checkpoint, hooks, metrics
+from t2i_jax.run import checkpoint, hooks, metrics, watchdog
 from tests import runs, test_conditioning, test_convnets, test_vits
 from tests.runs import config
 from tests.test_shapes_judge import painter
@@ -63,7 +66,10 @@ def real(nets, texts, **options):
 
 
 def measured(tmp_path, sample=real, **changes):
-    return evaluator.make({"sample": sample}, protocol=write(tmp_path, **changes))({}, 0)()
+    run = evaluator.make({"sample": sample}, protocol=write(tmp_path, **changes))
+    found = run({}, 0)()
+    assert {*found} - {"definition"} <= {*run.names}
+    return found
 
 
 # --- protocols ------------------------------------------------------------------------------------
@@ -106,6 +112,14 @@ def test_what_is_wrong_with_a_protocol_is_said_before_anything_is_drawn(
 def test_an_unknown_protocol_names_those_there_are():
     with pytest.raises(errors.ConfigError, match="did you mean 'shapes'"):
         protocol.read("shape")
+
+
+def test_a_protocol_that_is_no_json_is_not_said_to_be_missing(tmp_path):
+    path = tmp_path / "own.json"
+    for text in ("{num_images: 3}", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(errors.ConfigError, match="not readable as JSON: "):
+            protocol.read(str(path))
 
 
 def test_captions_are_chosen_by_the_seed_and_whole_sets_keep_their_order(tmp_path):
@@ -234,7 +248,7 @@ def weights(tmp_path, monkeypatch):
 def test_pictures_are_compared_with_those_of_their_captions(tmp_path, weights):
     ask = dict(metrics={"psnr": {}, "ssim": {}}, num_images=6)
     found = measured(tmp_path, **ask)
-    assert (found["psnr"], found["ssim"]) == (np.inf, 1.0)
+    assert (found["psnr"], found["ssim"]) == (100.0, 1.0)  # exact copies
     darker = lambda *args, **options: real(*args) // 2
     harmed = measured(tmp_path, darker, **ask | {"metrics": {"psnr": {}, "ssim": {}, "lpips": {}}})
     assert harmed["psnr"] < 20
@@ -263,6 +277,48 @@ def test_pictures_of_several_sizes_are_not_compared_one_by_one(tmp_path):
     sizes = [np.zeros((n, n, 3), np.uint8) for n in (32, 16)]
     with pytest.raises(errors.DataError, match="several sizes"):
         evaluator.Measure(ours, evaluator.Networks(ours), [(sizes, TEXTS[:2])])
+
+
+def test_a_rectangle_is_judged_by_its_middle_square_as_real_pictures_are(tmp_path, dual, caplog):
+    ask = dict(metrics={"fid": {}, "psnr": {}}, extractor=str(dual))
+    ours = protocol.read(write(tmp_path, **ask))
+    bars = ((0, 0), (0, 0), (9, 9), (0, 0))
+    wide = np.pad(real({}, TEXTS), bars, constant_values=255)
+    tall = wide.transpose(0, 2, 1, 3)
+    nets = evaluator.Networks(ours)
+    found = evaluator.Measure(ours, nets, [(list(wide), TEXTS)]).metrics()
+    assert found == {f"fd-{dual.name}": 0, "psnr": 100}
+    assert "the middle square is judged" in caplog.text
+    found = evaluator.Measure(ours, nets, [(list(tall), TEXTS)]).metrics()
+    assert found[f"fd-{dual.name}"] > 0  # turned by a quarter
+
+
+def test_the_name_of_published_weights_is_theirs_alone(tmp_path, dual):
+    folder = shutil.copytree(dual, tmp_path / "inception")
+    label = extractor.Extractor(str(folder)).label
+    assert re.fullmatch("inception-[0-9a-f]{8}", label)
+    found = measured(tmp_path, metrics={"fid": {}}, extractor=str(folder))
+    assert found[f"fd-{label}"] == 0
+    config = json.loads((folder / hf.CONFIG).read_text())
+    config |= {hf.MADE_OF: {"a.pth": "6726825d" + "0" * 56}, hf.WRITTEN: "0" * 64}
+    (folder / hf.CONFIG).write_text(json.dumps(config))
+    assert extractor.Extractor(str(folder)).label == label  # of other weights
+    config[hf.WRITTEN] = hf.sha256(folder / hf.WEIGHTS)
+    (folder / hf.CONFIG).write_text(json.dumps(config))
+    moved = folder.rename(tmp_path / "elsewhere")
+    assert extractor.Extractor(str(moved)).label == "inception"
+
+
+def test_towers_of_two_spaces_are_no_dual_encoder(tmp_path, dual):
+    folder = shutil.copytree(dual, tmp_path / "two")
+    config = json.loads((folder / hf.CONFIG).read_text())
+    width = config.pop("projection_dim")
+    for name, own in (("text_config", width + 1), ("vision_config", width)):
+        config[name]["projection_dim"] = own
+    (folder / hf.CONFIG).write_text(json.dumps(config))
+    wanted = f"vectors of {width + 1} numbers, its image tower of {width}"
+    with pytest.raises(errors.ConfigError, match=wanted):
+        evaluator.make({}, protocol=write(tmp_path, metrics={"cmmd": {}}, clip=str(folder)))
 
 
 # --- folders of pictures --------------------------------------------------------------------------
@@ -369,10 +425,17 @@ def test_odd_pictures_are_taken_and_broken_ones_counted(tmp_path, dual):
 @pytest.fixture(scope="module")
 def rated(run, tmp_path_factory):
     """A run whose evaluator likes step 2 best; keeps one more checkpoint than that."""
-    workdir = tmp_path_factory.mktemp("rated")
+    workdir, phases, collect = tmp_path_factory.mktemp("rated"), [], hooks.Hooks.collect
+
+    def noting(self, writer, checkpoints, *, before=0):
+        phases.extend([watchdog._phases[-1][0]] * bool(before))
+        collect(self, writer, checkpoints, before=before)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "falls", lambda name: False)  # losses fall: the last were the best
+        patch.setattr(hooks.Hooks, "collect", noting)
         loop.train(best_config(steps=6), workdir)
+    (workdir / "phases.json").write_text(json.dumps(phases))
     return workdir
 
 
@@ -409,6 +472,11 @@ def test_every_evaluation_has_one_row_and_the_best_checkpoint_stays(rated):
     assert whole(pipe.nets, 0)()["mean"] == pytest.approx(best["held_out_loss/mean"], rel=1e-4)
 
 
+def test_a_wait_for_evaluators_counts_as_theirs(rated):
+    """Three before saves, the last at the end."""
+    assert json.loads((rated / "phases.json").read_text()) == ["hooks"] * 4
+
+
 def test_without_a_best_checkpoint_none_can_be_asked_for(run):
     with pytest.raises(errors.ConfigError, match=r"config\.best"):
         pipeline.Pipeline.load(str(run), step="best")
@@ -420,16 +488,36 @@ def test_parameters_may_be_asked_for_as_they_are(run):
     assert max(jax.tree.leaves(apart)) > 0
 
 
+def test_a_best_that_an_evaluator_does_not_give_is_an_error(tmp_path):
+    """One that does not say what it measures, so that only its first results tell."""
+    slow = Slow()
+    slow.go.set()
+    ours = hooks.Hooks(pipeline.Predictor(best_config(evaluators={}, best="slow/y")), tmp_path)
+    ours._evaluators = {"slow": slow.evaluator}
+    ours.run(2, loop.step.State(0, {}, {}, {}, 0), {}, slow)
+    with pytest.raises(errors.ConfigError, match="did you mean 'slow/x'"):
+        ours.collect(slow, slow, before=3)
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "metric", "known"),
     [
-        ({"eval_every": 0}, "nothing is evaluated"),
-        ({"best": "held_out_loss/maen", "steps": 2}, "did you mean 'held_out_loss/mean'"),
+        *(("held_out_loss", metric, True) for metric in ("mean", "7", "12")),
+        *(("shapes", metric, True) for metric in ("full_match", "heldout/num_relation")),
+        *(("shapes", metric, False) for metric in ("ful_match", "held/full_match")),
+        *(("protocol", metric, metric == "single/count") for metric in ("single/count", "fid")),
+        *(("digits", metric, metric == "accuracy") for metric in ("accuracy", "acuracy")),
     ],
 )
-def test_a_best_that_nothing_measures_is_an_error(tmp_path, changes, message):
-    with pytest.raises(errors.ConfigError, match=message):
-        loop.train(best_config(**changes), tmp_path)
+def test_a_metric_is_known_before_anything_is_drawn(tmp_path, name, metric, known):
+    options = dict(held_out_loss=LOSS, shapes=dict(num_images=4), protocol=dict(protocol="shapes"))
+    ask = dict(best=f"{name}/{metric}", evaluators={name: options.get(name, {})})
+    make = lambda: hooks.Hooks(pipeline.Predictor(best_config(**ask)), tmp_path)
+    if known:
+        make()
+    else:
+        with pytest.raises(errors.ConfigError, match=f"unknown metric '{name}/{metric}'"):
+            make()
 
 
 class Slow:
@@ -564,6 +652,8 @@ def test_the_best_is_the_least_or_the_most_as_the_metric_wants(best, values, kep
     [
         ({"best": "shape/full_match"}, "no evaluator is called 'shape'"),
         ({"best": "full_match"}, "no evaluator is called 'full_match'"),
+        ({"eval_every": 0}, "nothing is evaluated"),
+        ({"best": "held_out_loss/maen"}, "did you mean 'held_out_loss/mean'"),
         (
             {"best": "", "evaluators": {"held_out_loss": {"num_imagse": 3}}},
             "did you mean 'num_images'",

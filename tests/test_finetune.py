@@ -8,12 +8,15 @@ import sys
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from configs import finetune, finetune_lora
-from t2i_jax import loop, pipeline
+from t2i_jax import errors, loop, objective, pipeline, weights
+from t2i_jax.objectives import latent
 from t2i_jax.pretrained import lora_files
-from tests import test_latent
+from t2i_jax.text import tokenize
+from tests import runs, test_latent
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -46,8 +49,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def small(make, source, data, **changes):
-    config = make.get_config(f"source={source},path={data},steps=3,res=16")
+def small(make, source, data, more="", **changes):
+    config = make.get_config(f"source={source},path={data},steps=3,res=16{more}")
     config.text.dtype = config.model.model.dtype = "float32"
     config.batch_size, config.strategy = 4, "data"
     config.sample_every = config.save_minutes = 0
@@ -105,12 +108,115 @@ def test_adapters_draw_the_same_in_diffusers(source, adapted, tmp_path):
     assert apart(none(folders.PROMPTS, noise=start, **OPTIONS), before) <= test_latent.CLOSE
 
 
+def test_a_run_learns_rectangles_of_one_size(source, data, tmp_path):
+    """Also its samples have that size, and a family of squares refuses it."""
+    config = small(finetune, source, data, size=(24, 16), steps=1, sample_every=1)
+    config.data.pad = True
+    config.prompts, config.sample = ("a red circle",), dict(steps=1)
+    run = loop.Run(config, tmp_path)
+    assert run.batches.batch(0).arrays["image"].shape == (4, 24, 16, 3)
+    loop.train(config, tmp_path)
+    with Image.open(tmp_path / "samples/step_00000001.png") as picture:
+        assert picture.size == (16, 24)
+    for size in ((20, 17), (24,)):
+        with pytest.raises(errors.ConfigError) as e:
+            loop.Run(small(finetune, source, data, size=size), tmp_path / "new")
+        assert e.value.where == "config.size"
+    with pytest.raises(errors.ConfigError, match="learns squares"):
+        loop.Run(runs.config(size=(24, 16)), tmp_path / "new")
+
+
+def test_sdxl_is_told_where_pictures_come_from(tmp_path):
+    """The loss changes with what `inputs.origin` says, and the denoiser reads it in its place."""
+    folders.save(folders.sdxl, tmp_path)
+    config = weights.config_at(str(tmp_path))
+    config.res = 16
+    family = latent.Latent(config)
+    nets = pipeline.Pipeline.load(str(tmp_path)).nets
+    tokens, _ = tokenize.read(family.captions.tokenizers, folders.PROMPTS)
+    origin = np.array([[20, 30, 0, 10], [60, 16, 18, 0]], np.float32)
+    cond = family.cond(nets, tokens, (24, 16), origin_B4=origin)
+    np.testing.assert_array_equal(cond.numbers_BK, np.c_[origin, [[24, 16]] * 2])
+    alone = family.cond(nets, tokens, (24, 16))
+    np.testing.assert_array_equal(alone.numbers_BK, [[24, 16, 0, 0, 24, 16]] * 2)
+    assert "origin" in objective.make(config).inputs[0].shapes
+    image = np.random.default_rng(0).uniform(-1, 1, (2, 16, 16, 3)).astype(np.float32)
+    batch = dict(image=image, text=tokens, index=np.arange(2), weight=np.ones(2, np.float32))
+    losses = [
+        family.loss(nets, batch | extra, jax.random.key(0), 0)[0]
+        for extra in ({}, {"origin": np.tile([16.0, 16, 0, 0], (2, 1))}, {"origin": origin})
+    ]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    assert abs(losses[2] - losses[0]) > 1e-4
+
+
 def test_a_stopped_run_goes_on_bit_for_bit(source, data, adapted, tmp_path):
     for steps in (2, 3):
         loop.train(small(finetune_lora, source, data, steps=steps), tmp_path)
     whole, stopped = (pipeline.Pipeline.load(str(path)).nets for path in (adapted, tmp_path))
     same = jax.tree.map(np.array_equal, whole["model_lora"], stopped["model_lora"])
     assert all(jax.tree.leaves(same))
+
+
+@pytest.fixture(scope="module")
+def two_encoders(tmp_path_factory):
+    """A pipeline of Stable Diffusion XL, whose two text encoders read each caption."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    folders.save(folders.sdxl, folder)
+    return folder
+
+
+def opened(folder, start):
+    """diffusers' pipeline, and what draws with it."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, lambda: test_latent.drawn(pipe, start, num_inference_steps=4)
+
+
+def test_adapters_of_both_text_encoders_draw_the_same_in_diffusers(two_encoders, data, tmp_path):
+    """They learn beside those of the denoiser, and one file holds all three."""
+    start = noise()
+    config = small(finetune_lora, two_encoders, data, ",text_rank=4")
+    loop.train(config, tmp_path / "run")
+    pipe = pipeline.Pipeline.load(str(tmp_path / "run"))
+    ours = pipe(folders.PROMPTS, noise=start, **OPTIONS)
+    for name in ("encoders_0", "encoders_1"):
+        pairs = jax.tree.leaves(pipe.nets["text_lora"]["params"][name])
+        assert max(np.abs(x).max() for x in pairs[1::2]) > 1e-3  # B, which begins as zero
+    folder = written(tmp_path / "run", tmp_path / "lora")
+    theirs, draw = opened(two_encoders, start)
+    theirs.load_lora_weights(folder)
+    parts = [theirs.unet, theirs.text_encoder, theirs.text_encoder_2]
+    assert all(hasattr(part, "peft_config") for part in parts)
+    assert apart(draw(), ours) <= test_latent.CLOSE
+    again = pipeline.Pipeline.load(str(two_encoders), lora={str(folder): 1.0})
+    assert apart(again(folders.PROMPTS, noise=start, **OPTIONS), ours) <= 1
+    # Without those of the text encoders the pictures are others.
+    whole = safetensors.numpy.load_file(folder / lora_files.WEIGHTS)
+    denoiser = {name: x for name, x in whole.items() if name.startswith("unet.")}
+    safetensors.numpy.save_file(denoiser, tmp_path / "unet.safetensors")
+    less = pipeline.Pipeline.load(str(two_encoders), lora={str(tmp_path / "unet.safetensors"): 1.0})
+    assert apart(less(folders.PROMPTS, noise=start, **OPTIONS), ours) > 5
+
+
+def test_peft_s_adapters_of_both_text_encoders_draw_the_same_here(two_encoders, tmp_path):
+    torch.manual_seed(0)
+    start = noise()
+    theirs, draw = opened(two_encoders, start)
+    before, found = draw(), {}
+    for part in ("text_encoder", "text_encoder_2"):
+        net = getattr(theirs, part)
+        spec = dict(r=3, lora_alpha=6, init_lora_weights=False)
+        spec["target_modules"] = ["q_proj", "out_proj", "fc1"]
+        peft.inject_adapter_in_model(peft.LoraConfig(**spec), net)
+        found[f"{part}_lora_layers"] = peft.get_peft_model_state_dict(net)
+        notes = net.peft_config["default"].to_dict()
+        notes["target_modules"] = sorted(notes["target_modules"])
+        found[f"{part}_lora_adapter_metadata"] = notes
+    theirs.save_lora_weights(tmp_path, **found)
+    ours = pipeline.Pipeline.load(str(two_encoders), lora={str(tmp_path): 1.0})
+    drawn = ours(folders.PROMPTS, noise=start, **OPTIONS)
+    assert apart(draw(), drawn) <= test_latent.CLOSE < 5 < apart(before, drawn)
 
 
 @pytest.mark.slow

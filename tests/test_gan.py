@@ -216,11 +216,9 @@ def test_penalties_are_the_squared_slope(made, batch, config):
     logit = jax.jit(lambda image: discriminator.apply(made["disc"], image, cond)[0].logit_B)
     image = batch["image"][:1]
     exact = games.slopes("exact", logit, None, 0.01)(image)
-    rng, slopes = np.random.default_rng(0), []
-    for _ in range(400):
-        direction = rng.normal(size=image.shape).astype(np.float32)
-        ahead, behind = logit(image + 1e-2 * direction), logit(image - 1e-2 * direction)
-        slopes.append(((ahead - behind) / 2e-2) ** 2)  # its mean is the squared gradient's sum
+    ways = np.random.default_rng(0).normal(size=(400, *image.shape)).astype(np.float32)
+    difference = lambda way: logit(image + 1e-2 * way) - logit(image - 1e-2 * way)
+    slopes = (jax.vmap(difference)(ways) / 2e-2) ** 2  # their mean is the squared gradient's sum
     np.testing.assert_allclose(np.mean(slopes), exact, rtol=0.25)
     keys = jax.random.split(jax.random.key(0), 400)
     estimate = jax.vmap(lambda k: games.slopes("estimate", logit, k[None], 0.01)(image))(keys)
@@ -326,7 +324,7 @@ def test_a_partner_has_another_caption_and_none_may_be_found():
     assert games.partner(broken).tolist() == [4, 4, 3, 4, 0]
 
 
-def test_an_example_of_weight_zero_counts_nothing(family, made, batch):
+def test_an_example_of_weight_zero_counts_nothing(made, batch, started, update):
     broken = {**batch, "weight": batch["weight"].at[2].set(0)}
     other = {
         **broken,
@@ -335,9 +333,9 @@ def test_an_example_of_weight_zero_counts_nothing(family, made, batch):
         ),
         "image": batch["image"].at[2].set(0.3),
     }
-    for loss in family.losses:
-        value = jax.jit(lambda b, fn=loss.fn: fn(made, b, jax.random.key(1), jnp.int32(0))[0])
-        whole, one, another = (float(value(b)) for b in (batch, broken, other))
+    seen = [update(started(0, 0), {"text": made["text"]}, b)[1] for b in (batch, broken, other)]
+    for name in ("disc/loss", "gen/loss"):
+        whole, one, another = (float(metrics[name]) for metrics in seen)
         assert one == pytest.approx(another, rel=1e-6)
         assert one != pytest.approx(whole, rel=1e-6)
 
@@ -358,9 +356,15 @@ def test_word_scores_of_pairs_are_those_of_each_pair(size):
     unit = lambda *shape: losses.unit(jnp.asarray(rng.normal(size=(size, *shape)), jnp.float32))
     regions, words, mask = unit(5, 4), unit(3, 4), jnp.asarray(rng.random((size, 3)) < 0.7)
 
-    def graded(scores, way=jnp.asarray(rng.normal(size=(size, size)), jnp.float32)):
-        value = lambda regions, words: (way * scores(regions, words)).sum()
-        return scores(regions, words), *jax.grad(value, (0, 1))(regions, words)
+    way = jnp.asarray(rng.normal(size=(size, size)), jnp.float32)
+
+    def graded(scores):
+        def value(regions, words):
+            found = scores(regions, words)
+            return (way * found).sum(), found
+
+        grads, found = jax.jit(jax.grad(value, (0, 1), has_aux=True))(regions, words)
+        return found, *grads
 
     ours = graded(lambda regions, words: nets.pairs_word_scores(regions, words, mask))
     pair = lambda regions, words: nets.word_scores(regions[:, None], words[None], mask[None])
@@ -543,9 +547,9 @@ def test_spectral_norm_bounds_every_kernel_by_one():
         "dense": {"kernel": 0.1 * np.eye(6, 5, dtype=np.float32)},
         "zero": {"kernel": np.zeros((4, 4), np.float32)},
     }
-    vectors = spectral.start(params, jax.random.key(0))
+    vectors, advanced = spectral.start(params, jax.random.key(0)), jax.jit(spectral.advanced)
     for _ in range(100):
-        vectors = spectral.advanced(params, vectors)
+        vectors = advanced(params, vectors)
     found = spectral.bounded(params, vectors)
     largest = np.linalg.svd(np.asarray(found["conv"]["kernel"]).reshape(-1, 8), compute_uv=False)[0]
     assert largest == pytest.approx(1, abs=1e-3)
@@ -557,7 +561,7 @@ def test_spectral_norm_bounds_every_kernel_by_one():
     assert np.isfinite(slope(params)["zero"]["kernel"]).all()
     params["zero"]["kernel"] = 3 * rng.normal(size=(4, 4)).astype(np.float32)  # it has learnt
     for _ in range(100):
-        vectors = spectral.advanced(params, vectors)
+        vectors = advanced(params, vectors)
     found = spectral.bounded(params, vectors)["zero"]["kernel"]
     assert np.linalg.svd(found, compute_uv=False)[0] == pytest.approx(1, abs=1e-3)
 
@@ -850,18 +854,19 @@ def test_the_gap_is_how_far_pictures_score_above_drawn_ones(config, family, made
     np.testing.assert_allclose(predict["gap"](made, weighted, key), [wanted], rtol=1e-4)
 
 
-def test_guidance_adds_the_angle_between_picture_and_caption(batch):
+def test_guidance_adds_the_angle_between_picture_and_caption(family, batch, update):
     config = shapes_gan.get_config("debug")
-    plain = objective.make(config)
     config.model.clip = towers()
     config.loss.update(clip=3.0, adversarial=0.5)
     guided = objective.make(config)
     nets = runs.filled(guided.init, jax.random.key(0), batch)
-    assert set(nets) - set(plain.trained) == {"clip_image", "clip_caption", "text"}
-    loss = lambda family: jax.jit(family.losses[1].fn)(nets, batch, jax.random.key(1), jnp.int32(0))
-    value, aux = loss(guided)
+    assert set(nets) - set(family.trained) == {"clip_image", "clip_caption", "text"}
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 1)  # of a step's second loss
+    value, aux = jax.jit(guided.losses[1].fn)(nets, batch, key, jnp.int32(0))
     assert aux.metrics["clip"] > 0.1
-    wanted = 0.5 * loss(plain)[0] + 3 * aux.metrics["clip"]
+    still = step.start(optimisers(family), {}, {name: nets[name] for name in family.trained})
+    _, plain = update(still, {"text": nets["text"]}, batch)
+    wanted = 0.5 * plain["gen/loss"] + 3 * aux.metrics["clip"]
     np.testing.assert_allclose(value, wanted, rtol=1e-5)
 
 
@@ -941,9 +946,9 @@ def test_weights_are_not_read_under_another_meaning_of_their_output(tmp_path):
     trained = weights.config_at("builtin:shapes")
     assert trained.loss.prediction == "x"
     with pytest.raises(errors.ConfigError, match="read as 'v', and it was trained as 'x'"):
-        weights._check_prediction("teacher", config, "model", trained)
+        weights._check_output("teacher", config, "model", trained)
     config.model.teacher.prediction = "x"
-    weights._check_prediction("teacher", config, "model", trained)
+    weights._check_output("teacher", config, "model", trained)
     del config.model.teacher.prediction
     with pytest.raises(errors.ConfigError, match="nothing says what the teacher's output means"):
         distillation.teacher(config)

@@ -11,7 +11,7 @@ LAYERS = (  # from bottom to top; a module has its own entry or that of its fold
     ("errors",),
     ("images", "files", "losses", "plugins", "randomness", "limits", "fields", "space"),
     ("run",),
-    ("sharding", "optim", "lora", "objective", "step"),
+    ("sharding", "optim", "lora", "int8", "objective", "step"),
     ("run.checkpoint",),
     ("models", "sampling", "text", "pretrained.hf"),
     ("pretrained",),

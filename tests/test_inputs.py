@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from t2i_jax import errors, loop, losses, pipeline, plugins, weights
-from t2i_jax.data import inputs, loader
+from t2i_jax.data import folder, inputs, loader
 from t2i_jax.objective import Aux, Loss, Objective, Pictures
 from t2i_jax.text import tokenize
 from tests import runs, test_conditioning, test_loader
@@ -45,6 +46,32 @@ def super_resolution(config) -> Objective:
         {"sample": sample},
         inputs=(inputs.picture(16, augment=("flip",)), inputs.smaller(8), inputs.caption(texts)),
     )
+
+
+@pytest.mark.parametrize(
+    ("shape", "origin"),
+    [
+        ((20, 30), (20, 30, 0, 10)),  # resized to 24 × 36
+        ((60, 16), (60, 16, 18, 0)),  # kept
+        ((24, 16), (24, 16, 0, 0)),
+        ((480, 800), (480, 800, 0, 12)),  # resized to 24 × 40, decoded smaller
+    ],
+)
+@pytest.mark.parametrize("pad", [False, True])
+def test_an_origin_is_of_the_files_picture_and_the_resized_ones_corner(
+    shape, origin, pad, tmp_path
+):
+    """Size and crop as SDXL learned them (arXiv:2307.01952, section 2.2)."""
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "a.jpg")
+    (tmp_path / "a.txt").write_text("a")
+    source = folder.make(str(tmp_path), res=(24, 16), pad=pad)
+    read = (inputs.origin((24, 16)), inputs.picture((24, 16)))
+    made = inputs.arrays(read, [source[0]], [None], [0])
+    assert made["image"].shape == (1, 24, 16, 3)
+    if pad:  # to the ratio of 3 : 2, of which nothing is cut
+        height = max(shape[0], shape[1] * 3 / 2)
+        origin = (height, height * 2 / 3, 0, 0)
+    np.testing.assert_allclose(made["origin"][0], origin, atol=1.5 if pad else 0)
 
 
 class Painter(nn.Module):

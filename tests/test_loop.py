@@ -6,12 +6,14 @@ import pathlib
 import shutil
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from t2i_jax import errors, loop, pipeline
+from t2i_jax import errors, loop, pipeline, weights
 from t2i_jax.commands import plan
 from t2i_jax.data import cache, shapes
+from t2i_jax.pretrained import opener
 from t2i_jax.run import health, minutes, rundir
 from tests import test_cache
 from tests.runs import config, rows, small
@@ -58,7 +60,8 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
     pipe = pipeline.Pipeline.load(str(run))
     source = shapes.make(size=40, res=16)
     encode = functools.partial(pipe.predictor.run, "encode", pipe.nets)
-    extra = cache.precompute(encode, source, pipe.predictor.tokenizers["text"], batch_size=16)
+    rows = cache.Captions(source, pipe.predictor.tokenizers["text"], batch=16)
+    extra = cache.precompute(encode, rows)
     records = np.array([7, 0, 7, 39])
     tokens, _ = pipe.predictor.tokenizers["text"]([source[i]["caption"] for i in records])
     direct = encode({"text": tokens})
@@ -77,8 +80,14 @@ def test_caption_states_from_the_cache_are_the_encoders(run):
 def test_a_run_with_cached_captions_trains(tmp_path):
     cached = small(cache="encode", steps=1, prompts=(), save_every=5)
     cached.data.size = 64
+    former, others = ("step_00000001.png", "step_100000000_x.png"), ("a.png", "step_00000000.png")
+    (tmp_path / "samples").mkdir()
+    for name in (*former, *others):
+        (tmp_path / "samples" / name).write_bytes(b"")
     loop.train(cached, tmp_path)
     assert np.isfinite(rows(tmp_path)[0]["model/loss"])
+    # What a former run drew at steps that this one has not done is not taken for its own.
+    assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == sorted(others)
 
 
 @pytest.mark.slow
@@ -88,6 +97,17 @@ def test_a_run_started_from_another_has_its_averages_and_a_fresh_optimiser(run, 
     loop.train(still, tmp_path)
     before, after = (pipeline.Pipeline.load(str(path)).nets["model"] for path in (run, tmp_path))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), before, after)
+
+
+def test_paths_and_numbers_of_numpy_are_plain_in_config_json(tmp_path):
+    inner = ml_collections.ConfigDict({"path": pathlib.Path("a/b")})
+    held = dict(n=np.int64(3), part=(np.float32(0.5), np.bool_(True), None), more=dict(x=[inner]))
+    found = json.loads(weights.to_json(ml_collections.ConfigDict(held)))
+    assert found == {"n": 3, "part": [0.5, True, None], "more": {"x": [{"path": "a/b"}]}}
+    assert opener.parse(pathlib.Path("a,b")) == ("a", "b")
+    with pytest.raises(errors.ConfigError, match=r"a set, which.* .at config\.watch\.x\[1\]"):
+        loop.train(small(watch={"x": [1, {2}]}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_config_in_the_same_workdir_is_refused_with_the_difference(run):
@@ -224,9 +244,17 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"model": {"model": {"backbone": "unet", "width": 18, "heads": 2}}}, "use 16 or 20"),
         ({"model": {"model": {"backbone": "layers"}}}, "no models named 'layers'"),
         ({"model": {"width": 16}}, "set config.model.model.width"),
-        ({"data": {"source": "loader"}}, "no data named 'loader'"),
+        (
+            {"data": {"source": "inputs"}},
+            r"no data named 'inputs' .*one of \['digits', 'folder', 'openmoji', 'shapes', 'tfds'\]",
+        ),
         ({"init_from": "nowhere"}, "no such folder"),
         ({"load": {"model": "nowhere#model"}}, "no such folder"),
+        ({"init_from": "builtin:shapes"}, "tensors do not fit: .* describe the nets in"),
+        (
+            {"load": {"model": "builtin:shapes#model"}, "loss": {"prediction": "x"}},
+            "tensors do not fit: .*config.load.model, .*shapes.* describe the nets in config.model",
+        ),
     ],
 )
 def test_a_bad_config_is_refused_before_anything_is_written(tmp_path, changes, message):

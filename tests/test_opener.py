@@ -257,9 +257,10 @@ def hub(monkeypatch, tmp_path):
         return str(target)
 
     monkeypatch.setattr(library, "snapshot_download", download)
-    hf._fetch.cache_clear()
+    clear = lambda: (hf._fetch.cache_clear(), hf._fetch_index.cache_clear())
+    clear()
     yield fetched
-    hf._fetch.cache_clear()
+    clear()
 
 
 def test_of_a_pipeline_one_part_is_fetched(hub, pipeline):
@@ -274,6 +275,19 @@ def test_of_a_pipeline_one_part_is_fetched(hub, pipeline):
     assert sorted(hub) == [*files, "tokenizer/tokenizer.json"]
     with pytest.raises(errors.DataError, match=r"several networks.*#text_encoder"):
         opener.open("hf:pipeline@1")
+
+
+def test_a_model_of_ours_is_opened_from_the_hub_as_one(hub, pipeline, tmp_path):
+    shutil.copytree(weights.BUILTIN / "shapes", tmp_path / "ours")
+    assert weights.is_ours("hf:ours@1")
+    assert weights.is_ours("hf:ours@1#model")
+    assert hub == ["config.json"]  # its weights are not needed to say so
+    assert weights.config_at("hf:ours@1").objective == "flow"
+    assert weights.nets_in(weights.locate("hf:ours@1")) == ["model"]
+    assert weights._trained("hf:ours@1#model", "teacher")[1] == "model"
+    for source in ("hf:pipeline@1", "hf:pipeline@1#text_encoder"):
+        assert not weights.is_ours(source)
+    assert weights.is_pipeline("hf:pipeline@1")
 
 
 def test_a_variant_is_fetched_only_where_there_is_nothing_else(hub, encoder):
@@ -296,3 +310,5 @@ def test_a_part_is_asked_for_by_its_whole_name_alone(monkeypatch):
             with pytest.raises(errors.DataError):
                 hf.locate(name)
     assert asked == [False, True, True]
+    hf._fetch_index.cache_clear()
+    assert not weights.is_ours("hf:org/name@1#vae")

@@ -16,10 +16,12 @@ from configs import (
     shapes_gan,
     shapes_gan_from_flow,
 )
-from t2i_jax import errors, objective, optim, weights
+from t2i_jax import errors, objective, optim, step, weights
 from t2i_jax.models import transformer
 from t2i_jax.models.types import Cond
+from t2i_jax.run import hooks
 from t2i_jax.run.fingerprint import path_of
+from tests import toys
 
 DEPTH = 2
 MUON = dict(name="muon", learning_rate=1.0, consistent_rms=1.0)
@@ -209,3 +211,39 @@ def test_an_optimiser_that_branches_on_numbers_works(name):
 def test_an_optimiser_that_wants_more_than_gradients_is_refused(name):
     with pytest.raises(errors.ConfigError, match="cannot be used"):
         optim.make(dict(name=name, learning_rate=1e-2), steps=4, where="config.optim.model")
+
+
+@pytest.mark.parametrize("name", ["schedule_free_sgd", "schedule_free_adamw"])
+def test_a_schedule_free_optimisers_point_is_the_mean_of_its_steps(name):
+    """At a constant rate (arXiv:2405.15682): the parameters lie beside it."""
+    made = optim.make(dict(name=name, learning_rate=0.1), steps=9, where="test")
+    params = {"kernel": jnp.arange(8.0).reshape(2, 4)}
+    state, seen = made.init(params), []
+    for n in range(4):
+        grads = jax.tree.map(lambda x: 2 * x - 1, params)
+        updates, state = jax.jit(made.update)(grads, state, params, n)
+        params = optax.apply_updates(params, updates)
+        seen.append(state.inner_state.z["kernel"])
+    point = made.point(state, params)["kernel"]
+    np.testing.assert_allclose(point, np.mean(seen, 0), rtol=1e-5)
+    assert np.abs(point - params["kernel"]).max() > 1e-3
+
+
+def test_a_run_draws_at_a_schedule_free_optimisers_point():
+    objective = toys.regression()
+    spec = dict(name="schedule_free_sgd", learning_rate=0.1)
+    optimisers = {"model": optim.make(spec, steps=9, where="test")}
+    state = step.init(objective, optimisers, {"model": 0.0}, jax.random.key(1), toys.batch())
+    update = jax.jit(step.make_update(objective, optimisers, ema={"model": 0.0}))
+    for _ in range(3):
+        state, _ = update(state, {}, toys.batch())
+    params = state.nets["model"]["params"]
+    drawn = hooks.averaged(state)["model"]["params"]
+    wanted = optax.contrib.schedule_free_eval_params(state.opt["model"].inner_state, params)
+    np.testing.assert_allclose(drawn["w"], wanted["w"], rtol=1e-6)
+    assert np.abs(drawn["w"] - params["w"]).max() > 1e-4
+    config = shapes_clip.get_config("debug")
+    config.optim = dict.fromkeys(("image", "caption"), spec)
+    config.ema = dict(image=0.9)
+    with pytest.raises(errors.ConfigError, match=r"set config\.ema\.caption: 0\.0 keeps"):
+        optim.make_all(config, ("image", "caption"))

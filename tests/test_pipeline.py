@@ -42,7 +42,9 @@ def exported(pipe, tmp_path_factory):
 
 def test_sample_writes_pictures_that_can_be_made_again(run, tmp_path):
     command = ["sample.py", f"--workdir={run}", "--steps=2", f"--output_dir={tmp_path}"]
-    paths = start(*command, *[f"--prompt={c}" for c in CAPTIONS], "--num_images=2", "--grid")
+    paths = start(
+        *command, "--int8=model", *[f"--prompt={c}" for c in CAPTIONS], "--num_images=2", "--grid"
+    )
     names = [pathlib.Path(path).name for path in paths]
     assert names == [*(f"{i:05d}_s0.png" for i in range(4)), "00004_grid.png"]
     assert images.read_metadata(paths[3])["step"] == 6
@@ -51,6 +53,7 @@ def test_sample_writes_pictures_that_can_be_made_again(run, tmp_path):
     ours, theirs = (np.asarray(Image.open(path), int) for path in (paths[3], again))
     assert np.abs(ours - theirs).max() <= 1
     assert images.read_metadata(again)["options"]["steps"] == 2
+    assert images.read_metadata(again)["int8"] == "model"
 
 
 def test_evaluate_prints_one_json_object_and_keeps_it(run, tmp_path):
@@ -195,6 +198,15 @@ def batches(pipe, monkeypatch):
 
     monkeypatch.setattr(pipe.predictor, "run", run)
     return asked
+
+
+def test_a_batch_is_computed_while_the_one_before_is_fetched(pipe, batches, monkeypatch):
+    order, run, fetch = [], pipe.predictor.run, pipeline.jax.device_get
+    said = lambda word, fn: lambda *args, **options: order.append(word) or fn(*args, **options)
+    monkeypatch.setattr(pipe.predictor, "run", said("run", run))
+    monkeypatch.setattr(pipeline.jax, "device_get", said("fetch", fetch))
+    assert len(pipe(CAPTIONS[0], num_images=5, batch_size=2)) == 5
+    assert order == ["run", "run", "fetch", "run", "fetch", "fetch"]
 
 
 def test_seeds_are_for_prompts_or_for_pictures(pipe, batches):

@@ -6,15 +6,20 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+from typing import Annotated
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from t2i_jax import errors, images, objectives, pipeline, weights
+from configs import shapes_gan
+from t2i_jax import errors, images, objective, objectives, pipeline, weights
 from t2i_jax.commands import prompts
-from t2i_jax.data import transforms
+from t2i_jax.data import inputs, transforms
+from t2i_jax.objective import Objective, Texts
+from t2i_jax.pretrained import folder
+from t2i_jax.text import tokenize
 from tests import runs
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -227,10 +232,59 @@ def test_a_predictions_options_stand_after_a_star_under_free_names(write):
         pipeline._check_signature("predict", space["predict"])
 
 
+@pytest.mark.parametrize(
+    ("mark", "text"),
+    [(None, None), ("long", "long: a red ring"), ("both/short", "short: a r"), ("both", None)],
+)
+def test_texts_are_read_by_the_tokenizer_that_a_prediction_names(monkeypatch, mark, text):
+    """Of several tokenizers none is taken for the right one by its place."""
+
+    def named(name, length):
+        one = tokenize.open("bytes", length)
+        says = lambda *tokens: [
+            f"{name}: {text}" for text in tokenize.Tokenizer.decode(one, *tokens)
+        ]
+        monkeypatch.setattr(one, "decode", says)
+        return one
+
+    both = {name: named(name, n) for name, n in (("short", 5), ("other", 32))}
+    read = inputs.caption(named("long", 16), "long"), inputs.caption(both, "both")
+
+    def echo(nets, batch, key):
+        return batch["both"]["short"] if mark == "both/short" else batch["long"]
+
+    echo.__annotations__["return"] = Annotated[Texts, mark] if mark else Texts
+    family = Objective(lambda key, batch: {}, (), {"echo": echo}, inputs=read)
+    monkeypatch.setattr(objective, "make", lambda config: family)
+    if text is None:
+        message = r"which tokenizer reads .*'echo'.*\['both/other', 'both/short', 'long'\]"
+        with pytest.raises(errors.ConfigError, match=message):
+            pipeline.Predictor(runs.config())
+    else:
+        drawn = pipeline.Predictor(runs.config()).draw("echo", {}, {"caption": ["a red ring"]})
+        assert drawn == [text]
+
+
 def test_arrays_come_from_python_alone(pipe):
     np.testing.assert_array_equal(pipe.draw("raw", {"caption": ["a", "b"]}, index=[4, 2]), [4, 2])
     with pytest.raises(errors.ConfigError, match=r"'raw' gives arrays.*pipeline\.Pipeline\.draw"):
         prompts.check_options(pipe, [prompts.Request("a", 0, prediction="raw")])
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "count"),
+    [
+        (runs.config, "loss_at_times", 8),
+        (lambda: weights.config_at(str(folder.TINY)), "loss_at_times", 8),
+        (lambda: shapes_gan.get_config("debug"), "gap", 1),
+    ],
+)
+def test_means_of_as_many_numbers_as_examples_are_not_taken_for_theirs(make, name, count):
+    """Eight losses at eight times, one gap: refused by what they declare, no net is read."""
+    predictor = pipeline.Predictor(make())
+    examples = {"caption": ["a ring"] * count, "image": [IMAGE] * count}
+    with pytest.raises(errors.ConfigError, match=f"'{name}' gives no array with an entry for each"):
+        predictor.draw(name, {}, examples)
 
 
 def test_images_are_one_for_all_or_one_for_each():

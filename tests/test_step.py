@@ -1,13 +1,11 @@
 """The step, on toy objectives in the shape of every family to come."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from t2i_jax import errors, optim, step
+from t2i_jax import errors, optim, sharding, step
 from t2i_jax.objective import Aux, Loss, Objective
 from tests import toys
 
@@ -159,8 +157,8 @@ def test_a_loss_that_compares_examples_sees_all_of_them_or_is_refused(
 ):
     alone, other = toys.regression().losses[0], toys.gan()
     compared = other._replace(losses=(alone, other.losses[0]._replace(compares=True)))
-    layout = types.SimpleNamespace(strategy=strategy, parts=parts)
-    options = dict(ema={}, accumulate=accumulate, layout=layout)
+    layout = lambda strategy, parts: sharding.Layout({"data": -1}, strategy, devices=parts)
+    options = dict(ema={}, accumulate=accumulate, layout=layout(strategy, parts))
     with pytest.raises(
         errors.ConfigError, match=r'of disc compare.*"data", "zero1" or "fsdp"'
     ) as e:
@@ -168,9 +166,8 @@ def test_a_loss_that_compares_examples_sees_all_of_them_or_is_refused(
     assert e.value.where == where
     step.make_update(other, {}, **options)
     for fits in ("data", "zero1", "fsdp"):
-        step.make_update(compared, {}, ema={}, layout=types.SimpleNamespace(strategy=fits, parts=8))
-    one = types.SimpleNamespace(strategy="pmap", parts=1)
-    step.make_update(compared, {}, ema={}, layout=one)
+        step.make_update(compared, {}, ema={}, layout=layout(fits, 8))
+    step.make_update(compared, {}, ema={}, layout=layout("pmap", 1))
 
 
 def test_examples_of_weight_zero_change_nothing():

@@ -15,6 +15,7 @@ from PIL import Image, PngImagePlugin
 from t2i_jax import errors, images, pipeline, weights
 from t2i_jax.commands import cli, prompts
 from t2i_jax.data import pictures
+from t2i_jax.run import owner
 
 BUILTIN = weights.BUILTIN / "shapes"
 DEEP = "[" * 100_000
@@ -166,3 +167,22 @@ def test_a_file_is_written_whole_or_the_error_names_it(tmp_path):
     with pytest.raises(OSError, match="folder"):
         images.write_whole(tmp_path / "folder", b"x")
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_lock_that_cannot_be_read_is_not_taken_for_removed(tmp_path):
+    ours, lock = owner.Owner(tmp_path, beat=60), tmp_path / "lock"
+    ours.acquire()
+    held = lock.read_bytes()
+    lock.unlink()
+    lock.symlink_to(lock)  # the disk's answer is an error, whoever asks
+    with pytest.raises(errors.StorageError, match="symbolic links"):
+        ours.check()
+    with pytest.raises(OSError, match="symbolic links"):
+        owner.Owner(tmp_path).acquire()
+    lock.unlink()
+    with pytest.raises(errors.OwnerError, match="was removed"):
+        ours.check()
+    lock.write_bytes(held)
+    ours.check()
+    ours.release()
+    assert not lock.exists()

@@ -228,6 +228,25 @@ def test_pad_keeps_everything_on_white():
     np.testing.assert_array_equal(transforms.pad(noise(5, 5)), noise(5, 5))
 
 
+def test_fit_takes_the_middle_of_the_sides_ratio():
+    wide, tall = noise(6, 14), noise(13, 10)
+    np.testing.assert_array_equal(transforms.fit(wide, (6, 10)), wide[:, 2:12])
+    np.testing.assert_array_equal(transforms.fit(tall, (6, 10)), tall[3:9])
+    assert transforms.fit(noise(1, 1000), (8, 3)).shape == (8, 3, 3)
+    # Twice as large: the same part, enlarged.
+    twice = wide.repeat(2, 0).repeat(2, 1)
+    np.testing.assert_allclose(transforms.fit(twice, (6, 10)), wide[:, 2:12], atol=60)
+
+
+def test_pad_to_a_rectangle_leaves_nothing_to_cut():
+    tall, flat = noise(12, 8), noise(3, 20)
+    assert transforms.pad(tall, (6, 10)).shape == (12, 20, 3)
+    np.testing.assert_array_equal(transforms.pad(tall, (6, 10))[:, 6:14], tall)
+    assert transforms.pad(flat, (6, 10)).shape == (12, 20, 3)
+    np.testing.assert_array_equal(transforms.pad(flat, (6, 10))[4:7], flat)
+    np.testing.assert_array_equal(transforms.pad(noise(6, 10), (3, 5)), noise(6, 10))
+
+
 def test_to_float_spans_minus_one_to_one():
     got = transforms.to_float(np.array([[[0, 51, 255]]], np.uint8))
     assert got.dtype == np.float32

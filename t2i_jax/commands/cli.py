@@ -28,7 +28,7 @@ PATHS = (  # flags that name a file or folder
         "extractor",
     ),
     *("clip", "captions", "output", "output_dir", "into", "card", "prompts_file", "reproduce"),
-    *("input", "image", "like"),
+    *("input", "image", "like", "preview"),
 )
 _DEBUG = flags.DEFINE_bool("debug", False, "Show tracebacks.")
 HELP = ("-h", "--help", "-help")
@@ -61,7 +61,16 @@ def model_flags() -> dict:
         ),
         "step": step_flag(),
         "load": load_flag(),
+        "strategy": flags.DEFINE_enum(
+            "strategy", None, ["data", "fsdp"], "fsdp: each of several devices holds a part."
+        ),
     }
+
+
+def opened(options: dict) -> dict:
+    """What the flags of `model_flags` ask `Pipeline.load` for, beside the model's name."""
+    wanted = {"step": options["step"].value, "load": loads(options["load"])}
+    return wanted | given({"strategy": options["strategy"]})
 
 
 def step_flag():
@@ -134,15 +143,9 @@ def model(options: dict, *, default: str | None = None, hint: str = "") -> str:
     """
     named = [options[name].value for name in ("workdir", "checkpoint") if options[name].value]
     if len(named) > 1:
-        raise errors.ConfigError(
-            "two models", where="the command line", fix="give --workdir or --checkpoint, not both"
-        )
+        raise errors.misused("two models", "give --workdir or --checkpoint, not both")
     if not (named or default):
-        raise errors.ConfigError(
-            "no model",
-            where="the command line",
-            fix=f"add --workdir=… or --checkpoint=builtin:shapes{hint}",
-        )
+        raise errors.misused("no model", f"add --workdir=… or --checkpoint=builtin:shapes{hint}")
     return named[0] if named else default
 
 
@@ -218,14 +221,14 @@ def run(main, *, required=(), arguments: str = "", argv=None, more_help=None) ->
         # The death of another process shows as an error of the next exchange with it.
         if lost := distributed.lost_peer(e):
             _fail(lost, 70)
-        text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0][:500]}"
-        _fail(f"{text} (at an unexpected place). Fix: run again with --debug and report it", 70)
+        fix = "mend that line if it is yours; else run again with --debug and report it"
+        _fail(f"{errors.named(e)} (at {errors.place(e)}). Fix: {fix}", 70)
 
 
 def _in_background(args) -> None:
     """Logs the exception of a thread as one line. Code that waits for the thread gets it, too."""
-    text = f"{args.exc_type.__name__}: {(str(args.exc_value).splitlines() or [''])[0][:300]}"
-    logging.warning("thread %s: %s", args.thread.name if args.thread else "?", text)
+    name = args.thread.name if args.thread else "?"
+    logging.warning("thread %s: %s", name, errors.named(args.exc_value))
 
 
 def _parse(argv, required, arguments) -> list[str]:
@@ -264,18 +267,12 @@ def _parse(argv, required, arguments) -> list[str]:
     for path in rest[1:]:
         errors.check_local(path, "the command line")
     if rest[1:] and not arguments:
-        raise errors.ConfigError(
-            f"unexpected argument {rest[1]!r}", where="the command line", fix="flags start with --"
-        )
+        raise errors.misused(f"unexpected argument {rest[1]!r}", "flags start with --")
     if arguments and not rest[1:]:
-        raise errors.ConfigError(
-            f"no {arguments}", where="the command line", fix=f"name one {arguments} at least"
-        )
+        raise errors.misused(f"no {arguments}", f"name one {arguments} at least")
     for name in required:
         if not flags.FLAGS[name].value:
-            raise errors.ConfigError(
-                f"--{name} is missing", where="the command line", fix=f"add --{name}=…"
-            )
+            raise errors.misused(f"--{name} is missing", f"add --{name}=…")
     return rest[1:]
 
 
@@ -300,10 +297,9 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
     """The error for an unknown flag or a bad value, from absl's. None for other errors of absl."""
     if isinstance(e, flags.UnrecognizedFlagError):
         names = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
-        return errors.ConfigError(
+        return errors.misused(
             f"no flag --{e.flagname}",
-            where="the command line",
-            fix=errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
+            errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
         )
     text = " ".join(str(e).split())
     if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):
@@ -331,14 +327,8 @@ def configs_folder() -> pathlib.Path:
     return package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
 
 
-def _with_config_files(argv) -> list[str]:
-    """The arguments with the name of a config replaced by its file. Makes `configs` importable.
-
-    Raises:
-      ConfigError: there is no such file.
-    """
-    if "config" not in flags.FLAGS:
-        return argv
+def import_configs() -> pathlib.Path:
+    """Makes `from configs import …` work, also in an installed package.   -> `configs_folder`"""
     folder = configs_folder()
     # Config files import `configs.common`. In an installed package `configs` is on no import path.
     if "configs" not in sys.modules and (folder / "__init__.py").is_file():
@@ -347,7 +337,18 @@ def _with_config_files(argv) -> list[str]:
         )
         sys.modules["configs"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules["configs"])
-    out = list(argv)
+    return folder
+
+
+def _with_config_files(argv) -> list[str]:
+    """The arguments with the name of a config replaced by its file. Makes `configs` importable.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if "config" not in flags.FLAGS:
+        return argv
+    folder, out = import_configs(), list(argv)
     for i, argument in enumerate(argv[1:], 1):
         flag, equals, value = argument.partition("=")
         if flag in ("--config", "-config") and equals:

@@ -118,9 +118,7 @@ def read(workdirs) -> list[Run]:
     """
     folders = [pathlib.Path(os.path.abspath(workdir)) for workdir in workdirs]
     if len(set(folders)) < len(folders):
-        raise errors.ConfigError(
-            "a run is given twice", where="the command line", fix="name each folder once"
-        )
+        raise errors.misused("a run is given twice", "name each folder once")
     runs = [_read(folder, _name(folder, folders)) for folder in folders]
     # Results by one protocol with two definitions, such as other seeds, do not compare. They get
     # columns of their own, protocol@definition.
@@ -400,8 +398,10 @@ def main(workdirs):
     png = curves(runs, CURVES.value or [metric, *losses])
     pictures = [("curves.png", png, "curves", [])] if png else []
     for i, run in enumerate(runs, 1):
-        pictures += [_newest(run, f"run{i}.png")] if run.pictures else []
-        pictures += filter(None, [run.pictures and _progress(run, f"progress{i}.png")])
+        for new in run.pictures[-1:]:
+            title = f"{run.name}, step {_step(new)}"
+            pictures += [(f"run{i}.png", new.read_bytes(), title, _prompts(new))]
+        pictures += filter(None, [_progress(run, f"progress{i}.png")])
     note = about(runs, metric, less)
     tables = [table(runs, metric, less), economy(runs, metric, less)]
     # ---- Write them ----
@@ -425,11 +425,6 @@ def _step(picture: pathlib.Path) -> int:
 
 def _prompts(picture: pathlib.Path) -> list:
     return (images.read_metadata(picture) or {}).get("prompts", [])
-
-
-def _newest(run: Run, name: str):
-    newest = run.pictures[-1]
-    return name, newest.read_bytes(), f"{run.name}, step {_step(newest)}", _prompts(newest)
 
 
 def _progress(run: Run, name: str):

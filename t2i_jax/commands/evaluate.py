@@ -46,10 +46,9 @@ def main():
     from t2i_jax import errors, images
 
     if bool(PROTOCOL.value) == bool(EVALUATORS.value):
-        raise errors.ConfigError(
+        raise errors.misused(
             "one of --protocol and --evaluators is needed",
-            where="the command line",
-            fix="add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
+            "add --protocol=shapes, or the name of another in t2i_jax/evaluators/protocols",
         )
     drawing = (*MODEL.values(), *OPTIONS.values(), EVALUATORS, NUM_IMAGES, SEED, CAPTIONS)
     unused = [f"--{flag.name}" for flag in drawing if flag.value not in (None, [])]
@@ -212,7 +211,8 @@ def _by_evaluators() -> dict:
         # What a flag says comes before the config, and its default behind it.
         asked = {**sizes, **own, **flagged, **(sizes if BATCH_SIZE.present else {})}
         if DATA.value and _goes_to(name, DATA):
-            asked["data"] = {"source": "folder", "path": DATA.value, "res": pipe.config.res}
+            res = pipe.config.size or pipe.config.res
+            asked["data"] = {"source": "folder", "path": DATA.value, "res": res}
         asked = pipe.predictor.evaluator_options(name, asked)
         metrics = pipe.evaluate(name, **asked)
         numbers = {k: v for k, v in metrics.items() if not getattr(v, "ndim", 0)}  # no images
@@ -235,8 +235,7 @@ def _pipeline(**options):
     source = cli.model(MODEL, hint=", or --images=…" if PROTOCOL.value else "")
     from t2i_jax import pipeline  # imports JAX: errors of flags should not wait for that
 
-    load = cli.loads(MODEL["load"])
-    return pipeline.Pipeline.load(source, step=MODEL["step"].value, load=load, **options)
+    return pipeline.Pipeline.load(source, **cli.opened(MODEL), **options)
 
 
 def _digest(pipe) -> str:

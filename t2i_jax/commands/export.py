@@ -55,12 +55,15 @@ def main():
 
 def _to_diffusers(output, nets, config) -> None:
     from t2i_jax import errors, lora, objective, weights
+    from t2i_jax.pretrained import folder as folders
     from t2i_jax.pretrained import lora_files, opener, writer
 
     opened = writer.of_run(config)
     params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
     if not config.lora:
-        return writer.pipeline(opened, output, opened.by_part(params), DTYPE.value)
+        # The run's latents are those of the autoencoder that it read, wherever that lies.
+        vae = {name: config.load[name] for name in (folders.AUTOENCODER,) if config.load.get(name)}
+        return writer.pipeline(opened, output, opened.by_part(params), DTYPE.value, vae)
     if whole := sorted(nets.keys() - {f"{name}{lora.SUFFIX}" for name in config.lora}):
         raise errors.ConfigError(
             f"a file of adapters has no room for {', '.join(whole)}, which the run trained whole",

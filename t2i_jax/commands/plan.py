@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import jax
 
-from t2i_jax import errors, loop, sharding, weights
+from t2i_jax import errors, loop
+from t2i_jax.pretrained import hf
 
 # Memory of one chip, bytes. Google Cloud's documentation of TPU v4, v5e, v5p, v6e.
 HBM = {"v4": 32 * 2**30, "v5e": 16 * 2**30, "v5p": 95 * 2**30, "v6e": 32 * 2**30}
@@ -103,7 +104,8 @@ def needs(traced, *, memory: int | None = None) -> Needs:
 
 
 def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
-    """Compiles the step of a run and prints what it needs. Nothing is written.
+    """Compiles the step of a run and prints what it needs. Nothing is written, and of pretrained
+    checkpoints only the configs are read.
 
     Args:
       topology: the TPU slice to compile for, see `slice_devices`. By default the devices at hand.
@@ -122,7 +124,10 @@ def show(config, workdir, *, topology=None, memory_gb=None) -> dict:
         )
     devices = slice_devices(topology) if topology else None
     memory = int(memory_gb * 2**30) if memory_gb else HBM.get((topology or "").split(":")[0])
-    values = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
+    if config.data.get("path") == "":  # the program is the same for any pictures
+        config.data = dict(source="shapes", size=1)
+    with hf.configs_alone():
+        values = training(loop.Run(config, pathlib.Path(workdir), devices), memory)
     for name, value in values.items():
         print(f"{name.removesuffix('_bytes'):28} {_readable(name, value):>20}")
     return values
@@ -177,19 +182,6 @@ def training(run, memory: int | None = None) -> dict:
     return values if memory is None else values | {"memory_bytes": memory, "fits": need.fits}
 
 
-def sampling(run, batch_size: int):
-    """The sampler's program for one batch of prompts, traced with the shardings of a run."""
-    config, layout = run.config, run.layout
-    nets = weights.abstract_nets(run.predictor.objective, config)
-    batch = weights.abstract_batch(run.family, batch_size)
-    placed = layout.batch if batch_size % layout.parts == 0 else layout.whole
-    return run.predictor.trace(
-        "sample",
-        sharding.on(nets, layout.nets(nets)),
-        sharding.on(batch, jax.tree.map(lambda _: placed, batch)),
-    )
-
-
 class DoesNotFit(Exception):
     """The compiler refused a program. used: the bytes it wanted, or None if it did not say."""
 
@@ -226,6 +218,8 @@ def flops(jaxpr) -> int:
         else:
             inside = [flops(sub) for sub in _inside(eqn)]
             times = eqn.params.get("length", 1) if name == "scan" else 1
+            if name == "pallas_call":  # its body is that of one block
+                times = math.prod(eqn.params["grid_mapping"].grid)
             if name == "shard_map":  # its body has the shapes of one device
                 sizes = dict(eqn.params["mesh"].shape)
                 times = math.prod(sizes[axis] for axis in eqn.params["manual_axes"])

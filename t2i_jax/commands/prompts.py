@@ -17,7 +17,7 @@ from t2i_jax import errors, files, images, limits
 from t2i_jax.quality import resize
 
 FILE_LIMIT = 2**24  # bytes of prompts in one file
-SHARED = ("prediction", "options", "image", "lora", "model", "step", "t2i_jax")  # by a grid
+SHARED = ("prediction", "options", "image", "lora", "int8", "model", "step", "t2i_jax")  # by a grid
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 _FLAG = r"\s--"  # what begins an option within a line
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
@@ -186,6 +186,7 @@ class Recorded(NamedTuple):
 
     grid: it is of several pictures.   frames: of a way between pictures, or 0.
     lora: "name", "sha256" and "weight" of each file of adapters.
+    int8: nets whose kernels had eight bits, with commas.
     """
 
     requests: list[Request]
@@ -194,6 +195,7 @@ class Recorded(NamedTuple):
     grid: bool = False
     frames: int = 0
     lora: Sequence[Mapping] = ()
+    int8: str = ""
 
 
 def from_picture(path) -> Recorded:
@@ -202,23 +204,22 @@ def from_picture(path) -> Recorded:
     with errors.explained(errors.DataError, "cannot read it", where=path, fix=fix):
         found = images.read_metadata(path)
     rows = found.get("pictures", [found]) if found else []
-    fits = isinstance(rows, list) and rows and isinstance(found.get("model"), str)
-    fits = fits and all(isinstance(row, dict) for row in rows)
     # What all pictures share stands beside their list, see `_together`.
     shared = {k: found[k] for k in ("options", "prediction", "image") if k in (found or {})}
-    rows = [{**shared, **row} for row in rows] if fits else []
-    # A picture may come from anywhere, so no entry is trusted to be of its type.
-    needed = {"prompt": str, "seed": int, "index": int, "options": dict}
-    optional = {"prediction": str, "image": dict}
     frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
-    fits = fits and all(isinstance(row.get(k), t) for row in rows for k, t in needed.items())
-    fits = fits and all(isinstance(row.get(k, t()), t) for row in rows for k, t in optional.items())
-    images_of = [row["image"] for row in rows if "image" in row] if fits else []
-    fits = fits and all(isinstance(i.get(k), str) for i in images_of for k in ("name", "sha256"))
-    lora = (found or {}).get("lora", [])
-    kinds = {"name": str, "sha256": str, "weight": int | float}
-    fits = fits and isinstance(lora, list) and all(isinstance(one, dict) for one in lora)
-    fits = fits and all(isinstance(one.get(k), t) for one in lora for k, t in kinds.items())
+    lora, int8 = ((found or {}).get(key, kind()) for key, kind in (("lora", list), ("int8", str)))
+    fits = (
+        isinstance(int8, str)
+        and isinstance(found, dict)
+        and isinstance(found.get("model"), str)
+        and rows
+    )
+    fits = fits and _all_have(rows) and _all_have(lora, name=str, sha256=str, weight=int | float)
+    fits = fits and isinstance(int8, str)
+    rows = [{"prediction": "sample", **shared, **row} for row in rows] if fits else []
+    fits = fits and _all_have(rows, prompt=str, seed=int, index=int, options=dict, prediction=str)
+    starts = [row["image"] for row in rows if "image" in row]
+    fits = fits and _all_have(starts, name=str, sha256=str)
     if not fits or not limits.is_whole(frames) or not 0 <= frames <= limits.COUNT_LIMIT:
         raise errors.DataError(
             "the picture holds no settings of ours",
@@ -238,7 +239,15 @@ def from_picture(path) -> Recorded:
         )
     step = step if isinstance(step, int) else None
     grid = "pictures" in found and not frames
-    return Recorded(requests, found["model"], step, grid, frames, lora)
+    return Recorded(requests, found["model"], step, grid, frames, lora, int8)
+
+
+def _all_have(rows, **kinds) -> bool:
+    """Whether it is a list of objects with entries of these types: a picture may say anything."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(row.get(k), kind) for k, kind in kinds.items())
+        for row in rows
+    )
 
 
 def check_adapters(recorded: Recorded, adapters) -> None:
@@ -265,15 +274,15 @@ def _request(row) -> Request:
         row.get("negative_prompt"),
         tuple(sorted(options.items())),
         row["index"],
-        row.get("prediction", "sample"),
+        row["prediction"],
         Source(source["name"], source["sha256"]) if source else None,
     )
 
 
-def draw(pipe, requests, *, batch_size: int, strict: bool = False):
+def draw(pipe, requests, *, batch_size: int, strict: bool = False, callback=None):
     """Draws all requests, those with equal options together.   -> [(result, metadata), …]
 
-    A result is a picture, uint8 HWC, or a text.
+    A result is a picture, uint8 HWC, or a text. The callback is that of `Pipeline`.
 
     Raises:
       ConfigError: a prediction or an option that the family does not have; with `strict`, a prompt
@@ -309,6 +318,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
             seed=[r.seed for r in each],
             index=[requests[i].first + k for i, k in jobs],
             batch_size=batch_size,
+            callback=callback,
             **dict(options),
         )
         drawn |= dict(zip(jobs, found, strict=True))
@@ -324,6 +334,7 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False):
 
 def _settings(pipe, request: Request, options: dict, k: int) -> dict:
     """All that draws the request's k-th picture again."""
+    source = request.source
     return {
         "prompt": request.prompt[:PROMPT_KEPT],
         "negative_prompt": request.negative_prompt and request.negative_prompt[:PROMPT_KEPT],
@@ -331,12 +342,9 @@ def _settings(pipe, request: Request, options: dict, k: int) -> dict:
         "index": request.first + k,
         "prediction": request.prediction,
         "options": options,
-        **(
-            {"image": {"name": request.source.name, "sha256": request.source.sha256}}
-            if request.source
-            else {}
-        ),
+        **({"image": dict(name=source.name, sha256=source.sha256)} if source else {}),
         **({"lora": pipe.adapters} if pipe.adapters else {}),
+        **({"int8": pipe.int8} if pipe.int8 else {}),
         "model": _public_name(pipe.source),
         "step": pipe.step,
         "t2i_jax": t2i_jax.__version__,

@@ -3,7 +3,10 @@
 python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white background"
 """
 
-from absl import flags
+import functools
+import pathlib
+
+from absl import flags, logging
 
 from t2i_jax import errors
 from t2i_jax.commands import cli
@@ -28,6 +31,9 @@ SET = flags.DEFINE_multi_string("set", [], "name=value: any option of the predic
 LORA = flags.DEFINE_multi_string(
     "lora", [], "A file of adapters for a pretrained pipeline, or FILE:weight; repeatable."
 )
+INT8 = flags.DEFINE_string(
+    "int8", "", "Nets whose kernels are kept in eight bits, with commas: model,text,vae."
+)
 INTERPOLATE = flags.DEFINE_integer(
     "interpolate",
     0,
@@ -36,6 +42,12 @@ INTERPOLATE = flags.DEFINE_integer(
 )
 REPRODUCE = flags.DEFINE_string(
     "reproduce", None, "A picture, grid or strip of ours, to be drawn again."
+)
+LOW_MEMORY = flags.DEFINE_bool(
+    "low_memory", False, "Load the networks of a pretrained pipeline in turn, when each is needed."
+)
+PREVIEW = flags.DEFINE_string(
+    "preview", None, "A small autoencoder, DIR or hf:madebyollin/taesd: shows each step in a file."
 )
 OPTIONS = cli.sampling_flags()
 
@@ -71,15 +83,15 @@ def main():
     elif sources:
         wanted = prompts.starting_from(wanted or [default] * len(sources), sources)
     if not wanted:
-        raise errors.ConfigError(
-            "nothing to draw", where="the command line", fix='add --prompt="…" or --prompts_file=…'
-        )
+        raise errors.misused("nothing to draw", 'add --prompt="…" or --prompts_file=…')
     # This look makes nothing: a model that does not load must leave no empty folder.
     images.check_folder(OUTPUT_DIR.value, "--output_dir")
     source = cli.model(MODEL, default=default_model, hint=hint)
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
-    options = dict(step=step, load=cli.loads(MODEL["load"]), lora=_adapters())
+    int8 = recorded.int8 if REPRODUCE.value else INT8.value
+    options = {**cli.opened(MODEL), "step": step, "lora": _adapters(), "int8": int8}
+    options |= {"low_memory": LOW_MEMORY.value, "preview": PREVIEW.value}
     pipe = pipeline.Pipeline.load(source, **options)
     if REPRODUCE.value:
         prompts.check_adapters(recorded, pipe.adapters)
@@ -93,7 +105,8 @@ def main():
         options = dict(metadata=METADATA.value)
         paths = prompts.save_between(drawn, settings, OUTPUT_DIR.value, **options)
     else:
-        drawn = prompts.draw(pipe, wanted, batch_size=BATCH_SIZE.value, strict=STRICT.value)
+        options = dict(strict=STRICT.value, callback=_previews() if PREVIEW.value else None)
+        drawn = prompts.draw(pipe, wanted, batch_size=BATCH_SIZE.value, **options)
         options = dict(grid=grid, metadata=METADATA.value, extension=FORMAT.value)
         paths = prompts.save(drawn, OUTPUT_DIR.value, **options)
     for path in paths:
@@ -113,6 +126,23 @@ def _adapters() -> dict[str, float]:
         except ValueError:
             found[text] = 1.0  # the colon belongs to the name
     return found
+
+
+def _previews():
+    """A callback that writes what the pictures would be after each step into one file."""
+    from t2i_jax import images
+
+    @functools.cache
+    def path():
+        claimed = images.claim(pathlib.Path(OUTPUT_DIR.value), "preview.png")
+        logging.info("previews: %s", claimed)
+        return claimed
+
+    def write(step, image_BHWC):
+        with images.writing(OUTPUT_DIR.value, "--output_dir"):
+            images.save(path(), images.grid(image_BHWC))
+
+    return write
 
 
 def predictions() -> str:
@@ -139,16 +169,14 @@ def _check_together() -> None:
     """Options that another one makes void are errors, as nothing is ignored in silence."""
     asked = (PROMPT, PROMPTS_FILE, NEGATIVE_PROMPT, NUM_IMAGES, SEED, INTERPOLATE)
     for main_flag, void in (
-        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE)),
-        (REPRODUCE, (*asked, PREDICT, SET, *OPTIONS.values())),
+        (INTERPOLATE, (GRID, FORMAT, STRICT, BATCH_SIZE, PREDICT, IMAGE, PREVIEW)),
+        (REPRODUCE, (*asked, PREDICT, SET, INT8, *OPTIONS.values())),
     ):
         # `present` and not the value: a default was asked for by nobody.
         given = [f"--{flag.name}" for flag in void if flag.present]
         if main_flag.value and given:
-            raise errors.ConfigError(
-                f"{', '.join(given)} beside --{main_flag.name}",
-                where="the command line",
-                fix=f"leave out {', '.join(given)}",
+            raise errors.misused(
+                f"{', '.join(given)} beside --{main_flag.name}", f"leave out {', '.join(given)}"
             )
 
 

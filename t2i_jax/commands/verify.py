@@ -26,9 +26,7 @@ def main(source):
     from t2i_jax import errors
 
     if len(source) != 1:
-        raise errors.ConfigError(
-            f"{len(source)} folders", where="the command line", fix="name one: verify DIR"
-        )
+        raise errors.misused(f"{len(source)} folders", "name one: verify DIR")
     import numpy as np
 
     from t2i_jax import pipeline

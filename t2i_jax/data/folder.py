@@ -1,4 +1,4 @@
-"""Images in a folder, with captions from metadata.jsonl, metadata.csv or a .txt for each."""
+"""Images in a folder, with captions from metadata.jsonl, metadata.csv, a .txt for each, or PNGs."""
 
 import collections
 import csv
@@ -10,7 +10,7 @@ import unicodedata
 
 from absl import logging
 
-from t2i_jax import errors
+from t2i_jax import errors, images
 from t2i_jax.data import transforms
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
@@ -21,28 +21,41 @@ EXAMPLE = '{"file_name": "cat.png", "text": "a cat on a red sofa"}'
 
 
 class Source:
-    """Examples {"image": uint8 HWC, "caption": str}, read on access."""
+    """Examples {"image": uint8 HWC, "caption": str, "scale": float}, read on access.
 
-    def __init__(self, root: pathlib.Path, examples: list, fingerprint: str, res: int, pad: bool):
-        self._root, self._examples, self._res, self._pad = root, examples, res, pad
+    scale: how much larger the picture's sides are in the file.
+    """
+
+    def __init__(self, root: pathlib.Path, examples: list, fingerprint: str, res, pad: bool):
+        self._root, self._examples, self._pad = root, examples, pad
+        self._size = (res, res) if isinstance(res, int) else res
         self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict:
-        name, caption = self._examples[index]
+        name, example = self._examples[index][0], self.caption(index)
         shown = printable(name)
-        if not isinstance(caption, str):
-            raise transforms.BadExample(f"caption is no text: {type(caption).__name__} for {shown}")
         try:
-            image_HWC = transforms.decode((self._root / name).read_bytes(), self._res)
+            data = (self._root / name).read_bytes()
+            image_HWC, scale = transforms.decode_scaled(data, max(self._size))
         # It would be missing again. Other errors of the disk pass, and the loader tries again.
         except FileNotFoundError as e:
             raise transforms.BadExample(f"missing file: {shown}") from e
         except transforms.BadExample as e:
             raise transforms.BadExample(f"{e} in {shown}") from e
-        return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+        if self._pad:
+            image_HWC = transforms.pad(image_HWC, self._size)
+        return {**example, "image": image_HWC, "scale": scale}
+
+    def caption(self, index: int) -> dict:
+        """An example without its image, which is not opened."""
+        name, caption = self._examples[index]
+        if not isinstance(caption, str):
+            kind = type(caption).__name__
+            raise transforms.BadExample(f"caption is no text: {kind} for {printable(name)}")
+        return {"caption": caption}
 
     def where(self, index: int) -> str:
         """The file of an example."""
@@ -54,13 +67,19 @@ class Source:
 
 
 def make(
-    path, *, split: str = "train", res: int = 32, holdout: float = 0.0, pad: bool = False
+    path,
+    *,
+    split: str = "train",
+    res: int | tuple[int, int] = 32,
+    holdout: float = 0.0,
+    pad: bool = False,
 ) -> Source:
     """The PNG, JPEG and WebP images below a folder, in the order of their names.
 
     - A metadata file in the image's folder, or in one above, holds captions. Its rows have the keys
       file_name (relative to the metadata file) and text. Each row is an example.
     - Without a row, the first line of the .txt file of the same name is the caption.
+    - Without either, it is the prompt that a PNG of ours was drawn with.
     - A metadata.csv is not read where its folder has a metadata.jsonl.
     - An empty caption means no condition. Images without a caption and hidden files are left out.
 
@@ -70,9 +89,10 @@ def make(
     Args:
       path: the folder.
       split: "train" or "test".
-      res: pixels a side of the final squares. Large photographs are decoded near it.
+      res: pixels a side of the final squares, or height and width. Large photographs are decoded
+        near it.
       holdout: share of the images that only "test" has. A hash of the name decides.
-      pad: adds white bars instead of cutting out the middle square.
+      pad: adds white bars instead of cutting out the middle.
     Raises:
       ConfigError: an unknown split, or a holdout outside [0, 1).
       DataError: no images, no captions, a broken metadata file, or a name or link that leads out of
@@ -187,11 +207,15 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
                 captions.setdefault(name, []).append(caption)
             else:
                 (unread if sizes.get(name, -1) >= 0 else absent).append(name)
-    # ---- A .txt file for each image that has no row ----
+    # ---- For each image that has no row a .txt file, or what a picture of ours says itself ----
     texts = {n[:-4]: n for n, size in sizes.items() if n.lower().endswith(".txt") and size >= 0}
     for picture in pictures:
         text = texts.get(picture.rpartition(".")[0])
-        if picture in captions or not text:
+        if picture in captions:
+            continue
+        if not text:
+            if prompt := _prompt(root / picture):
+                captions[picture] = [prompt]
             continue
         read.add(text)
         # "utf-8-sig" drops the byte order mark that some editors write in front.
@@ -238,6 +262,18 @@ def captioned(root, sizes, pictures, *, warn: bool = True) -> list:
     ):
         _warn(root, names, what)
     return examples
+
+
+def _prompt(path: pathlib.Path) -> str | None:
+    """The prompt that a PNG of ours was drawn with."""
+    if path.suffix.lower() != ".png":
+        return None
+    try:
+        metadata = images.read_metadata(path) or {}
+    except (OSError, ValueError):
+        return None
+    prompt = metadata.get("prompt")
+    return prompt if isinstance(prompt, str) else None
 
 
 def _warn(root, names, what: str) -> None:

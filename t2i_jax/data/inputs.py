@@ -23,16 +23,18 @@ def picture_and_caption(config) -> tuple[Input, ...]:
     return picture(config.res, augment=tuple(config.augment)), caption(tokenizer)
 
 
-def picture(size: int, key: str = "image", augment=()) -> Input:
-    """A square image, uint8 HWC; float32 in [-1, 1] for losses and predictions.
+def picture(size, key: str = "image", augment=()) -> Input:
+    """An image, uint8 HWC; float32 in [-1, 1] for losses and predictions.
 
+    size: height and width, or one number for a square.
     augment: names of `transforms.AUGMENTATIONS`, applied in this order, in training alone.
     """
     for name in augment:
         errors.check_known("augmentation", name, transforms.AUGMENTATIONS, where="config.augment")
+    size = (size, size) if isinstance(size, int) else tuple(size)
 
     def one(example, rng):
-        image_HWC = transforms.square(example["image"], size)
+        image_HWC = transforms.fit(example["image"], size)
         for name in augment if rng else ():
             image_HWC = transforms.AUGMENTATIONS[name](image_HWC, rng)
         return image_HWC
@@ -40,7 +42,25 @@ def picture(size: int, key: str = "image", augment=()) -> Input:
     def make(examples, rngs, records):
         return {key: np.stack([one(*pair) for pair in zip(examples, rngs, strict=True)])}
 
-    return Input({key: jax.ShapeDtypeStruct((size, size, 3), np.uint8)}, make, reads=("image",))
+    return Input({key: jax.ShapeDtypeStruct((*size, 3), np.uint8)}, make, reads=("image",))
+
+
+def origin(size, key: str = "origin") -> Input:
+    """Where `picture` takes an image of this height and width from: height and width of the file's
+    picture, and the top left corner of the part in it, once it is resized: int32 4.
+
+    It reads the picture as the source gave it, so it stands in front of `picture`.
+    """
+
+    def one(example):
+        sides = np.array(example["image"].shape[:2])
+        scaled = sides * max(size / sides)
+        return [*np.round(sides * example.get("scale", 1.0)), *(np.round(scaled - size) // 2)]
+
+    def make(examples, rngs, records):
+        return {key: np.array([one(example) for example in examples], np.int32)}
+
+    return Input({key: jax.ShapeDtypeStruct((4,), np.int32)}, make, reads=("image",))
 
 
 def smaller(size: int, key: str = "low") -> Input:
@@ -106,14 +126,14 @@ def stored(store, key: str) -> Input:
     return Input(shapes, make, reads=("record",))
 
 
-def make(inputs, examples, rngs, records) -> dict:
+def arrays(inputs, examples, rngs, records) -> dict:
     """The arrays of all inputs, each made of the examples and of what those before it made.
 
     Raises:
       TypeError: an input does not make what its shapes say.
     """
     # Copies, as inputs add their keys to them below and a source may keep its own.
-    arrays, examples = {}, [dict(example) for example in examples]
+    batch, examples = {}, [dict(example) for example in examples]
     for one in inputs:
         made = one.make(examples, rngs, records)
         said = jax.tree.map(lambda s: (len(examples), *s.shape, np.dtype(s.dtype)), one.shapes)
@@ -121,7 +141,7 @@ def make(inputs, examples, rngs, records) -> dict:
         # Assigning to the loader's arrays would broadcast a wrong shape without a word.
         if said != there:
             raise TypeError(f"an input says it makes {said}, and makes {there}")
-        arrays |= made
+        batch |= made
         for i, example in enumerate(examples):
             example |= jax.tree.map(lambda x, i=i: x[i], made)
-    return arrays
+    return batch

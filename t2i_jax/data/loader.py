@@ -38,7 +38,9 @@ HELD = 2**28  # bytes of their arrays
 
 def make_source(config, **overrides):
     """The training data that config.data describes; `overrides` such as split="test"."""
-    return plugins.source({**config.data, **overrides}, where="config.data", res=config.res)
+    return plugins.source(
+        {**config.data, **overrides}, where="config.data", res=config.size or config.res
+    )
 
 
 class Batch(NamedTuple):
@@ -62,7 +64,8 @@ class Loader:
 
     Args:
       source: has len, [i] -> {"image": uint8 HWC, "caption": str}, fingerprint; read by threads.
-        where(i), the file of an example, is for messages, if it has that.
+        An example may have a "weight" in the loss. where(i), the file of an example, is for
+        messages, if the source has that.
       inputs: `objective.Input`s, made in this order. More may be added before the first batch.
       batch_size: over all processes.
       share: (i, n): this process makes the i-th of n equal slices of the slots.
@@ -112,6 +115,7 @@ class Loader:
             shapes = {key: s for one in self.inputs for key, s in one.shapes.items()}
             # Zeros, not empty memory: the row of a broken example stays as it is here.
             arrays = jax.tree.map(lambda s: np.zeros((b, *s.shape), s.dtype), shapes)
+            weight_B = np.zeros(b, np.float32)
 
             def fill(rows):
                 """Fills the rows that can be.   -> (row, reason) of the others"""
@@ -121,7 +125,7 @@ class Loader:
                     # the draws.
                     seeds = [(self._seed, positions[row]) for row in rows]
                     rngs = [np.random.default_rng(seed) for seed in seeds]
-                    made = inputs.make(self.inputs, examples, rngs, records[rows])
+                    made = inputs.arrays(self.inputs, examples, rngs, records[rows])
                 except transforms.BadExample as e:
                     if len(rows) == 1:
                         return [(rows[0], str(e))]
@@ -129,15 +133,16 @@ class Loader:
                     return [bad for row in rows for bad in fill([row])]
                 # No two threads have a row in common, so this needs no lock.
                 jax.tree.map(lambda array, part: array.__setitem__(rows, part), arrays, made)
+                weight_B[rows] = [example.get("weight", 1.0) for example in examples]
                 return []
 
             size = -(-b // (4 * THREADS))  # small parts, so that all threads end together
             parts = [list(range(b))[first : first + size] for first in range(0, b, size)]
             broken = self._threads.map(fill, parts)
-        weight_B, bad = np.ones(b, np.float32), []
-        for row, reason in itertools.chain.from_iterable(broken):
-            weight_B[row] = 0
-            bad.append((self._slots[row], int(records[row]), reason))
+        bad = [
+            (self._slots[row], int(records[row]), reason)
+            for row, reason in itertools.chain.from_iterable(broken)
+        ]
         arrays |= {"index": np.array(self._slots, np.int32), "weight": weight_B}
         return Batch(arrays, records, bad)
 

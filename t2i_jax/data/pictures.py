@@ -9,15 +9,15 @@ from collections.abc import Iterator
 import numpy as np
 from absl import logging
 
-from t2i_jax import errors, images
+from t2i_jax import errors
 from t2i_jax.data import folder, transforms
 
 
 class Pictures:
     """The PNG, JPEG and WebP files of a folder, in the order of their names.
 
-    Captions come from the files that `data.folder` reads, else from the prompts in our own PNG
-    files. A broken image is left out, and a warning names it.
+    Captions come from where `data.folder` finds them. A broken image is left out, and a warning
+    names it.
 
     Attributes:
       broken: name -> reason, of the broken images that `batches` has met.
@@ -88,24 +88,12 @@ class Pictures:
             )
 
     def _read_captions(self, sizes) -> list[str | None]:
-        others = any(not name.lower().endswith(folder.PICTURES) for name in sizes)
         try:
-            # Where only images lie `captioned` would raise an error for want of captions.
-            pairs = folder.captioned(self._root, sizes, self._names, warn=False) if others else []
+            pairs = folder.captioned(self._root, sizes, self._names, warn=False)
         except errors.DataError as e:
             if "no captions" not in e.what:  # a broken metadata file must not pass for none
                 raise
             pairs = []
         captions = dict(pairs)
         texts = {name: text for name, text in captions.items() if isinstance(text, str)}
-        return [texts.get(name) or self._prompt(name) for name in self._names]
-
-    def _prompt(self, name: str) -> str | None:
-        if not name.lower().endswith(".png"):
-            return None
-        try:
-            metadata = images.read_metadata(self._root / name) or {}
-        except (OSError, ValueError):
-            return None
-        prompt = metadata.get("prompt")
-        return prompt if isinstance(prompt, str) else None
+        return [texts.get(name) or None for name in self._names]

@@ -17,7 +17,7 @@ CAPTION_NAMES = ("caption", "captions", "text", "texts", "description", "prompt"
 
 
 class Source:
-    """Examples {"image": uint8 HWC, "caption": str} of a prepared builder, read on access.
+    """Examples of a prepared builder, as those of `folder.Source`, read on access.
 
     Opening it checks the number of records in every shard. For the arguments and errors see `make`.
     """
@@ -30,7 +30,8 @@ class Source:
         image_key = _choose("image", image_key, images, ("image",), leaves, where)
         caption_key = _choose("caption", caption_key, texts, CAPTION_NAMES, leaves, where)
         self._image, self._caption = leaves[image_key][0], leaves[caption_key][0]
-        self._captions, self._res, self._pad = captions, res, pad
+        self._captions, self._pad = captions, pad
+        self._size = (res, res) if isinstance(res, int) else res
         what, fix = f"unknown split {split!r}", errors.nearest(split, info.splits)
         of = (ValueError, KeyError)
         with errors.explained(errors.DataError, what, where=where, fix=fix, of=of):
@@ -64,8 +65,10 @@ class Source:
 
     def __getitem__(self, index: int) -> dict:
         image, caption = self._read(index)
-        image_HWC = transforms.decode(image, self._res)
-        return {"image": transforms.pad(image_HWC) if self._pad else image_HWC, "caption": caption}
+        image_HWC, scale = transforms.decode_scaled(image, max(self._size))
+        if self._pad:
+            image_HWC = transforms.pad(image_HWC, self._size)
+        return {"image": image_HWC, "caption": caption, "scale": scale}
 
     def captions(self):
         """Yields all captions in order, "" for a broken record. No image is decoded."""
@@ -93,7 +96,7 @@ def make(
     name: str,
     *,
     split: str = "train",
-    res: int = 32,
+    res: int | tuple[int, int] = 32,
     holdout: float = 0.0,
     data_dir: str = "",
     image_key: str = "",
@@ -106,13 +109,14 @@ def make(
     Args:
       name: "name", "name/config" or "name/config:1.0.0".
       split: in TFDS's notation: "train", "train[:90%]", "train+test".
-      res: pixels a side of the final squares. Large photographs are decoded near it.
+      res: pixels a side of the final squares, or height and width. Large photographs are decoded
+        near it.
       holdout: share of the split "train" that becomes "test". These are its first examples.
       data_dir: the folder of TFDS's data, by default TFDS_DATA_DIR or ~/tensorflow_datasets.
       image_key: the image feature, "a" or "a/b". By default the only one, or the one called image.
       caption_key: the text, or list of texts. By default the one with a name of CAPTION_NAMES.
       captions: examples for each image, which take its captions in turn.
-      pad: adds white bars instead of cutting out the middle square.
+      pad: adds white bars instead of cutting out the middle.
     Raises:
       ConfigError: a holdout out of range, or a split that does not go with one.
       DataError: not prepared, another format, no such split or feature, or damaged shards.

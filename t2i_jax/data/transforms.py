@@ -21,7 +21,12 @@ class BadExample(ValueError):
 
 
 def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
-    """PNG, JPEG or WebP -> uint8 RGB HWC.
+    """PNG, JPEG or WebP -> uint8 RGB HWC. See `decode_scaled`."""
+    return decode_scaled(data, res)[0]
+
+
+def decode_scaled(data: bytes, res: int = SIDE_LIMIT) -> tuple[np.ndarray, float]:
+    """PNG, JPEG or WebP -> uint8 RGB HWC, and how much larger its sides are in the file.
 
     - Of an animation the first frame is taken. EXIF's orientation is applied.
     - Transparency is composited over white. Grey, palettes and CMYK become RGB.
@@ -30,8 +35,8 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
 
     Args:
       data: the content of the file.
-      res: pixels a side of the final square. A much larger JPEG is decoded at a half, a quarter or
-        an eighth of its size, but no side below 2 × res. For a photograph this is five times as
+      res: the longer side of the final picture. A much larger JPEG is decoded at a half, a quarter
+        or an eighth of its size, but no side below 2 × res. For a photograph this is five times as
         fast.
     Raises:
       BadExample: another format, a broken file, or more than 64 million pixels.
@@ -47,7 +52,7 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
             # Only JPEG has drafts, and other formats ignore it. The default `res` reduces nothing,
             # as no side may be that long.
             image.draft(None, (2 * res, 2 * res))
-            return _rgb(ImageOps.exif_transpose(image))
+            return _rgb(ImageOps.exif_transpose(image)), max(w, h) / max(image.size)
     # A BadExample is an Exception, too, and the last clause would rename it.
     except BadExample:
         raise
@@ -73,13 +78,20 @@ def _rgb(image: Image.Image) -> np.ndarray:
 
 def square(image_HWC: np.ndarray, res: int, kernel=Image.Resampling.LANCZOS) -> np.ndarray:
     """The middle square, resized with antialiasing.   -> uint8 (res, res, 3)"""
-    h, w, _ = image_HWC.shape
-    if (h, w) == (res, res):
+    return fit(image_HWC, (res, res), kernel)
+
+
+def fit(image_HWC: np.ndarray, size, kernel=Image.Resampling.LANCZOS) -> np.ndarray:
+    """The largest part in the middle with the sides' ratio of a size (height, width), resized to it
+    with antialiasing.   -> uint8 (height, width, 3)
+    """
+    (h, w, _), (height, width) = image_HWC.shape, size
+    if (h, w) == (height, width):
         return image_HWC
-    side = min(h, w)
-    top, left = (h - side) // 2, (w - side) // 2
-    box = (left, top, left + side, top + side)
-    image = Image.fromarray(image_HWC).resize((res, res), kernel, box=box)
+    tall, wide = min(h, w * height / width), min(w, h * width / height)
+    top, left = (h - tall) // 2, (w - wide) // 2
+    box = (left, top, left + wide, top + tall)
+    image = Image.fromarray(image_HWC).resize((width, height), kernel, box=box)
     return np.asarray(image)
 
 
@@ -93,12 +105,14 @@ def shrink(image_HWC: np.ndarray, res: int) -> np.ndarray:
     return square(image_HWC, res, Image.Resampling.BOX)
 
 
-def pad(image_HWC: np.ndarray) -> np.ndarray:
-    """The image made square with white bars, so that nothing is cut off.   -> uint8 HWC, H = W"""
-    h, w, _ = image_HWC.shape
-    side = max(h, w)
-    top, left = (side - h) // 2, (side - w) // 2
-    out_HWC = np.full((side, side, 3), 255, np.uint8)
+def pad(image_HWC: np.ndarray, size=(1, 1)) -> np.ndarray:
+    """The image with white bars, so that `fit` to a size (height, width), by default a square, cuts
+    nothing off.   -> uint8 HWC
+    """
+    (h, w, _), (height, width) = image_HWC.shape, size
+    tall, wide = max(h, -(-w * height // width)), max(w, -(-h * width // height))
+    top, left = (tall - h) // 2, (wide - w) // 2
+    out_HWC = np.full((tall, wide, 3), 255, np.uint8)
     out_HWC[top : top + h, left : left + w] = image_HWC
     return out_HWC
 

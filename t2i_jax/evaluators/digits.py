@@ -10,6 +10,7 @@ from t2i_jax.data import digits
 from t2i_jax.quality import pixels
 
 NEIGHBOURS = 5
+NAMES = ("accuracy", "distance", "diversity", "num_images")
 
 
 def make(
@@ -46,6 +47,7 @@ def make(
         )
         return lambda: judged(images, labels_N)
 
+    run.names = NAMES
     return run
 
 

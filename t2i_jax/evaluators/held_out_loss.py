@@ -4,13 +4,15 @@ T values of the prediction, such as losses at fixed times
 """
 
 import itertools
+import re
 
 import numpy as np
 
 from t2i_jax import errors, fields, plugins
 from t2i_jax.data import loader
 
-NAME = "loss_at_times"
+NAME, WHERE = "loss_at_times", "evaluator held_out_loss"
+NAMES = ("mean", re.compile("[0-9]+"))  # how many there are is the prediction's matter
 
 
 def make(
@@ -41,18 +43,11 @@ def make(
       DataError: all images are broken. `run` raises it.
     """
     known = predict.keys() - {"batch"}  # it makes batches, and is no prediction
-    if prediction not in known:
-        raise errors.ConfigError(
-            f"the family has no prediction {prediction!r}",
-            where="evaluator held_out_loss",
-            fix=errors.nearest(prediction, known),
-        )
-    source = plugins.source(data, where="evaluator held_out_loss")
+    errors.check_known("prediction", prediction, known, where=WHERE, say="the family has no")
+    source = plugins.source(data, where=WHERE)
     num_images = min(num_images, len(source))
     if not num_images:
-        raise errors.ConfigError(
-            "there are no pictures", where="evaluator held_out_loss", fix="give another data"
-        )
+        raise errors.ConfigError("there are no pictures", where=WHERE, fix="give another data")
     batch_size = min(batch_size, num_images)
 
     def run(nets, step):
@@ -68,11 +63,12 @@ def make(
         if not values:
             raise errors.DataError(
                 f"all of {num_images} held-out pictures are broken",
-                where="evaluator held_out_loss",
+                where=WHERE,
                 fix="mend them, or give another data",
             )
         return lambda: _named(np.mean(np.asarray(values, np.float64), 0))
 
+    run.names = NAMES
     return run
 
 

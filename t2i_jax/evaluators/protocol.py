@@ -38,16 +38,21 @@ CACHE = "T2I_JAX_CACHE"  # environment variable: the folder of stored features o
 BATCH = 64  # images drawn, or read, together
 JUDGED = 128  # pixels a side for the judge of shapes, whose time grows with their square
 INCEPTION = "inception"
+EXACT = 100.0  # dB of an exact copy, and the most that any picture counts in a mean
 OTHERWISE = {"fid": "fd", "spatial_fid": "spatial_fd", "kid": "kd"}  # names for other extractors
 CMMD = "clip-vit-large-patch14-336"  # the network that the name CMMD stands for
 
 
 class Metric(NamedTuple):
-    """drawn, real: the columns it needs of each set.   fn(drawn, real, **options) -> values."""
+    """drawn, real: the columns it needs of each set.   fn(drawn, real, **options) -> values.
+
+    names: of the values, before `Networks.named`.
+    """
 
     drawn: tuple[str, ...]
     real: tuple[str, ...]
     fn: Callable
+    names: tuple[str, ...]
 
 
 def _frechet(column: str, name: str) -> Metric:
@@ -55,7 +60,7 @@ def _frechet(column: str, name: str) -> Metric:
         theirs = real["statistics"] if "statistics" in real else statistics.of(real[column])
         return {name: statistics.frechet(statistics.of(drawn[column]), theirs)}
 
-    return Metric((column,), (column,), fn)
+    return Metric((column,), (column,), fn, (name,))
 
 
 def _kid(drawn, real, *, subsets=100, subset_size=1000, seed=0):
@@ -106,7 +111,12 @@ def _cmmd(drawn, real):
 
 def _mean(name: str) -> Metric:
     """The mean of a column that has one number for each image, or for each caption."""
-    return Metric((name,), (), lambda drawn, real: {name: float(drawn[name].mean())})
+    return Metric((name,), (), lambda drawn, real: {name: float(drawn[name].mean())}, (name,))
+
+
+def _psnr(x_BHWC, y_BHWC):
+    """PSNR of at most EXACT, as is usual: one exact copy would make the mean infinite.   -> B"""
+    return np.minimum(pixels.psnr(x_BHWC, y_BHWC), EXACT)
 
 
 def _unit(x_ND):
@@ -118,21 +128,24 @@ def _shapes(drawn, real):
     return shapes.shares(drawn["shapes"], drawn["captions"])
 
 
+OF_CLIP = ("image_emb", "text_emb")
 METRICS = {
     "fid": _frechet("pooled", "fid"),
     "spatial_fid": _frechet("spatial", "spatial_fid"),
-    "kid": Metric(("pooled",), ("pooled",), _kid),
-    "inception_score": Metric(("logits",), (), _inception_score),
-    "manifold": Metric(("pooled",), ("pooled",), _manifold),
-    "memorised": Metric(("pooled",), ("trained",), _memorised),
-    "clip_score": Metric(("image_emb", "text_emb"), (), _clip_score),
-    "r_precision": Metric(("image_emb", "text_emb"), (), _r_precision),
-    "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd),
-    "shapes": Metric(("captions", "shapes"), (), _shapes),
+    "kid": Metric(("pooled",), ("pooled",), _kid, ("kid", "kid_spread")),
+    "inception_score": Metric(
+        ("logits",), (), _inception_score, ("inception_score", "inception_score_spread")
+    ),
+    "manifold": Metric(("pooled",), ("pooled",), _manifold, manifold.Manifold._fields),
+    "memorised": Metric(("pooled",), ("trained",), _memorised, ("memorised", "memorised_distance")),
+    "clip_score": Metric(OF_CLIP, (), _clip_score, ("clip_score",)),
+    "r_precision": Metric(OF_CLIP, (), _r_precision, ("r_precision",)),
+    "cmmd": Metric(("image_emb",), ("image_emb",), _cmmd, ("cmmd",)),
+    "shapes": Metric(("captions", "shapes"), (), _shapes, shapes.NAMES),
     "lpips_diversity": _mean("lpips_diversity"),  # among the images of a caption
     "diversity": _mean("diversity"),  # the same, by pixels
     "lpips": _mean("lpips"),  # of drawn images from the real images of their captions
-    "psnr": _mean("psnr"),
+    "psnr": _mean("psnr"),  # see `_psnr`
     "ssim": _mean("ssim"),
 }
 LEAST = {  # the option that may not exceed the number of images, and its default
@@ -140,9 +153,8 @@ LEAST = {  # the option that may not exceed the number of images, and its defaul
     "inception_score": ("splits", 10),
     "r_precision": ("candidates", 100),
 }
-OF_CLIP = ("image_emb", "text_emb")
 OF_GROUPS = {"lpips_diversity": "diversity", "diversity": pixels.diversity}
-OF_PAIRS = {"lpips": "distance", "psnr": pixels.psnr, "ssim": pixels.ssim}
+OF_PAIRS = {"lpips": "distance", "psnr": _psnr, "ssim": pixels.ssim}
 
 
 def make(predict, *, protocol="shapes", batch_size: fields.Size = BATCH, reference=None, **changes):
@@ -170,6 +182,8 @@ def make(predict, *, protocol="shapes", batch_size: fields.Size = BATCH, referen
         measure = Measure(ours, nets, batches, reference)
         return lambda: {**measure.metrics(), "definition": ours.sha256[:8]}
 
+    chosen = [METRICS[name] for name in ours.metrics]
+    run.names = tuple(nets.named(key, metric) for metric in chosen for key in metric.names)
     return run
 
 
@@ -268,6 +282,19 @@ class Networks:
     def _function(self, fn):
         """The function itself, or the method of the perceptual network with that name."""
         return fn if callable(fn) else getattr(self.perceptual, fn)
+
+    def named(self, key: str, metric: Metric) -> str:
+        """The published name where the network is the published one, else with the network's."""
+        base = key.removesuffix("_spread")
+        if set(metric.drawn) & {*OF_CLIP}:
+            label = self.dual.label
+            return key if (base, label) == ("cmmd", CMMD) else f"{key}-{label}"
+        if not set(metric.drawn) & extractor.COLUMNS.keys():
+            return key
+        label = self.extract.label
+        if label == INCEPTION and base in (*OTHERWISE, "inception_score"):
+            return key
+        return f"{OTHERWISE.get(base, base)}{key.removeprefix(base)}-{label}"
 
     def provenance(self) -> dict:
         """Role -> name and fingerprint of each network."""
@@ -390,8 +417,10 @@ class Measure:
             self._real = self._real_features()
 
     def _add(self, pictures, texts) -> None:
-        self._res = self._res or len(pictures[0])
         self._sizes |= {picture.shape[:2] for picture in pictures}
+        # As real pictures are cut. Networks would see a rectangle stretched.
+        pictures = [transforms.square(p, min(p.shape[:2])) for p in pictures]
+        self._res = self._res or len(pictures[0])
         wanted = self._nets.drawn
         if texts is None and wanted & {"captions", "text_emb"}:
             raise errors.ConfigError(
@@ -450,7 +479,7 @@ class Measure:
         values = {}
         for name, options in self._protocol.metrics.items():
             own = METRICS[name].fn(drawn, self._real, **options)
-            values |= {self._named(key, METRICS[name]): value for key, value in own.items()}
+            values |= {self._nets.named(key, METRICS[name]): value for key, value in own.items()}
         return values
 
     def _warn(self, drawn) -> None:
@@ -458,6 +487,8 @@ class Measure:
         if len(self._sizes) > 1:
             sizes = " ".join(f"{h}×{w}" for h, w in sorted(self._sizes)[:5])
             logging.warning("pictures of %d sizes, such as %s", len(self._sizes), sizes)
+        if any(h != w for h, w in self._sizes):
+            logging.warning("of pictures that are no squares the middle square is judged")
         chosen, pooled, real = self._protocol.metrics, drawn.get("pooled"), self._real.get("pooled")
         if "fid" in chosen and len(pooled) <= pooled.shape[1]:
             logging.warning(
@@ -471,19 +502,6 @@ class Measure:
                 'give the protocol\'s data a "size"',
                 *(len(pooled), len(real)),
             )
-
-    def _named(self, key: str, metric: Metric) -> str:
-        """The published name where the network is the published one, else with the network's."""
-        base = key.removesuffix("_spread")
-        if set(metric.drawn) & {*OF_CLIP}:
-            label = self._nets.dual.label
-            return key if (base, label) == ("cmmd", CMMD) else f"{key}-{label}"
-        if not set(metric.drawn) & extractor.COLUMNS.keys():
-            return key
-        label = self._nets.extract.label
-        if label == INCEPTION and base in (*OTHERWISE, "inception_score"):
-            return key
-        return f"{OTHERWISE.get(base, base)}{key.removeprefix(base)}-{label}"
 
     def _features(self, role: str, sources, columns) -> dict[str, np.ndarray]:
         """Columns of real images, computed once and then stored in a file."""

@@ -10,6 +10,8 @@ from t2i_jax.data import loader
 from t2i_jax.quality import retrieval
 
 PLACES = (1, 5, 10)  # the k of recall at k
+NAMES = tuple(f"{way}_at_{k}" for way in ("image_to_text", "text_to_image") for k in PLACES)
+NAMES += ("r_precision", "num_images")
 
 
 def make(
@@ -41,12 +43,7 @@ def make(
     """
     where = "evaluator retrieval"
     for name in ("image_emb", "text_emb"):
-        if name not in predict:
-            raise errors.ConfigError(
-                f"the family has no prediction {name!r}",
-                where=where,
-                fix=errors.nearest(name, predict),
-            )
+        errors.check_known("prediction", name, predict, where=where, say="the family has no")
     source = plugins.source(data, where=where)
     # A caption that occurs twice would be right for two images, and recall has one right candidate.
     chosen = {}
@@ -80,6 +77,7 @@ def make(
         image_NP, text_NP = embedded(nets)
         return lambda: measured(image_NP, text_NP, candidates, seed)
 
+    run.names = NAMES
     return run
 
 

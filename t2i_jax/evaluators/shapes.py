@@ -27,6 +27,11 @@ MAX_OFFSET = 0.11  # largest offset from the centre of a cell, as a share of the
 MIN_DISTANCE = 0.15  # least distance of two centres in a relation, as a share of the side
 FIELDS = {"colour": "colour", "shape": "shape", "size": "size", "position": "cell"}
 ATTRIBUTES = (*FIELDS, "relation", "background", "count")
+# Captions decide which of them there are, so the rest is left to the first evaluation.
+NAMES = ("full_match", *ATTRIBUTES, "num_images", *(f"num_{name}" for name in ATTRIBUTES))
+NAMES += tuple(
+    f"{group}/{name}" for group in ("seen", "heldout", "single", "pair") for name in NAMES
+)
 
 
 class Seen(NamedTuple):
@@ -130,6 +135,7 @@ def make(
             [judge(image, text) for image, text in zip(images, captions, strict=True)], captions
         )
 
+    run.names = NAMES
     return run
 
 

@@ -205,14 +205,9 @@ def positions(text_BL, max_length: int):
 def check(sizes: dict) -> None:
     """Raises ConfigError where a family's sizes, as read by `hf.fields`, do not fit together."""
     if sizes["activation"] not in ACTIVATIONS:
-        raise errors.ConfigError(
+        raise errors.misfit(
             f"activation {sizes['activation']!r} is not implemented",
-            where="config.json",
-            fix=errors.nearest(sizes["activation"], ACTIVATIONS),
+            errors.nearest(sizes["activation"], ACTIVATIONS),
         )
     if sizes["width"] % sizes["heads"]:
-        raise errors.ConfigError(
-            f"width {sizes['width']} is no multiple of its {sizes['heads']} heads",
-            where="config.json",
-            fix="use the config.json that was saved with the weights",
-        )
+        raise errors.misfit(f"width {sizes['width']} is no multiple of its {sizes['heads']} heads")

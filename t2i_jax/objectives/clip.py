@@ -102,6 +102,12 @@ def towers(model, *, res: int, source=None, where="config.model", sigmoid: bool 
         net = opener.open(source).module(Features)
     else:
         net = tower(sizes["image"], res=res, where=f"{where}.image")
+    if not getattr(net, "projected", 0):
+        raise errors.ConfigError(
+            "the image tower has no projection to where captions are",
+            where="config.load.image",
+            fix="load the image tower of a dual encoder, or describe one in config.model.image",
+        )
     if net.res != res:
         raise errors.ConfigError(
             f"the image tower reads {net.res} pixels a side",

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
 from t2i_jax.sampling import path as paths
@@ -59,6 +59,11 @@ def model_by_net(model, load):
     """`config.model`, whose sizes older versions wrote without the net's name."""
     flat = any(not hasattr(value, "items") for value in model.values())
     return {"model": model} if flat else model
+
+
+def outputs(config):
+    """What `prediction` says of net "model"."""
+    return {"model": config.loss.get("prediction", Options._field_defaults["prediction"])}
 
 
 def make(config, space: spaces.Space | None = None) -> Objective:
@@ -113,17 +118,17 @@ class Flow:
     def loss(self, nets, batch, key, step):
         keys_B = randomness.per_example(key, batch["index"])
         keys = randomness.split_each(keys_B, 3)
-        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        x = self.space.of_images(nets, batch, keys_B)
         noise = randomness.normal_each(keys[0], self.space.shape)
         t_B = self.path.draw(randomness.normal_each(keys[1], ()))
         cond = self.text.drop(self.text.encode(nets, batch), batch, keys[2])
         value_B = self.loss_at(nets, x, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
-    def loss_at_times(self, nets, batch, key):
+    def loss_at_times(self, nets, batch, key) -> OfBatch:
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys_B = randomness.per_example(key, batch["index"])
-        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        x = self.space.of_images(nets, batch, keys_B)
         noise, cond = (
             randomness.normal_each(keys_B, self.space.shape),
             self.text.encode(nets, batch),
@@ -186,7 +191,7 @@ class Flow:
         """
         keys_B = randomness.per_example(key, batch["index"])
         noise = randomness.given_or_normal(batch, keys_B, self.space.shape)
-        x = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
+        x = self.space.of_images(nets, batch, keys_B)
         z = self.path.mix(x, noise, strength)
         # All steps are done at any strength: their number is a shape, and one program serves all.
         ts_S = strength * ode.times(steps, shift)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, optim, plugins, randomness
 from t2i_jax.models import augment as augmentation
 from t2i_jax.models.types import Cond
-from t2i_jax.objective import Aux, Loss, Objective, Pictures, together
+from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures, together
 from t2i_jax.objectives.parts import critic, distillation, games, guidance, networks, terms
 from t2i_jax.objectives.parts.critic import Critic
 from t2i_jax.objectives.parts.terms import Term
@@ -88,6 +88,12 @@ class Options(NamedTuple):
 def model_by_net(model, load):
     """`config.model`, where older versions wrote sizes of both nets without their names."""
     return networks.by_net(model, load)
+
+
+def outputs(config):
+    """What `prediction` says of nets that are flow networks: the generator and the teacher."""
+    said = {name: config.model.get(name, {}).get("prediction") for name in ("gen", "teacher")}
+    return {name: prediction for name, prediction in said.items() if prediction}
 
 
 def make(config) -> Objective:
@@ -304,7 +310,7 @@ class GAN(NamedTuple):
         """The discriminator's logits of a batch's images beside their captions.   -> B"""
         return self.critic.logit(nets, batch["image"], self.text.encode(nets, batch))
 
-    def gap(self, nets, batch, key):
+    def gap(self, nets, batch, key) -> OfBatch:
         """How far the discriminator puts a batch's images above drawn ones, as in `disc_loss`.
 
         Of images that it never saw: a gap that stays behind the training's "disc/gap" says that

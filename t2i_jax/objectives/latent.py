@@ -12,12 +12,13 @@ from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax.core import meta
 
-from t2i_jax import errors, fields, losses, plugins, randomness
+from t2i_jax import errors, fields, losses, objective, plugins, randomness, weights
 from t2i_jax import space as spaces
 from t2i_jax.data import inputs
-from t2i_jax.models.types import Moments, Output
-from t2i_jax.objective import Aux, Loss, Objective, Pictures
+from t2i_jax.models.types import Cond, Moments, Output
+from t2i_jax.objective import Aux, Cached, Loss, Objective, OfBatch, Pictures, Stage, through
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
@@ -28,7 +29,7 @@ HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
 Steps = Annotated[int, fields.count()]
-Side = Annotated[int, fields.at_least(0)]  # 0: that of config.res
+Side = Annotated[int, fields.at_least(0)]  # 0: that of the config
 Solver = Annotated[str, fields.one_of(("", *solvers.SOLVERS))]
 
 
@@ -51,7 +52,7 @@ class Options(NamedTuple):
 
 def make(config) -> Objective:
     """Nets "model", "text" and "vae" of the folder that config.load.model names a part of;
-    predictions sample, img2img, encode, loss_at_times.
+    predictions sample, img2img, encode, loss_at_times; for config.cache states and moments.
 
     `config.model`: options of `from_config` of the denoiser and the autoencoder, such as
     model=dict(dtype="bfloat16").
@@ -59,35 +60,51 @@ def make(config) -> Objective:
     family = Latent(config)
     predict = {"sample": family.sample, "img2img": family.img2img, "encode": family.encode}
     predict |= {"loss_at_times": family.loss_at_times, "parts": family.parts}
+    predict |= {"states": family.states, "moments": family.moments}
     trained = ("model", "text") if family.options.train_text else ("model",)
     read = (
-        inputs.picture(config.res, augment=tuple(config.augment)),
+        *([inputs.origin(family.pixels)] if family.recipe.numbers == "sizes" else []),
+        inputs.picture(family.pixels, augment=tuple(config.augment)),
         inputs.caption(family.captions.tokenizers),
     )
-    return Objective(family.init, (Loss(trained, family.loss),), predict, inputs=read)
+    cached = {"states": Cached("caption", ("text",))}
+    cached["moments"] = Cached("image", (folders.AUTOENCODER,))
+    more = dict(inputs=read, cached=cached, stages=family.stages)
+    return Objective(family.init, (Loss(trained, family.loss),), predict, **more)
 
 
-def latents(vae, res: int) -> spaces.Space:
-    """The latents of an autoencoder's module, which is the net "vae"; scaled as denoisers learn
-    them, z = (latent − shift)·scale (arXiv:2112.10752, appendix G).
+def latents(vae, size) -> spaces.Space:
+    """The latents that an autoencoder's module, which is the net "vae", makes of images of a height
+    and width; scaled as denoisers learn them, z = (latent − shift)·scale (arXiv:2112.10752,
+    appendix G).
     """
-    side = res // vae.factor
 
-    def encode(nets, batch, keys_B):
-        mean_BhwC, logvar_BhwC = vae.apply(nets[folders.AUTOENCODER], batch["image"])
-        if logvar_BhwC is not None:
+    # `by` applies a network, perhaps to a part at a time. Without it, all is encoded at once.
+    def encode(nets, batch, keys_B, by=lambda net, image_BHWC: net(image_BHWC)):
+        def moments(image_BHWC):
+            found = vae.apply(nets[folders.AUTOENCODER], image_BHWC)
+            return jnp.concatenate([x for x in found if x is not None], -1)
+
+        if "mean" in batch:  # from a cache, as float16
+            kept = lambda name: batch[name].astype(jnp.float32) if name in batch else None
+            mean_BhwC, logvar_BhwC = kept("mean"), kept("logvar")
+        else:
+            moments_BhwC = by(moments, batch["image"])
+            mean_BhwC, logvar_BhwC = jnp.split(moments_BhwC, [vae.latent_channels], -1)
+        if logvar_BhwC is not None and logvar_BhwC.size:
             noise = randomness.normal_each(keys_B, mean_BhwC.shape[1:])
             mean_BhwC += jnp.exp(0.5 * logvar_BhwC) * noise
         return (mean_BhwC - vae.shift_factor) * vae.scaling_factor
 
-    def decode(nets, z_BhwC):
+    def decode(nets, z_BhwC, by=lambda net, latent_BhwC: net(latent_BhwC)):
         latent_BhwC = z_BhwC / vae.scaling_factor + vae.shift_factor
-        return vae.apply(nets[folders.AUTOENCODER], latent_BhwC, method="decode")
+        decode = lambda z: vae.apply(nets[folders.AUTOENCODER], z, method="decode")
+        return by(decode, latent_BhwC)
 
     def init(key, batch):
-        return vae.init(key, jnp.zeros((1, res, res, 3)))
+        return vae.init(key, jnp.zeros((1, *size, 3)))
 
-    shape = (side, side, vae.latent_channels)
+    shape = (*(side // vae.factor for side in size), vae.latent_channels)
     return spaces.Space(shape, encode, decode, {folders.AUTOENCODER: init})
 
 
@@ -105,17 +122,22 @@ class Latent:
                 fix="name the denoiser in a diffusers folder: DIR#unet or DIR#transformer",
             )
         self.folder = folders.open(source.rpartition("#")[0])
-        self.recipe, self.res = self.folder.recipe, config.res
-        denoiser, vae = (
-            opener.open(self.folder.part(name))
-            for name in (self.recipe.denoiser, folders.AUTOENCODER)
-        )
+        self.recipe, self.pixels = self.folder.recipe, objective.size(config)
+        denoiser = opener.open(self.folder.part(self.recipe.denoiser))
+        vae = opener.open(self._autoencoder(config))
         sizes = lambda name: dict(config.model.get(name, {}))
         self.model = denoiser.module(Output, **sizes("model"))
         self.vae = vae.module(Moments, **sizes(folders.AUTOENCODER))
         self.unit = self.vae.factor * self.model.unit  # of the sides of pictures
-        self.size(config.res, config.res, where="config.res")
-        self.space = latents(self.vae, config.res)
+        self.size(*self.pixels, where="config.size" if config.size else "config.res")
+        if self.vae.latent_channels != self.model.channels:
+            raise errors.ConfigError(
+                f"the autoencoder's latents have {self.vae.latent_channels} channels, the "
+                f"denoiser's {self.model.channels}",
+                where="config.load.vae",
+                fix="load one that the denoiser was trained with",
+            )
+        self.space = latents(self.vae, self.pixels)
         self.captions = folders.Captions(
             self.folder,
             width=denoiser.config.get("joint_attention_dim", 0),
@@ -126,12 +148,22 @@ class Latent:
         self.path = self.scheduler.path
         # FLUX.1-dev learned what guidance gives, and reads its scale; schnell needs none.
         self.distilled = bool(denoiser.config.get("guidance_embeds"))
-        if config.cache:
-            raise errors.ConfigError(
-                "caption states are not cached for this family",
-                where="config.cache",
-                fix="set --config.cache= (nothing)",
-            )
+        drawing = (
+            Stage(("text",), self.read),
+            Stage(("model",), self.begin),
+            Stage(("model",), self.step, self.count),
+            Stage((folders.AUTOENCODER,), self.show),
+        )
+        seen = Stage((folders.AUTOENCODER,), self.see)
+        self.stages = {"sample": drawing, "img2img": (seen, *drawing)}
+
+    def _autoencoder(self, config) -> str:
+        """The source of the autoencoder: the scale of its latents is its own, not the folder's."""
+        source = config.load.get(folders.AUTOENCODER)
+        # Of a run, which holds none, `weights` tells.
+        if not isinstance(source, str) or not source or weights.is_ours(source):
+            return self.folder.part(folders.AUTOENCODER)
+        return source
 
     def size(self, height: int, width: int, where: str = "--") -> tuple[int, int]:
         """Height and width of a picture, for 0 those of the config.
@@ -139,7 +171,7 @@ class Latent:
         Raises:
           ConfigError: a side that the networks do not divide.
         """
-        sides = {"height": height or self.res, "width": width or self.res}
+        sides = {"height": height or self.pixels[0], "width": width or self.pixels[1]}
         for name, side in sides.items():
             if side % self.unit:
                 near = max(side // self.unit, 1) * self.unit
@@ -153,24 +185,34 @@ class Latent:
     def init(self, key, batch):
         key_model, key_text, key_vae = jax.random.split(key, 3)
         text = self.captions.init(key_text, batch["text"])
-        cond = self.cond({"text": text}, batch["text"], (self.res, self.res))
+        cond = self.cond({"text": text}, batch["text"], self.pixels)
         t_B = jnp.zeros(len(batch["index"]))
         z = jnp.zeros((len(t_B), *self.space.shape[:2], self.model.channels))
         nets = {"model": self.model.init(key_model, z, t_B, cond), "text": text}
         return nets | {name: init(key_vae, batch) for name, init in self.space.init.items()}
 
-    def cond(self, nets, tokens, size, guidance=1.0):
-        """The condition of captions for pictures of a size, in pixels."""
+    def cond(self, nets, tokens, size, guidance=1.0, origin_B4=None):
+        """The condition of captions for pictures of a size, in pixels.
+
+        origin_B4: what `inputs.origin` says of them; by default they are no part of larger ones.
+        """
         cond = self.captions(nets["text"], tokens)
-        numbers = folders.numbers(self.recipe, size, guidance=guidance)
+        return self.numbered(cond, size, guidance, origin_B4)
+
+    def numbered(self, cond, size, guidance, origin_B4=None):
+        """The condition with the numbers that the denoiser reads beside captions, as of `cond`."""
+        known = {}
+        if origin_B4 is not None:
+            known = {"original": origin_B4.T[:2], "corner": origin_B4.T[2:]}
+        numbers = folders.numbers(self.recipe, size, guidance=guidance, **known)
         if numbers is None or (self.recipe.numbers == "guidance" and not self.distilled):
             return cond
-        numbers_K = jnp.stack([jnp.asarray(n, jnp.float32) for n in numbers])
-        return cond._replace(numbers_BK=jnp.tile(numbers_K, (len(cond.mask_BL), 1)))
+        each = [jnp.broadcast_to(jnp.float32(n), len(cond.mask_BL)) for n in numbers]
+        return cond._replace(numbers_BK=jnp.stack(each, axis=1))
 
     def encode(self, nets, batch, key):
         """The condition of captions, for pictures of the config's size."""
-        return self.cond(nets, batch["text"], (self.res, self.res))
+        return self.cond(nets, batch["text"], self.pixels)
 
     def null(self, nets, batch, cond, size):
         """What pictures are guided away from: the batch's negative prompts, else the empty text;
@@ -193,6 +235,36 @@ class Latent:
         null = self.cond(nets, one, size)
         return jax.tree.map(lambda x: jnp.repeat(x, len(batch["index"]), 0), null)
 
+    # ---- What config.cache keeps ----
+
+    def states(self, nets, batch, key):
+        """The states of captions.   -> cond_seq BLD, cond_mask BL, cond_pooled BD"""
+        cond = self.captions(nets["text"], batch["text"])
+        return dict(cond_seq=cond.seq_BLD, cond_mask=cond.mask_BL, cond_pooled=cond.pooled_BD)
+
+    def moments(self, nets, batch, key):
+        """What the autoencoder makes of pictures, and what else is said of them.
+
+        -> mean and logvar BhwC, the latter where latents are drawn; "origin" of `inputs.origin`.
+        """
+        mean_BhwC, logvar_BhwC = self.vae.apply(nets[folders.AUTOENCODER], batch["image"])
+        found = dict(mean=mean_BhwC, logvar=logvar_BhwC, origin=batch.get("origin"))
+        return {name: x for name, x in found.items() if x is not None}
+
+    def of_captions(self, nets, batch, dropped_B):
+        """The states of a batch's captions, dropped ones being empty: encoded, or from a cache."""
+        drop = lambda x, none: jnp.where(jnp.expand_dims(dropped_B, range(1, x.ndim)), none, x)
+        if "cond_seq" not in batch:
+            # The cast makes a mask of bools again, of which `where` with 0 makes integers.
+            tokens = jax.tree.map(lambda x: drop(x, 0).astype(x.dtype), batch["text"])
+            return self.captions(nets["text"], tokens)
+        # No module reads them, which would open the boxes of split arrays (`Layout.gather`).
+        empty = meta.unbox(nets["text"]["empty"])
+        seq_BLD, pooled_BD, mask_BL = (
+            drop(batch[name], empty[name]) for name in ("cond_seq", "cond_pooled", "cond_mask")
+        )
+        return Cond(seq_BLD.astype(jnp.float32), mask_BL, pooled_BD.astype(jnp.float32))
+
     # ---- Training ----
 
     def loss_at(self, nets, z0, cond, noise, t_B):
@@ -207,7 +279,6 @@ class Latent:
     def loss(self, nets, batch, key, step):
         keys_B = randomness.per_example(key, batch["index"])
         keys = randomness.split_each(keys_B, 5)
-        size = batch["image"].shape[1:3]
         z0 = self.space.encode(nets, batch, keys[0])
         noise = randomness.normal_each(keys[1], z0.shape[1:])
         if self.options.offset:
@@ -215,20 +286,18 @@ class Latent:
             noise += self.options.offset * shared
         t_B = self.path.draw(randomness.normal_each(keys[3], ()))
         draw_B = jax.vmap(jax.random.uniform)(keys[4])
-        # A dropped caption is an empty one before it is encoded.
-        dropped = lambda x: jnp.where(draw_B[:, None] < self.options.text_dropout, 0, x)
-        # The cast makes a mask of bools again, of which `where` with 0 makes integers.
-        tokens = jax.tree.map(lambda x: dropped(x).astype(x.dtype), batch["text"])
-        cond = self.cond(nets, tokens, size, self.options.guidance)
+        cond = self.of_captions(nets, batch, draw_B < self.options.text_dropout)
+        cond = self.numbered(cond, self.pixels, self.options.guidance, batch.get("origin"))
         value_B = self.loss_at(nets, z0, cond, noise, t_B)
         return losses.weighted_mean(value_B, batch["weight"]), Aux()
 
-    def loss_at_times(self, nets, batch, key):
+    def loss_at_times(self, nets, batch, key) -> OfBatch:
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys = randomness.split_each(randomness.per_example(key, batch["index"]), 2)
         z0 = self.space.encode(nets, batch, keys[0])
         noise = randomness.normal_each(keys[1], z0.shape[1:])
-        cond = self.cond(nets, batch["text"], batch["image"].shape[1:3], self.options.guidance)
+        size, guidance = batch["image"].shape[1:3], self.options.guidance
+        cond = self.cond(nets, batch["text"], size, guidance, batch.get("origin"))
 
         def at(t):
             value_B = self.loss_at(nets, z0, cond, noise, jnp.full(len(noise), t))
@@ -251,6 +320,7 @@ class Latent:
         width: Side = 0,
         height: Side = 0,
         tile: Side = 0,
+        sliced: bool = False,
     ) -> Pictures:
         """Images for captions.   -> image_BHWC in [-1, 1]
 
@@ -261,13 +331,11 @@ class Latent:
           width, height: in pixels; 0: those that the model was trained for.
           tile: side in pixels of the overlapping tiles that large images are decoded in, one after
             another; 0: all at once.
+          sliced: the images are decoded one after another, on each device.
         """
-        size = self.size(height, width)
-        keys_B = randomness.per_example(key, batch["index"])
-        noise = self.noise(batch, keys_B, size)
-        grid = self.grid(size, steps, sampler)
-        z = self.solved(nets, batch, keys_B, grid.start * noise, grid, sampler, size, guidance)
-        return self.image(nets, z, tile)
+        options = dict(steps=steps, sampler=sampler, tile=tile, sliced=sliced)
+        options |= dict(guidance=guidance, width=width, height=height)
+        return through(self.stages["sample"], nets, batch, key, **options)
 
     def img2img(
         self,
@@ -280,30 +348,116 @@ class Latent:
         guidance: Guidance = 5.0,
         steps: Steps = 28,
         sampler: Solver = "",
+        tile: Side = 0,
+        sliced: bool = False,
     ) -> Pictures:
         """Images for captions that begin as given ones (SDEdit, arXiv:2108.01073).
 
         Args:
           strength: share of the steps that are done, from 0, which leaves the images, to 1.
           guidance, steps, sampler: as of `sample`.
+          tile, sliced: as of `sample`, and images are encoded so, too.
         """
-        size = batch["image"].shape[1:3]
-        keys_B = randomness.per_example(key, batch["index"])
-        noise = self.noise(batch, keys_B, size)
-        grid = self.grid(size, steps, sampler, strength)
-        z0 = self.space.encode(nets, batch, randomness.fold_each(keys_B, 0))
-        z = grid.alpha_S[0] * z0 + grid.sigma_S[0] * noise if len(grid.time_S) else z0
-        z = self.solved(nets, batch, keys_B, z, grid, sampler, size, guidance)
-        return self.image(nets, z)
+        options = dict(steps=steps, sampler=sampler, tile=tile, sliced=sliced)
+        options |= dict(guidance=guidance, strength=strength)
+        return through(self.stages["img2img"], nets, batch, key, **options)
 
-    def image(self, nets, z, tile: int = 0):
-        """The images of latents, decoded in tiles of so many pixels a side.   -> image_BHWC"""
-        decode, side = (lambda z: self.space.decode(nets, z)), tile // self.vae.factor
-        if tile:
-            image = tiles.tiled(decode, z, tile=max(side, 2), factor=self.vae.factor)
+    def see(self, nets, batch, key, *, tile, sliced, **options):
+        """The stage that makes latents of images."""
+        keys_B = randomness.per_example(key, batch["index"])
+        by = self.by_parts(tile, sliced, factor=1, unit=self.vae.factor)
+        z0 = self.space.of_images(nets, batch, keys_B, by)
+        return {name: x for name, x in batch.items() if name != "image"} | {"latents": z0}
+
+    def read(self, nets, batch, key, *, guidance, **options):
+        """The stage that encodes captions, and what to be guided away from, beside each other."""
+        if self.distilled and "negative_text" in batch:
+            raise errors.ConfigError(
+                "this model was trained to be guided by itself, and reads no negative prompt",
+                where="negative_prompt",
+                fix="leave it out",
+            )
+        size = self.size_of(batch, **options)
+        cond = self.cond(nets, batch["text"], size, guidance)
+        # A distilled model reads the scale, and one pass is enough.
+        if not self.distilled and not guide.is_none(guidance):
+            cond = jax.tree.map(guide.interleave, cond, self.null(nets, batch, cond, size))
+        rest = {k: x for k, x in batch.items() if k in ("index", "noise", "latents")}
+        return rest | {"cond": cond}
+
+    def begin(self, nets, batch, key, *, strength=1.0, steps, sampler, **options):
+        """The stage before the first step."""
+        size = self.size_of(batch, **options)
+        grid = self.grid(size, steps, sampler, strength)
+        noise = self.noise(batch, randomness.per_example(key, batch["index"]), size)
+        if "latents" not in batch:
+            z = grid.start * noise
+        elif len(grid.time_S):
+            z = grid.alpha_S[0] * batch["latents"] + grid.sigma_S[0] * noise
         else:
-            image = decode(z)
-        return jnp.clip(image, -1, 1)
+            z = batch["latents"]
+        # As in `flow`: what follows from the caption alone is computed once for all steps.
+        prepared = self.model.apply(nets["model"], batch["cond"], method="prepare")
+        state = solvers.SOLVERS[sampler or self.scheduler.name].start(z, grid)
+        return {"index": batch["index"], "cond": batch["cond"], "text": prepared, "state": state}
+
+    def count(self, batch, *, strength=1.0, steps, sampler, **options) -> int:
+        """How often `step` runs."""
+        return len(self.grid(self.size_of(batch), steps, sampler, strength).time_S)
+
+    def step(self, nets, batch, key, *, n, strength=1.0, steps, sampler, guidance, **options):
+        """The stage that takes noise off latents, once."""
+        grid = self.grid(self.size_of(batch), steps, sampler, strength)
+        keys_B = randomness.per_example(key, batch["index"])
+        shape = batch["state"][0].shape
+
+        def output(z, t_B):
+            return self.model.apply(nets["model"], z, t_B, batch["cond"], batch["text"])
+
+        if len(batch["cond"].seq_BLD) == shape[0]:  # nothing stands beside the captions
+            guided = lambda z, t: output(z, jnp.full(len(z), t))
+        else:
+            guided = guide.cfg(output, None, guidance, guide.ALWAYS)
+        # Number 0 is that of the encoded image's noise.
+        step_keys = lambda n: randomness.fold_each(keys_B, n + 1)
+        normal = lambda n: randomness.normal_each(step_keys(n), shape[1:])
+        solver = solvers.SOLVERS[sampler or self.scheduler.name]
+        state, x = solver.step(guided, batch["state"], n, grid.at(n), grid, normal)
+        return {"state": state, "preview": x}
+
+    def show(self, nets, batch, key, *, tile, sliced, **options):
+        """The stage that makes images of latents."""
+        by = self.by_parts(tile, sliced, factor=self.vae.factor)
+        return jnp.clip(self.space.decode(nets, batch["state"][0], by), -1, 1)
+
+    def size_of(self, batch, *, height: int = 0, width: int = 0, **options):
+        """Height and width in pixels of a batch: of its latents, if it has any, or as asked."""
+        z = batch["state"][0] if "state" in batch else batch.get("latents")
+        if z is None:
+            return self.size(height, width)
+        return tuple(side * self.vae.factor for side in z.shape[1:3])
+
+    def by_parts(self, tile: int, sliced: bool, **sides):
+        """How the autoencoder is applied to images, or to latents.   -> (net, x_BHWC) -> BHWC
+
+        sides: of `tiles.tiled`, but for the tile's.
+        """
+        places, rest = divmod(tile, self.vae.factor)
+        if rest or places == 1:
+            near = max(places, 2) * self.vae.factor
+            raise errors.ConfigError(
+                f"tile is {tile}, no multiple of {self.vae.factor} from {2 * self.vae.factor} on",
+                where="--set tile",
+                fix=f"use {near} or {near + self.vae.factor}, or 0 for none",
+            )
+
+        def apply(net, x_BHWC):
+            one = (lambda x: tiles.tiled(net, x, tile=places, **sides)) if tile else net
+            # A batch is split over the devices of its process, which decode an image each.
+            at_once = jax.local_device_count()
+            return tiles.sliced(one, x_BHWC, at_once=at_once) if sliced else one(x_BHWC)
+
+        return apply
 
     def parts(self, nets, batch, key, *, width: Side = 0, height: Side = 0):
         """What each network makes of captions and noise, to be compared with other programs.
@@ -335,31 +489,3 @@ class Latent:
             even=self.recipe.evenly,
             strength=strength,
         )
-
-    def solved(self, nets, batch, keys_B, z, grid, sampler, size, guidance):
-        """The latents that guided steps lead to from z at the grid's first time."""
-        cond = self.cond(nets, batch["text"], size, guidance)
-
-        def under(cond):
-            # As in `flow`: what follows from the caption alone is computed once for all steps.
-            prepared = self.model.apply(nets["model"], cond, method="prepare")
-            return lambda z, t_B: self.model.apply(nets["model"], z, t_B, cond, prepared)
-
-        alone = under(cond)
-        if self.distilled and "negative_text" in batch:
-            raise errors.ConfigError(
-                "this model was trained to be guided by itself, and reads no negative prompt",
-                where="negative_prompt",
-                fix="leave it out",
-            )
-        if self.distilled:  # it reads the scale, and one pass is enough
-            output = lambda z, t: alone(z, jnp.full(len(z), t))
-        else:
-            null = self.null(nets, batch, cond, size)
-            pair = under(jax.tree.map(guide.interleave, cond, null))
-            output = guide.cfg(pair, alone, guidance, guide.ALWAYS)
-        # Number 0 is that of the encoded image's noise.
-        step_keys = lambda n: randomness.fold_each(keys_B, n + 1)
-        normal = lambda n: randomness.normal_each(step_keys(n), z.shape[1:])
-        solve = solvers.SOLVERS[sampler or self.scheduler.name]
-        return solve(output, z, grid, normal)

@@ -116,8 +116,8 @@ class Level(nn.Module):
         return x_BHWC
 
 
-class Encoder(nn.Module):
-    """Pictures -> maps of `out` channels.   widths, depth: of each level and blocks in it"""
+class Coder(nn.Module):
+    """An encoder or a decoder.   out: channels;   widths, depth: of each level and blocks in it"""
 
     out: int
     widths: tuple[int, ...]
@@ -125,6 +125,16 @@ class Encoder(nn.Module):
     attends: bool
     groups: int
     dtype: str
+
+    def leave(self, x_BHWC):
+        """The last layers, within the compact method."""
+        norm = residual.norm(self.groups, EPSILON, dtype=self.dtype, name="conv_norm_out")
+        conv = residual.conv(self.out, dtype=self.dtype, name="conv_out")
+        return conv(nn.silu(norm(x_BHWC)))
+
+
+class Encoder(Coder):
+    """Pictures -> maps."""
 
     @nn.compact
     def __call__(self, image_BHWC):
@@ -135,18 +145,11 @@ class Encoder(nn.Module):
             level = Level(width, self.depth, None if last else _halving, *parts, name=f"down_{i}")
             x_BHWC = level(x_BHWC)
         x_BHWC = Middle(self.attends, *parts, name="middle")(x_BHWC)
-        return _leave(self, x_BHWC)
+        return self.leave(x_BHWC)
 
 
-class Decoder(nn.Module):
-    """Maps -> pictures of `out` channels: the mirrored `Encoder`, one block more at each level."""
-
-    out: int
-    widths: tuple[int, ...]
-    depth: int
-    attends: bool
-    groups: int
-    dtype: str
+class Decoder(Coder):
+    """Maps -> pictures: the mirrored `Encoder`, one block more at each level."""
 
     @nn.compact
     def __call__(self, x_BHWC):
@@ -157,19 +160,12 @@ class Decoder(nn.Module):
             last = i == len(self.widths) - 1
             resample = None if last else residual.doubling
             x_BHWC = Level(width, self.depth + 1, resample, *parts, name=f"up_{i}")(x_BHWC)
-        return _leave(self, x_BHWC)
+        return self.leave(x_BHWC)
 
 
 def _halving(width: int, **options):
     # The one row and column of padding stand below and to the right alone.
     return residual.halving(width, ((0, 1), (0, 1)), **options)
-
-
-def _leave(coder, x_BHWC):
-    """The last layers of an encoder or decoder, within its compact method."""
-    norm = residual.norm(coder.groups, EPSILON, dtype=coder.dtype, name="conv_norm_out")
-    conv = residual.conv(coder.out, dtype=coder.dtype, name="conv_out")
-    return conv(nn.silu(norm(x_BHWC)))
 
 
 class Autoencoder(nn.Module):
@@ -318,21 +314,15 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder
         wanted = [block] * len(sizes["widths"])
         given = config.get(field, wanted)
         if not isinstance(given, list | tuple) or list(given) != wanted:
-            raise errors.ConfigError(
+            raise errors.misfit(
                 f"{field} {config[field]!r:.100} is not implemented",
-                where=hf.CONFIG,
-                fix=f"use a checkpoint with one {block} for each of block_out_channels",
+                f"use a checkpoint with one {block} for each of block_out_channels",
             )
     if uneven := [width for width in sizes["widths"] if width % sizes["groups"]]:
-        raise errors.ConfigError(
-            f"block_out_channels of {uneven} do not divide by norm_num_groups {sizes['groups']}",
-            where=hf.CONFIG,
-            fix="use the config.json that was saved with the weights",
+        raise errors.misfit(
+            f"block_out_channels of {uneven} do not divide by norm_num_groups {sizes['groups']}"
         )
     shift = fields.checked(float, "shift_factor", config.get("shift_factor", 0.0), where=hf.CONFIG)
-    upcast = fields.checked(
-        bool, "force_upcast", config.get("force_upcast", False), where=hf.CONFIG
-    )
-    dtype = "float32" if upcast else dtype
+    dtype = "float32" if hf.flag(config, "force_upcast", False) else dtype
     kind = Quantised if config["model_type"] == "VQModel" else Autoencoder
     return kind(**sizes, shift_factor=shift, dtype=dtype)

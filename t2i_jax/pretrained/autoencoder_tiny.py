@@ -49,13 +49,17 @@ class Block(nn.Module):
         return nn.relu(x_BHWC + y_BHWC)
 
 
-class Encoder(nn.Module):
-    """Pictures in [0, 1] -> latents of `out` channels.   widths, depths: of the levels"""
+class Coder(nn.Module):
+    """An encoder or a decoder.   out: channels;   widths, depths: of the levels"""
 
     out: int
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     dtype: str
+
+
+class Encoder(Coder):
+    """Pictures in [0, 1] -> latents."""
 
     @nn.compact
     def __call__(self, x_BHWC):
@@ -72,13 +76,8 @@ class Encoder(nn.Module):
         return residual.conv(self.out, dtype=dtype, name=name())(x_BHWC)
 
 
-class Decoder(nn.Module):
-    """Latents -> pictures in [0, 1] of `out` channels.   widths, depths: of the levels"""
-
-    out: int
-    widths: tuple[int, ...]
-    depths: tuple[int, ...]
-    dtype: str
+class Decoder(Coder):
+    """Latents -> pictures in [0, 1]."""
 
     @nn.compact
     def __call__(self, x_BHWC):
@@ -155,10 +154,9 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder
     levels = {len(value) for value in sizes.values() if isinstance(value, tuple)}
     uneven = [w for w in ("encoder_widths", "decoder_widths") if len(set(sizes[w])) > 1]
     if len(levels) > 1 or uneven:
-        raise errors.ConfigError(
+        raise errors.misfit(
             f"levels of {sizes['encoder_widths']} and {sizes['decoder_widths']} channels, with "
             f"{sizes['encoder_depths']} and {sizes['decoder_depths']} blocks",
-            where=hf.CONFIG,
-            fix="use a checkpoint with as many levels in encoder and decoder, of one width each",
+            "use a checkpoint with as many levels in encoder and decoder, of one width each",
         )
     return AutoencoderTiny(**sizes, shift_factor=shift, dtype=dtype)

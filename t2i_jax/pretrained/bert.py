@@ -152,9 +152,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Bert:
         pad = config.get("pad_token_id", 1)
         # The table needs one place at least behind the padding's.
         if type(pad) is not int or not 0 <= pad < sizes["max_length"] - 1:
-            raise errors.ConfigError(
-                f"pad_token_id is {pad!r}", where=hf.CONFIG, fix="it should be like 1"
-            )
+            raise errors.misfit(f"pad_token_id is {pad!r}", "it should be like 1")
         sizes["padding"] = pad
     blocks.check(sizes)
     return Bert(**sizes, dtype=dtype)

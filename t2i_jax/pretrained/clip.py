@@ -49,9 +49,7 @@ def towers(config: dict) -> dict[type, dict]:
     for gives, name in ((Cond, "text"), (Features, "vision")):
         own = config.get(f"{name}_config", config)
         if not isinstance(own, dict):
-            raise errors.ConfigError(
-                f"{name}_config is {own!r}", where=hf.CONFIG, fix="give an object of sizes"
-            )
+            raise errors.misfit(f"{name}_config is {own!r}", "give an object of sizes")
         # What the checkpoint says as a whole holds for either tower.
         shared = ("architectures", "projection_dim", "preprocessor")
         configs[gives] = own | {key: config[key] for key in shared if key in config}

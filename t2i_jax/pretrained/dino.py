@@ -145,11 +145,7 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32", res: int | Non
         config = _REGISTERS | config
         named["num_register_tokens"] = "registers"
     sizes = hf.fields(config, Dino, named, {"num_channels": 3, "qkv_bias": True})
-    sizes["gated"] = config.get("use_swiglu_ffn", False)
-    if type(sizes["gated"]) is not bool:
-        raise errors.ConfigError(
-            f"use_swiglu_ffn is {sizes['gated']!r}", where=hf.CONFIG, fix="give true or false"
-        )
+    sizes["gated"] = hf.flag(config, "use_swiglu_ffn", False)
     if sizes["gated"]:
         sizes["activation"] = "silu"  # whatever hidden_act says
     blocks.check(sizes)

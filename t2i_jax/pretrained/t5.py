@@ -164,21 +164,15 @@ def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> T5:
     """
     config = _complete(config)
     projection = config.get("feed_forward_proj", "relu")
-    if projection not in PROJECTIONS:
-        raise errors.ConfigError(
-            f"feed_forward_proj {projection!r} is not implemented",
-            where=hf.CONFIG,
-            fix=errors.nearest(projection, PROJECTIONS),
-        )
+    errors.check_known("feed_forward_proj", projection, PROJECTIONS, where=hf.CONFIG)
     gated, activation = PROJECTIONS[projection]
     own_bias = config["model_type"] == "umt5"
     sizes = hf.fields(config, T5, _FIELDS)
     # `_bucket` divides by buckets // 4 and by the logarithm of max_distance over it.
     if sizes["buckets"] < 4 or sizes["max_distance"] <= sizes["buckets"] // 4:
-        raise errors.ConfigError(
+        raise errors.misfit(
             f"{sizes['buckets']} buckets for distances up to {sizes['max_distance']}",
-            where=hf.CONFIG,
-            fix="it should be like 32 and 128",
+            "it should be like 32 and 128",
         )
     return T5(**sizes, gated=gated, activation=activation, own_bias=own_bias, dtype=dtype)
 

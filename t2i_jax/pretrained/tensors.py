@@ -17,6 +17,7 @@ from flax import traverse_util
 from t2i_jax import errors
 from t2i_jax.pretrained import hf
 
+PIECE = 2**20  # numbers that are looked at together
 HEADER_BYTES = 2**22  # of a safetensors file: some 40,000 tensors, hundreds in the largest encoders
 
 
@@ -83,6 +84,12 @@ class Source(NamedTuple):
         """Of the parameter, in one layer."""
         return _wide(self.leaf.shape[1:] if self.layers else self.leaf.shape)
 
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        """The shape of each tensor in its file."""
+        *lead, last = self.shape
+        return _back((*lead, last // len(self.by_layer[0])), self.axes)
+
     def apart(self, value: np.ndarray) -> list[np.ndarray]:
         """The tensors of a parameter's value, as in their file: the inverse of `load`."""
         parts = []
@@ -103,25 +110,19 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     """
     found = _tensors(folder, names)
     plan, problems, used = {}, [], set()
-    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
-        sources, kernel, layers = _sources(path, names)
-        if not sources:
+    for path, made in wanted(abstract_params, names).items():
+        if not made.tensors:
             problems.append(f"{path}: no net of this kind has it")
             continue
-        made = Source(leaf, [None] * len(sources), (), layers)
-        axes = tuple(range(len(made.shape)))
-        axes = _AXES[len(axes)] if kernel and not names.untransposed else axes
-        used.update(sources)
-        *lead, last = made.shape
-        shape = _back((*lead, last // len(made.by_layer[0])), axes)
-        for source in sources:
-            _flatten(found, source, shape)
+        used.update(made.tensors)
+        for source in made.tensors:
+            _flatten(found, source, made.tensor_shape)
             has = found[source].shape if source in found else "none"
-            if has != shape:
-                problems.append(f"{source}: want {shape}, found {has}")
+            if has != made.tensor_shape:
+                problems.append(f"{source}: want {made.tensor_shape}, found {has}")
             elif (kind := found[source].kind) not in hf.FLOATS:
                 problems.append(f"{source}: want one of {', '.join(hf.FLOATS)}, found {kind}")
-        plan[path] = made._replace(tensors=[found.get(name) for name in sources], axes=axes)
+        plan[path] = made._replace(tensors=[found.get(name) for name in made.tensors])
     # Without prefixes startswith(()) is False, so every unused tensor is reported below.
     trunk = lambda source: found[source].name.startswith(names.prefixes)
     headed = any(map(trunk, found))
@@ -139,10 +140,24 @@ def match(folder: pathlib.Path, abstract_params, names: Names) -> dict[str, Sour
     return plan
 
 
+def wanted(abstract_params, names: Names) -> dict[str, Source]:
+    """Path of each parameter -> its source, with names in place of tensors; none where the table
+    does not know the parameter.
+    """
+    made = {}
+    for path, leaf in traverse_util.flatten_dict(abstract_params, sep="/").items():
+        sources, kernel, layers = _sources(path, names)
+        source = Source(leaf, sources, (), layers)
+        axes = tuple(range(len(source.shape)))
+        if sources and kernel and not names.untransposed:
+            axes = _AXES[len(axes)]
+        made[path] = source._replace(axes=axes)
+    return made
+
+
 def known(abstract_params, names: Names) -> int:
     """How many parameters the names tell the tensors of."""
-    leaves = traverse_util.flatten_dict(abstract_params, sep="/")
-    return sum(bool(_sources(path, names)[0]) for path in leaves)
+    return sum(bool(source.tensors) for source in wanted(abstract_params, names).values())
 
 
 def load(sources: dict[str, Source]):
@@ -342,7 +357,7 @@ def _of_layer(source: Source, tensors, index) -> np.ndarray:
             continue
         at = [slice(span.start, span.stop) for span in (*lead, inside)]
         part = tensor.read(_back(at, source.axes))
-        if not np.isfinite(part).all():
+        if not _finite(part):
             raise errors.DataError(
                 f"{tensor.name} holds NaN or infinite values",
                 where=str(tensor.path),
@@ -351,6 +366,12 @@ def _of_layer(source: Source, tensors, index) -> np.ndarray:
         parts.append(part.transpose(source.axes).astype(source.leaf.dtype, copy=False))
     # Of one part concatenate would make a copy, without the alignment that spares JAX its own.
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+
+
+def _finite(part: np.ndarray) -> bool:
+    """Whether all values are finite, by pieces: a mask of all takes half of what float16 does."""
+    flat = part.reshape(-1)
+    return all(np.isfinite(flat[i : i + PIECE]).all() for i in range(0, flat.size, PIECE))
 
 
 def _wide(shape: tuple) -> tuple:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from t2i_jax import errors
-from t2i_jax.pretrained import hf
 
 PREPROCESSOR = "preprocessor_config.json"
 
@@ -110,8 +109,4 @@ def check_side(image_BHWC, patch: int, side: int | None = None) -> None:
 def check_patches(sizes: dict, side: int) -> None:
     """Raises ConfigError where a side has no whole patch."""
     if side < sizes["patch"]:
-        raise errors.ConfigError(
-            f"a side of {side} is shorter than a patch of {sizes['patch']}",
-            where=hf.CONFIG,
-            fix="use the config.json that was saved with the weights",
-        )
+        raise errors.misfit(f"a side of {side} is shorter than a patch of {sizes['patch']}")

@@ -16,17 +16,20 @@ from t2i_jax.pretrained import hf, opener, tensors
 LEFT = ("safety_checker", "image_encoder")  # parts that no pipeline of ours opens
 
 
-def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype: str) -> None:
+def pipeline(
+    opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype: str, others: Mapping
+) -> None:
     """Writes a pipeline's folder with new parameters of some parts.
 
     Args:
       output: an empty or a new folder.
       parts: part, such as "unet" -> its parameters.
       dtype: of the tensors of these parts; those of others stay as they are.
+      others: part -> the source of a network that takes its place.
     """
     for name in opened.index:  # what the hub has is fetched before anything is written
         if opened.has(name) and name not in LEFT and _has_weights(name):
-            hf.locate(opened.part(name))
+            hf.locate(others.get(name, opened.part(name)))
     base = hf.locate_pipeline(opened.source)
     output.mkdir(parents=True, exist_ok=True)
     index = dict(opened.index)
@@ -36,6 +39,10 @@ def pipeline(opened: folders.Folder, output: pathlib.Path, parts: Mapping, dtype
         if name in LEFT or not (base / name).is_dir():
             # So diffusers writes a part that a pipeline lacks.
             index[name] = [None, None]
+        elif name in others:
+            other = opener.open(others[name])
+            index[name] = ["diffusers", other.config["model_type"]]
+            copied(other.folder, output / name)
         elif name in parts:
             component(opened.part(name), parts[name], output / name, dtype)
         else:

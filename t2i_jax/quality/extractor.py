@@ -11,7 +11,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from t2i_jax import errors
 from t2i_jax.data import transforms
 from t2i_jax.models.types import Features
-from t2i_jax.pretrained import opener, text_encoder
+from t2i_jax.pretrained import hf, opener, text_encoder
 from t2i_jax.quality import resize
 from t2i_jax.run import fingerprint
 
@@ -26,7 +26,9 @@ class Extractor:
       source: the network, as for `pretrained.opener.open`.
       rule: one of `resize.RULES`.
     Attributes:
-      label: the network's name in results.
+      label: the network's name in results. What `convert` makes of published files has their name,
+        wherever it lies. Other weights in a folder of that name have a part of their hash behind.
+      width: of pooled features.
       fingerprint: of weights, sizes and rule. Stored features are valid for equal ones alone.
     """
 
@@ -35,12 +37,14 @@ class Extractor:
         self._rule = rule
         module, variables = _opened(source)
         self._module = module
-        self.label = source.rstrip("/").rpartition("/")[2].partition("@")[0]
         # Flax spreads the text of a module, which holds all its fields, over several lines.
-        sizes = " ".join(repr(module).split())
-        self.fingerprint = f"{fingerprint.digest(variables)[:32]}:{sizes}:{rule}"
+        sizes, digest = " ".join(repr(module).split()), fingerprint.digest(variables)
+        self.fingerprint = f"{digest[:32]}:{sizes}:{rule}"
+        self.label = _label(source, digest)
         # The maps are megabytes for each image, and no metric reads them.
         columns = lambda *args: module.apply(*args)._replace(maps=())
+        image = jax.ShapeDtypeStruct((1, module.res, module.res, 3), "float32")
+        self.width = jax.eval_shape(columns, variables, image).pooled_BD.shape[-1]
         self._apply = _Apply(columns, variables)
 
     def __call__(self, pictures, wanted) -> dict[str, np.ndarray]:
@@ -78,6 +82,14 @@ class DualEncoder:
         tokens = [jax.ShapeDtypeStruct((1, module.positions), t) for t in ("int32", "bool")]
         shapes = jax.eval_shape(module.init, jax.random.key(0), *tokens)
         pooled = lambda *args: module.apply(*args).pooled_BD
+        texts = jax.eval_shape(pooled, shapes, *tokens).shape[-1]
+        if texts != self._image.width:
+            raise errors.ConfigError(
+                f"its text tower gives vectors of {texts} numbers, its image tower of "
+                f"{self._image.width}",
+                where=source,
+                fix="use a dual encoder, whose towers project into one space",
+            )
         self._text = _Apply(pooled, opener.load(source, shapes))
 
     def images(self, pictures) -> np.ndarray:
@@ -109,6 +121,14 @@ class Perceptual:
     def diversity(self, x_GNHWC) -> np.ndarray:
         """The mean distance of all pairs within each of G groups of N images.   -> float32 G"""
         return self._diversity(transforms.to_float(x_GNHWC))
+
+
+def _label(source: str, digest: str) -> str:
+    """The name of a network whose variables have this digest."""
+    checkpoint, name = opener.open(source), source.rstrip("/").rpartition("/")[2].partition("@")[0]
+    if published := hf.published(checkpoint.folder, checkpoint.config):
+        return published
+    return f"{name}-{digest.rpartition(':')[2][:8]}" if name in hf.CONVERTED else name
 
 
 def _opened(source: str):

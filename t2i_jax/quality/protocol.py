@@ -118,8 +118,11 @@ def read(name: str, *, path: str | None = None, **changes) -> Protocol:
     """
     file = pathlib.Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
     known = [p.stem for p in FOLDER.glob("*.json")]
-    fix = f"{errors.nearest(name, known)}, or give the path of a .json file"
-    with errors.explained(errors.ConfigError, f"no protocol {name!r}", where=file, fix=fix):
+    if not file.is_file():
+        fix = f"{errors.nearest(name, known)}, or give the path of a .json file"
+        raise errors.ConfigError(f"no protocol {name!r}", where=str(file), fix=fix)
+    fix = "write an object of fields, as those of evaluators/protocols"
+    with errors.explained(errors.ConfigError, "not readable as JSON", where=file, fix=fix):
         values = json.loads(files.read_text(file))
     changes = {key: value for key, value in changes.items() if value not in (None, {})}
     label = file.stem + "".join(f" {key}={changes[key]}" for key in sorted(changes))

@@ -152,10 +152,9 @@ class Checkpoints:
         args = {k: ocp.args.PyTreeSave(v) for k, v in items.items() if v}  # Orbax wants no {}
         args["meta"] = ocp.args.JsonSave({**meta, "step": step})
         try:
+            self._orbax = self._orbax or _orbax()
             # `force`: a folder of this name without a manifest is what a failed save has left.
-            self._checkpointer().save(
-                self._folder / str(step), args=ocp.args.Composite(**args), force=True
-            )
+            self._orbax.save(self._folder / str(step), args=ocp.args.Composite(**args), force=True)
         except Exception as e:
             self._failed(step, e)
             return
@@ -229,11 +228,10 @@ class Checkpoints:
                 continue
             try:
                 return self.restore(step, target), step
-            except errors.Error as e:
-                if not isinstance(e, Damaged):
-                    raise
+            except Damaged as e:
                 reasons.append(f"{step}: {e.what}")
-                self._set_aside(step, e)
+                name = self._rename(step, "corrupt")
+                logging.warning("checkpoint %d is damaged, set aside as %s: %s", step, name, e)
         # Checkpoints that an earlier start renamed count, too. Otherwise the second start after
         # damage would find an empty folder and begin at step 0 without a word.
         aside = [p for kind in SET_ASIDE for p in self._folder.glob(f"*.{kind}")]
@@ -289,23 +287,20 @@ class Checkpoints:
           target: net -> variables, with shapes, types and shardings.
           ema: the nets whose averaged parameters take the place of the last ones.
         """
-        averaged = {name: target[name]["params"] for name in ema}
-        # The last parameters are as large as the averaged ones. They are read only where a net
-        # needs them: one without an average, or one with other collections.
-        only_averaged = all(name in ema and set(target[name]) == {"params"} for name in target)
-        items = {"ema": averaged} | ({} if only_averaged else {"params": target})
-        restored = self._restore(step, items)
+        restored = self._restore(step, _items_of_nets(target, ema))
         nets = restored.get("params") or {name: {} for name in target}
         return {
             name: {**nets[name], **({"params": restored["ema"][name]} if name in ema else {})}
             for name in target
         }
 
-    def _restore(self, step: int, items):
-        """Items as they were saved, with the shapes and shardings of the target `items`."""
-        # ---- Compare: files with the manifest, then shapes and types with the target ----
+    def check_nets(self, step: int, target, ema) -> None:
+        """Raises as `restore_nets` where what is saved does not have the shapes of `target`."""
+        self._compared(step, _items_of_nets(target, ema))
+
+    def _compared(self, step: int, items) -> dict:
+        """The manifest of a step, compared with its files and with the target `items`."""
         manifest = self._verify(step)
-        arrays = manifest["arrays"]
         wanted = {
             fingerprint.path_of(path): [str(leaf.dtype), list(leaf.shape)]
             for path, leaf in jax.tree_util.tree_leaves_with_path(items)
@@ -313,7 +308,9 @@ class Checkpoints:
         # Only the nets that `items` names are compared: a sampler may want one net of several.
         asked = {(item, net) for item, nets in items.items() for net in nets}
         saved = {
-            name: spec[:2] for name, spec in arrays.items() if tuple(name.split("/")[:2]) in asked
+            name: spec[:2]
+            for name, spec in manifest["arrays"].items()
+            if tuple(name.split("/")[:2]) in asked
         }
         if wanted != saved:
             names = [n for n in {**wanted, **saved} if wanted.get(n) != saved.get(n)]
@@ -324,7 +321,12 @@ class Checkpoints:
                 fix="use the config and the version of t2i_jax (env.txt) it was saved with, or a "
                 "new --workdir with --config.init_from=<this run>",
             )
-        # ---- Read, and compare the sums of what was read with those of what was saved ----
+        return manifest
+
+    def _restore(self, step: int, items):
+        """Items as they were saved, with the shapes and shardings of the target `items`."""
+        manifest = self._compared(step, items)
+        arrays = manifest["arrays"]
         # Partial, as a sampler may ask for some of the nets in an item.
         args = {
             name: ocp.args.PyTreeRestore(
@@ -405,10 +407,6 @@ class Checkpoints:
         self._stage = _copy_into(self._stage, items)
         return self._stage
 
-    def _checkpointer(self):
-        self._orbax = self._orbax or _orbax()
-        return self._orbax
-
     def _finish(self, step: int, prints) -> None:
         """Runs in the thread: waits for Orbax, writes the manifest, removes old checkpoints."""
         self._orbax.wait_until_finished()
@@ -480,10 +478,6 @@ class Checkpoints:
             path.rename(hidden)
         shutil.rmtree(hidden)
 
-    def _set_aside(self, step: int, e: Exception) -> None:
-        name = self._rename(step, "corrupt")
-        logging.warning("checkpoint %d is damaged and set aside as %s: %s", step, name, e)
-
     def _rename(self, step: int, suffix: str) -> str:
         path = self._folder / str(step)
         name = _free_name(path, suffix)
@@ -524,6 +518,15 @@ def _items(state: State) -> dict:
         "ema": state.ema,
         "opt": {"opt": state.opt, "skipped": state.skipped},
     }
+
+
+def _items_of_nets(target, ema) -> dict:
+    """What `Checkpoints.restore_nets` reads."""
+    averaged = {name: target[name]["params"] for name in ema}
+    # The last parameters are as large as the averaged ones. They are read only where a net
+    # needs them: one without an average, or one with other collections.
+    only_averaged = all(name in ema and set(target[name]) == {"params"} for name in target)
+    return {"ema": averaged} | ({} if only_averaged else {"params": target})
 
 
 @functools.partial(jax.jit, donate_argnums=0, keep_unused=True)

@@ -56,10 +56,9 @@ def start(
     if not any(is_set) and not distributed:
         return
     if any(is_set) and not all(is_set):
-        raise errors.ConfigError(
+        raise errors.misused(
             "the processes are described by halves",
-            where="the command line",
-            fix="give --coordinator, --num_processes and --process_id together, or --distributed",
+            "give --coordinator, --num_processes and --process_id together, or --distributed",
         )
     if all(is_set) and not 0 <= process_id < num_processes:
         raise errors.ConfigError(
@@ -120,7 +119,8 @@ def wait_for_first() -> None:
     """Makes the other processes wait until process 0 comes here, too, at the end of a program.
 
     Process 0 may still evaluate, alone. The others would go on to JAX's barrier at the exit, which
-    fails after five minutes. If process 0 dies in the meantime, they end with an error.
+    fails after five minutes. If process 0 dies in the meantime, they end with an error, or JAX's
+    own thread aborts them before: the callback that could hear of it ends in a std::bad_cast.
     """
     import jax
     from jax._src.distributed import global_state as shared

@@ -108,12 +108,7 @@ class Watch:
 def check_watched(limits, metrics_there) -> None:
     """Raises ConfigError for an unknown metric of config.watch, or a limit that is no number."""
     for name, limit in limits.items():
-        if name not in metrics_there:
-            raise errors.ConfigError(
-                f"no metric is called {name!r}",
-                where="config.watch",
-                fix=errors.nearest(name, metrics_there),
-            )
+        errors.check_known("metric", name, metrics_there, where="config.watch")
         # To Python True is an int.
         if not isinstance(limit, int | float) or isinstance(limit, bool):
             raise errors.ConfigError(

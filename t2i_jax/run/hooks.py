@@ -4,6 +4,7 @@ import collections
 import concurrent.futures
 import math
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -30,10 +31,21 @@ class Hooks:
             name: predictor.evaluator(name, **options)
             for name, options in self._config.evaluators.items()
         }
+        self._check_best()
         self._main = jax.process_index() == 0
         # One thread alone, so that evaluations end in the order of their steps.
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "evaluators")
         self._jobs = collections.deque()
+
+    def forget(self, start: int) -> None:
+        """Removes the pictures of steps after `start`, as `metrics.Writer` does rows: what a former
+        start drew would be taken for this one's.
+        """
+        folder = self._workdir / "samples"
+        for path in folder.glob("step_*.png") if self._main else ():
+            number = re.match(r"step_(\d+)[_.]", path.name)
+            if number and int(number[1]) > start:
+                path.unlink()
 
     def run(self, n: int, state, frozen, writer, *, resumed: bool = False) -> None:
         """Draws and begins to judge what is due after n steps; `collect` writes the results.
@@ -94,16 +106,22 @@ class Hooks:
     def _due(self, n: int, every: int) -> bool:
         return bool(every) and n > 0 and (n % every == 0 or n == self._config.steps)
 
+    def _check_best(self) -> None:
+        """ConfigError where an evaluator says what it measures, and config.best is none of that."""
+        best = self._config.best.removeprefix("-")
+        evaluator, _, metric = best.partition("/")
+        known = getattr(self._evaluators.get(evaluator), "names", ())
+        texts = [name for name in known if isinstance(name, str)]
+        patterns = [name for name in known if not isinstance(name, str)]
+        if known and not any(p.fullmatch(metric) for p in patterns):
+            found = [f"{evaluator}/{name}" for name in texts]
+            errors.check_known("metric", best, found, where="config.best")
+
     def _rate(self, n: int, found, checkpoints) -> None:
         metric = self._config.best.removeprefix("-")
         # A minus in front says that less is better, also where the metric's name does not tell.
         less = metric != self._config.best or metrics.falls(metric)
-        if metric not in found:
-            raise errors.ConfigError(
-                f"no evaluator measures {metric!r}",
-                where="config.best",
-                fix=errors.nearest(metric, found),
-            )
+        errors.check_known("metric", metric, found, where="config.best")
         if not math.isfinite(found[metric]):
             logging.warning("step %d: %s is %s, which is never the best", n, metric, found[metric])
             return

@@ -221,11 +221,9 @@ class Writer:
     def pause(self) -> None:
         """Excludes the time since the last flush from the speed, such as a compilation."""
         # Steps that wait for a flush go with their time. Later they would count as taking none.
-        self._since, self._done = time.perf_counter(), self._done_or_pending()
+        self._done = self._pending[-1][0] if self._pending else self._done
+        self._since = time.perf_counter()
         self.bar.unpause()
-
-    def _done_or_pending(self):
-        return self._pending[-1][0] if self._pending else self._done
 
     def _show(self, row: dict) -> None:
         now = time.perf_counter()

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -96,8 +97,12 @@ class Owner:
         threading.Thread(target=self._live, daemon=True, name="owner").start()
 
     def check(self) -> None:
-        """Raises OwnerError if another process has taken the lock, or the lock is gone."""
-        holder = self._read()
+        """Raises OwnerError if another process has taken the lock, or the lock is gone.
+
+        StorageError: it cannot be read, which tells nothing about its holder.
+        """
+        with errors.of_storage(self._path):
+            holder = self._read()
         if holder is None or holder["id"] != self._me["id"]:
             raise errors.OwnerError(
                 f"the run was taken over by {_who(holder)}" if holder else "the lock was removed",
@@ -151,13 +156,14 @@ class Owner:
         )
 
     def _read(self) -> dict | None:
+        """What the lock holds; None if there is none. An OSError says neither."""
         try:
-            if not self._path.is_file():  # opening a named pipe would block
+            if not stat.S_ISREG(self._path.stat().st_mode):  # opening a named pipe would block
                 return None
             # A lock has all our keys and two more, see `_write`. Anything else counts as no lock.
             holder = json.loads(self._path.read_bytes())
             return holder if set(self._me) < set(holder) else None
-        except (OSError, ValueError):
+        except (FileNotFoundError, NotADirectoryError, ValueError):
             return None
 
     def _write(self, beat: int) -> None:

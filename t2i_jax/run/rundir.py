@@ -18,10 +18,14 @@ from t2i_jax.text import words
 FREE_TO_CHANGE = (
     *("steps", "log_every", "save_every", "sample_every", "eval_every", "evaluators", "keep"),
     *("best", "prompts", "sample", "mesh", "strategy", "init_from", "bad_budget", "cache"),
-    *("watch", "rollbacks", "save_minutes", "minutes"),
+    *("watch", "rollbacks", "save_minutes", "minutes", "attention"),
 )
 ROLLBACKS = "rollbacks.jsonl"
-WHERE_DATA_LIES = ("data.path", "data.data_dir")  # free: the fingerprint tells the data apart
+WHERE_DATA_LIES = (
+    "data.path",
+    "data.data_dir",
+    "data.prior",
+)  # free: the fingerprint tells the data apart
 FREE_OF_OPTIM = ("learning_rate", "clip", "warmup")  # config.optim.<net>.<these>, too
 FREE_OF_MODEL = ("remat",)  # config.model.<net>.<these>: another program, the same numbers
 

@@ -43,7 +43,7 @@ def cfg(pair, alone, scale, interval):
         inside = (low * (1 - TOLERANCE) <= t) & (t <= high * (1 + TOLERANCE))
         return jax.lax.cond(inside & (scale != NONE), guided, unguided, x_BHWC, t)
 
-    if _known(scale) and scale == NONE:
+    if is_none(scale):
         return unguided
     # A traced scale of 1 costs the null condition there, but gives the same velocity.
     return guided if _known(interval) and tuple(interval) == ALWAYS else either
@@ -52,6 +52,11 @@ def cfg(pair, alone, scale, interval):
 def interleave(a_BX, b_BX):
     """a₀, b₀, a₁, b₁, …: rows of one example stay on one device where the batch is split."""
     return jnp.stack([a_BX, b_BX], 1).reshape(-1, *a_BX.shape[1:])
+
+
+def is_none(scale) -> bool:
+    """Whether it guides nowhere and is a number: then a program needs no null condition."""
+    return _known(scale) and scale == NONE
 
 
 def _known(value) -> bool:

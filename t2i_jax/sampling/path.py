@@ -64,8 +64,7 @@ def make(name: str, *, mean: float = 0.0, std: float = 1.0) -> Path:
     """
     if name == "straight":
         return straight(mean, std)
-    if name not in SCHEDULES:
-        raise errors.unknown("path", name, NAMES, where="config.loss.path")
+    errors.check_known("path", name, NAMES, where="config.loss.path")
     return discrete(SCHEDULES[name](), mean, std, latest=LATEST.get(name, 1.0))
 
 

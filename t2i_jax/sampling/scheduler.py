@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -110,14 +111,12 @@ class Grid(NamedTuple):
 
     def arrays(self):
         """The numbers of all calls, for a scan: what is no number is left out."""
-        numbers = {k: v for k, v in self._asdict().items() if k.endswith("_S")}
-        return Grid(
-            **{k: jnp.asarray(v) for k, v in numbers.items()},
-            start=None,
-            kind=None,
-            draws=None,
-            repeats=None,
-        )
+        number = lambda name: jnp.asarray(getattr(self, name)) if name.endswith("_S") else None
+        return Grid(*map(number, self._fields))
+
+    def at(self, n) -> "Grid":
+        """The numbers of call n, which may be traced."""
+        return jax.tree.map(lambda x_S: x_S[n], self.arrays())
 
     def after(self, begin: int) -> "Grid":
         """The grid without its first `begin` calls, for what begins with less noise."""
@@ -182,8 +181,8 @@ class Scheduler(NamedTuple):
             the noise where nothing else is.
         """
         solver = solver or self.name
-        if self.flow != (solver in FLOW) and self.flow:
-            raise errors.unknown("sampler of this model", solver, FLOW, where="--sampler")
+        if self.flow:
+            errors.check_known("sampler of this model", solver, FLOW, where="--sampler")
         if steps > self.steps:
             raise errors.ConfigError(
                 f"{steps} steps of {self.steps}", where="--steps", fix=f"use {self.steps} or fewer"
@@ -220,9 +219,8 @@ def from_config(config: Mapping) -> Scheduler:
       ConfigError: a class, or a value of a field, that is not implemented.
     """
     config = {key: value for key, value in config.items() if value is not None}
-    kind = config.get("_class_name")
-    if kind not in CLASSES:
-        raise errors.unknown("scheduler", str(kind), CLASSES, where=CONFIG)
+    kind = str(config.get("_class_name"))
+    errors.check_known("scheduler", kind, CLASSES, where=CONFIG)
     name = CLASSES[kind]
     config = DEFAULTS.get(kind, {}) | config
     flow = kind.startswith("FlowMatch")
@@ -236,8 +234,7 @@ def from_config(config: Mapping) -> Scheduler:
             )
         return Scheduler(config, name, paths.straight(), "v")
     predicted = config.get("prediction_type", "epsilon")
-    if predicted not in KINDS:
-        raise errors.unknown("prediction_type", predicted, KINDS, where=CONFIG)
+    errors.check_known("prediction_type", predicted, KINDS, where=CONFIG)
     return Scheduler(config, name, paths.discrete(_betas(config)), KINDS[predicted])
 
 
@@ -283,8 +280,7 @@ def _betas(config):
             "scaled_linear": lambda: np.linspace(first**0.5, last**0.5, steps) ** 2,
             "squaredcos_cap_v2": lambda: paths.cosine(steps),
         }
-        if schedule not in made:
-            raise errors.unknown("beta_schedule", schedule, made, where=CONFIG)
+        errors.check_known("beta_schedule", schedule, made, where=CONFIG)
         # The classes compute in float32; products of a thousand factors remember it.
         beta_T = np.asarray(made[schedule](), np.float32).astype(np.float64)
     if config.get("rescale_betas_zero_snr"):
@@ -329,7 +325,7 @@ def _times(config, solver: str, steps: int):
 
 
 def _levels(config, solver, kept_T, steps: int):
-    """Times, and σ/α at them and at the end."""
+    """Times; at them and at the end σ/α, α and σ."""
     ratio_T = np.sqrt((1 - kept_T) / kept_T)
     time_S = _times(config, solver, steps)
     level_S = np.interp(time_S, np.arange(len(ratio_T)), ratio_T)
@@ -342,9 +338,10 @@ def _levels(config, solver, kept_T, steps: int):
         time_S = np.interp(np.log(level_S), np.log(ratio_T), np.arange(len(ratio_T)))
         time_S = time_S.round() if solver == "dpmpp_2m" else time_S
     final = config.get("final_sigmas_type", "zero")
-    if final not in ("zero", "sigma_min"):
-        raise errors.unknown("final_sigmas_type", final, ("zero", "sigma_min"), where=CONFIG)
-    return time_S, np.append(level_S, ratio_T[0] if final == "sigma_min" else 0.0)
+    errors.check_known("final_sigmas_type", final, ("zero", "sigma_min"), where=CONFIG)
+    level_S = np.append(level_S, ratio_T[0] if final == "sigma_min" else 0.0)
+    alpha_S = 1 / np.sqrt(level_S**2 + 1)
+    return time_S, level_S, alpha_S, level_S * alpha_S
 
 
 def _grid(kind: str, time_S, alpha_S, sigma_S, **more) -> Grid:
@@ -377,9 +374,7 @@ def _explicit(solver, time_S, alpha_S, sigma_S, kind, start=1.0) -> Grid:
 def _discrete(config, solver, kept_T, steps, kind) -> Grid:
     if solver in ("ddim", "ddpm"):
         return _by_steps(config, solver, kept_T, steps, kind)
-    time_S, level_S = _levels(config, solver, kept_T, steps)
-    alpha_S = 1 / np.sqrt(level_S**2 + 1)
-    sigma_S = level_S * alpha_S
+    time_S, level_S, alpha_S, sigma_S = _levels(config, solver, kept_T, steps)
     # The classes begin with noise of the highest level, or with what an image would add to it.
     leading = config.get("timestep_spacing", SPACING[solver]) == "leading"
     start = 1.0 if leading else sigma_S[0]
@@ -454,9 +449,7 @@ def _pndm(config, solver, kept_T, steps, kind, begin: int) -> Grid:
 
 
 def _dpm(config, solver, kept_T, steps, kind) -> Grid:
-    time_S, level_S = _levels(config, solver, kept_T, steps)
-    alpha_S = 1 / np.sqrt(level_S**2 + 1)
-    sigma_S = level_S * alpha_S
+    time_S, level_S, alpha_S, sigma_S = _levels(config, solver, kept_T, steps)
     # Where the last level is 0, λ is infinite, and the step ends on x̂ itself.
     with np.errstate(divide="ignore"):
         lambda_S = -np.log(level_S)

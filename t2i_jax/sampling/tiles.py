@@ -1,7 +1,7 @@
-"""Decoding in parts, for pictures whose activations do not fit a device all at once.
+"""Encoding and decoding in parts, for pictures whose activations do not fit a device all at once.
 
-B pictures · H W places of the latents · C channels · N tiles of one row or column, or of all ·
-P Q pixels of a whole side, or of a tile's
+B pictures · H W places of the latents, or pixels · C channels · N tiles of one row or column, or of
+all · P Q entries of the result along a whole side, or along a tile's
 """
 
 import itertools
@@ -13,21 +13,24 @@ import numpy as np
 OVERLAP = 0.25  # of a tile's side, at least: the next tile has it, too
 
 
-def tiled(decode, latent_BHWC, *, tile: int, factor: int):
-    """Decodes tiles that overlap, and blends them linearly where they do.   -> image_BHWC
+def tiled(fn, x_BHWC, *, tile: int, factor: int, unit: int = 1):
+    """Decodes tiles that overlap, and blends them linearly where they do. Or encodes them.
 
     All tiles have one size, so one program decodes them in turn; the last one of a row or column
     ends with the picture. Norms and attention see a tile alone. So the picture differs a little
     from one that is decoded as a whole.
 
     Args:
-      decode: latent_BHWC -> image_BHWC in three channels, `factor` times as high and wide.
+      fn: decodes latents, or encodes pictures: x_BHWC -> BHWC of any channels.
       tile: side of a tile in places of the latents, 2 or more. What has no longer side is decoded
         as a whole.
+      factor: entries of the result to a place, along either side: pixels, or 1 of latents.
+      unit: the same of `x_BHWC`.
     """
-    b, *sides, c = latent_BHWC.shape
+    b, *sides, c = x_BHWC.shape
+    sides = [side // unit for side in sides]
     if max(sides) <= tile:
-        return decode(latent_BHWC)
+        return fn(x_BHWC)
     size = [min(tile, side) for side in sides]
     cuts = [_cut(side, tile, factor) for side in sides]
     pairs = list(itertools.product(*(zip(*cut, strict=True) for cut in cuts)))
@@ -35,21 +38,32 @@ def tiled(decode, latent_BHWC, *, tile: int, factor: int):
         np.array(x) for x in zip(*(((y, x), wy, wx) for (y, wy), (x, wx) in pairs), strict=True)
     )
 
-    def add(image_BHWC, at):
-        start_2, row_P, column_Q = at
-        places = lambda unit: (0, start_2[0] * unit, start_2[1] * unit, 0)
-        tile_BHWC = decode(jax.lax.dynamic_slice(latent_BHWC, places(1), (b, *size, c)))
-        tile_BHWC *= row_P[:, None, None] * column_Q[:, None]
-        tile_BHWC += jax.lax.dynamic_slice(image_BHWC, places(factor), tile_BHWC.shape)
-        return jax.lax.dynamic_update_slice(image_BHWC, tile_BHWC, places(factor)), None
+    def cut(start_2):
+        at = (0, start_2[0] * unit, start_2[1] * unit, 0)
+        return jax.lax.dynamic_slice(x_BHWC, at, (b, *(side * unit for side in size), c))
 
-    nothing_BHWC = jnp.zeros((b, *(side * factor for side in sides), 3))
+    def add(whole_BHWC, at):
+        start_2, row_P, column_Q = at
+        place = (0, start_2[0] * factor, start_2[1] * factor, 0)
+        tile_BHWC = fn(cut(start_2)) * (row_P[:, None, None] * column_Q[:, None])
+        tile_BHWC += jax.lax.dynamic_slice(whole_BHWC, place, tile_BHWC.shape)
+        return jax.lax.dynamic_update_slice(whole_BHWC, tile_BHWC, place), None
+
+    channels = jax.eval_shape(lambda: fn(cut(start_N2[0]))).shape[-1]
+    nothing_BHWC = jnp.zeros((b, *(side * factor for side in sides), channels))
     return jax.lax.scan(add, nothing_BHWC, (start_N2, row_NP, column_NQ))[0]
 
 
-def sliced(decode, latent_BHWC):
-    """Decodes one picture at a time.   -> image_BHWC"""
-    return jax.lax.map(lambda latent_HWC: decode(latent_HWC[None])[0], latent_BHWC)
+def sliced(fn, x_BHWC, *, at_once: int = 1):
+    """`fn` of so many pictures at a time.
+
+    at_once: in place of a number that does not divide them, 1. Those that a number of devices
+      compute at a time are of different devices' parts of a batch.
+    """
+    k = 1 if len(x_BHWC) % at_once else at_once
+    rows = x_BHWC.reshape(k, -1, *x_BHWC.shape[1:]).swapaxes(0, 1)
+    out = jax.lax.map(fn, rows).swapaxes(0, 1)
+    return out.reshape(-1, *out.shape[2:])
 
 
 def _cut(side: int, tile: int, factor: int):

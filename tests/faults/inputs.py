@@ -90,7 +90,7 @@ TESTS = {
 
 def _of_tests(names):
     def run(lab):
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *names]
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *names]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:]
         return done.stdout.splitlines()[-1].split(" in ")[0]

@@ -65,10 +65,14 @@ class Lab:
         """A start, to its end."""
         return self.end(self.start(workdir, *flags, **options))
 
-    def start(self, workdir, *flags, folder="", devices=1, failpoint="", env=None, wrap=None):
-        """A start of the experiment; its output goes to a file that `log` reads."""
-        config = "--config=tests/faults/experiment.py" + (f":folder={folder}" if folder else "")
-        command = [sys.executable, "train.py", config, f"--workdir={workdir}", *flags]
+    def start(
+        self, workdir, *flags, config="", folder="", devices=1, failpoint="", env=None, wrap=None
+    ):
+        """A start of the experiment, or of another config; its output goes to a file that `log`
+        reads.
+        """
+        config = config or "tests/faults/experiment.py" + (f":folder={folder}" if folder else "")
+        command = [sys.executable, "train.py", f"--config={config}", f"--workdir={workdir}", *flags]
         if wrap:
             command = ["sh", "-c", wrap, "sh", *command]
         flags = (

@@ -185,6 +185,23 @@ def p16(lab):
     assert rows(folder)[-1]["step"] == 24
 
 
+@row("P18", "SIGKILL while a pretrained pipeline is tuned on eight devices: as P1", long=True)
+def p18(lab):
+    for config, strategy in (("finetune", "fsdp"), ("finetune_lora", "zero1")):
+        options = dict(config=f"configs/{config}.py:debug", devices=8)
+        flags = ("--config.log_every=1", "--config.save_every=2", f"--config.strategy={strategy}")
+        oracle, folder = lab.folder(), lab.folder()
+        assert lab.run(oracle, *flags, **options).code == 0
+        for point in ("step.before:3=kill", "save.started:4=kill"):
+            ended = lab.run(folder, *flags, failpoint=point, **options)
+            assert ended.code == -signal.SIGKILL, ended.log[-2000:]
+        assert steps(folder), "nothing was saved"
+        ended = lab.run(folder, *flags, **options)
+        assert ended.code == 0, ended.log[-2000:]
+        assert f"resuming {folder} after" in ended.log
+        assert_same(folder, oracle)
+
+
 @row("P6", "SIGTERM, then SIGKILL before the save ends: as a kill", long=True)
 def p6(lab):
     folder = lab.folder()

@@ -7,7 +7,7 @@ image and caption.   B batch · H W pixels · C channels · N B examples against
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import losses, randomness
+from t2i_jax import losses, randomness, sharding
 from t2i_jax.models import gan
 from t2i_jax.models.types import Cond
 
@@ -50,7 +50,8 @@ def slopes(penalty: str, logit, keys_B, sigma: float):
     if penalty == "exact":
         # The gradient of the sum holds that of each logit, as none depends on another image.
         gradient = jax.grad(lambda image_BHWC: logit(image_BHWC).sum())
-        return lambda image_BHWC: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
+        value = lambda image_BHWC: jnp.square(gradient(image_BHWC)).sum((1, 2, 3))
+        return sharding.attention_by("xla")(value)  # kernels have no second derivatives
 
     def estimate(image_BHWC):
         noise_BHWC = randomness.normal_each(keys_B, image_BHWC.shape[1:])

@@ -1,8 +1,9 @@
-"""Encodes a run's captions once, into files that training reads in place of the encoder.
+"""Runs frozen nets once, into files that training reads in their place.
 
-python -m t2i_jax captions --config=configs/shapes_flow.py --workdir=runs/flow
+python -m t2i_jax cache --config=configs/shapes_flow.py --workdir=runs/flow
 
-writes <workdir>/captions. After a kill it goes on with the next file.
+writes what config.cache names: of captions <workdir>/captions, of pictures <workdir>/pictures.
+After a kill it goes on with the next file.
 """
 
 import pathlib
@@ -26,16 +27,15 @@ def main():
     run.load_frozen()
     # Before the encoding: training with these nets would be refused afterwards.
     rundir.check_frozen(run.workdir, run.frozen)
-    started = time.perf_counter()
-    folder = run.workdir / cache.FOLDER
     # The lock keeps a training of this workdir from starting on half of the files.
     with interrupt.Interrupt(run.workdir) as signals, owner.held(run.workdir, signals):
-        manifest = cache.write(folder, *run.caption_states())
-    size = sum(manifest["files"].values())
-    print(
-        f"{manifest['captions']} captions, {size / 1e6:.1f} MB, "
-        f"{time.perf_counter() - started:.0f} s: {folder}"
-    )
+        for name in run.cached or [""]:  # without a name it is an error
+            started, (predict, rows, identity) = time.perf_counter(), run.kept_rows(name)
+            folder = run.workdir / run.cached[name].folder
+            manifest = cache.write(folder, predict, rows, identity)
+            size = sum(manifest["files"].values())
+            seconds = time.perf_counter() - started
+            print(f"{manifest['rows']} {rows.name}, {size / 1e6:.1f} MB, {seconds:.0f} s: {folder}")
 
 
 if __name__ == "__main__":
