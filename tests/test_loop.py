@@ -246,7 +246,7 @@ def test_bad_sampling_options_are_refused(run, options, message):
         ({"model": {"width": 16}}, "set config.model.model.width"),
         (
             {"data": {"source": "inputs"}},
-            r"no data named 'inputs' .*one of \['digits', 'folder', 'openmoji', 'shapes', 'tfds'\]",
+            r"no data named 'inputs' .*one of \['digits', .*'shapes', 'subject', 'tfds'\]",
         ),
         ({"init_from": "nowhere"}, "no such folder"),
         ({"load": {"model": "nowhere#model"}}, "no such folder"),
