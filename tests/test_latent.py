@@ -349,7 +349,8 @@ def test_a_picture_is_drawn_in_slices_and_tiles(whole):
     draw = lambda **how: whole.draw("img2img", examples, strength=0.5, **OPTIONS | how)
     plain = draw()
     assert apart(draw(sliced=True), plain) <= 1
-    assert 0 < np.abs(draw(tile=8, sliced=True).astype(int) - plain).mean() < 10
+    # Norms see a tile alone, and these pictures are of four. test_autoencoder has the exact match.
+    assert 0 < np.abs(draw(tile=8, sliced=True).astype(int) - plain).mean() < 30
 
 
 @pytest.mark.slow
