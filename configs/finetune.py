@@ -17,21 +17,12 @@ Autoencoder and text encoders stay as they are, stored as in their files.
 from configs import common
 from t2i_jax.pretrained import folder
 
+KNOWN = dict(source="", path="", res=0, width=0, height=0, steps=2000, holdout=0.0)
+KNOWN |= dict(prior="", prior_weight=1.0, debug=False)
+
 
 def get_config(arg=None):
-    known = dict(
-        source="",
-        path="",
-        res=0,
-        width=0,
-        height=0,
-        steps=2000,
-        holdout=0.0,
-        prior="",
-        prior_weight=1.0,
-        debug=False,
-    )
-    arg = common.parse_arg(arg, **known)
+    arg = common.parse_arg(arg, **KNOWN)
     source = arg.source or (str(folder.TINY) if arg.debug else "")
     # What is no pipeline is told when the run starts, with all that is wrong beside it.
     made = folder.described(source) if folder.is_pipeline(source) else folder.unknown(source)

@@ -17,23 +17,8 @@ TARGETS = r"attn.*/(q|k|v|qkv|kv|out)"  # of attention, as PEFT's scripts choose
 
 
 def get_config(arg=None):
-    known = dict(
-        source="",
-        path="",
-        res=0,
-        width=0,
-        height=0,
-        steps=1000,
-        holdout=0.0,
-        prior="",
-        prior_weight=1.0,
-        rank=16,
-        text_rank=0,
-        debug=False,
-    )
-    arg = common.parse_arg(arg, **known)
-    options = [name for name in known if name not in ("rank", "text_rank")]
-    config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in options))
+    arg = common.parse_arg(arg, **finetune.KNOWN | dict(steps=1000, rank=16, text_rank=0))
+    config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in finetune.KNOWN))
     config.lora.model = dict(rank=arg.rank, match=TARGETS)
     config.optim = dict(
         model_lora=dict(name="adamw", learning_rate=1e-4, warmup=50, decay="cosine", clip=1.0)

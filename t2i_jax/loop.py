@@ -208,7 +208,7 @@ class Run:
             self.load_frozen({net: known[net] for net in self._idle & known.keys()})
         asked = {name: self.kept_rows(name) for name in self.cached}
         for name, (predict, rows, identity) in asked.items():
-            with watchdog.phase("captions"), signals.at_once():
+            with watchdog.phase("caches"), signals.at_once():
                 folder = self.workdir / self.cached[name].folder
                 self.batches.inputs += (cache.states(folder, predict, rows, identity),)
                 placed = jax.device_put(getattr(rows, "empty", None), self.layout.whole)

@@ -16,15 +16,16 @@ from t2i_jax import errors, fields, images, limits, objective, plugins, sharding
 from t2i_jax.data import inputs, transforms
 from t2i_jax.lora import SUFFIX
 from t2i_jax.pretrained import folder as folders
-from t2i_jax.pretrained import hf, lora_files, previews
+from t2i_jax.pretrained import hf, lora_files, opener, previews
 from t2i_jax.run import compile_cache
 from t2i_jax.text import tokenize, words
 
 NOUNS = {objective.Pictures: "picture", objective.Texts: "text"}  # of a prediction's kind
 EXAMPLES = {"image": "--image", "caption": "--prompt", "noise": "noise"}  # kind -> its flag
 WANTED = {"image": "uint8 arrays, each height × width × 3", "noise": "finite float arrays HWC"}
-TAKEN = ("name", "nets", "examples", "seed", "index", "batch_size", "watch")  # arguments of `draw`
-TAKEN += ("callback",)  # of `Pipeline`'s
+TAKEN = (  # arguments of `Predictor.draw` and `Pipeline.draw`
+    *("name", "nets", "examples", "seed", "index", "batch_size", "watch", "callback"),
+)
 
 
 class Predictor:
@@ -205,31 +206,9 @@ class Predictor:
           DataError: pictures that are not finite.
         """
         settings, kind = self.check(name, **options), self.kind(name)
-        if kind is objective.OfBatch:
-            raise _of_batch(name)
-        fields.check_names(self.batch, examples, where="examples")
-        n = _count(examples)
-        for argument, rows in (("seed", seed), ("index", index)):
-            if np.ndim(rows) and len(rows) != n:
-                raise errors.ConfigError(
-                    f"{len(rows)} of them for {n} examples", where=argument, fix="give one for each"
-                )
+        n = self._checked_count(name, examples, seed, index, settings)
+        size = self._rows(name, n, batch_size)
         seed_B = np.broadcast_to(np.asarray(seed), n)
-        for one in seed_B.tolist():
-            limits.check_seed(one, "--seed")
-        if any(examples.get("negative_prompt") or ()):
-            self.check_negative(settings)
-        size = min(batch_size or self.config.batch_size, _padded(n))
-        together = getattr(self.objective.predict[name], "together", False)
-        if self._layout and not together:
-            size = -(-size // self._layout.parts) * self._layout.parts
-        if n != size and together:
-            raise errors.ConfigError(
-                f"prediction {name!r} reads a batch as a whole, and {n} examples are not one of "
-                f"{size}",
-                where="draw",
-                fix="give 2, 4, 8, … examples, and a batch_size that holds them",
-            )
         staged = watch is not None or isinstance(nets, weights.OnDemand)
         if staged and name not in self.objective.stages:
             raise errors.ConfigError(
@@ -262,6 +241,38 @@ class Predictor:
             out.append(jax.tree.map(lambda x, start=start: x[: n - start], found))
         found = jax.tree.map(lambda *parts: np.concatenate(parts), *out)
         return self._readers[name].decode(*found) if kind is objective.Texts else found
+
+    def _checked_count(self, name: str, examples, seed, index, settings) -> int:
+        """How many examples there are; checks what `draw` is given of each."""
+        if self.kind(name) is objective.OfBatch:
+            raise _of_batch(name)
+        fields.check_names(self.batch, examples, where="examples")
+        n = _count(examples)
+        for argument, rows in (("seed", seed), ("index", index)):
+            if np.ndim(rows) and len(rows) != n:
+                raise errors.ConfigError(
+                    f"{len(rows)} of them for {n} examples", where=argument, fix="give one for each"
+                )
+        for one in np.broadcast_to(np.asarray(seed), n).tolist():
+            limits.check_seed(one, "--seed")
+        if any(examples.get("negative_prompt") or ()):
+            self.check_negative(settings)
+        return n
+
+    def _rows(self, name: str, n: int, batch_size) -> int:
+        """The rows of a compiled call for n examples, see `draw`."""
+        size = min(batch_size or self.config.batch_size, _padded(n))
+        together = getattr(self.objective.predict[name], "together", False)
+        if together and n != size:
+            raise errors.ConfigError(
+                f"prediction {name!r} reads a batch as a whole, and {n} examples are not one of "
+                f"{size}",
+                where="draw",
+                fix="give 2, 4, 8, … examples, and a batch_size that holds them",
+            )
+        if together or not self._layout:
+            return size
+        return -(-size // self._layout.parts) * self._layout.parts
 
     def _in_turn(self, name: str, nets, batches, options):
         """Results on the host. One batch is computed while the result before it is fetched."""
@@ -533,7 +544,7 @@ class Pipeline:
     """
 
     adapters: Sequence[Mapping] = ()
-    int8 = ""
+    int8: str = ""
     preview: previews.Preview | None = None
 
     def __init__(self, predictor: Predictor, nets, source: str, step: int | None, words=None):
@@ -581,14 +592,19 @@ class Pipeline:
         layout = sharding.Layout(mesh or {"data": -1}, strategy, devices=local)
         layout = layout if len(local) > 1 else None
         weights.override(config, load or {})
-        seen = preview and previews.Preview(
-            preview, weights.sources(config).get(folders.AUTOENCODER)
-        )
-        if weights.is_pipeline(source):
-            config.int8 = int8
-            pipe = cls._import(source, config, step, lora or {}, layout, low_memory)
+
+        def complete(read):
+            # What is wrong with a small network is told before a large one is read.
+            latents = weights.sources(config).get(folders.AUTOENCODER)
+            seen = preview and previews.Preview(preview, latents)
+            pipe = read()
             pipe.preview, pipe.int8 = seen, int8
             return pipe
+
+        if weights.is_pipeline(source):
+            config.int8 = int8
+            given = source, config, step, lora or {}, layout, low_memory
+            return complete(lambda: cls._import(*given))
         if low_memory:
             raise errors.ConfigError(
                 "nets are loaded stage by stage of a pretrained pipeline alone",
@@ -604,10 +620,9 @@ class Pipeline:
         folder = weights.locate(source)
         try:
             # A model's config names what its author chose. Only what the caller names is fetched.
-            with hf.offline_except(*weights.named(load)):
-                pipe = cls._load(source, folder, config, step, averaged, layout, int8)
-            pipe.preview, pipe.int8 = seen, int8
-            return pipe
+            with hf.offline_except(*weights.named(load), *opener.each(preview)):
+                given = source, folder, config, step, averaged, layout, int8
+                return complete(lambda: cls._load(*given))
         except (errors.DataError, errors.ConfigError) as e:
             described = folder / "config.json"
             if e.where == str(described):  # its sources may be senseless, too

@@ -1,4 +1,4 @@
-"""Kernels in eight bits: near the kernels they stand for, a byte for each number, and adapted."""
+"""Kernels in eight bits: near the kernels they stand for, and a byte for each number."""
 
 import flax.linen as nn
 import jax
@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from t2i_jax import errors, int8, loop, lora, pipeline, sharding
-from tests.test_lora import adapted, base  # noqa: F401
+from t2i_jax import errors, int8, pipeline, sharding
 
 
 def test_a_kernel_is_within_half_a_step_of_each_channel():
@@ -82,27 +81,3 @@ def test_a_built_in_model_draws_nearly_the_same():
     assert 0 < np.abs(a - b).mean() < 4
     with pytest.raises(errors.ConfigError, match="modle"):
         draw(int8="modle")
-
-
-def test_adapters_learn_beside_eight_bits(base, tmp_path):  # noqa: F811
-    """A stopped run goes on with the same bits, and draws with the base that it learned beside."""
-    config = adapted(base)
-    config.int8 = "model"
-    whole = loop.train(config, tmp_path / "whole")
-    config.steps = 2
-    loop.train(config, tmp_path / "parts")
-    config.steps = 3
-    assert loop.train(config, tmp_path / "parts") == whole
-    pipe = pipeline.Pipeline.load(str(tmp_path / "whole"))
-    kinds = {x.dtype for x in jax.tree.leaves(pipe.nets["model"])}
-    assert np.dtype("int8") in kinds
-    pictures = pipe(["a red circle"], steps=2)
-    merged, plain = lora.merge_run(pipe.nets, pipe.config)
-    again = pipeline.Predictor(plain).sample(merged, ["a red circle"], steps=2)
-    assert np.abs(pictures.astype(int) - again).max() <= 1
-    config.int8 = ""
-    with pytest.raises(errors.ConfigError, match="int8: 'model'"):
-        loop.train(config, tmp_path / "parts")
-    config.int8 = "model_lora"
-    with pytest.raises(errors.ConfigError, match=r"config\.int8"):
-        loop.train(config, tmp_path / "new")

@@ -228,3 +228,27 @@ def test_merging_keeps_what_half_precision_would_lose():
     adapter = {"dense": {"kernel": {"a": np.full((8, 1), 1e-3), "b": np.ones((1, 8))}}}
     merged = lora.merge({"dense": {"kernel": kernel}}, adapter, lora.Options(rank=1))
     np.testing.assert_allclose(merged["dense"]["kernel"], 1.001, rtol=1e-6)
+
+
+def test_adapters_learn_beside_a_net_in_eight_bits(base, tmp_path):
+    """A stopped run goes on with the same bits, and draws with the base that it learned beside."""
+    config = adapted(base)
+    config.int8 = "model"
+    whole = loop.train(config, tmp_path / "whole")
+    config.steps = 2
+    loop.train(config, tmp_path / "parts")
+    config.steps = 3
+    assert loop.train(config, tmp_path / "parts") == whole
+    pipe = pipeline.Pipeline.load(str(tmp_path / "whole"))
+    kinds = {x.dtype for x in jax.tree.leaves(pipe.nets["model"])}
+    assert np.dtype("int8") in kinds
+    pictures = pipe(["a red circle"], steps=2)
+    merged, plain = lora.merge_run(pipe.nets, pipe.config)
+    again = pipeline.Predictor(plain).sample(merged, ["a red circle"], steps=2)
+    assert np.abs(pictures.astype(int) - again).max() <= 1
+    config.int8 = ""
+    with pytest.raises(errors.ConfigError, match="int8: 'model'"):
+        loop.train(config, tmp_path / "parts")
+    config.int8 = "model_lora"
+    with pytest.raises(errors.ConfigError, match=r"config\.int8"):
+        loop.train(config, tmp_path / "new")
