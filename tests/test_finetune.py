@@ -126,6 +126,13 @@ def test_a_run_learns_rectangles_of_one_size(source, data, tmp_path):
         loop.Run(runs.config(size=(24, 16)), tmp_path / "new")
 
 
+@pytest.mark.parametrize("make", [finetune, finetune_lora])
+def test_width_and_height_are_arguments(source, make):
+    config = make.get_config(f"source={source},path=DATA,width=16,height=24,prior=CLASS")
+    assert config.size == (24, 16)
+    assert (config.data.source, config.data.prior) == ("subject", "CLASS")
+
+
 def test_sdxl_is_told_where_pictures_come_from(tmp_path):
     """The loss changes with what `inputs.origin` says, and the denoiser reads it in its place."""
     folders.save(folders.sdxl, tmp_path)
