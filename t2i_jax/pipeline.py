@@ -595,8 +595,11 @@ class Pipeline:
 
         def complete(read):
             # What is wrong with a small network is told before a large one is read.
-            latents = weights.sources(config).get(folders.AUTOENCODER)
-            seen = preview and previews.Preview(preview, latents)
+            seen = None
+            if preview:
+                with weights.describes(f"{source}/config.json"):
+                    latents = weights.sources(config).get(folders.AUTOENCODER)
+                seen = previews.Preview(preview, latents)
             pipe = read()
             pipe.preview, pipe.int8 = seen, int8
             return pipe

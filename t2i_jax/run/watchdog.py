@@ -12,7 +12,7 @@ from t2i_jax.run import distributed
 LIMITS = {  # seconds
     "start": 14400.0,  # opening the data, and everything before training without its own phase
     "reading frozen nets": 14400.0,
-    "captions": 86400.0,
+    "caches": 86400.0,
     "restore": 3600.0,
     "compile": 7200.0,
     "training": 3600.0,  # the parts of a step without their own phase
