@@ -275,6 +275,20 @@ class Layout:
         return math.prod(self.mesh.shape[name] for name in names)
 
 
+def free_axes() -> dict[str, int]:
+    """Axis -> devices, of the mesh in context. XLA splits arrays along these axes by itself; along
+    others a `shard_map` has split them already.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
+def free_parts() -> int:
+    """How many parts XLA splits a batch into, by the mesh in context."""
+    return math.prod(n for name, n in free_axes().items() if name != TENSOR)
+
+
 def kernel() -> str:
     """The kernel for attention in this context, one of KERNELS."""
     return _KERNEL.get()

@@ -9,7 +9,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from t2i_jax import errors, sharding
 
@@ -90,14 +90,12 @@ def _on_each_device(fn, shape):
     XLA does not split a kernel over devices. A batch or heads that the mesh does not divide are
     whole on every device.
     """
-    mesh, (b, _, n, _, _) = jax.sharding.get_abstract_mesh(), shape
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    free = [name for name, kind in kinds if kind == AxisType.Auto]  # others are split already
-    if math.prod(mesh.shape[name] for name in free) == 1:
+    (b, _, n, _, _), free = shape, sharding.free_axes()
+    if math.prod(free.values()) == 1:
         return fn
-    heads = [name for name in free if name == sharding.TENSOR and n % mesh.shape[name] == 0]
+    heads = [name for name in free if name == sharding.TENSOR and n % free[name] == 0]
     batch = tuple(name for name in free if name != sharding.TENSOR)
-    batch = batch if b % math.prod(mesh.shape[name] for name in batch) == 0 else None
+    batch = batch if b % sharding.free_parts() == 0 else None
     spec = PartitionSpec(batch, None, *heads)
     split = functools.partial(jax.shard_map, out_specs=spec, axis_names={*free}, check_vma=False)
     return split(fn, in_specs=(spec, spec, spec, PartitionSpec(batch)))

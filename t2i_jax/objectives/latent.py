@@ -279,7 +279,8 @@ class Latent:
     def loss(self, nets, batch, key, step):
         keys_B = randomness.per_example(key, batch["index"])
         keys = randomness.split_each(keys_B, 5)
-        z0 = self.space.encode(nets, batch, keys[0])
+        # One image after another: all at once, they would need more memory than learning adapters.
+        z0 = self.space.encode(nets, batch, keys[0], tiles.sliced)
         noise = randomness.normal_each(keys[1], z0.shape[1:])
         if self.options.offset:
             shared = randomness.normal_each(keys[2], (1, 1, z0.shape[-1]))
@@ -294,7 +295,7 @@ class Latent:
     def loss_at_times(self, nets, batch, key) -> OfBatch:
         """The training loss of a batch at eight fixed times, without dropout.   -> (8,)"""
         keys = randomness.split_each(randomness.per_example(key, batch["index"]), 2)
-        z0 = self.space.encode(nets, batch, keys[0])
+        z0 = self.space.encode(nets, batch, keys[0], tiles.sliced)
         noise = randomness.normal_each(keys[1], z0.shape[1:])
         size, guidance = batch["image"].shape[1:3], self.options.guidance
         cond = self.cond(nets, batch["text"], size, guidance, batch.get("origin"))
@@ -453,9 +454,7 @@ class Latent:
 
         def apply(net, x_BHWC):
             one = (lambda x: tiles.tiled(net, x, tile=places, **sides)) if tile else net
-            # A batch is split over the devices of its process, which decode an image each.
-            at_once = jax.local_device_count()
-            return tiles.sliced(one, x_BHWC, at_once=at_once) if sliced else one(x_BHWC)
+            return tiles.sliced(one, x_BHWC) if sliced else one(x_BHWC)
 
         return apply
 

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from t2i_jax import sharding
+
 OVERLAP = 0.25  # of a tile's side, at least: the next tile has it, too
 
 
@@ -54,13 +56,11 @@ def tiled(fn, x_BHWC, *, tile: int, factor: int, unit: int = 1):
     return jax.lax.scan(add, nothing_BHWC, (start_N2, row_NP, column_NQ))[0]
 
 
-def sliced(fn, x_BHWC, *, at_once: int = 1):
-    """`fn` of so many pictures at a time.
-
-    at_once: in place of a number that does not divide them, 1. Those that a number of devices
-      compute at a time are of different devices' parts of a batch.
-    """
-    k = 1 if len(x_BHWC) % at_once else at_once
+def sliced(fn, x_BHWC):
+    """`fn` of one picture after another, on each device of the mesh in context."""
+    parts = sharding.free_parts()
+    k = 1 if len(x_BHWC) % parts else parts
+    # Those of one time are of different devices' parts of the batch.
     rows = x_BHWC.reshape(k, -1, *x_BHWC.shape[1:]).swapaxes(0, 1)
     out = jax.lax.map(fn, rows).swapaxes(0, 1)
     return out.reshape(-1, *out.shape[2:])
