@@ -15,10 +15,11 @@ import ml_collections
 import numpy as np
 from absl import logging
 
-from t2i_jax import checks, errors, optim, pipeline, sharding, step, weights
+from t2i_jax import errors, optim, pipeline, sharding, step, weights
 from t2i_jax.data import cache, loader
 from t2i_jax.run import (
     checkpoint,
+    checks,
     compile_cache,
     distributed,
     failpoints,

@@ -18,9 +18,9 @@ LAYERS = (  # from bottom to top; a module has its own entry or that of its fold
     ("text.conditioner",),
     ("data",),
     ("quality",),
-    ("weights", "run.rundir", "run.health", "run.minutes"),
+    ("weights", "run.checks", "run.rundir", "run.health", "run.minutes"),
     ("objectives", "evaluators"),
-    ("pipeline", "checks"),
+    ("pipeline",),
     ("loop",),
     ("commands", "__main__"),
 )
