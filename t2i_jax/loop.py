@@ -115,9 +115,10 @@ class Run:
         self.predictor = pipeline.Predictor(config, layout=self.layout)
         self.family = family = self.predictor.objective
         self.cached = cache.named(config, family)
+        nets = weights.abstract_nets(family, config)
         if "sample" in family.predict:
             # Only traced: a wrong option of config.sample would else strike at the first picture.
-            self.predictor.trace("sample")
+            self.predictor.trace("sample", nets)
         self.optimisers = optim.make_all(config, family.trained)
         # The first process decides: with other seeds the processes would train on different noise.
         self._rollbacks = 0 if restart else distributed.as_first(rundir.rollbacks(workdir))
@@ -146,11 +147,13 @@ class Run:
         begun = not restart and (workdir / "checkpoints").is_dir()
         # A run that has begun holds its trained nets itself. Their sources may be gone by now.
         held = family.trained if begun else ()
-        self.frozen = weights.frozen_shapes(family, config, except_nets=held)  # see load_frozen
+        # See load_frozen.
+        self.frozen = weights.frozen_shapes(family, config, except_nets=held, shapes=nets)
 
         self._init = functools.partial(step.init, family, self.optimisers, dict(config.ema))
         self._example = weights.abstract_batch(family, config.batch_size)
-        self.shapes = jax.eval_shape(self._init, jax.random.key(config.seed), self._example)
+        start = functools.partial(step.start, self.optimisers, dict(config.ema))
+        self.shapes = jax.eval_shape(start, {name: dict(nets[name]) for name in family.trained})
         if config.init_from and not begun:
             source = weights.locate(config.init_from)
             weights.check_trained(source, self.shapes.nets, where="config.init_from")

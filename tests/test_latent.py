@@ -198,6 +198,15 @@ def test_nets_that_come_and_go_draw_the_same(whole, frugal, monkeypatch):
         assert loaded == ["vae", "text", "model", "vae"]
 
 
+def test_noise_of_the_steps_is_a_picture_s_own(whole):
+    """Of a solver that draws some in each step: it depends on seed and place alone."""
+    options = OPTIONS | dict(sampler="euler_ancestral")
+    both = whole(THREE[:2], **options)
+    alone = whole(THREE[1], index=[1], **options)
+    assert apart(both[1], alone[0]) <= 1
+    assert apart(whole(THREE[1], index=[0], **options)[0], alone[0]) > 1
+
+
 def test_only_the_largest_net_is_held(frugal):
     nets = {name: size(net) for name, net in frugal.nets.items()}
     held, before = [], bytes_held()
