@@ -182,9 +182,9 @@ def main() -> None:
             harness.report(trial("sd15", "adapters", 1, folder))
         if harness.CHECK or arguments[:1] == ["beside"]:
             whole, adapters = (beside(*(arguments[1:] or ["sd15"]), p, folder) for p in BOTH)
-            above = lambda row: row["state"] + row["temporaries"]
-            for row in (whole, adapters):
-                harness.report(row | {"of_whole": above(row) / above(whole)})
+            above = lambda found: found["state"] + found["temporaries"]
+            for found in (whole, adapters):
+                harness.report(found | {"of_whole": above(found) / above(whole)})
             return harness.done()
     asked = [(name, at or SLICE) for name, _, at in (a.partition("@") for a in arguments)]
     asked = asked or [(name, SLICE) for name in true_sizes.PIPELINES]
