@@ -1,6 +1,7 @@
 """Shared fixtures; the tests run on the CPU, without network."""
 
 import fcntl
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -31,6 +32,10 @@ import pytest
 
 from t2i_jax import loop
 from tests import runs
+
+# Traced programs are many small objects that live long. Looking for rings among them takes a tenth
+# of the time.
+gc.set_threshold(100_000, 50, 1000)
 
 
 def pytest_addoption(parser):

@@ -69,6 +69,7 @@ def test_split_over_devices_the_bytes_are_gathered():
     assert by_hand.q.dtype == jnp.int8
 
 
+@pytest.mark.slow
 def test_a_built_in_model_draws_nearly_the_same():
     """And its text encoder may be so, too; only nets that there are."""
     options = dict(seed=3, steps=4)

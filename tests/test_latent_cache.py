@@ -5,15 +5,17 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import finetune
-from t2i_jax import errors, loop, weights
+from t2i_jax import errors, loop, pipeline, weights
 from t2i_jax.data import cache
 from t2i_jax.pretrained import folder
 from t2i_jax.run import checkpoint
+from t2i_jax.text import tokenize
 from tests import test_finetune
 
 torch = pytest.importorskip("torch")
@@ -49,13 +51,29 @@ def write(config, workdir):
     return run._frozen_digests
 
 
-KINDS = [
-    "sdxl",
-    *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sd3", "flux", "pixart")),
-]
+@pytest.fixture(scope="module")
+def tiny():
+    return pipeline.Pipeline.load(str(folder.TINY))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_gives_the_loss_of_pictures_and_captions(tiny):
+    """A dropped caption is the kept states of the empty one."""
+    family, nets = tiny.predictor.objective.predict["sample"].__self__, tiny.nets
+    tokens, _ = tokenize.read(family.captions.tokenizers, [*folders.PROMPTS, "a ring", "", ""])
+    rows = dict(index=np.arange(5), weight=np.ones(5, np.float32))
+    rows["image"] = np.random.default_rng(0).uniform(-1, 1, (5, 16, 16, 3)).astype(np.float32)
+    whole = rows | {"text": tokens}
+    kept = rows | family.states(nets, whole, None) | family.moments(nets, whole, None)
+    empty = jax.tree.map(lambda x: x[-1:], family.states(nets, whole, None))
+    frozen = nets | {"text": nets["text"] | {"empty": empty}}
+    loss = jax.jit(lambda nets, batch: family.loss(nets, batch, jax.random.key(0), 0)[0])
+    np.testing.assert_allclose(loss(frozen, kept), loss(nets, whole), rtol=1e-5)
+    other = kept | {"mean": 3 * kept["mean"] + 2}
+    assert abs(loss(frozen, other) / loss(nets, whole) - 1) > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sdxl", "sd3", "flux", "pixart"])
 def test_a_cache_changes_no_loss(kind, data, tmp_path):
     """Dropped captions, mirrored pictures, SDXL's sizes, SD 3's zeros, padding in sight."""
     folders.save(folders.PIPELINES[kind], tmp_path / "source")
@@ -125,6 +143,7 @@ def test_a_cache_of_other_nets_or_pictures_is_refused(data, tmp_path):
         loop.Run(config(data, cache="encode"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_broken_picture_counts_nothing(data, tmp_path):
     """It is found when the cache is made, and no picture is opened afterwards."""
     own = tmp_path / "data"

@@ -230,6 +230,7 @@ def test_merging_keeps_what_half_precision_would_lose():
     np.testing.assert_allclose(merged["dense"]["kernel"], 1.001, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_adapters_learn_beside_a_net_in_eight_bits(base, tmp_path):
     """A stopped run goes on with the same bits, and draws with the base that it learned beside."""
     config = adapted(base)

@@ -105,6 +105,7 @@ def test_what_needs_weights_misses_them(tmp_path):
         loop.Run(config_of(finetune_lora, tiny(tmp_path)), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_neither_weights_nor_pictures(tmp_path, capsys):
     values = plan.show(finetune_lora.get_config(f"source={tiny(tmp_path)}"), tmp_path / "run")
     assert values["frozen/model"] == sum(
