@@ -1,7 +1,7 @@
-"""Writes docs/tpu.md: what training and sampling need on TPU slices, compiled without a TPU.
+"""Writes the tables of docs/tpu.md: what training and sampling need, compiled without a TPU.
 
 python -m benchmarks.tpu [SLICE …]      (pip install ".[tpu-aot]"; results are kept in
-out/tpu.jsonl, so that a run that was stopped goes on; the page is written from them)
+out/tpu.jsonl, so that a run that was stopped goes on; the page's last part is written from them)
 python -m benchmarks.tpu --check        (a tiny step and a tiny sampler; nothing is written; where
 libtpu is lacking, both are compiled for the CPU)
 """
@@ -161,24 +161,7 @@ def measure(slices) -> list[dict]:
     return sorted(rows, key=lambda r: order.index((r["size"], r["strategy"], r["remat"])))
 
 
-HEAD = """\
-# On TPU slices
-
-What one training step and one sampler call of `configs/dit.py` need, by XLA's compiler for TPUs:
-nothing here was run on a TPU. Made by `python -m benchmarks.tpu` with JAX {jax}, on a machine
-that has no TPU.
-
-256 picture tokens of 32 px, MiniLM's states of 32 tokens, bfloat16 products, float32 weights,
-AdamW and one average, blocks scanned. *pictures*: the largest power of two on a chip whose
-program fits its memory; the other figures are of that program. *peak*: arguments, temporaries and
-results together, and their share of the chip's memory; where not even one picture fits, what the
-compiler wanted for temporaries alone. *moved*: results of all collectives of one
-step (of one whole draw) on one chip; *hidden*: the share of these bytes that the schedule moves
-while something is computed. *compile*: seconds on two CPU cores that had other work, too.
-
-`python train.py --config=configs/dit.py:size=XL --workdir=runs/xl --dry_run --topology=v5e:2x4`
-prints the same for a config of yours.
-"""
+MARK = "<!-- From here on: python -m benchmarks.tpu -->\n"
 TABLE = """
 | | remat | pictures | peak | of memory | temporaries | GFLOP a picture | moved | hidden | compile |
 |---|---|---|---|---|---|---|---|---|---|
@@ -186,14 +169,16 @@ TABLE = """
 
 
 def page(rows) -> str:
-    text = HEAD.format(jax=rows[0]["jax"])
+    """The page as it is, with these rows in its tables."""
+    text = PAGE.read_text().split(MARK)[0] + MARK
     for slice_name in SLICES:
         for size in SIZES:
             chosen = [r for r in rows if (r["slice"], r["size"]) == (slice_name, size)]
             if not chosen:
                 continue
             chips, memory = chosen[0]["chips"], chosen[0]["memory"] / 2**30
-            text += f"\n## DiT-{size}/2 on {slice_name}: {chips} chips of {memory:.0f} GiB\n"
+            text += f"\n## DiT-{size}/2 on {slice_name}: {chips} chips of {memory:.0f} GiB\n\n"
+            text += f"Compiled with JAX {chosen[0]['jax']}.\n"
             text += TABLE + "".join(line(r) for r in chosen)
     return text
 

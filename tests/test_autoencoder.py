@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors
+from t2i_jax import errors, sharding
 from t2i_jax.models import convolution
 from t2i_jax.models.types import Moments
 from t2i_jax.pretrained import autoencoder, opener
@@ -317,13 +317,17 @@ def test_a_picture_within_a_tile_is_decoded_as_a_whole(large):
     assert np.array_equal(got, decode(part))
 
 
-def test_slices_are_the_batch(large):
+def test_slices_are_the_batch(large, monkeypatch):
     decode, latent, _, whole = large
     got = jax.jit(lambda z: tiles.sliced(decode, z))(latent)
     assert distance(got, np.asarray(whole)) < 1e-5
     rows = np.arange(12.0).reshape(6, 1, 2)
-    seen = []
-    several = tiles.sliced(lambda x: seen.append(x.shape) or 2 * x, rows, at_once=3)
-    np.testing.assert_array_equal(several, 2 * rows)
-    np.testing.assert_array_equal(tiles.sliced(lambda x: 2 * x, rows, at_once=4), 2 * rows)
-    assert {*seen} == {(3, 1, 2)}
+    # Three parts of a batch have a picture each at a time. Four do not divide six pictures.
+    with sharding.Layout({"data": 3, "tensor": 2}, devices=6).context():
+        assert sharding.free_parts() == 3
+    for parts, at_once in ((3, 3), (4, 1)):
+        monkeypatch.setattr(sharding, "free_parts", lambda n=parts: n)
+        seen = []
+        several = tiles.sliced(lambda x, seen=seen: seen.append(len(x)) or 2 * x, rows)
+        np.testing.assert_array_equal(several, 2 * rows)
+        assert {*seen} == {at_once}
