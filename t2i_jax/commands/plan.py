@@ -30,11 +30,13 @@ def slice_devices(name: str):
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
     from jax.experimental import topologies
 
+    # By default hosts have four chips, but there are some of a single one.
+    host = {"chips_per_host_bounds": (1, 1, 1)} if name.endswith(":1x1") else {}
     what, where = f"cannot compile for {name!r}", "--topology"
-    fix = 'pip install ".[tpu-aot]", and name a slice such as v5e:2x4, v5p:2x2x1, v6e:2x2'
+    fix = 'pip install ".[tpu-aot]", and name a slice such as v5e:1x1, v5e:2x4, v5p:2x2x1'
     # Exception: the plugin raises many kinds.
     with errors.explained(errors.ConfigError, what, where=where, fix=fix, of=Exception):
-        return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=name, **host).devices
 
 
 class Traffic(NamedTuple):
