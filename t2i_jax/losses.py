@@ -13,8 +13,16 @@ def squared_error(a_BHWC, b_BHWC):
 
 
 def weighted_mean(value_B, weight_B):
-    """The mean over examples by their weights; 0 where all weights are 0.   -> scalar"""
-    return (value_B * weight_B).sum() / jnp.maximum(weight_B.sum(), 1e-9)
+    """Σ weight·value over the number of examples that count; 0 where none does.   -> scalar
+
+    Not over the sum of weights: in a batch of one, a weight would then change nothing.
+    """
+    return (value_B * weight_B).sum() / jnp.maximum(counted(weight_B), 1)
+
+
+def counted(weight_B):
+    """How many examples count: those whose weight is not 0.   -> scalar, float32"""
+    return (weight_B != 0).sum().astype(jnp.float32)
 
 
 def unit(x_BP):

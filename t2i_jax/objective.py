@@ -26,8 +26,8 @@ class Aux(NamedTuple):
 class Loss(NamedTuple):
     """One loss: `fn(nets, batch, key, step) -> (scalar, Aux)`, differentiated for `nets` alone.
 
-    The scalar is the mean over the batch weighted by `batch["weight"]`: an example of weight 0
-    counts nothing.
+    The scalar is the mean over the batch of each example's value times its `batch["weight"]`. An
+    example of weight 0 counts nothing; see `losses.weighted_mean`.
 
     compares: whether an example's share depends on the other examples, as in contrastive losses,
       beyond that mean. Only the whole batch gives such a loss: a run refuses to cut it into

@@ -9,7 +9,7 @@ import optax
 from flax.core import meta
 from jax.sharding import PartitionSpec
 
-from t2i_jax import errors, optim, sharding
+from t2i_jax import errors, losses, optim, sharding
 from t2i_jax.objective import Aux, Objective
 
 FAULTY = "nonfinite_array"  # metric of a net: the number of its first array that is not finite
@@ -155,7 +155,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
         return jax.value_and_grad(scalar, has_aux=True)(params, nets)
 
     def summed(nets, batch, total):
-        """The sum over micro-batches, each by its share of the examples' total weight."""
+        """The sum over micro-batches, each by its share of the examples that count."""
         # Unrolled, not scanned: XLA:CPU runs convolutions inside a loop body through naive code.
         parts, mutated = [], {}
         for m in range(accumulate):
@@ -163,7 +163,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
             size = len(batch["weight"]) // accumulate
             micro = jax.tree.map(lambda x, m=m, n=size: x[m * n : (m + 1) * n], batch)
             (value, aux), grads = value_and_grad(nets, micro)
-            share = micro["weight"].sum() / jnp.maximum(total, 1e-9)
+            share = losses.counted(micro["weight"]) / jnp.maximum(total, 1)
             parts.append(jax.tree.map(lambda x, s=share: s * x, (value, dict(aux.metrics), grads)))
             # The next micro-batch goes on from the collections of this one, such as statistics.
             for name, changed in aux.mutated.items():
@@ -173,7 +173,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
 
     def on_each_device(nets, batch):
         axes = layout.batch_axes
-        sums, mutated = summed(nets, batch, jax.lax.psum(batch["weight"].sum(), axes))
+        sums, mutated = summed(nets, batch, jax.lax.psum(losses.counted(batch["weight"]), axes))
         return jax.lax.psum(sums, axes), jax.tree.map(lambda x: _mean(x, axes), mutated)
 
     # By hand where gradients must be summed over devices once and not for every micro-batch. Left
@@ -189,7 +189,7 @@ def _gradients(loss, nets, batch, key, step, accumulate, layout):
         )
         (value, metrics, grads), mutated = fn(layout.gather(nets, at_use=False), batch)
     elif accumulate > 1:
-        (value, metrics, grads), mutated = summed(nets, batch, batch["weight"].sum())
+        (value, metrics, grads), mutated = summed(nets, batch, losses.counted(batch["weight"]))
     else:
         (value, aux), grads = value_and_grad(nets, batch, layout.gather)
         return value, aux, grads

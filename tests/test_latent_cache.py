@@ -6,13 +6,15 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from configs import finetune
 from t2i_jax import errors, loop, pipeline, weights
-from t2i_jax.data import cache
+from t2i_jax.data import cache, inputs, transforms
 from t2i_jax.pretrained import folder
 from t2i_jax.run import checkpoint
 from t2i_jax.text import tokenize
@@ -114,17 +116,20 @@ def test_files_take_the_place_of_nets(data, tmp_path, monkeypatch):
 
 
 def test_a_cache_of_other_nets_or_pictures_is_refused(data, tmp_path):
-    write(config(data, cache=BOTH), tmp_path)
+    source = shutil.copytree(folder.TINY, tmp_path / "source")
+    write(config(data, source, cache=BOTH), tmp_path)
     moved = {"vae": f"{shutil.copytree(folder.TINY, tmp_path / 'moved')}#vae"}
 
     def kept(name, digests, **changes):
         """What a start makes of the files, which has loaded the nets of these digests."""
-        run = loop.Run(config(data, cache=BOTH, **changes), tmp_path)
+        run = loop.Run(config(data, source, cache=BOTH, **changes), tmp_path)
         run.frozen, run._frozen_digests = dict.fromkeys(digests), digests
         return cache.states(tmp_path / run.cached[name].folder, *run.kept_rows(name)).shapes
 
     for name, changes, named in (
         ("states", dict(text=dict(dtype="bfloat16")), "captions are stale: text"),
+        ("states", dict(text_length=12), "captions are stale: text_length"),
+        ("states", dict(int8="text"), "captions are stale: int8"),
         ("moments", dict(res=24), "pictures are stale: res"),
         ("moments", dict(load=moved), "pictures are stale: sources"),
     ):
@@ -135,12 +140,64 @@ def test_a_cache_of_other_nets_or_pictures_is_refused(data, tmp_path):
     assert "mean" in kept("moments", digests, load=moved)
     with pytest.raises(errors.ConfigError, match="pictures are stale: nets"):
         kept("moments", {"vae": "another"})
+    # One that is not loaded is known by marks of its files.
+    assert "mean" in kept("moments", {})
+    file = source / "vae/diffusion_pytorch_model.safetensors"
+    arrays = safetensors.numpy.load_file(file)
+    safetensors.numpy.save_file({name: 1.1 * x for name, x in arrays.items()}, file)
+    with pytest.raises(errors.ConfigError, match="pictures are stale: sources"):
+        kept("moments", {})
+    with (tmp_path / "captions/places.npy").open("r+b") as f:
+        f.seek(-8, 2)
+        f.write(b"1")
+    with pytest.raises(errors.DataError, match=r"damaged.*places.npy"):
+        kept("states", {})
+    (tmp_path / "captions/manifest.json").write_text("[1]")
+    with pytest.raises(errors.DataError, match="cannot be read"):
+        kept("states", {})
     learning = config(data, cache="states")
     learning.lora.text = dict(rank=2)
     with pytest.raises(errors.ConfigError, match="a net that learns: 'text'"):
         loop.Run(learning, tmp_path)
     with pytest.raises(errors.ConfigError, match="encode"):
         loop.Run(config(data, cache="encode"), tmp_path)
+
+
+class Source:
+    """Eight pictures, of which some are broken."""
+
+    fingerprint = ""
+
+    def __init__(self, broken):
+        self._broken = broken
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, record):
+        if record in self._broken:
+            raise transforms.BadExample("broken")
+        return {"image": np.full((4, 4, 3), record, np.uint8), "caption": ""}
+
+
+def test_what_was_broken_for_a_while_is_computed_again(tmp_path):
+    def kept(*broken, budget=0.5):
+        read = [inputs.picture((4, 4))]
+        rows = cache.Pictures(Source(broken), read, (), batch=4, budget=budget)
+        predict = lambda batch: {"mean": batch["image"].mean((1, 2, 3))}
+        made = cache.precompute(predict, rows, kept=tmp_path / "kept.safetensors")
+        return lambda record: made.make([{}], [None], [record])["mean"]
+
+    with pytest.raises(transforms.BadExample, match="when the cache was made"):
+        kept(5)(5)
+    np.testing.assert_allclose(kept()(5), transforms.to_float(np.uint8(5)), atol=1e-3)
+    (tmp_path / "kept.safetensors").unlink()
+    with pytest.raises(errors.DataError, match="5 of 8 examples are broken"):
+        kept(0, 1, 2, 5, 6)
+
+
+def test_kept_floats_are_of_sixteen_bits():
+    assert cache.arrays({"x": jnp.zeros(2, jnp.bfloat16)})["x"].dtype == jnp.float16
 
 
 @pytest.mark.slow

@@ -1,11 +1,12 @@
 """Prior preservation: a subject's pictures and its class's by turns, the latter by their weight."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from configs import finetune
-from t2i_jax import errors, images
+from t2i_jax import errors, images, losses
 from t2i_jax.data import cache, folder, inputs, loader, subject
 
 SHADES = {"own": (10, 20), "class": (110, 120, 130, 140, 150)}
@@ -75,3 +76,9 @@ def test_the_config_names_both_folders(both):
     config.data.prior = ""
     with pytest.raises(errors.DataError, match="no such folder"):
         loader.make_source(config)
+
+
+@pytest.mark.parametrize("weight", [[0.25], [0.25, 0.0]])
+def test_a_weight_counts_in_a_batch_of_one(weight):
+    value = losses.weighted_mean(jnp.array([3.0, 1.0])[: len(weight)], jnp.array(weight))
+    assert value == 0.75

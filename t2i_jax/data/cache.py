@@ -23,6 +23,7 @@ import pathlib
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -33,7 +34,7 @@ from t2i_jax import errors, images, sharding
 from t2i_jax.data import inputs, loader, transforms
 from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.objective import Cached, Input
-from t2i_jax.pretrained import text_encoder
+from t2i_jax.pretrained import hf, opener, tensors, text_encoder
 from t2i_jax.run import compile_cache, distributed, failpoints, fingerprint
 from t2i_jax.text import tokenize
 
@@ -53,7 +54,7 @@ def arrays(found) -> dict:
     """What a prediction gives, as arrays that a batch brings in its place: floats as float16."""
     if isinstance(found, Cond):
         found = {"cond_seq": found.seq_BLD, "cond_pooled": found.pooled_BD}
-    narrow = lambda x: x.astype(DTYPE) if np.issubdtype(x.dtype, np.floating) else x
+    narrow = lambda x: x.astype(DTYPE) if jnp.issubdtype(x.dtype, jnp.floating) else x
     return {name: narrow(x) for name, x in found.items()}
 
 
@@ -121,21 +122,35 @@ def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT)
 def declared(config, name, kept, digests, source, tokenizer, *, sums=fingerprint.FORMAT) -> dict:
     """What arrays depend on that a family declares: nets, how they are used, and what they read.
 
-    digests: net -> that of its variables. Nets that are not loaded are known by their sources.
+    digests: net -> that of its variables. Nets that are not loaded are known by their sources, and
+      by marks of the files there.
     """
     config = config.to_dict()
     own = {"objective": config["objective"], "text": config["text"]}
     own["model"] = {net: config["model"].get(net) for net in kept.nets}
     if kept.reads == "caption":
         own["tokenizer"] = tokenize.fingerprint(tokenizer)
+        own["text_length"] = [one.length for one in jax.tree.leaves(tokenizer)]
     else:
         lies = ("path", "data_dir", "prior")  # the fingerprint tells the data apart
         own |= {key: config[key] for key in ("augment", "res", "size")}
         own["source"] = {k: v for k, v in config["data"].items() if k not in lies}
     known = {"sums": sums, "format": FORMAT, "prediction": name, "data": source.fingerprint, **own}
-    known["sources"] = {net: config["load"].get(net) for net in kept.nets}
+    known["sources"] = {net: _sources(config["load"].get(net)) for net in kept.nets}
+    in_eight_bits = {name.strip() for name in config["int8"].split(",")}
+    known["int8"] = [net for net in kept.nets if net in in_eight_bits]
     known["nets"] = {net: digests[net] for net in kept.nets if net in digests}
     return json.loads(json.dumps(known))  # as the manifest is read: tuples become lists
+
+
+def _sources(given) -> list:
+    """What `config.load` names of a net, and the marks of the files there."""
+    found = []
+    for source in opener.each(opener.parse(given)):
+        folder = hf.locate(source)
+        # A run of ours is known by the digests alone: its nets are always loaded.
+        found.append([source, tensors.mark(folder) if hf.weights(folder) else ""])
+    return found
 
 
 def asked(config, predictor, frozen, source, name: str = "", digests=None):
@@ -155,7 +170,9 @@ def asked(config, predictor, frozen, source, name: str = "", digests=None):
     kept, run = named(config, family)[name], functools.partial(predictor.run, name, frozen)
     tokenizer = predictor.tokenizers.get("text")
     if kept.reads == "image":
-        rows = Pictures(source, family.inputs, config.augment, batch=config.batch_size)
+        rows = Pictures(
+            source, family.inputs, config.augment, batch=config.batch_size, budget=config.bad_budget
+        )
     elif tokenizer is None:
         raise errors.ConfigError(
             "the family reads no captions", where="config.cache", fix='set it to ""'
@@ -179,6 +196,8 @@ def manifest(folder: pathlib.Path) -> dict | None:
         return None
     with errors.explained(errors.DataError, "cannot be read", where=where, fix=AGAIN):
         found = json.loads(where.read_text())
+        if not isinstance(found, dict) or not {"files", "data"} <= found.keys():
+            raise ValueError("it is no manifest")
         # Manifests from before these keys.
         found.setdefault("sums", fingerprint.WEIGHTED)
         if "arrays" not in found:
@@ -216,7 +235,11 @@ def states(folder: pathlib.Path, predict, rows, identity) -> Input:
 
 def _from_files(folder, manifest, rows) -> Input:
     """Arrays in files, read as batches ask for them."""
-    places = np.load(folder / PLACES, allow_pickle=False)
+    with _sound(folder / PLACES):
+        places = np.load(folder / PLACES, allow_pickle=False)
+        # Manifests from before this key.
+        if manifest.get("places", _sum({PLACES: places})) != _sum({PLACES: places}):
+            raise ValueError("it is not what was written")
     paths = []
     for name, size in manifest["files"].items():
         path = folder / name
@@ -229,8 +252,17 @@ def _from_files(folder, manifest, rows) -> Input:
         paths.append(str(path))
     records = array_record_data_source.ArrayRecordDataSource(paths)
     logging.info("%s of %d rows in %s", manifest["prediction"], len(records), folder)
-    read = lambda numbers: records.__getitems__(places[numbers].tolist())
+
+    def read(numbers):
+        with _sound(folder):
+            return records.__getitems__(places[numbers].tolist())
+
     return rows.input(read, manifest["arrays"])
+
+
+def _sound(path):
+    of = (OSError, ValueError, EOFError, RuntimeError)  # the last is array_record's
+    return errors.explained(errors.DataError, "damaged", where=path, fix=AGAIN, of=of)
 
 
 def precompute(predict, rows, *, kept=None) -> Input:
@@ -241,7 +273,10 @@ def precompute(predict, rows, *, kept=None) -> Input:
       rows: `Captions` or `Pictures`.
       kept: a file for the next start, or None; what it holds is not computed.
     """
-    held = _opened(kept) or _computed(predict, rows, kept)
+    held = _opened(kept)
+    # A disk that was away for a while made rows empty: what is whole by now is not left out.
+    if held is None or rows.mended(np.flatnonzero(np.diff(held["offsets"]) == 0)):
+        held = _computed(predict, rows, kept)
     flat, offsets, places = held["flat"].data, held["offsets"], held["places"]
     read = lambda numbers: [flat[offsets[i] : offsets[i + 1]] for i in places[numbers].tolist()]
     return rows.input(read, json.loads(held["arrays"].tobytes()))
@@ -258,6 +293,7 @@ def _computed(predict, rows, kept) -> dict:
             _check_size(rows.total(found))
         flat += rows.packed(found)
         offsets.append(len(flat))
+    rows.check_broken()
     seconds = time.perf_counter() - started
     logging.info("computed them in %.0f s (%.0f MB)", seconds, len(flat) / 1e6)
     held = {"flat": np.frombuffer(flat, np.uint8), "offsets": np.array(offsets)}
@@ -352,12 +388,15 @@ def write(folder: pathlib.Path, predict, rows, identity) -> dict:
         files[name] = _write_file(folder / name, records)
         images.write_whole(folder / BUILDING, json.dumps([known, files]).encode())
         logging.info("%d of %d rows", start + len(some), len(order))
+    rows.check_broken()
     # One row again: after a restart with all files whole, nothing else tells the shapes.
     layout = rows.layout(next(filter(None, rows.computed(predict, order)), None))
     more = {"arrays": layout, "dtype": DTYPE.name, "rows": len(order), "files": files}
+    places = _places(rows)
+    more["places"] = _sum({PLACES: places})
     with _writing(folder):
         with (folder / PLACES).open("wb") as f:
-            np.save(f, _places(rows))
+            np.save(f, places)
         # The manifest comes last: `states` takes a folder with one for whole.
         images.write_whole(folder / MANIFEST, json.dumps({**known, **more}, indent=1).encode())
     return {**known, **more}
@@ -408,6 +447,13 @@ class Rows:
     """
 
     name, ragged, shard = "", (), 64 * BATCH
+
+    def check_broken(self) -> None:
+        """Raises DataError where too many of the rows that were computed are broken."""
+
+    def mended(self, places) -> bool:
+        """Whether a row is whole that was not, of those at some places of `order`."""
+        return False
 
     def layout(self, found) -> dict:
         """Name -> shape and type of a row's arrays; −1 for a length that differs by row.
@@ -551,12 +597,13 @@ class Pictures(Rows):
     """A source's pictures as a family's inputs make them; twice where training mirrors some.
 
     augment: names of augmentations, which mirror.
+    budget: the share of broken ones that is borne, see `loader.check_broken`.
     """
 
     name, shard = "pictures", 256
 
-    def __init__(self, source, read, augment, *, batch: int):
-        self._source, self._batch = source, batch
+    def __init__(self, source, read, augment, *, batch: int, budget: float):
+        self._source, self._batch, self._budget, self._broken = source, batch, budget, {}
         self._inputs = [one for one in read if one.reads == ("image",)]
         self._augment = [transforms.AUGMENTATIONS[name] for name in augment]
         self._views = 2 if augment else 1
@@ -571,11 +618,18 @@ class Pictures(Rows):
             made = inputs.arrays(self._inputs, [example], [None], [record])
         except transforms.BadExample as e:
             logging.log_first_n(logging.WARNING, "example %d is broken: %s", 5, record, e)
+            self._broken[record] = str(e)
             return None
         if mirrored:
             made["image"] = made["image"][:, :, ::-1]
         seen = lambda x: transforms.to_float(x) if sharding.is_image(x.dtype, x.ndim) else x
         return jax.tree.map(seen, made)
+
+    def check_broken(self):
+        loader.check_broken(self._source, self._broken, len(self._source), self._budget)
+
+    def mended(self, places):
+        return any(self._made(self.order[place]) for place in places)
 
     def computed(self, predict, order):
         """Yields the arrays of each of the rows, None of a broken picture."""

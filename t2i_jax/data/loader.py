@@ -185,20 +185,26 @@ class Loader:
         self._seen[batch.records] = True
         for slot, record, reason in batch.bad:
             self.quarantine.setdefault(record, (step, slot, reason))
-        broken, n = len(self.quarantine), len(self._source)
-        if not batch.bad:
-            return
-        seen = int(self._seen.sum())
-        allowed = self._budget * max(seen, min(n, JUDGED))
-        if broken == n or broken > max(allowed, FEW if self._budget else 0):
-            kinds = (reason.split(":")[0] for *_, reason in self.quarantine.values())
-            top = collections.Counter(kinds).most_common(3)
-            raise errors.DataError(
-                f"{broken} of {seen} examples are broken: "
-                + "; ".join(f"{kind} ({count})" for kind, count in top),
-                where=", ".join(_where(self._source, r) for r in sorted(self.quarantine)[:5]),
-                fix="mend or remove them, or raise config.bad_budget",
-            )
+        if batch.bad:
+            reasons = {record: reason for record, (*_, reason) in self.quarantine.items()}
+            check_broken(self._source, reasons, int(self._seen.sum()), self._budget)
+
+
+def check_broken(source, reasons, seen: int, budget: float) -> None:
+    """Raises DataError where more examples are broken than a share of those seen may be.
+
+    reasons: record -> what is wrong with it.
+    """
+    broken, n = len(reasons), len(source)
+    allowed = budget * max(seen, min(n, JUDGED))
+    if broken and (broken == n or broken > max(allowed, FEW if budget else 0)):
+        kinds = collections.Counter(reason.split(":")[0] for reason in reasons.values())
+        raise errors.DataError(
+            f"{broken} of {seen} examples are broken: "
+            + "; ".join(f"{kind} ({count})" for kind, count in kinds.most_common(3)),
+            where=", ".join(_where(source, record) for record in sorted(reasons)[:5]),
+            fix="mend or remove them, or raise config.bad_budget",
+        )
 
 
 def read(source, record: int) -> dict:

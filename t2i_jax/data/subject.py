@@ -62,8 +62,8 @@ def make(
 ):
     """The pictures of `folder.make` at `path`, each followed by one of the folder `prior`.
 
-    Half of the examples are of the class, and count `prior_weight` in the loss: but for a constant
-    factor this is equation 2, whose λ it is. The split "test" is of the subject alone.
+    Half of the examples are of the class, and count `prior_weight` in the loss, which is on average
+    half of equation 2: this is its λ. The split "test" is of the subject alone.
 
     Args:
       prior: a folder of the class's pictures, as a rule drawn by the model before.
