@@ -96,14 +96,7 @@ def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
     else:
         raise _unequal("seed", len(seeds), len(texts), n)
     if index is not None:
-        place_B = np.array(_listed(index, "index", "a list of whole numbers"))
-        if place_B.shape != (n,):
-            raise _unequal("index", len(place_B), n, n)
-        for one in place_B.tolist():
-            if not is_whole(one) or not 0 <= one < INDEX_LIMIT:
-                raise errors.ConfigError(
-                    f"a place is {one!r}", where="index", fix="give whole numbers from 0"
-                )
+        place_B = places(index, n)
     negatives = None
     if negative_prompt is not None:
         negatives = _listed(negative_prompt, "negative_prompt", "a string or a list of strings")
@@ -115,6 +108,25 @@ def pictures(prompts, num_images, seed, negative_prompt, index) -> dict:
         negatives = [text for text in negatives for _ in range(n // len(negatives))]
     captions = [text for text in texts for _ in range(num_images)]
     return dict(captions=captions, seed=seed_B, index=place_B, negative_prompt=negatives)
+
+
+def places(index, n: int):
+    """The places of n images under their seeds.   -> array of n
+
+    Raises:
+      ConfigError: not n whole numbers from 0 on.
+    """
+    place_B = np.array(_listed(index, "index", "a list of whole numbers"))
+    if place_B.shape != (n,):
+        raise errors.ConfigError(
+            f"{len(place_B)} of them for {n} examples", where="index", fix="give one for each"
+        )
+    for one in place_B.tolist():
+        if not is_whole(one) or not 0 <= one < INDEX_LIMIT:
+            raise errors.ConfigError(
+                f"a place is {one!r}", where="index", fix="give whole numbers from 0"
+            )
+    return place_B
 
 
 def _listed(values, where: str, wanted: str) -> list:

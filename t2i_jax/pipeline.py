@@ -67,7 +67,10 @@ class Predictor:
         fn = self.objective.predict[name]
         parameters = fields.signature(fn).parameters
         options = {p.name: p.default for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
-        for values, where in ((self.config.get(name, {}), f"config.{name}"), (given, "--")):
+        # What is drawn otherwise, as from another image, has the settings of drawing.
+        drawing = {k: v for k, v in self.config.get("sample", {}).items() if k in options}
+        own = self.config.get(name, {})
+        for values, where in ((drawing, "config.sample"), (own, f"config.{name}"), (given, "--")):
             options |= fields.check(fn, values, where=where, given=3)
         return options
 
@@ -248,11 +251,12 @@ class Predictor:
             raise _of_batch(name)
         fields.check_names(self.batch, examples, where="examples")
         n = _count(examples)
-        for argument, rows in (("seed", seed), ("index", index)):
-            if np.ndim(rows) and len(rows) != n:
-                raise errors.ConfigError(
-                    f"{len(rows)} of them for {n} examples", where=argument, fix="give one for each"
-                )
+        if np.ndim(seed) and len(seed) != n:
+            raise errors.ConfigError(
+                f"{len(seed)} of them for {n} examples", where="seed", fix="give one for each"
+            )
+        if index is not None:
+            limits.places(index, n)
         for one in np.broadcast_to(np.asarray(seed), n).tolist():
             limits.check_seed(one, "--seed")
         if any(examples.get("negative_prompt") or ()):
@@ -261,6 +265,8 @@ class Predictor:
 
     def _rows(self, name: str, n: int, batch_size) -> int:
         """The rows of a compiled call for n examples, see `draw`."""
+        if batch_size is not None:
+            fields.checked(fields.Size, "batch_size", batch_size, where="batch_size")
         size = min(batch_size or self.config.batch_size, _padded(n))
         together = getattr(self.objective.predict[name], "together", False)
         if together and n != size:
@@ -297,7 +303,7 @@ class Predictor:
                 own = {net: nets[net] for net in nets if net.removesuffix(SUFFIX) in held}
 
             def run(i, batch, seed, stage=stage, fn=fn, own=own, arrays=arrays):
-                batch = jax.device_put(batch, self._layout and self._layout.batch)
+                batch = self._placed(batch)
                 if stage.times is None:
                     return jax.device_get(fn(own, batch, seed, arrays))
                 for n in range(stage.times(batch, **settings)):
@@ -312,6 +318,16 @@ class Predictor:
                 batches[i] = run(i, batches[i], seed)
             del run  # it refers to the nets
         return batches
+
+    def _placed(self, batch):
+        """A stage's result on the devices. What a scan made begins with layers, and these need not
+        divide.
+        """
+        if not (layout := self._layout):
+            return jax.device_put(batch)
+        fits = lambda x: np.ndim(x) and len(x) % layout.parts == 0
+        where = jax.tree.map(lambda x: layout.batch if fits(x) else layout.whole, batch)
+        return jax.device_put(batch, where)
 
     def _announced_at(self, name: str, nets, batch, seed, examples, options, staged: bool):
         """Says when something is compiled, which may take long, and gives the time; else None."""
@@ -423,11 +439,12 @@ class Predictor:
         whole = image_BFHWC[:-1].reshape(-1, *image_BFHWC.shape[2:])
         return np.concatenate([whole, image_BFHWC[-1:, 0]])
 
-    def batch(self, image=None, caption=None, negative_prompt=None, noise=None):
+    def batch(self, image=None, caption=None, negative_prompt=None, noise=None, scale=None):
         """Examples as a batch that predictions take: uint8 images HWC, captions, those to be guided
-        away from, and noise; what there is of them, and the inputs that can be made of that.
+        away from, noise, and how much larger images are in their files; what there is of them, and
+        the inputs that can be made of that.
         """
-        given = {"image": image, "caption": caption}
+        given = {"image": image, "caption": caption, "scale": scale}
         given = {key: rows for key, rows in given.items() if rows is not None}
         batch, n = self._made(given), len(next(iter(given.values())))
         if any(negative_prompt or ()):
@@ -725,7 +742,12 @@ class Pipeline:
             raise errors.ConfigError(
                 f"no option {name!r}", where="draw", fix=f"say {limits.ALIASES[name]!r}"
             )
-        self.tell_unknown_words([*asked["captions"], *(asked["negative_prompt"] or ())])
+        texts = [text for text in (*asked["captions"], *(asked["negative_prompt"] or ())) if text]
+        self.tell_unknown_words(texts)
+        self._tell_what_is_not_read(texts)
+        settings = self.predictor.check("sample", **options)
+        if any(asked["negative_prompt"] or ()) and settings.get("guidance") == 1:
+            logging.warning("guidance 1 is none: the negative prompt changes nothing")
         options = dict(noise=noise, batch_size=limit, watch=self._watch(callback), **options)
         return self.predictor.sample(self.nets, **asked, **options)
 
@@ -755,6 +777,14 @@ class Pipeline:
         if missing := [word for word in dict.fromkeys(missing) if word not in self._told]:
             self._told.update(missing)
             logging.warning("%s", words.message(missing, self.words))
+
+    def _tell_what_is_not_read(self, texts) -> None:
+        """Warns, once for each, of texts that are too long for the model."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._told]
+        for text, lost in zip(new, self.predictor.cuts(new), strict=True):
+            if lost:
+                self._told.add(text)
+                logging.warning("%r … is too long for the model, which misses %r", text[:40], lost)
 
     def evaluate(self, name: str, **options) -> dict:
         """Runs one evaluator of t2i_jax/evaluators on this model."""

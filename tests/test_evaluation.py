@@ -590,7 +590,7 @@ def test_broken_pictures_are_left_out_of_the_held_out_loss(tmp_path, caplog):
     (tmp_path / "1.png").write_bytes(b"<html>")
     told = []
     predict = {
-        "batch": lambda pictures, captions: {"image": pictures, "index": np.arange(len(captions))},
+        "batch": lambda image, caption, scale: {"image": image, "index": np.arange(len(caption))},
         "loss_at_times": lambda nets, batch, seed: (
             told.append(batch) or [batch["image"][0][0, 0, 0]]
         ),

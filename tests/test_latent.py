@@ -198,6 +198,24 @@ def test_nets_that_come_and_go_draw_the_same(whole, frugal, monkeypatch):
         assert loaded == ["vae", "text", "model", "vae"]
 
 
+def test_img2img_has_the_settings_of_drawing(whole):
+    settings = whole.predictor.check("img2img")
+    for name, value in whole.config.sample.items():
+        assert settings[name] == value
+
+
+def test_what_would_change_nothing_is_told(whole, caplog):
+    with pytest.raises(errors.ConfigError, match="guidance is 0"):
+        whole(THREE, guidance=0.0)
+    config = weights.config_at(str(folder.TINY))
+    config.text = dict(dtype="float32", clip=dict(skip=1))
+    with pytest.raises(errors.ConfigError, match=r"clip.*config.text"):
+        pipeline.Predictor(config)
+    for _ in range(2):
+        whole._tell_what_is_not_read(["a ring " * 100])
+    assert caplog.text.count("too long for the model") == 1
+
+
 def test_noise_of_the_steps_is_a_picture_s_own(whole):
     """Of a solver that draws some in each step: it depends on seed and place alone."""
     options = OPTIONS | dict(sampler="euler_ancestral")

@@ -312,3 +312,8 @@ def test_a_part_is_asked_for_by_its_whole_name_alone(monkeypatch):
     assert asked == [False, True, True]
     hf._fetch_index.cache_clear()
     assert not weights.is_ours("hf:org/name@1#vae")
+
+
+def test_as_many_encoders_as_the_net_has():
+    with pytest.raises(errors.ConfigError, match="2 sources of a net with 1 parts"):
+        opener.load(("a", "b"), {"params": {"encoders_0": {}}})

@@ -56,7 +56,8 @@ def make(
             # A shorter last batch would compile again, and its images would weigh more.
             if values and len(some) < batch_size:
                 break
-            batch = predict["batch"]([e["image"] for e in some], [e["caption"] for e in some])
+            given = {key: [e[key] for e in some] for key in ("image", "caption")}
+            batch = predict["batch"](**given, scale=[e.get("scale", 1.0) for e in some])
             # The index decides about the noise, so each image has its own.
             batch["index"] += len(values) * batch_size
             values.append(predict[prediction](nets, batch, seed=seed))

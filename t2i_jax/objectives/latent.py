@@ -27,7 +27,8 @@ from t2i_jax.sampling import scheduler, solvers, tiles
 NETS = ("model", folders.AUTOENCODER)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
-Guidance = Annotated[float, fields.at_least(0), fields.compiled_apart(guide.NONE)]
+# Below 1 a caption would count less than without guidance. diffusers takes such numbers for 1.
+Guidance = Annotated[float, fields.at_least(1), fields.compiled_apart(guide.NONE)]
 Steps = Annotated[int, fields.count()]
 Side = Annotated[int, fields.at_least(0)]  # 0: that of the config
 Solver = Annotated[str, fields.one_of(("", *solvers.SOLVERS))]
@@ -138,6 +139,8 @@ class Latent:
                 fix="load one that the denoiser was trained with",
             )
         self.space = latents(self.vae, self.pixels)
+        for option in config.text:
+            errors.check_known("option", option, ("dtype",), where="config.text")
         self.captions = folders.Captions(
             self.folder,
             width=denoiser.config.get("joint_attention_dim", 0),

@@ -164,6 +164,12 @@ def _together(source, variables):
 def _each(source, shapes):
     if isinstance(source, str):
         return [(open(source), shapes)]
+    if (n := len(shapes["params"])) != len(source):
+        raise errors.ConfigError(
+            f"{len(source)} sources of a net with {n} parts",
+            where=", ".join(source),
+            fix="name as many as the model has encoders, in its order",
+        )
     parts = [{"params": shapes["params"][f"encoders_{i}"]} for i in range(len(source))]
     return zip(map(open, source), parts, strict=True)
 
