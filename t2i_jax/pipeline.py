@@ -604,7 +604,8 @@ class Pipeline:
         """
         compile_cache.enable()
         source = os.fspath(source)
-        config, local = weights.config_at(source), jax.local_devices()
+        with weights.describes(source):
+            config, local = weights.config_at(source), jax.local_devices()
         # Not by config.attention, which names a kernel of the devices that trained.
         layout = sharding.Layout(mesh or {"data": -1}, strategy, devices=local)
         layout = layout if len(local) > 1 else None
@@ -664,7 +665,8 @@ class Pipeline:
             raise errors.ConfigError(
                 f"a pretrained pipeline has no step {step}", where=source, fix="leave out --step"
             )
-        predictor = Predictor(config, layout=layout)
+        with weights.describes(source):
+            predictor = Predictor(config, layout=layout)
         nets = weights.imported(predictor.objective, config, layout and layout.nets)
         nets = nets if low_memory else dict(nets)
         if files:

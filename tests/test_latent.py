@@ -387,3 +387,13 @@ def test_the_command_draws_with_little_memory_and_shows_steps(small, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000_preview.png", "00001_s0.png"]
+
+
+@pytest.mark.parametrize("change", [dict(block_out_channels=None), dict(down_block_types=7)])
+def test_a_senseless_config_of_a_network_is_one_error(change, tmp_path):
+    source = shutil.copytree(folder.TINY, tmp_path / "source")
+    path = source / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(errors.Error) as caught:
+        pipeline.Pipeline.load(str(source))
+    assert caught.value.exit_code in (65, 78)
