@@ -458,7 +458,7 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
 
 
 def _cut(pipe, requests, strict):
-    prompts = sorted({r.prompt for r in requests if r.prompt})
+    prompts = sorted({text for r in requests for text in (r.prompt, r.negative_prompt) if text})
     cuts = dict(zip(prompts, pipe.predictor.cuts(prompts), strict=True))
     each = pipe.predictor.tokenizers.values()
     for prompt, cut in cuts.items():

@@ -17,8 +17,10 @@ from t2i_jax.commands import cli
 
 PROMPT = flags.DEFINE_string("prompt", "a photograph of a red bicycle", "What is encoded.")
 WITH = flags.DEFINE_enum("with", None, ["diffusers"], "Compute it with another library, too.")
-WIDTH = flags.DEFINE_integer("width", 0, "Of the noise, in pixels; 0: the model's own.")
-HEIGHT = flags.DEFINE_integer("height", 0, "As --width.")
+WIDTH = flags.DEFINE_integer(
+    "width", 0, "Of the noise, in pixels; 0: the model's own.", lower_bound=0
+)
+HEIGHT = flags.DEFINE_integer("height", 0, "As --width.", lower_bound=0)
 SHOWN = 4  # numbers of each result
 
 
