@@ -76,7 +76,7 @@ def locate(source: str) -> pathlib.Path:
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The config of a run: plain values from its config.json."""
     path = folder / "config.json"
-    check_regular(path)
+    hf.check_regular(path)
     fix, of = "restore the file from a copy of the run", (ValueError, RecursionError)
     with errors.explained(errors.DataError, "not JSON", where=path, fix=fix, of=of):
         values = json.loads(files.read_text(path))
@@ -103,14 +103,6 @@ def describes(path: pathlib.Path):
     fix = "restore the file from a copy, or see --debug"
     say = lambda e: f"{errors.named(e)} in {errors.place(e)}"
     return errors.explained(errors.DataError, what, where=path, fix=fix, of=SENSELESS, say=say)
-
-
-def check_regular(path: pathlib.Path) -> None:
-    """Raises DataError where a pipe, a socket or a device lies: reading it might never end."""
-    if path.exists() and not path.is_file():
-        raise errors.DataError(
-            "not a regular file", where=str(path), fix="copy or export the model again"
-        )
 
 
 def config_at(source: str) -> ml_collections.ConfigDict:
@@ -493,7 +485,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
             raise errors.ConfigError(
                 f"an exported model has no step {step}", where=str(folder), fix="leave out --step"
             )
-        check_regular(folder / EXPORTED)
+        hf.check_regular(folder / EXPORTED)
         return tensors.load(tensors.match(folder, targets, tensors.OURS)), None
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
@@ -597,5 +589,5 @@ def _plain(value, where: str):
 
 def _stored(folder: pathlib.Path):
     """The tensors of an exported model's file, by name, and its notes."""
-    check_regular(folder / EXPORTED)
+    hf.check_regular(folder / EXPORTED)
     return tensors.header(folder / EXPORTED)

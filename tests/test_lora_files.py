@@ -1,6 +1,7 @@
 """Files of adapters: what other programs may write in them, and what is refused."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -95,11 +96,20 @@ def test_kohyas_alpha_may_be_a_whole_number(plans, module, tmp_path):
         {"B": np.zeros((8, 3), np.float32)},
         {"A": np.full((4, 8), np.nan, np.float32)},
         {"A": np.zeros((0, 8), np.float32), "B": np.zeros((8, 0), np.float32)},
+        {"A": np.zeros(4, np.float32)},
+        {"A": np.zeros((4, 8, 1), np.float32)},
+        {"kohya": True, "alpha": np.zeros(0, np.float32)},
+        {"kohya": True, "alpha": np.array(np.nan, np.float32)},
+        {"notes": {"text_encoder.r": "4"}},
+        {"notes": {"text_encoder.r": -4}},
+        {"notes": {"text_encoder.lora_alpha": "eight"}},
+        {"notes": {"text_encoder.lora_alpha": math.nan}},
+        {"notes": {"text_encoder.lora_alpha": 10**400}},
     ],
 )
 def test_matrices_that_are_no_adapter_are_refused(plans, module, tmp_path, change):
     path, _ = written(tmp_path / "a.safetensors", *module, **change)
-    with pytest.raises(errors.DataError, match="has matrices of"):
+    with pytest.raises(errors.DataError, match=r"q_proj has matrices of.*a\.safetensors"):
         lora_files.read(path, plans)
 
 

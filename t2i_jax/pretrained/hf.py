@@ -145,8 +145,17 @@ def _beside(part: str) -> str:
     return part.replace("text_encoder", "tokenizer")  # as diffusers calls the two folders
 
 
+def check_regular(path: pathlib.Path) -> None:
+    """Raises DataError where a pipe, a socket or a device lies: reading it might never end."""
+    if path.exists() and not path.is_file():
+        raise errors.DataError(
+            "not a regular file", where=str(path), fix="copy or export the model again"
+        )
+
+
 def read_json(path: pathlib.Path) -> dict:
     """One JSON object of a checkpoint."""
+    check_regular(path)
     fix = "copy the checkpoint again"
     with errors.explained(errors.DataError, "not readable as JSON", where=path, fix=fix):
         value = json.loads(files.read_text(path))
