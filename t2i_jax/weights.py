@@ -543,14 +543,9 @@ def export(
     """
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     note = {"frozen": json.dumps(frozen)} if frozen else None
-    with np.errstate(over="ignore"):  # told below
-        arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
-    if lost := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
-        raise errors.ConfigError(
-            f"{dtype} has no room for values of {', '.join(lost[:5])}",
-            where="--dtype",
-            fix="export with --dtype=float32",
-        )
+    flat = {name: np.asarray(jax.device_get(v)) for name, v in flat.items()}
+    tensors.check_room(flat, dtype)
+    arrays = {name: x.astype(dtype) for name, x in flat.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # The config comes after the weights: by it a folder counts as a model, see `locate`.
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(arrays, note))

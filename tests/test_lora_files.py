@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, objective, pipeline, weights
-from t2i_jax.pretrained import folder, lora_files, opener
+from t2i_jax.pretrained import folder, lora_files, opener, writer
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +111,23 @@ def test_matrices_that_are_no_adapter_are_refused(plans, module, tmp_path, chang
     path, _ = written(tmp_path / "a.safetensors", *module, **change)
     with pytest.raises(errors.DataError, match=r"q_proj has matrices of.*a\.safetensors"):
         lora_files.read(path, plans)
+
+
+def test_half_precision_without_room_writes_nothing(plans, module, tmp_path):
+    path, _ = written(
+        tmp_path / "a.safetensors", *module, B=np.full((module[1][1], 4), 1e5, np.float32)
+    )
+    adapters = lora_files.read(path, plans)
+    without_room = pytest.raises(errors.ConfigError, match="float16 has no room for values of")
+    with without_room:
+        lora_files.write(tmp_path / "out", adapters, plans, "float16")
+    params = {"conv_in": {"bias": np.full(8, 1e5, np.float32)}}
+    opened = folder.open(str(folder.TINY))
+    with without_room:
+        writer.pipeline(opened, tmp_path / "out", {"unet": params}, "float16", {})
+    assert not (tmp_path / "out").exists()
+    lora_files.write(tmp_path / "out", adapters, plans, "float32")
+    assert lora_files.read(tmp_path / "out" / lora_files.WEIGHTS, plans)
 
 
 def test_a_pipeline_knows_the_files_it_was_loaded_with(plans, module, tmp_path):

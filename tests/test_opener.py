@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from t2i_jax import errors, weights
 from t2i_jax.models.types import Cond, Features, Moments, Output
-from t2i_jax.pretrained import hf, opener, text_encoder
+from t2i_jax.pretrained import hf, opener, text_encoder, writer
 from tests import test_conditioning
 from tests import test_text_families as texts
 from tests import test_vits as pictures
@@ -232,6 +232,20 @@ def test_pickles_of_diffusers_say_how_they_are_converted(encoder):
     (encoder / hf.WEIGHTS).rename(encoder / "diffusion_pytorch_model.bin")
     with pytest.raises(errors.DataError, match=r"can run code.*import diffusers.*AutoModel"):
         opener.open(str(encoder))
+
+
+def test_what_equals_a_trained_tensor_is_written_with_it(encoder, tmp_path):
+    """A file may hold T5's embedding under both of its names, and transformers reads the other."""
+    texts.by_golden("t5 1.1", encoder)
+    stored = safetensors.numpy.load_file(encoder / hf.WEIGHTS)
+    names = "shared.weight", "encoder.embed_tokens.weight"
+    table = stored.pop(names[0], stored.pop(names[1], None))
+    safetensors.numpy.save_file(stored | dict.fromkeys(names, table), encoder / hf.WEIGHTS)
+    params = jax.tree.map(lambda x: np.asarray(x) + 1, loaded(encoder)["params"])
+    writer.component(str(encoder), params, tmp_path / "out", "float32")
+    found = safetensors.numpy.load_file(tmp_path / "out" / hf.WEIGHTS)
+    for name in names:
+        np.testing.assert_array_equal(found[name], table + 1)
 
 
 # --- the hub ---

@@ -51,6 +51,7 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
     """Writes adapters in PEFT's layout, their scale multiplied in; returns the file.
 
     Args:
+      folder: is made where it is missing.
       adapters: part, such as "unet" -> its adapter.
       plans: part -> what `tensors.match` found of its network.
     """
@@ -69,7 +70,7 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
                         up = up[..., None, None]
                     for name, value in (("lora_A", down), ("lora_B", up)):
                         key = f"{part}.{module}.{name}.weight"
-                        arrays[key] = np.ascontiguousarray(value, dtype)
+                        arrays[key] = np.ascontiguousarray(value)
                     modules.append(module)
             ranks.add(pair.a.shape[-1])
         rank = max(ranks)
@@ -77,6 +78,9 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
         own = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
         notes |= {f"{part}.{name}": value for name, value in own.items()}
     note = {"format": "pt", METADATA: json.dumps(notes, sort_keys=True)}
+    tensors.check_room(arrays, dtype)
+    arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     images.write_whole(folder / WEIGHTS, safetensors.numpy.save(arrays, note))
     return folder / WEIGHTS
 

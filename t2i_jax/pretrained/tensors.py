@@ -303,6 +303,18 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
     return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
 
 
+def check_room(arrays, dtype) -> None:
+    """Raises ConfigError where values of an array, by its name, are not finite in a type."""
+    with np.errstate(over="ignore"):  # told below
+        lost = [k for k, x in arrays.items() if not _finite(np.asarray(x).astype(dtype))]
+    if lost:
+        raise errors.ConfigError(
+            f"{dtype} has no room for values of {', '.join(lost[:5])}",
+            where="--dtype",
+            fix="export with --dtype=float32",
+        )
+
+
 def _flatten(found: dict[str, _Tensor], source: str, shape: tuple) -> None:
     """Takes a 1 × 1 convolution, as old files have it in attention, for the product it is."""
     if source in found and found[source].shape == (*shape, 1, 1):
