@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, objective, pipeline, weights
-from t2i_jax.commands import export
+from t2i_jax.commands import export, verify
 from t2i_jax.pretrained import folder, hf, previews, writer
 
 torch = pytest.importorskip("torch")
@@ -63,6 +63,18 @@ def test_verify_says_what_both_compute():
     apart = [float(text) for text in re.findall(r"difference (\S+)", said)]
     assert len(apart) == 3  # text, denoiser, autoencoder
     assert max(apart) < 1e-4
+
+
+def test_diffusers_is_told_which_files_are_there(tmp_path, monkeypatch):
+    """It looks for a variant only where it is asked for one."""
+    path = shutil.copytree(folder.TINY, tmp_path / "tiny")
+    for file in path.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    monkeypatch.setattr(verify, "PROMPT", types.SimpleNamespace(value=folders.PROMPTS[0]))
+    opened, config = folder.open(str(path)), weights.config_at(str(path))
+    family = pipeline.Predictor(config).objective.predict["parts"].__self__
+    found = verify.diffusers_parts(opened, np.zeros((1, 8, 8, 4), np.float32), family)
+    assert found["denoiser"].shape == (1, 8, 8, 4)
 
 
 def test_without_strength_no_caption_changes_an_image():

@@ -193,6 +193,12 @@ def test_weights_of_any_name_are_found(encoder, stem, variant):
 @pytest.mark.parametrize("stem", hf.STEMS)
 def test_weights_in_shards_of_any_name_are_found(encoder, stem, index):
     want = loaded(encoder)
+    in_shards(encoder, stem, index)
+    same(loaded(encoder), want)
+
+
+def in_shards(encoder, stem, index):
+    """Takes the file of weights apart into two shards in half precision by their names."""
     stored, shards = safetensors.numpy.load_file(encoder / hf.WEIGHTS), {}
     for i in range(2):
         name = f"{stem}.fp16-0000{i + 1}-of-00002.safetensors"
@@ -201,7 +207,6 @@ def test_weights_in_shards_of_any_name_are_found(encoder, stem, index):
         shards |= dict.fromkeys(part, name)
     (encoder / index.format(stem)).write_text(json.dumps({"weight_map": shards}))
     (encoder / hf.WEIGHTS).unlink()
-    same(loaded(encoder), want)
 
 
 def test_what_transformers_saves_as_a_variant_in_shards_is_found(encoder):
@@ -308,6 +313,15 @@ def test_a_variant_is_fetched_only_where_there_is_nothing_else(hub, encoder):
     (encoder / hf.WEIGHTS).rename(encoder / "model.fp16.safetensors")
     assert opener.open("hf:encoder@1").folder.name == "encoder"
     assert sorted(hub) == ["config.json", "model.fp16.safetensors"]
+
+
+@pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+def test_all_shards_that_an_index_names_are_fetched(hub, encoder, index):
+    want = loaded(encoder)
+    in_shards(encoder, "model", index)
+    same(loaded("hf:encoder@1"), want)
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sorted(hub) == ["config.json", *shards, index.format("model")]
 
 
 def test_a_part_is_asked_for_by_its_whole_name_alone(monkeypatch):

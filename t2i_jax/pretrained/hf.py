@@ -320,9 +320,18 @@ def _fetch(whole: str, part: str, alone: bool) -> pathlib.Path:
         patterns = [*texts, *(within + pattern for pattern in patterns)]
         # The hub's `*` matches "/", too: the last argument keeps files of deeper folders out.
         folder = _snapshot(whole, name, patterns, f"{within}*/*")
-        if weights(folder / part):
+        if _complete(folder / part):
             break
     return folder
+
+
+def _complete(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint's weights are there, all shards that an index names."""
+    found = weights(folder)
+    if found is None or found.suffix != ".json":
+        return found is not None
+    named = read_json(found).get("weight_map")
+    return isinstance(named, dict) and all((folder / str(x)).is_file() for x in named.values())
 
 
 @functools.cache

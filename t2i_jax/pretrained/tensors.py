@@ -2,6 +2,7 @@
 
 import fnmatch
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -258,6 +259,12 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
                 fix="take the checkpoint from a source you trust",
             )
     return [folder / file for file in parts]
+
+
+def digest(folder: pathlib.Path) -> str:
+    """A SHA-256 of the files that hold a checkpoint's weights."""
+    each = "".join(map(hf.sha256, files_of(folder)))
+    return hashlib.sha256(each.encode()).hexdigest()
 
 
 def _tensors(folder, names):
