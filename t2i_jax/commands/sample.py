@@ -95,7 +95,7 @@ def main():
     options |= {"low_memory": LOW_MEMORY.value, "preview": PREVIEW.value}
     pipe = pipeline.Pipeline.load(source, **options)
     if REPRODUCE.value:
-        prompts.check_adapters(recorded, pipe.adapters)
+        prompts.check_model(recorded, pipe)
     if frames:
         prompts.check_way(pipe)
         wanted = [r._replace(prediction="between") for r in wanted]
