@@ -76,7 +76,7 @@ def locate(source: str) -> pathlib.Path:
 def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
     """The config of a run: plain values from its config.json."""
     path = folder / "config.json"
-    check_regular(path)
+    hf.check_regular(path)
     fix, of = "restore the file from a copy of the run", (ValueError, RecursionError)
     with errors.explained(errors.DataError, "not JSON", where=path, fix=fix, of=of):
         values = json.loads(files.read_text(path))
@@ -103,14 +103,6 @@ def describes(path: pathlib.Path):
     fix = "restore the file from a copy, or see --debug"
     say = lambda e: f"{errors.named(e)} in {errors.place(e)}"
     return errors.explained(errors.DataError, what, where=path, fix=fix, of=SENSELESS, say=say)
-
-
-def check_regular(path: pathlib.Path) -> None:
-    """Raises DataError where a pipe, a socket or a device lies: reading it might never end."""
-    if path.exists() and not path.is_file():
-        raise errors.DataError(
-            "not a regular file", where=str(path), fix="copy or export the model again"
-        )
 
 
 def config_at(source: str) -> ml_collections.ConfigDict:
@@ -493,7 +485,7 @@ def load_trained(folder: pathlib.Path, targets, *, step: int | str | None, avera
             raise errors.ConfigError(
                 f"an exported model has no step {step}", where=str(folder), fix="leave out --step"
             )
-        check_regular(folder / EXPORTED)
+        hf.check_regular(folder / EXPORTED)
         return tensors.load(tensors.match(folder, targets, tensors.OURS)), None
     checkpoints = checkpoint.Checkpoints(folder, create=False)
     step = checkpoints.choose(step)
@@ -551,14 +543,9 @@ def export(
     """
     flat = traverse_util.flatten_dict(dict(nets), sep="/")
     note = {"frozen": json.dumps(frozen)} if frozen else None
-    with np.errstate(over="ignore"):  # told below
-        arrays = {name: np.asarray(jax.device_get(v)).astype(dtype) for name, v in flat.items()}
-    if lost := [name for name, x in arrays.items() if not np.isfinite(x).all()]:
-        raise errors.ConfigError(
-            f"{dtype} has no room for values of {', '.join(lost[:5])}",
-            where="--dtype",
-            fix="export with --dtype=float32",
-        )
+    flat = {name: np.asarray(jax.device_get(v)) for name, v in flat.items()}
+    tensors.check_room(flat, dtype)
+    arrays = {name: x.astype(dtype) for name, x in flat.items()}
     folder.mkdir(parents=True, exist_ok=True)
     # The config comes after the weights: by it a folder counts as a model, see `locate`.
     images.write_whole(folder / EXPORTED, safetensors.numpy.save(arrays, note))
@@ -597,5 +584,5 @@ def _plain(value, where: str):
 
 def _stored(folder: pathlib.Path):
     """The tensors of an exported model's file, by name, and its notes."""
-    check_regular(folder / EXPORTED)
+    hf.check_regular(folder / EXPORTED)
     return tensors.header(folder / EXPORTED)

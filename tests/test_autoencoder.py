@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 import json
 
 import jax
@@ -239,6 +240,18 @@ def test_gradient_goes_past_the_codebook(saved):
     latent = noise(1, 2, 2, 5)
     loss = lambda x: jnp.square(net.apply(variables, x, method="decode")).sum()
     assert (jnp.abs(jax.jit(jax.grad(loss))(latent)) > 0).all()
+
+
+def test_a_codebook_in_half_precision_is_compared_in_full(saved):
+    """The rounded distances of float16 would choose other entries."""
+    net, variables = network(saved("vq")[0])
+    entries = np.random.default_rng(0).normal(size=(11, 5)).astype(np.float16)
+    variables["params"]["codebook"]["embedding"] = jnp.array(entries)
+    full = jax.tree.map(lambda x: x.astype(jnp.float32), variables)
+    a, b = np.moveaxis(entries[list(itertools.combinations(range(11), 2))].astype(np.float32), 1, 0)
+    latent = ((a + b) / 2 + 1e-4 * (a - b)).reshape(1, 5, 11, 5)  # a little nearer to the first
+    decode = jax.jit(lambda v: net.apply(v, latent, method="decode"))
+    np.testing.assert_array_equal(decode(variables), decode(full))
 
 
 @pytest.fixture(scope="module")

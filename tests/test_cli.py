@@ -115,6 +115,17 @@ CASES = {
         78,
         "guidance is set twice (at --set guidance=2)",
     ),
+    "adapters that are named twice": (
+        [*BUILTIN, "--lora=a:0.5", "--lora=a"],
+        78,
+        "a is named twice (at --lora=a). Fix: give it once",
+    ),
+    "adapters of no weight": ([*BUILTIN, "--lora=a:nan"], 78, "weight is nan (at --lora=a:nan)"),
+    "a side below 0": (
+        ["-m", "t2i_jax", "verify", "x", "--width=-16"],
+        78,
+        "width is '-16' (at --width). Fix: give a whole number, 0 or more",
+    ),
     "an image that is not there": (
         [*BUILTIN, "--predict=img2img", "--image=none.png"],
         65,

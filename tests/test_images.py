@@ -1,13 +1,18 @@
 """Pictures on disk and the requests that make them."""
 
 import json
+import shutil
+import types
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
-from t2i_jax import errors, images
+from t2i_jax import errors, images, pipeline, weights
 from t2i_jax.commands import prompts
+from t2i_jax.pretrained import folder as folders
+from t2i_jax.pretrained import hf
 from t2i_jax.text import tokenize
 
 DEFAULT = prompts.Request(prompt="", seed=0)
@@ -267,6 +272,54 @@ def test_another_adapter_does_not_make_the_picture_again(tmp_path):
     for given in ([], [adapter("x", "ab", 1.0)], [adapter("x", "cd", 0.8)]):
         with pytest.raises(errors.ConfigError, match=r"--lora=x\.safetensors:0\.8"):
             prompts.check_adapters(recorded, given)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Warnings about a picture that is drawn again."""
+    found = []
+    monkeypatch.setattr(prompts.logging, "warning", lambda text, *a: found.append(text % a))
+    return found
+
+
+def test_another_model_is_told_of(tmp_path, told):
+    images.save(tmp_path / "a.png", picture(), metadata())
+    recorded = prompts.from_picture(tmp_path / "a.png")
+    pipe = types.SimpleNamespace(source="builtin:shapes", adapters=())
+    prompts.check_model(recorded, pipe)
+    assert not told
+    prompts.check_model(recorded, types.SimpleNamespace(source="runs/other", adapters=()))
+    assert "drawn with builtin:shapes, and this is other" in told[0]
+
+
+def test_nets_from_elsewhere_are_recorded_and_asked_for(tmp_path, told):
+    """By what their files hold: their names and places say nothing."""
+    (tmp_path / "secret").mkdir()
+    for name in ("secret/vae", "moved"):
+        shutil.copytree(folders.TINY / "vae", tmp_path / name)
+    drawer = pipeline.Pipeline.load(str(folders.TINY), load={"vae": str(tmp_path / "secret/vae")})
+    request = prompts.Request("a circle", 0, options=(("steps", 1),))
+    drawn = prompts.draw(drawer, [request], batch_size=1)
+    (path,) = prompts.save(drawn, tmp_path / "out", grid=False, metadata=True)
+    recorded = prompts.from_picture(path)
+    assert [(one["net"], one["name"]) for one in recorded.load] == [("vae", "vae")]
+    assert "secret" not in json.dumps(images.read_metadata(path))
+
+    def again(vae):
+        config = weights.config_at(str(folders.TINY))
+        weights.override(config, {"vae": vae} if vae else {})
+        return types.SimpleNamespace(source=str(folders.TINY), adapters=(), config=config)
+
+    moved = tmp_path / "moved"
+    prompts.check_model(recorded, again(str(moved)))
+    stored = safetensors.numpy.load_file(moved / hf.DIFFUSION)
+    safetensors.numpy.save_file({k: x + 1 for k, x in stored.items()}, moved / hf.DIFFUSION)
+    for other in (str(moved), ""):
+        with pytest.raises(errors.ConfigError, match=r"other nets.*give --load=vae=vae of then"):
+            prompts.check_model(recorded, again(other))
+    assert not told
+    prompts.check_model(recorded._replace(load=()), again(str(moved)))
+    assert "the picture names none" in told[0]
 
 
 def test_a_name_that_is_no_utf8_can_be_recorded(tmp_path):

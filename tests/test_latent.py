@@ -7,14 +7,16 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from t2i_jax import errors, pipeline, weights
-from t2i_jax.pretrained import folder, previews, writer
+from t2i_jax import errors, objective, pipeline, weights
+from t2i_jax.commands import export, verify
+from t2i_jax.pretrained import folder, hf, previews, writer
 
 torch = pytest.importorskip("torch")
 folders = pytest.importorskip("tests.folders")  # needs diffusers
@@ -61,6 +63,18 @@ def test_verify_says_what_both_compute():
     apart = [float(text) for text in re.findall(r"difference (\S+)", said)]
     assert len(apart) == 3  # text, denoiser, autoencoder
     assert max(apart) < 1e-4
+
+
+def test_diffusers_is_told_which_files_are_there(tmp_path, monkeypatch):
+    """It looks for a variant only where it is asked for one."""
+    path = shutil.copytree(folder.TINY, tmp_path / "tiny")
+    for file in path.rglob("*.safetensors"):
+        file.rename(file.with_suffix(".fp16.safetensors"))
+    monkeypatch.setattr(verify, "PROMPT", types.SimpleNamespace(value=folders.PROMPTS[0]))
+    opened, config = folder.open(str(path)), weights.config_at(str(path))
+    family = pipeline.Predictor(config).objective.predict["parts"].__self__
+    found = verify.diffusers_parts(opened, np.zeros((1, 8, 8, 4), np.float32), family)
+    assert found["denoiser"].shape == (1, 8, 8, 4)
 
 
 def test_without_strength_no_caption_changes_an_image():
@@ -127,6 +141,29 @@ def test_an_autoencoder_from_elsewhere_brings_its_own_scale(tmp_path):
     path.write_text(json.dumps(config | {"latent_channels": 5}))
     with pytest.raises(errors.ConfigError, match="latents have 5 channels, the denoiser's 4"):
         pipeline.Pipeline.load(str(folder.TINY), load=load)
+
+
+@pytest.mark.parametrize("trained", ["model", "text"])
+def test_an_export_holds_the_text_encoder_that_was_read(trained, tmp_path, monkeypatch):
+    """Of what `config.load.text` names, which need not lie in the model's folder."""
+    other = shutil.copytree(folder.TINY / "text_encoder", tmp_path / "other")
+    (other / "from_elsewhere.txt").write_text("")
+    stored = safetensors.numpy.load_file(other / "model.safetensors")
+    name = next(name for name in stored if name.endswith("final_layer_norm.bias"))
+    stored[name] += 1
+    safetensors.numpy.save_file(stored, other / "model.safetensors", {"format": "pt"})
+    config = weights.config_at(str(folder.TINY))
+    weights.override(config, {"text": str(other)})
+    shapes = weights.abstract_nets(objective.make(config), config)[trained]
+    net = weights.load_net(config.load[trained], trained, shapes)
+    monkeypatch.setattr(export, "DTYPE", types.SimpleNamespace(value="float32"))
+    export._to_diffusers(tmp_path / "out", {trained: net}, config)
+    found = tmp_path / "out" / "text_encoder"
+    assert (found / "from_elsewhere.txt").exists()
+    same = safetensors.numpy.load_file(found / "model.safetensors")[name]
+    np.testing.assert_array_equal(same, stored[name])
+    index, before = (hf.read_json(at / hf.PIPELINE) for at in (tmp_path / "out", folder.TINY))
+    assert index["text_encoder"] == before["text_encoder"]
 
 
 def test_a_picture_without_a_negative_prompt_is_the_same_beside_one_with(pair):

@@ -1,6 +1,7 @@
 """Files of adapters: what other programs may write in them, and what is refused."""
 
 import json
+import math
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, objective, pipeline, weights
-from t2i_jax.pretrained import folder, lora_files, opener
+from t2i_jax.pretrained import folder, lora_files, opener, writer
 
 
 @pytest.fixture(scope="module")
@@ -95,12 +96,38 @@ def test_kohyas_alpha_may_be_a_whole_number(plans, module, tmp_path):
         {"B": np.zeros((8, 3), np.float32)},
         {"A": np.full((4, 8), np.nan, np.float32)},
         {"A": np.zeros((0, 8), np.float32), "B": np.zeros((8, 0), np.float32)},
+        {"A": np.zeros(4, np.float32)},
+        {"A": np.zeros((4, 8, 1), np.float32)},
+        {"kohya": True, "alpha": np.zeros(0, np.float32)},
+        {"kohya": True, "alpha": np.array(np.nan, np.float32)},
+        {"notes": {"text_encoder.r": "4"}},
+        {"notes": {"text_encoder.r": -4}},
+        {"notes": {"text_encoder.lora_alpha": "eight"}},
+        {"notes": {"text_encoder.lora_alpha": math.nan}},
+        {"notes": {"text_encoder.lora_alpha": 10**400}},
     ],
 )
 def test_matrices_that_are_no_adapter_are_refused(plans, module, tmp_path, change):
     path, _ = written(tmp_path / "a.safetensors", *module, **change)
-    with pytest.raises(errors.DataError, match="has matrices of"):
+    with pytest.raises(errors.DataError, match=r"q_proj has matrices of.*a\.safetensors"):
         lora_files.read(path, plans)
+
+
+def test_half_precision_without_room_writes_nothing(plans, module, tmp_path):
+    path, _ = written(
+        tmp_path / "a.safetensors", *module, B=np.full((module[1][1], 4), 1e5, np.float32)
+    )
+    adapters = lora_files.read(path, plans)
+    without_room = pytest.raises(errors.ConfigError, match="float16 has no room for values of")
+    with without_room:
+        lora_files.write(tmp_path / "out", adapters, plans, "float16")
+    params = {"conv_in": {"bias": np.full(8, 1e5, np.float32)}}
+    opened = folder.open(str(folder.TINY))
+    with without_room:
+        writer.pipeline(opened, tmp_path / "out", {"unet": params}, "float16", {})
+    assert not (tmp_path / "out").exists()
+    lora_files.write(tmp_path / "out", adapters, plans, "float32")
+    assert lora_files.read(tmp_path / "out" / lora_files.WEIGHTS, plans)
 
 
 def test_a_pipeline_knows_the_files_it_was_loaded_with(plans, module, tmp_path):

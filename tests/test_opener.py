@@ -11,7 +11,7 @@ import safetensors.numpy
 
 from t2i_jax import errors, weights
 from t2i_jax.models.types import Cond, Features, Moments, Output
-from t2i_jax.pretrained import hf, opener, text_encoder
+from t2i_jax.pretrained import hf, opener, text_encoder, writer
 from tests import test_conditioning
 from tests import test_text_families as texts
 from tests import test_vits as pictures
@@ -193,6 +193,12 @@ def test_weights_of_any_name_are_found(encoder, stem, variant):
 @pytest.mark.parametrize("stem", hf.STEMS)
 def test_weights_in_shards_of_any_name_are_found(encoder, stem, index):
     want = loaded(encoder)
+    in_shards(encoder, stem, index)
+    same(loaded(encoder), want)
+
+
+def in_shards(encoder, stem, index):
+    """Takes the file of weights apart into two shards in half precision by their names."""
     stored, shards = safetensors.numpy.load_file(encoder / hf.WEIGHTS), {}
     for i in range(2):
         name = f"{stem}.fp16-0000{i + 1}-of-00002.safetensors"
@@ -201,7 +207,6 @@ def test_weights_in_shards_of_any_name_are_found(encoder, stem, index):
         shards |= dict.fromkeys(part, name)
     (encoder / index.format(stem)).write_text(json.dumps({"weight_map": shards}))
     (encoder / hf.WEIGHTS).unlink()
-    same(loaded(encoder), want)
 
 
 def test_what_transformers_saves_as_a_variant_in_shards_is_found(encoder):
@@ -232,6 +237,20 @@ def test_pickles_of_diffusers_say_how_they_are_converted(encoder):
     (encoder / hf.WEIGHTS).rename(encoder / "diffusion_pytorch_model.bin")
     with pytest.raises(errors.DataError, match=r"can run code.*import diffusers.*AutoModel"):
         opener.open(str(encoder))
+
+
+def test_what_equals_a_trained_tensor_is_written_with_it(encoder, tmp_path):
+    """A file may hold T5's embedding under both of its names, and transformers reads the other."""
+    texts.by_golden("t5 1.1", encoder)
+    stored = safetensors.numpy.load_file(encoder / hf.WEIGHTS)
+    names = "shared.weight", "encoder.embed_tokens.weight"
+    table = stored.pop(names[0], stored.pop(names[1], None))
+    safetensors.numpy.save_file(stored | dict.fromkeys(names, table), encoder / hf.WEIGHTS)
+    params = jax.tree.map(lambda x: np.asarray(x) + 1, loaded(encoder)["params"])
+    writer.component(str(encoder), params, tmp_path / "out", "float32")
+    found = safetensors.numpy.load_file(tmp_path / "out" / hf.WEIGHTS)
+    for name in names:
+        np.testing.assert_array_equal(found[name], table + 1)
 
 
 # --- the hub ---
@@ -294,6 +313,15 @@ def test_a_variant_is_fetched_only_where_there_is_nothing_else(hub, encoder):
     (encoder / hf.WEIGHTS).rename(encoder / "model.fp16.safetensors")
     assert opener.open("hf:encoder@1").folder.name == "encoder"
     assert sorted(hub) == ["config.json", "model.fp16.safetensors"]
+
+
+@pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+def test_all_shards_that_an_index_names_are_fetched(hub, encoder, index):
+    want = loaded(encoder)
+    in_shards(encoder, "model", index)
+    same(loaded("hf:encoder@1"), want)
+    shards = [f"model.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert sorted(hub) == ["config.json", *shards, index.format("model")]
 
 
 def test_a_part_is_asked_for_by_its_whole_name_alone(monkeypatch):

@@ -4,6 +4,7 @@ import json
 import pathlib
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -113,6 +114,14 @@ def test_a_prompts_file_sets_options_a_flag_has_not(pipe, tmp_path):
     drawn = prompts.draw(pipe, prompts.read_file(path, default), batch_size=4)
     assert [info["seed"] for _, info in drawn] == [5, 5]
     assert [info["options"]["interval"] for _, info in drawn] == [(0.2, 0.8), (0.0, 1.0)]
+
+
+def test_a_negative_prompt_that_is_too_long_is_refused_where_asked():
+    predictor = pipeline.Predictor(weights.config_at("builtin:shapes"))
+    drawer = types.SimpleNamespace(predictor=predictor, config=predictor.config)
+    request = prompts.Request("a circle", seed=0, negative_prompt="red " * 300)
+    with pytest.raises(errors.ConfigError, match=r"that the model reads; cut off.*prompt 'red red"):
+        prompts.draw(drawer, [request], batch_size=1, strict=True)
 
 
 @pytest.mark.parametrize(

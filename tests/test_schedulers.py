@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +226,52 @@ def test_noise_alone_says_nothing_of_the_image():
 def test_what_is_not_implemented_is_refused(name, change, message):
     with pytest.raises(errors.ConfigError, match=message):
         scheduler.from_config({"_class_name": name} | change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_train_timesteps": "1000"},
+        {"num_train_timesteps": 10**6},
+        {"steps_offset": 5000},
+        {"steps_offset": -900},
+        {"trained_betas": [0.1, 0.2]},
+        {"trained_betas": [0.1] * 999 + [1.5]},
+        {"beta_start": math.nan},
+        {"beta_end": 2.0},
+        {"beta_schedule": ["linear"]},
+        {"prediction_type": ["epsilon"]},
+        {"set_alpha_to_one": "false"},
+        {"original_inference_steps": 1001},
+    ],
+)
+def test_a_value_of_no_sense_is_named(change):
+    (field,) = change
+    with pytest.raises(errors.ConfigError, match=f"^{field} is .*at {scheduler.CONFIG}"):
+        scheduler.from_config({"_class_name": "DDIMScheduler", "clip_sample": False} | change)
+
+
+def test_a_whole_number_may_be_written_with_a_point():
+    saved = {"_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000.0}
+    assert len(scheduler.from_config(saved).grid(3).time_S) == 3
+
+
+@pytest.mark.parametrize("change", [{"shift": 0}, {"shift_terminal": 1}, {"max_shift": "1"}])
+def test_a_shift_of_no_sense_is_named(change):
+    with pytest.raises(errors.ConfigError, match=f"^{next(iter(change))} is"):
+        scheduler.from_config({"_class_name": FLOW} | change)
+
+
+def test_more_steps_than_there_is_noise_for_are_refused():
+    saved = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
+    made = scheduler.from_config(saved)
+    with pytest.raises(errors.ConfigError, match=r"at --steps.*use 999 or fewer"):
+        made.grid(1000)
+    made.grid(999)
+    made = scheduler.from_config({"_class_name": "DPMSolverMultistepScheduler"})
+    with pytest.raises(errors.ConfigError, match="1000 steps, two of them at one level"):
+        made.grid(1000)
+    assert np.isfinite(made.grid(999).mix_S).all()
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", FLOW])

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import struct
 import threading
 import zlib
@@ -15,6 +16,7 @@ from PIL import Image, PngImagePlugin
 from t2i_jax import errors, images, pipeline, weights
 from t2i_jax.commands import cli, prompts
 from t2i_jax.data import pictures
+from t2i_jax.pretrained import folder as folders
 from t2i_jax.run import owner
 
 BUILTIN = weights.BUILTIN / "shapes"
@@ -96,6 +98,23 @@ def test_a_hostile_picture_to_draw_again_is_named(tmp_path, name):
     e = within(60, lambda: prompts.from_picture(tmp_path / name))
     assert isinstance(e, errors.DataError)
     assert name in e.where
+
+
+def test_a_class_that_is_no_name_is_no_pipeline(tmp_path):
+    path = shutil.copytree(folders.TINY, tmp_path / "tiny") / "model_index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"_class_name": ["x"]}))
+    with pytest.raises(errors.ConfigError, match=r"unknown pipeline.*model_index\.json"):
+        folders.open(str(path.parent))
+
+
+def test_a_pipe_is_no_file_of_json(tmp_path):
+    path = shutil.copytree(folders.TINY, tmp_path / "tiny")
+    (path / "scheduler" / "scheduler_config.json").unlink()
+    os.mkfifo(path / "scheduler" / "scheduler_config.json")
+    e = within(5, lambda: folders.open(str(path)))
+    assert isinstance(e, errors.DataError)
+    assert "not a regular file (at" in str(e)
+    assert "scheduler_config.json" in e.where
 
 
 def test_deep_json_in_prompts_and_metadata_is_named(tmp_path):

@@ -61,9 +61,15 @@ def _to_diffusers(output, nets, config) -> None:
     opened = writer.of_run(config)
     params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
     if not config.lora:
-        # The run's latents are those of the autoencoder that it read, wherever that lies.
-        vae = {name: config.load[name] for name in (folders.AUTOENCODER,) if config.load.get(name)}
-        return writer.pipeline(opened, output, opened.by_part(params), DTYPE.value, vae)
+        # What the run read in place of the folder's own, wherever that lies.
+        sources, parts = weights.sources(config), opened.by_part(params)
+        texts = opener.each(sources.get("text"))
+        read = {e.part: s for e, s in zip(opened.encoders, texts, strict=False)}
+        read[folders.AUTOENCODER] = sources.get(folders.AUTOENCODER)
+        others = {part: s for part, s in read.items() if s not in (None, opened.part(part))}
+        # A run of ours has no file's names for what was trained further.
+        others = {p: s for p, s in others.items() if not (p in parts and weights.is_ours(s))}
+        return writer.pipeline(opened, output, parts, DTYPE.value, others)
     if whole := sorted(nets.keys() - {f"{name}{lora.SUFFIX}" for name in config.lora}):
         raise errors.ConfigError(
             f"a file of adapters has no room for {', '.join(whole)}, which the run trained whole",
@@ -80,7 +86,6 @@ def _to_diffusers(output, nets, config) -> None:
     plans = {
         part: opener.open(opened.part(part)).plan({"params": shapes[part]}) for part in adapters
     }
-    output.mkdir(parents=True, exist_ok=True)
     lora_files.write(output, adapters, plans, DTYPE.value)
 
 

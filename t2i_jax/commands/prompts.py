@@ -17,7 +17,9 @@ from t2i_jax import errors, files, images, limits
 from t2i_jax.quality import resize
 
 FILE_LIMIT = 2**24  # bytes of prompts in one file
-SHARED = ("prediction", "options", "image", "lora", "int8", "model", "step", "t2i_jax")  # by a grid
+SHARED = (  # by a grid
+    *("prediction", "options", "image", "lora", "load", "int8", "model", "step", "t2i_jax"),
+)
 PROMPT_KEPT = 4096  # characters of metadata; of a caption no more is ever read
 _FLAG = r"\s--"  # what begins an option within a line
 _LETTERS = {"n": "negative_prompt", "d": "seed", "l": "guidance", "s": "steps"}  # as kohya writes
@@ -187,6 +189,7 @@ class Recorded(NamedTuple):
     grid: it is of several pictures.   frames: of a way between pictures, or 0.
     lora: "name", "sha256" and "weight" of each file of adapters.
     int8: nets whose kernels had eight bits, with commas.
+    load: what `replaced` gave.
     """
 
     requests: list[Request]
@@ -196,6 +199,7 @@ class Recorded(NamedTuple):
     frames: int = 0
     lora: Sequence[Mapping] = ()
     int8: str = ""
+    load: Sequence[Mapping] = ()
 
 
 def from_picture(path) -> Recorded:
@@ -207,7 +211,9 @@ def from_picture(path) -> Recorded:
     # What all pictures share stands beside their list, see `_together`.
     shared = {k: found[k] for k in ("options", "prediction", "image") if k in (found or {})}
     frames, step = (found or {}).get("interpolate", 0), (found or {}).get("step")
-    lora, int8 = ((found or {}).get(key, kind()) for key, kind in (("lora", list), ("int8", str)))
+    lora, load, int8 = (
+        (found or {}).get(k, d) for k, d in (("lora", []), ("load", []), ("int8", ""))
+    )
     fits = (
         isinstance(int8, str)
         and isinstance(found, dict)
@@ -215,7 +221,7 @@ def from_picture(path) -> Recorded:
         and rows
     )
     fits = fits and _all_have(rows) and _all_have(lora, name=str, sha256=str, weight=int | float)
-    fits = fits and isinstance(int8, str)
+    fits = fits and _all_have(load, net=str, name=str, sha256=str)
     rows = [{"prediction": "sample", **shared, **row} for row in rows] if fits else []
     fits = fits and _all_have(rows, prompt=str, seed=int, index=int, options=dict, prediction=str)
     starts = [row["image"] for row in rows if "image" in row]
@@ -239,7 +245,7 @@ def from_picture(path) -> Recorded:
         )
     step = step if isinstance(step, int) else None
     grid = "pictures" in found and not frames
-    return Recorded(requests, found["model"], step, grid, frames, lora, int8)
+    return Recorded(requests, found["model"], step, grid, frames, lora, int8, load)
 
 
 def _all_have(rows, **kinds) -> bool:
@@ -248,6 +254,52 @@ def _all_have(rows, **kinds) -> bool:
         isinstance(row, dict) and all(isinstance(row.get(k), kind) for k, kind in kinds.items())
         for row in rows
     )
+
+
+def replaced(pipe) -> list[dict]:
+    """What a pretrained pipeline took in place of its own nets: "net", "name", "sha256" of each.
+
+    A run needs none of this: it knows the digests of its frozen nets, and takes no others.
+    """
+    from t2i_jax import weights
+    from t2i_jax.pretrained import opener, tensors
+
+    if not weights.is_pipeline(pipe.source):
+        return []
+    own, found = weights.sources(weights.config_at(pipe.source)), []
+    for net, source in sorted(weights.sources(pipe.config).items()):
+        for one in opener.each(source) if source != own.get(net) else ():
+            if weights.is_ours(one):
+                sha256 = weights.digests({net: pipe.nets[net]})[net]
+            else:
+                sha256 = tensors.digest(opener.open(one).folder)
+            found.append({"net": net, "name": _public_name(one), "sha256": sha256})
+    return found
+
+
+def check_model(recorded: Recorded, pipe) -> None:
+    """Warns where a picture may have been drawn with another model.
+
+    Raises:
+      ConfigError: it was drawn with other adapters or nets than the model has.
+    """
+    if recorded.model != (name := _public_name(pipe.source)):
+        logging.warning("the picture was drawn with %s, and this is %s", recorded.model, name)
+    check_adapters(recorded, pipe.adapters)
+    known = lambda given: [(one["net"], one["sha256"]) for one in given]
+    given, names = replaced(pipe), {}
+    if given and not recorded.load:
+        # A picture of an older version says none, and a net may only have moved.
+        logging.warning("--load gives other nets than the model's, and the picture names none")
+    elif known(recorded.load) != known(given):
+        for one in recorded.load:
+            names.setdefault(one["net"], []).append(one["name"])
+        named = [f"--load={net}={','.join(each)}" for net, each in names.items()]
+        raise errors.ConfigError(
+            "the picture was drawn with other nets",
+            where="--reproduce",
+            fix=f"give {' '.join(named)} of then",
+        )
 
 
 def check_adapters(recorded: Recorded, adapters) -> None:
@@ -322,18 +374,18 @@ def draw(pipe, requests, *, batch_size: int, strict: bool = False, callback=None
             **dict(options),
         )
         drawn |= dict(zip(jobs, found, strict=True))
-    out = []
+    out, load = [], replaced(pipe)
     # Groups are drawn in turn. Sorting restores the order of the requests.
     for i, k in sorted(drawn):
-        metadata = _settings(pipe, requests[i], settings[i], k)
+        metadata = _settings(pipe, requests[i], settings[i], k, load)
         if cut := cuts.get(requests[i].prompt):
             metadata["cut"] = cut
         out.append((drawn[i, k], metadata))
     return out
 
 
-def _settings(pipe, request: Request, options: dict, k: int) -> dict:
-    """All that draws the request's k-th picture again."""
+def _settings(pipe, request: Request, options: dict, k: int, load) -> dict:
+    """All that draws the request's k-th picture again. `load`: what `replaced` gave."""
     source = request.source
     return {
         "prompt": request.prompt[:PROMPT_KEPT],
@@ -344,6 +396,7 @@ def _settings(pipe, request: Request, options: dict, k: int) -> dict:
         "options": options,
         **({"image": dict(name=source.name, sha256=source.sha256)} if source else {}),
         **({"lora": pipe.adapters} if pipe.adapters else {}),
+        **({"load": load} if load else {}),
         **({"int8": pipe.int8} if pipe.int8 else {}),
         "model": _public_name(pipe.source),
         "step": pipe.step,
@@ -434,7 +487,8 @@ def draw_between(pipe, requests, frames: int):
         **dict(requests[0].options),
     )
     del options["share"]  # it runs from 0 to 1
-    each = [_settings(pipe, r, options, k) for r in requests for k in range(r.count)]
+    load = replaced(pipe)
+    each = [_settings(pipe, r, options, k, load) for r in requests for k in range(r.count)]
     return drawn, _together(each) | {"interpolate": frames}
 
 
@@ -458,7 +512,7 @@ def save_between(drawn, settings: dict, folder, *, metadata: bool) -> list[pathl
 
 
 def _cut(pipe, requests, strict):
-    prompts = sorted({r.prompt for r in requests if r.prompt})
+    prompts = sorted({text for r in requests for text in (r.prompt, r.negative_prompt) if text})
     cuts = dict(zip(prompts, pipe.predictor.cuts(prompts), strict=True))
     each = pipe.predictor.tokenizers.values()
     for prompt, cut in cuts.items():

@@ -4,6 +4,7 @@ python sample.py --checkpoint=builtin:shapes --prompt="a red circle on a white b
 """
 
 import functools
+import math
 import pathlib
 
 from absl import flags, logging
@@ -65,7 +66,7 @@ def main():
         options=tuple(sorted(cli.settings(SET, OPTIONS).items())),
         prediction=PREDICT.value,
     )
-    sources = [prompts.read_image(path) for path in IMAGE.value]
+    sources, adapters = [prompts.read_image(path) for path in IMAGE.value], _adapters()
     step, default_model, hint = MODEL["step"].value, None, ""
     grid, frames = GRID.value, INTERPOLATE.value
     asked = [default._replace(prompt=p) for p in PROMPT.value]
@@ -90,11 +91,11 @@ def main():
     from t2i_jax import pipeline  # brings JAX: bad flags should not wait for it
 
     int8 = recorded.int8 if REPRODUCE.value else INT8.value
-    options = {**cli.opened(MODEL), "step": step, "lora": _adapters(), "int8": int8}
+    options = {**cli.opened(MODEL), "step": step, "lora": adapters, "int8": int8}
     options |= {"low_memory": LOW_MEMORY.value, "preview": PREVIEW.value}
     pipe = pipeline.Pipeline.load(source, **options)
     if REPRODUCE.value:
-        prompts.check_adapters(recorded, pipe.adapters)
+        prompts.check_model(recorded, pipe)
     if frames:
         prompts.check_way(pipe)
         wanted = [r._replace(prediction="between") for r in wanted]
@@ -117,14 +118,22 @@ def main():
 
 
 def _adapters() -> dict[str, float]:
-    """File -> weight, of --lora."""
+    """File -> weight, of --lora. Raises ConfigError for a file twice, or a weight of no size."""
     found = {}
     for text in LORA.value:
         name, _, weight = text.rpartition(":")
         try:
-            found[name or text] = float(weight) if name else 1.0
+            name, weight = (name, float(weight)) if name else (text, 1.0)
         except ValueError:
-            found[text] = 1.0  # the colon belongs to the name
+            name, weight = text, 1.0  # the colon belongs to the name
+        where = f"--lora={text}"
+        if name in found:
+            raise errors.ConfigError(f"{name} is named twice", where=where, fix="give it once")
+        if not math.isfinite(weight):
+            raise errors.ConfigError(
+                f"its weight is {weight}", where=where, fix="give a finite number"
+            )
+        found[name] = weight
     return found
 
 

@@ -8,7 +8,6 @@ them there, too. It adds the largest difference, relative to the largest number.
 that should be less than 1e-3.
 """
 
-import hashlib
 import inspect
 
 from absl import flags
@@ -17,8 +16,10 @@ from t2i_jax.commands import cli
 
 PROMPT = flags.DEFINE_string("prompt", "a photograph of a red bicycle", "What is encoded.")
 WITH = flags.DEFINE_enum("with", None, ["diffusers"], "Compute it with another library, too.")
-WIDTH = flags.DEFINE_integer("width", 0, "Of the noise, in pixels; 0: the model's own.")
-HEIGHT = flags.DEFINE_integer("height", 0, "As --width.")
+WIDTH = flags.DEFINE_integer(
+    "width", 0, "Of the noise, in pixels; 0: the model's own.", lower_bound=0
+)
+HEIGHT = flags.DEFINE_integer("height", 0, "As --width.", lower_bound=0)
 SHOWN = 4  # numbers of each result
 
 
@@ -61,16 +62,25 @@ def said(value) -> str:
 
 def digests(opened) -> dict[str, str]:
     """Part -> the first digits of the SHA-256 of its weights' files."""
-    from t2i_jax.pretrained import hf, opener, tensors
+    from t2i_jax.pretrained import tensors
 
-    found = {}
-    for name in (opened.recipe.denoiser, "vae", *(e.part for e in opened.encoders)):
-        path = opener.open(opened.part(name)).folder
-        whole = hashlib.sha256()
-        for file in tensors.files_of(path):
-            whole.update(hf.sha256(file).encode())
-        found[name] = whole.hexdigest()[:16]
-    return found
+    return {name: tensors.digest(path)[:16] for name, path in _folders(opened).items()}
+
+
+def _folders(opened) -> dict:
+    """Part -> the folder of its network."""
+    from t2i_jax.pretrained import opener
+
+    names = (opened.recipe.denoiser, "vae", *(e.part for e in opened.encoders))
+    return {name: opener.open(opened.part(name)).folder for name in names}
+
+
+def _variant(opened) -> str | None:
+    """What diffusers calls the files of weights that are there, such as "fp16"."""
+    from t2i_jax.pretrained import hf
+
+    files = [hf.weights(path).name for path in _folders(opened).values()]
+    return next((v[1:] for v in hf.VARIANTS if any(f"{v}." in name for name in files)), None)
 
 
 def diffusers_parts(opened, noise_BhwC, family) -> dict:
@@ -82,7 +92,9 @@ def diffusers_parts(opened, noise_BhwC, family) -> dict:
     path, revision = opened.source, None
     if path.startswith("hf:"):
         path, _, revision = path.removeprefix("hf:").partition("@")
-    theirs = diffusers.DiffusionPipeline.from_pretrained(path, revision=revision or None)
+    # It tries neither names nor kinds of files by itself, and pickles can run code.
+    which = dict(revision=revision or None, variant=_variant(opened), use_safetensors=True)
+    theirs = diffusers.DiffusionPipeline.from_pretrained(path, **which)
     theirs.to("cpu", torch.float32)
     theirs.set_progress_bar_config(disable=True)
     net, seen = getattr(theirs, opened.recipe.denoiser), {}

@@ -283,13 +283,14 @@ class Quantised(Autoencoder):
         The gradient goes past the choice of entries, as if the latents had been theirs.
         """
         latent_NC = latent_BHWC.astype(jnp.float32).reshape(-1, self.latent_channels)
-        entry_KC = self.codebook.embedding
+        # Distances of half precision would choose other entries.
+        entry_KC = jnp.asarray(self.codebook.embedding, jnp.float32)
         # |latent − entry|² without the latent's square, which is the same for all entries.
         # Accelerators round factors to bfloat16 or TF32 by default. Another entry might then win.
         product_NK = jnp.matmul(latent_NC, entry_KC.T, precision="highest")
         nearest_N = jnp.argmin(jnp.square(entry_KC).sum(-1) - 2 * product_NK, axis=-1)
         # The sum of both is the entry's value with the latent's gradient.
-        change_NC = jax.lax.stop_gradient(self.codebook(nearest_N) - latent_NC)
+        change_NC = jax.lax.stop_gradient(entry_KC[nearest_N] - latent_NC)
         return super().decode((latent_NC + change_NC).reshape(latent_BHWC.shape))
 
 

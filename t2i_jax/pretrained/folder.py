@@ -232,9 +232,8 @@ def open(source: str) -> Folder:
     """
     path = hf.locate_pipeline(source)
     index = hf.read_json(path / hf.PIPELINE)
-    kind = index.get("_class_name")
-    if kind not in RECIPES:
-        raise errors.unknown("pipeline", str(kind), RECIPES, where=str(path / hf.PIPELINE))
+    kind = str(index.get("_class_name"))  # JSON may have a list there
+    errors.check_known("pipeline", kind, RECIPES, where=str(path / hf.PIPELINE))
     scheduler = path / hf.SCHEDULER / "scheduler_config.json"
     folder = Folder(source, index, hf.read_json(scheduler))
     wanted = [folder.recipe.denoiser, AUTOENCODER]

@@ -145,8 +145,17 @@ def _beside(part: str) -> str:
     return part.replace("text_encoder", "tokenizer")  # as diffusers calls the two folders
 
 
+def check_regular(path: pathlib.Path) -> None:
+    """Raises DataError where a pipe, a socket or a device lies: reading it might never end."""
+    if path.exists() and not path.is_file():
+        raise errors.DataError(
+            "not a regular file", where=str(path), fix="copy or export the model again"
+        )
+
+
 def read_json(path: pathlib.Path) -> dict:
     """One JSON object of a checkpoint."""
+    check_regular(path)
     fix = "copy the checkpoint again"
     with errors.explained(errors.DataError, "not readable as JSON", where=path, fix=fix):
         value = json.loads(files.read_text(path))
@@ -311,9 +320,18 @@ def _fetch(whole: str, part: str, alone: bool) -> pathlib.Path:
         patterns = [*texts, *(within + pattern for pattern in patterns)]
         # The hub's `*` matches "/", too: the last argument keeps files of deeper folders out.
         folder = _snapshot(whole, name, patterns, f"{within}*/*")
-        if weights(folder / part):
+        if _complete(folder / part):
             break
     return folder
+
+
+def _complete(folder: pathlib.Path) -> bool:
+    """Whether a checkpoint's weights are there, all shards that an index names."""
+    found = weights(folder)
+    if found is None or found.suffix != ".json":
+        return found is not None
+    named = read_json(found).get("weight_map")
+    return isinstance(named, dict) and all((folder / str(x)).is_file() for x in named.values())
 
 
 @functools.cache

@@ -51,6 +51,7 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
     """Writes adapters in PEFT's layout, their scale multiplied in; returns the file.
 
     Args:
+      folder: is made where it is missing.
       adapters: part, such as "unet" -> its adapter.
       plans: part -> what `tensors.match` found of its network.
     """
@@ -69,7 +70,7 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
                         up = up[..., None, None]
                     for name, value in (("lora_A", down), ("lora_B", up)):
                         key = f"{part}.{module}.{name}.weight"
-                        arrays[key] = np.ascontiguousarray(value, dtype)
+                        arrays[key] = np.ascontiguousarray(value)
                     modules.append(module)
             ranks.add(pair.a.shape[-1])
         rank = max(ranks)
@@ -77,6 +78,9 @@ def write(folder: pathlib.Path, adapters: Mapping, plans: Mapping, dtype="float3
         own = {"r": rank, "lora_alpha": rank, "target_modules": sorted(modules)}
         notes |= {f"{part}.{name}": value for name, value in own.items()}
     note = {"format": "pt", METADATA: json.dumps(notes, sort_keys=True)}
+    tensors.check_room(arrays, dtype)
+    arrays = {name: x.astype(dtype) for name, x in arrays.items()}
+    folder.mkdir(parents=True, exist_ok=True)
     images.write_whole(folder / WEIGHTS, safetensors.numpy.save(arrays, note))
     return folder / WEIGHTS
 
@@ -258,21 +262,31 @@ def _pair(name: str, kinds: dict, options: dict, path) -> Pair:
         raise _misfit(path, f"{name[:100]} has one matrix of two", "copy it again")
     a, b = (np.asarray(kinds[kind], np.float32) for kind in "AB")
     rank = a.shape[0]
-    fits = rank and b.ndim > 1 and b.size == len(b) * rank
-    if not fits or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    alpha = _number(kinds.get("alpha", options.get("lora_alpha")), rank)
+    parts = _number(options.get("r") or None, rank)
+    fits = rank and a.ndim in (2, 4) and b.ndim > 1 and b.size == len(b) * rank
+    if not (fits and parts > 0 and all(np.isfinite(x).all() for x in (a, b, alpha))):
         raise _misfit(
             path,
-            f"{name[:100]} has matrices of {list(a.shape)} and {list(b.shape)}, or values that are "
-            "not finite",
+            f"{name[:100]} has matrices of {list(a.shape)} and {list(b.shape)}, alpha {alpha} and "
+            f"rank {parts}, or values that are not finite",
             "copy it again, or take adapters of plain LoRA",
         )
     a = a.transpose(2, 3, 1, 0).reshape(-1, rank) if a.ndim == 4 else a.T
-    alpha = kinds.get("alpha", options.get("lora_alpha"))
-    alpha = rank if alpha is None else float(np.asarray(alpha).reshape(-1)[0])
     # Rank-stabilised LoRA divides by the root (arXiv:2312.03732, eq. 3).
-    parts = options.get("r") or rank
     scale = alpha / (math.sqrt(parts) if options.get("use_rslora") else parts)
     return Pair(a, scale * b.reshape(b.shape[0], rank).T)
+
+
+def _number(value, default: float) -> float:
+    """What a tensor or a note says; NaN for what is no number."""
+    if value is None:
+        return default
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.astype(float).item()
+    # Not isinstance, by which True would be 1. No comparison holds for NaN.
+    fits = type(value) in (int, float) and abs(value) <= hf.LARGE
+    return value if fits else math.nan
 
 
 def _options(notes, path) -> dict[str, dict]:

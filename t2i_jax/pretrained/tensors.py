@@ -277,6 +277,12 @@ def files_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return [folder / file for file in parts]
 
 
+def digest(folder: pathlib.Path) -> str:
+    """A SHA-256 of the files that hold a checkpoint's weights."""
+    each = "".join(map(hf.sha256, files_of(folder)))
+    return hashlib.sha256(each.encode()).hexdigest()
+
+
 def _tensors(folder, names):
     """torch name without prefix -> _Tensor."""
     found = {}
@@ -318,6 +324,18 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
     # Offsets count from behind the header, before which its length takes 8 bytes.
     place = lambda t: (t["dtype"], _wide(tuple(t["shape"])), 8 + size + t["data_offsets"][0])
     return {name: _Tensor(path, name, *place(t)) for name, t in listed.items()}, notes
+
+
+def check_room(arrays, dtype) -> None:
+    """Raises ConfigError where values of an array, by its name, are not finite in a type."""
+    with np.errstate(over="ignore"):  # told below
+        lost = [k for k, x in arrays.items() if not _finite(np.asarray(x).astype(dtype))]
+    if lost:
+        raise errors.ConfigError(
+            f"{dtype} has no room for values of {', '.join(lost[:5])}",
+            where="--dtype",
+            fix="export with --dtype=float32",
+        )
 
 
 def _flatten(found: dict[str, _Tensor], source: str, shape: tuple) -> None:

@@ -25,8 +25,14 @@ def pipeline(
       output: an empty or a new folder.
       parts: part, such as "unet" -> its parameters.
       dtype: of the tensors of these parts; those of others stay as they are.
-      others: part -> the source of a network that takes its place.
+      others: part -> the source of a network that takes its place. New parameters are written as
+        that of its files.
+    Raises:
+      ConfigError: values that `dtype` has no room for.
     """
+    for name, params in parts.items():
+        flat = traverse_util.flatten_dict(params, sep="/")
+        tensors.check_room({f"{name}/{path}": x for path, x in flat.items()}, dtype)
     for name in opened.index:  # what the hub has is fetched before anything is written
         if opened.has(name) and name not in LEFT and _has_weights(name):
             hf.locate(others.get(name, opened.part(name)))
@@ -36,15 +42,16 @@ def pipeline(
     for name in index:
         if not opened.has(name):
             continue
-        if name in LEFT or not (base / name).is_dir():
-            # So diffusers writes a part that a pipeline lacks.
-            index[name] = [None, None]
+        if name in parts:
+            component(others.get(name, opened.part(name)), parts[name], output / name, dtype)
         elif name in others:
             other = opener.open(others[name])
-            index[name] = ["diffusers", other.config["model_type"]]
+            if index[name][0] == "diffusers":  # it may be of another class
+                index[name] = ["diffusers", other.config["model_type"]]
             copied(other.folder, output / name)
-        elif name in parts:
-            component(opened.part(name), parts[name], output / name, dtype)
+        elif name in LEFT or not (base / name).is_dir():
+            # So diffusers writes a part that a pipeline lacks.
+            index[name] = [None, None]
         else:
             copied(base / name, output / name)
     # It comes last: without it, a folder that was cut short is no pipeline.
@@ -63,6 +70,9 @@ def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
     for path, one in plan.items():
         for tensor, value in zip(one.tensors, one.apart(np.asarray(flat[path])), strict=True):
             new[tensor.name] = value.astype(dtype)
+    # Other programs may read what equals a tensor in its place.
+    for config in checkpoint.towers().values():
+        new |= {same: new[one] for one, same in checkpoint.family.names(config).tied if one in new}
     copied(checkpoint.folder, output, weights=False)
     files = tensors.files_of(checkpoint.folder)
     for file in files:

@@ -9,13 +9,13 @@ S calls of the network · T steps of training
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from t2i_jax import errors
+from t2i_jax import errors, fields
 from t2i_jax.sampling import path as paths
 
 CONFIG = "scheduler_config.json"
@@ -80,6 +80,24 @@ DEFAULTS = {  # of classes; another solver than the folder's takes what REFUSED 
     "DDIMScheduler": {"clip_sample": True},
     "DDPMScheduler": {"clip_sample": True},
     "PNDMScheduler": {"skip_prk_steps": False},
+}
+_BETA, _ABOVE = (fields.above(0), fields.below(1)), Annotated[float, fields.above(0)]
+_FLAGS = (
+    *("set_alpha_to_one", "rescale_betas_zero_snr", "use_karras_sigmas", "euler_at_final"),
+    *("lower_order_final", "use_dynamic_shifting"),
+)
+FIELDS = {  # field -> its type and bounds
+    "num_train_timesteps": Annotated[int, fields.count(100_000)],
+    **dict.fromkeys(("beta_start", "beta_end"), Annotated[float, *_BETA]),
+    "trained_betas": Annotated[tuple[float, ...], *_BETA],
+    **dict.fromkeys(("prediction_type", "beta_schedule"), str),
+    "steps_offset": Annotated[int, fields.at_least(0)],
+    "original_inference_steps": fields.Size,
+    **dict.fromkeys(("timestep_scaling", "shift"), _ABOVE),
+    **dict.fromkeys(("base_shift", "max_shift"), float),
+    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), fields.Size),
+    "shift_terminal": Annotated[float, fields.at_least(0), fields.below(1)],
+    **dict.fromkeys(_FLAGS, bool),
 }
 KARRAS = 7.0  # ρ of the grid (Karras et al. 2022, eq. 5)
 SMALLEST = 2.0**-24  # α² at a last step of no signal, as Euler's class has it
@@ -216,9 +234,9 @@ def from_config(config: Mapping) -> Scheduler:
     """The scheduler that a config describes.
 
     Raises:
-      ConfigError: a class, or a value of a field, that is not implemented.
+      ConfigError: a class, or a value of a field, that is not implemented or has no sense.
     """
-    config = {key: value for key, value in config.items() if value is not None}
+    config = _checked({key: value for key, value in config.items() if value is not None})
     kind = str(config.get("_class_name"))
     errors.check_known("scheduler", kind, CLASSES, where=CONFIG)
     name = CLASSES[kind]
@@ -249,6 +267,25 @@ def min_snr(path: paths.Path, kind: str, t_B, gamma: float):
     if kind == "eps":
         return jnp.minimum(1.0, gamma / jnp.maximum(snr_B, 1e-12))
     return jnp.minimum(snr_B, gamma) * (noise_B if kind == "v" else 1.0)
+
+
+def _checked(config) -> dict:
+    """The config, each field in its type."""
+    config = {
+        field: fields.checked(FIELDS.get(field, Any), field, value, where=CONFIG)
+        for field, value in config.items()
+    }
+    steps = config.get("num_train_timesteps", paths.STEPS)
+    for field, most in (("steps_offset", steps - 1), ("original_inference_steps", steps)):
+        within = Annotated[int, fields.between(0, most)]
+        fields.checked(within, field, config.get(field, 0), where=CONFIG)
+    if len(config.get("trained_betas", range(steps))) != steps:
+        raise errors.ConfigError(
+            f"trained_betas is of {len(config['trained_betas'])} steps, not {steps}",
+            where=CONFIG,
+            fix="write as many as num_train_timesteps",
+        )
+    return config
 
 
 def _own(config, solver: str) -> dict:
@@ -312,9 +349,16 @@ def _times(config, solver: str, steps: int):
         # The classes that work in σ/α tell fractions of steps, the others whole steps.
         time_S = time_S if solver in ("euler", "euler_ancestral", "heun") else time_S.round()
     elif spacing == "leading":
-        unit = total // (steps + more)
-        time_S = (np.arange(steps + more) * unit)[::-1].astype(np.float64)
-        time_S = time_S + config.get("steps_offset", 0)
+        count, offset = steps + more, config.get("steps_offset", 0)
+        begins = lambda n: (n - 1) * (total // n) + offset
+        if begins(count) >= total:
+            most = max(n for n in range(1, count) if begins(n) < total) - more
+            raise errors.ConfigError(
+                f"{steps} steps with steps_offset {offset} begin beyond the last of {total}",
+                where="--steps",
+                fix=f"use {most} or fewer",
+            )
+        time_S = np.linspace(begins(count), offset, count)
     elif spacing == "trailing":
         time_S = np.round(np.arange(total, 0, -total / steps)) - 1
     else:
@@ -464,6 +508,12 @@ def _dpm(config, solver, kept_T, steps, kind) -> Grid:
     second = range(1, steps - bool(ends_low)) if config.get("solver_order", 2) == 2 else ()
     for n in second:
         # The slope of x̂ over λ is that between its last two values.
+        if not width_S[n - 1]:
+            raise errors.ConfigError(
+                f"{steps} steps, two of them at one level of noise",
+                where="--steps",
+                fix="use fewer, or --sampler=euler",
+            )
         slope = 0.5 * x_S[n] * width_S[n] / width_S[n - 1]
         mix_S[n] = x_S[n] + slope, -slope
     return _grid(kind, time_S, alpha_S[:-1], sigma_S[:-1], kept_S=kept_S, mix_S=mix_S)
