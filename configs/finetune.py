@@ -15,6 +15,7 @@ Autoencoder and text encoders stay as they are, stored as in their files.
 """
 
 from configs import common
+from t2i_jax import errors
 from t2i_jax.pretrained import folder
 
 KNOWN = dict(source="", path="", res=0, width=0, height=0, steps=2000, holdout=0.0)
@@ -30,8 +31,10 @@ def get_config(arg=None):
     config.objective, config.text_length = made["objective"], made["text_length"]
     config.load, config.sample = made["load"], made["sample"]
     config.res, config.steps, config.batch_size = arg.res or made["res"], arg.steps, 8
-    if arg.width or arg.height:
-        config.size = (arg.height or config.res, arg.width or config.res)
+    if bool(arg.width) != bool(arg.height):
+        raise errors.ConfigError("only one of width and height", where="--config", fix="give both")
+    if arg.width:
+        config.size = (arg.height, arg.width)
     config.data = dict(source="folder", path=arg.path, holdout=arg.holdout, pad=False)
     if arg.prior:
         config.data.update(source="subject", prior=arg.prior, prior_weight=arg.prior_weight)
@@ -39,8 +42,9 @@ def get_config(arg=None):
     config.model.model = dict(dtype="bfloat16", remat="full", scan=True)
     config.loss = dict(text_dropout=0.1, snr_gamma=0.0, offset=0.0, guidance=1.0, train_text=False)
     config.optim.model = dict(
-        name="adamw", learning_rate=1e-5, warmup=100, decay="constant", weight_decay=0.01, clip=1.0
+        name="adamw", learning_rate=1e-5, decay="constant", weight_decay=0.01, clip=1.0
     )
+    config.optim.model.warmup = min(100, arg.steps // 10)
     config.ema.model = 0.999
     config.strategy = "fsdp"
     config.evaluators = dict(held_out_loss=dict()) if arg.holdout else {}

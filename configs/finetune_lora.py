@@ -20,9 +20,8 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, **finetune.KNOWN | dict(steps=1000, rank=16, text_rank=0))
     config = finetune.get_config(",".join(f"{name}={arg[name]}" for name in finetune.KNOWN))
     config.lora.model = dict(rank=arg.rank, match=TARGETS)
-    config.optim = dict(
-        model_lora=dict(name="adamw", learning_rate=1e-4, warmup=50, decay="cosine", clip=1.0)
-    )
+    config.optim = dict(model_lora=dict(name="adamw", learning_rate=1e-4, decay="cosine", clip=1.0))
+    config.optim.model_lora.warmup = min(50, arg.steps // 10)
     if arg.text_rank:
         config.lora.text = dict(rank=arg.text_rank, match="")
         config.optim.text_lora = dict(config.optim.model_lora, learning_rate=5e-5)

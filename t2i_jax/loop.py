@@ -210,6 +210,10 @@ class Run:
             known = [found.get("nets", {}) for found in files if found]
             known = {net: digest for nets in known for net, digest in nets.items()}
             self.load_frozen({net: known[net] for net in self._idle & known.keys()})
+        used = {self.workdir / kept.folder for kept in self.cached.values()}
+        for path in self.workdir.glob(f"*/{cache.MANIFEST}"):
+            if path.parent not in used:
+                logging.warning("the cache in %s is not read: set --config.cache", path.parent)
         asked = {name: self.kept_rows(name) for name in self.cached}
         for name, (predict, rows, identity) in asked.items():
             with watchdog.phase("caches"), signals.at_once():

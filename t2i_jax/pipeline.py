@@ -604,6 +604,10 @@ class Pipeline:
         """
         compile_cache.enable()
         source = os.fspath(source)
+        if not isinstance(lora or {}, Mapping):
+            raise errors.ConfigError(
+                f"it is {lora!r}", where="lora", fix='give files and weights: {"FILE": 0.8}'
+            )
         with weights.describes(source):
             config, local = weights.config_at(source), jax.local_devices()
         # Not by config.attention, which names a kernel of the devices that trained.
@@ -630,7 +634,8 @@ class Pipeline:
             raise errors.ConfigError(
                 "nets are loaded stage by stage of a pretrained pipeline alone",
                 where="low_memory",
-                fix="leave it out, or export the run with --format=diffusers --merge",
+                fix="leave it out, or export the run with --format=diffusers, and draw from that; "
+                "adapters by --lora beside their pipeline",
             )
         if lora:
             raise errors.ConfigError(
@@ -702,7 +707,9 @@ class Pipeline:
         weights.check_frozen(loaded, known)
         # After the check: digests are those of what the run was trained with.
         nets = weights.in_eight_bits(nets | frozen, int8)
-        return cls(predictor, nets, source, step, words.read(folder))
+        # What another model began with knows words that these captions lack.
+        base = {net.removesuffix(SUFFIX) for net in family.trained} & sources.keys()
+        return cls(predictor, nets, source, step, None if base else words.read(folder))
 
     def __call__(
         self,

@@ -62,13 +62,15 @@ def locate(source: str) -> pathlib.Path:
         raise errors.ConfigError(
             "no such folder",
             where=str(folder),
-            fix="give the --workdir of a run, the folder of an exported model, or builtin:shapes",
+            fix="give the --workdir of a run, the folder of an exported model or of a pipeline, "
+            "hf:org/name, or builtin:shapes",
         )
     if not (folder / "config.json").exists():
         raise errors.ConfigError(
             "no config.json there",
             where=str(folder),
-            fix="give the folder that train.py wrote (its --workdir) or t2i_jax export made",
+            fix="give the folder that train.py wrote (its --workdir), t2i_jax export made, or a "
+            "whole pipeline; adapters go with --lora beside theirs",
         )
     return folder
 
@@ -82,7 +84,9 @@ def read_config(folder: pathlib.Path) -> ml_collections.ConfigDict:
         values = json.loads(files.read_text(path))
     if not isinstance(values, dict) or "objective" not in values:
         raise errors.DataError(
-            "no key 'objective' in it", where=str(path), fix="give a folder that train.py wrote"
+            "no key 'objective' in it",
+            where=str(path),
+            fix="give a folder that train.py wrote, or of a pipeline the folder above",
         )
     # Not isinstance, by which True would be a whole number.
     if wrong := [key for key in KINDS if key in values and type(values[key]) is not KINDS[key]]:

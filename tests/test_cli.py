@@ -190,6 +190,11 @@ CASES = {
         78,
         "no flag --promt (at the command line). Fix: did you mean 'prompt'",
     ),
+    "a flag that is an option of the model's": (
+        ["sample.py", "--width=64"],
+        78,
+        "an option of the model's is --set width=…",
+    ),
     "a size of no batch": ([*BUILTIN, "--batch_size=0"], 78, "give a whole number, 1 or more"),
     "no such format": ([*BUILTIN, "--format=gif"], 78, "format is 'gif'"),
     "a flag without a value": (["train.py", "--workdir"], 78, "no value (at --workdir)"),

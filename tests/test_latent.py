@@ -242,6 +242,8 @@ def test_img2img_has_the_settings_of_drawing(whole):
 
 
 def test_what_would_change_nothing_is_told(whole, caplog):
+    with pytest.raises(errors.ConfigError, match="files and weights"):
+        pipeline.Pipeline.load(str(folder.TINY), lora=["FILE:0.8"])
     with pytest.raises(errors.ConfigError, match="guidance is 0"):
         whole(THREE, guidance=0.0)
     config = weights.config_at(str(folder.TINY))

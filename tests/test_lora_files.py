@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, objective, pipeline, weights
-from t2i_jax.pretrained import folder, lora_files, opener, writer
+from t2i_jax.pretrained import folder, lora_files, opener, tensors, writer
 
 
 @pytest.fixture(scope="module")
@@ -139,3 +139,10 @@ def test_a_pipeline_knows_the_files_it_was_loaded_with(plans, module, tmp_path):
     assert found == [("a.safetensors", 0.5, 64), ("a.safetensors", 2.0, 64)]
     assert not pipeline.Pipeline.load(str(folder.TINY)).adapters
     assert jax.tree.leaves(pipe.nets)
+
+
+@pytest.mark.parametrize("start", [b"PK\x03\x04", b"\x80\x02}q"])
+def test_a_pickle_is_called_one(start, tmp_path):
+    (tmp_path / "a.ckpt").write_bytes(start.ljust(64, b"0"))
+    with pytest.raises(errors.DataError, match="a zip or a pickle"):
+        tensors.header(tmp_path / "a.ckpt")

@@ -57,7 +57,9 @@ def model_flags() -> dict:
     return {
         "workdir": flags.DEFINE_string("workdir", None, "A run of train.py."),
         "checkpoint": flags.DEFINE_string(
-            "checkpoint", None, "builtin:<name> or an exported model's folder."
+            "checkpoint",
+            None,
+            "builtin:<name>, the folder of an exported model or of a pipeline, or hf:org/name.",
         ),
         "step": step_flag(),
         "load": load_flag(),
@@ -297,9 +299,12 @@ def _bad_flag(e: Exception) -> errors.ConfigError | None:
     """The error for an unknown flag or a bad value, from absl's. None for other errors of absl."""
     if isinstance(e, flags.UnrecognizedFlagError):
         names = [name for name in flags.FLAGS if flags.FLAGS[name].help and "." not in name]
+        lists = "see --help for all"
+        if "set" in flags.FLAGS:
+            lists += f"; an option of the model's is --set {e.flagname}=…"
         return errors.misused(
             f"no flag --{e.flagname}",
-            errors.nearest(e.flagname.split(".")[0], names, else_say="see --help for all"),
+            errors.nearest(e.flagname.split(".")[0], names, else_say=lists),
         )
     text = " ".join(str(e).split())
     if lacks := re.fullmatch(r"Missing value for flag -*(\S+)", text):

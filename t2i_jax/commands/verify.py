@@ -85,9 +85,13 @@ def _variant(opened) -> str | None:
 
 def diffusers_parts(opened, noise_BhwC, family) -> dict:
     """The same results by diffusers, seen where they pass between its networks."""
-    import diffusers
+    from t2i_jax import errors
+
+    what, fix = "it is not installed", "pip install diffusers transformers torch"
+    with errors.explained(errors.ConfigError, what, where="--with", fix=fix, of=ImportError):
+        import diffusers
+        import torch
     import numpy as np
-    import torch
 
     path, revision = opened.source, None
     if path.startswith("hf:"):

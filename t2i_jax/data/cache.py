@@ -163,7 +163,8 @@ def asked(config, predictor, frozen, source, name: str = "", digests=None):
         raise errors.ConfigError(
             "it names no prediction",
             where="config.cache",
-            fix="set --config.cache=encode; states of an encoder that learns cannot be kept",
+            fix=f"set --config.cache={','.join(family.cached) or 'encode'}; states of an encoder "
+            "that learns cannot be kept",
         )
     name = name or config.cache
     predictor.check(name)

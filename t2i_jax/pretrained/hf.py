@@ -86,8 +86,15 @@ def locate_pipeline(name: str) -> pathlib.Path:
     From the hub it comes without its networks, which `locate` fetches by their parts.
 
     Raises:
+      ConfigError: the name is empty.
       DataError: there is no such folder, or no pipeline in it.
     """
+    if not name:
+        raise errors.ConfigError(
+            "no pipeline is named",
+            where="--config",
+            fix="write --config=configs/finetune.py:source=DIR,path=DATA",
+        )
     hub = name.startswith("hf:")
     path = described(name) if hub else pathlib.Path(name).expanduser()
     if not (path / PIPELINE).is_file():

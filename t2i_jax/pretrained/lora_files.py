@@ -132,7 +132,10 @@ def opened(folder: folders.Folder, shapes: Mapping, files: Mapping[str, float]) 
         path = _file(name)
         if not path.is_file():
             raise errors.DataError(
-                "no such file", where=str(path), fix=f"give {WEIGHTS}, or the folder it lies in"
+                "no such file",
+                where=str(path),
+                fix=f"give {WEIGHTS}, or the folder it lies in; export --format=diffusers makes it "
+                "of a run",
             )
         for part, adapter in read(path, plans).items():
             found.setdefault(part, []).append((adapter, float(weight)))

@@ -309,7 +309,14 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
     """A safetensors file's tensors by name, and its notes, after the library found it whole."""
     try:
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
+            start = file.read(8)
+            if start.startswith((b"PK", b"\x80\x02", b"\x80\x04")):
+                raise errors.DataError(
+                    "a zip or a pickle, which can run code when it is opened",
+                    where=str(path),
+                    fix="take the .safetensors of the same weights",
+                )
+            size = int.from_bytes(start, "little")
             if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
                 raise ValueError(f"a header of {size:,} bytes")
             text = file.read(size)
