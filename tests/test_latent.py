@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from t2i_jax import errors, objective, pipeline, weights
-from t2i_jax.commands import export, verify
+from t2i_jax.commands import verify
 from t2i_jax.pretrained import folder, hf, previews, writer
 
 torch = pytest.importorskip("torch")
@@ -144,7 +144,7 @@ def test_an_autoencoder_from_elsewhere_brings_its_own_scale(tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["model", "text"])
-def test_an_export_holds_the_text_encoder_that_was_read(trained, tmp_path, monkeypatch):
+def test_an_export_holds_the_text_encoder_that_was_read(trained, tmp_path):
     """Of what `config.load.text` names, which need not lie in the model's folder."""
     other = shutil.copytree(folder.TINY / "text_encoder", tmp_path / "other")
     (other / "from_elsewhere.txt").write_text("")
@@ -156,8 +156,10 @@ def test_an_export_holds_the_text_encoder_that_was_read(trained, tmp_path, monke
     weights.override(config, {"text": str(other)})
     shapes = weights.abstract_nets(objective.make(config), config)[trained]
     net = weights.load_net(config.load[trained], trained, shapes)
-    monkeypatch.setattr(export, "DTYPE", types.SimpleNamespace(value="float32"))
-    export._to_diffusers(tmp_path / "out", {trained: net}, config)
+    opened = writer.of_run(config)
+    parts = opened.by_part({trained: net["params"]})
+    others = writer.elsewhere(opened, weights.sources(config))
+    writer.pipeline(opened, tmp_path / "out", parts, "float32", others)
     found = tmp_path / "out" / "text_encoder"
     assert (found / "from_elsewhere.txt").exists()
     same = safetensors.numpy.load_file(found / "model.safetensors")[name]

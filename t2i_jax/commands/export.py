@@ -55,18 +55,12 @@ def main():
 
 def _to_diffusers(output, nets, config) -> None:
     from t2i_jax import errors, lora, objective, weights
-    from t2i_jax.pretrained import folder as folders
     from t2i_jax.pretrained import lora_files, opener, writer
 
     opened = writer.of_run(config)
     params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
     if not config.lora:
-        # What the run read in place of the folder's own, wherever that lies.
-        sources, parts = weights.sources(config), opened.by_part(params)
-        texts = opener.each(sources.get("text"))
-        read = {e.part: s for e, s in zip(opened.encoders, texts, strict=False)}
-        read[folders.AUTOENCODER] = sources.get(folders.AUTOENCODER)
-        others = {part: s for part, s in read.items() if s not in (None, opened.part(part))}
+        parts, others = opened.by_part(params), writer.elsewhere(opened, weights.sources(config))
         # A run of ours has no file's names for what was trained further.
         others = {p: s for p, s in others.items() if not (p in parts and weights.is_ours(s))}
         return writer.pipeline(opened, output, parts, DTYPE.value, others)

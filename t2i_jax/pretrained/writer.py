@@ -114,6 +114,16 @@ def of_run(config) -> folders.Folder:
     )
 
 
+def elsewhere(opened: folders.Folder, sources) -> dict[str, str]:
+    """Part -> what a run read in place of the folder's own.   sources: of its nets, by `parse`"""
+    texts = opener.each(sources.get("text"))
+    read = {e.part: source for e, source in zip(opened.encoders, texts, strict=False)}
+    read[folders.AUTOENCODER] = sources.get(folders.AUTOENCODER)
+    return {
+        part: source for part, source in read.items() if source not in (None, opened.part(part))
+    }
+
+
 def _has_weights(name: str) -> bool:
     return not (name.startswith(("tokenizer", "feature_extractor")) or name == hf.SCHEDULER)
 

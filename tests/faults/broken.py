@@ -92,7 +92,7 @@ BREAKS = (
     ),
     # G10: a broken example costs its slot, and too many the run.
     Break("D1", "data/loader.py", "weight_B = np.zeros(b", "weight_B = np.ones(b"),
-    Break("D7", "data/loader.py", "if broken == n or broken > max(", "if 0 > max("),
+    Break("D7", "data/loader.py", "(broken == n or broken > max(", "(0 > max("),
     Break("D13", "loop.py", "if self.batches.quarantine[record][:2] == (n, slot):", "if True:"),
     Break("D13", "data/loader.py", 'if hasattr(source, "where")', "if False"),
     Break("D14", "data/folder.py", '== (split == "test")', "or True"),

@@ -81,7 +81,7 @@ def every(stride: int, batch, batch_size: int):
     Returns:
       some: tree of B -> tree of S, the examples of `batch` among them, or more.
       mean: value_S -> scalar, what they say of the mean over all examples that count. Like the
-        loss, parts add up by their examples' weights.
+        loss, parts add up by the numbers of their examples that count.
     """
     index_B, weight_B = batch["index"], batch["weight"]
     if stride == 1:
@@ -99,6 +99,6 @@ def every(stride: int, batch, batch_size: int):
 
     def mean(value_S):
         total = (value_S * some(weight_B) * counted).sum()
-        return total / jnp.maximum(share * weight_B.sum(), 1e-9)
+        return total / jnp.maximum(share * losses.counted(weight_B), 1e-9)
 
     return some, mean
