@@ -144,13 +144,9 @@ def declared(config, name, kept, digests, source, tokenizer, *, sums=fingerprint
 
 
 def _sources(given) -> list:
-    """What `config.load` names of a net, and the marks of the files there."""
-    found = []
-    for source in opener.each(opener.parse(given)):
-        folder = hf.locate(source)
-        # A run of ours is known by the digests alone: its nets are always loaded.
-        found.append([source, tensors.mark(folder) if hf.weights(folder) else ""])
-    return found
+    """What `config.load` names of a net, each with the mark of the files there."""
+    each = opener.each(opener.parse(given))
+    return [[source, tensors.mark(hf.locate(source))] for source in each]
 
 
 def asked(config, predictor, frozen, source, name: str = "", digests=None):

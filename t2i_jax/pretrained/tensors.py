@@ -311,14 +311,14 @@ def header(path: pathlib.Path) -> tuple[dict, dict[str, str]]:
         with path.open("rb") as file:
             start = file.read(8)
             size = int.from_bytes(start, "little")
-            # Only then: a sound file may begin so, too.
-            if size > HEADER_BYTES and start.startswith((b"PK", b"\x80\x02", b"\x80\x04")):
-                raise errors.DataError(
-                    "a zip or a pickle, which can run code when it is opened",
-                    where=str(path),
-                    fix="take the .safetensors of the same weights",
-                )
             if size > HEADER_BYTES:  # so that hostile ones take neither time nor memory
+                # Not looked for before: a sound file may begin so, too.
+                if start.startswith((b"PK", b"\x80\x02", b"\x80\x04")):
+                    raise errors.DataError(
+                        "a zip or a pickle, which can run code when it is opened",
+                        where=str(path),
+                        fix="take the .safetensors of the same weights",
+                    )
                 raise ValueError(f"a header of {size:,} bytes")
             text = file.read(size)
         # The library checks all offsets against the file's size. The reads rely on that.
