@@ -261,8 +261,12 @@ class Run:
             nets = {**dict.fromkeys(self._frozen_digests), **self.frozen}
             weights.check_frozen(nets, known, self._frozen_digests)
             return state, start
-        origin = self.config.init_from or "scratch"
-        logging.info("no checkpoint in %s: starting from %s", self.workdir, origin)
+        begins = f"as in {self.config.init_from}" if self.config.init_from else "anew"
+        trained = ", ".join(self.family.trained)
+        logging.info("no checkpoint in %s: %s begins %s", self.workdir, trained, begins)
+        sizes = {key: jax.tree.leaves(arrays)[0].shape for key, arrays in self._example.items()}
+        texts = (f"{key} {' × '.join(map(str, shape))}" for key, shape in sizes.items())
+        logging.info("a batch: %s", ", ".join(texts))
         return self.fresh_state(), 0
 
     def fresh_state(self):

@@ -22,7 +22,7 @@ from t2i_jax.models.types import Cond, Tokens
 from t2i_jax.pretrained import folder, opener, text_encoder
 from t2i_jax.quality import extractor
 from t2i_jax.run import checkpoint, fingerprint
-from tests import runs, test_text_families, test_vits
+from tests import folders, runs, test_text_families, test_vits
 
 QUICK = {
     "one": dict(mesh={"data": 1}),
@@ -467,12 +467,28 @@ def _pipeline() -> dict:
             "temporaries": compiled.memory_analysis().temp_size_in_bytes,
             "bytes": sum(x.nbytes for x in arrays),
         }
+    found["watched"] = _watched(captions, options)
     frugal = pipeline.Pipeline.load(str(folder.TINY), strategy="fsdp", low_memory=True)
     found["low memory"] = int(np.abs(frugal(captions[:3], **options).astype(int) - few).max())
     sliced = pipe.predictor.trace("sample", pipe.nets, placed, **options, sliced=True)
     found["sliced"] = plan.traffic(sliced.lower().compile().as_text())["all-gather"].bytes
     found["at once"] = plan.traffic(compiled.as_text())["all-gather"].bytes
     return {"pipeline": found | {"spread": float(np.ptp(alone))}}
+
+
+def _watched(captions, options) -> int:
+    """How far pictures drawn step by step are from those of one program.
+
+    What a scanned network prepares begins with its two layers, which eight devices do not divide.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folders.save(folders.pixart, name)
+        pipe = pipeline.Pipeline.load(name, strategy="data")
+        draw = functools.partial(pipe.predictor.sample, pipe.nets, captions, **options)
+        once, steps = draw().astype(int), []
+        watched = draw(watch=lambda step, z_BHWC: steps.append(step))
+    assert steps == [1, 2, 3]
+    return int(np.abs(watched - once).max())
 
 
 def _guided() -> dict:

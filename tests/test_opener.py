@@ -115,6 +115,9 @@ def test_a_class_of_diffusers_is_a_kind(encoder, monkeypatch):
     """What a config.json without a model_type is chosen by."""
     config = hf.read_json(encoder / hf.CONFIG)
     del config["model_type"]
+    (encoder / hf.CONFIG).write_text(json.dumps(config | {"_class_name": ["A"]}))
+    with pytest.raises(errors.ConfigError, match=r"\['A'\]\" is no network"):
+        opener.open(str(encoder))
     (encoder / hf.CONFIG).write_text(json.dumps(config | {"_class_name": "AutoencoderXY"}))
     with pytest.raises(errors.ConfigError, match=r"'AutoencoderXY' is no network.*bert.*dinov2"):
         opener.open(str(encoder))

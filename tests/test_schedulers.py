@@ -262,6 +262,12 @@ def test_a_shift_of_no_sense_is_named(change):
         scheduler.from_config({"_class_name": FLOW} | change)
 
 
+def test_a_shift_between_equal_lengths_is_named():
+    saved = {"_class_name": FLOW, "base_image_seq_len": 4096}
+    with pytest.raises(errors.ConfigError, match="base_image_seq_len is 4096, and max_image_seq"):
+        scheduler.from_config(saved)
+
+
 def test_more_steps_than_there_is_noise_for_are_refused():
     saved = {"_class_name": "PNDMScheduler", "skip_prk_steps": True, "steps_offset": 1}
     made = scheduler.from_config(saved)

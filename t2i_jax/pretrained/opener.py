@@ -135,7 +135,8 @@ def _opened(folder: pathlib.Path) -> Checkpoint:
     config = hf.read_json(folder / hf.CONFIG)
     if (folder / vit.PREPROCESSOR).is_file():
         config["preprocessor"] = hf.read_json(folder / vit.PREPROCESSOR)
-    kind = config.setdefault("model_type", config.get("_class_name"))
+    # JSON may have a list there.
+    kind = config["model_type"] = str(config.get("model_type", config.get("_class_name")))
     if kind not in families():
         raise errors.ConfigError(
             f"model_type {kind!r} is no network that we read",

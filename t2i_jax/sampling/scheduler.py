@@ -86,6 +86,8 @@ _FLAGS = (
     *("set_alpha_to_one", "rescale_betas_zero_snr", "use_karras_sigmas", "euler_at_final"),
     *("lower_order_final", "use_dynamic_shifting"),
 )
+# Tokens of a picture, between which the shift of a flow grows, and their defaults.
+LENGTHS = {"base_image_seq_len": 256, "max_image_seq_len": 4096}
 FIELDS = {  # field -> its type and bounds
     "num_train_timesteps": Annotated[int, fields.count(100_000)],
     **dict.fromkeys(("beta_start", "beta_end"), Annotated[float, *_BETA]),
@@ -95,7 +97,7 @@ FIELDS = {  # field -> its type and bounds
     "original_inference_steps": fields.Size,
     **dict.fromkeys(("timestep_scaling", "shift"), _ABOVE),
     **dict.fromkeys(("base_shift", "max_shift"), float),
-    **dict.fromkeys(("base_image_seq_len", "max_image_seq_len"), fields.Size),
+    **dict.fromkeys(LENGTHS, fields.Size),
     "shift_terminal": Annotated[float, fields.at_least(0), fields.below(1)],
     **dict.fromkeys(_FLAGS, bool),
 }
@@ -284,6 +286,13 @@ def _checked(config) -> dict:
             f"trained_betas is of {len(config['trained_betas'])} steps, not {steps}",
             where=CONFIG,
             fix="write as many as num_train_timesteps",
+        )
+    least, most = (config.get(field, default) for field, default in LENGTHS.items())
+    if least >= most:
+        raise errors.ConfigError(
+            f"base_image_seq_len is {least}, and max_image_seq_len {most}",
+            where=CONFIG,
+            fix="write the smaller number of tokens as base_image_seq_len",
         )
     return config
 
@@ -557,7 +566,7 @@ def _flow_sigmas(config, total: int, steps: int, tokens: int, even: bool):
         first, last = ends if dynamic else moved(ends)
         sigma_S = np.linspace(first, last, steps)
     if dynamic:  # by the number of a picture's tokens
-        low, high = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = (config.get(field, default) for field, default in LENGTHS.items())
         least, most = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
         mu = least + (most - least) * (tokens - low) / (high - low)
         sigma_S = math.exp(mu) / (math.exp(mu) + (1 / sigma_S - 1))
