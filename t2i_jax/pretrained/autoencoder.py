@@ -274,8 +274,12 @@ class Discrete(Autoencoder):
         The gradient goes past the choice of codes, as if the latents had been theirs.
         """
         latent_BHWC = latent_BHWC.astype(jnp.float32)
-        nearest_BHWC = self.values(self.nearest(latent_BHWC))
+        nearest_BHWC = self.quantise(latent_BHWC)
         return super().decode(quantise.straight_through(latent_BHWC, nearest_BHWC))
+
+    def quantise(self, latent_BHWC):
+        """The values of the nearest codes.   -> float32 BHWC"""
+        return self.values(self.nearest(latent_BHWC))
 
     def codes(self, image_BHWC):
         """The codes of pictures in [-1, 1].   -> int32 BHW, 0 … num_codes − 1"""
@@ -349,6 +353,35 @@ class FiniteScalar(Discrete):
     def values(self, code_BHW):
         """The values of codes' levels.   -> float32 BHWC"""
         return quantise.value_of(quantise.digits_of(code_BHW, self.levels), self.levels)
+
+
+def to_config(net: Autoencoder) -> dict:
+    """The config.json by which diffusers opens a network, and `from_config` here.
+
+    Raises:
+      ConfigError: diffusers has no network of this kind.
+    """
+    kind, fields_of = _kind(net)
+    config = {theirs: getattr(net, ours) for theirs, ours in fields_of.items()}
+    levels = len(net.widths)
+    config |= {field: [block] * levels for field, block in _BLOCKS.items()}
+    config |= {k: v for k, v in _IMPLEMENTED.items() if k != "norm_type" and v is not None}
+    if kind == "AutoencoderKL":  # the other has no such field
+        config["shift_factor"] = net.shift_factor
+    return {"_class_name": kind, **config, "force_upcast": False}
+
+
+def _kind(net) -> tuple[str, dict[str, str]]:
+    """Of a network, diffusers' class, and the class' fields -> ours."""
+    if type(net) is Autoencoder:
+        return "AutoencoderKL", _FIELDS | _KL_FIELDS
+    if type(net) is Quantised and net.quant and net.post_quant and not net.shift_factor:
+        return "VQModel", _FIELDS | _VQ_FIELDS
+    raise errors.ConfigError(
+        "diffusers has no autoencoder with such latents",
+        where="config.model.autoencoder",
+        fix="train kind kl, or kind vq with both 1 × 1 convolutions and shift_factor 0",
+    )
 
 
 def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder | Quantised:
