@@ -65,9 +65,8 @@ def value_and_slope(family, i=0):
         return value, dict(aux.metrics)
 
     slope = jax.jit(jax.value_and_grad(value, has_aux=True))
-    return lambda nets, batch, step=0: slope(
-        {name: nets[name]["params"] for name in loss.nets}, nets, batch, step
-    )
+    own = lambda nets: {name: nets[name]["params"] for name in loss.nets}
+    return lambda nets, batch, step=0: jax.device_get(slope(own(nets), nets, batch, step))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +232,7 @@ def test_the_divergence_is_that_of_normals():
 
 
 def test_an_examples_noise_is_its_own(made):
-    family, nets, loss = made["kl"]
+    _, nets, loss = made["kl"]
     batch = pictures()
     alone = [jax.tree.map(lambda x, i=i: x[i : i + 1], batch) for i in range(3)]
     parts = [loss(nets, one)[0][0] for one in alone]
@@ -388,11 +387,12 @@ def trained(tmp_path_factory):
     """A :debug run of a codebook with a critic, resumed once."""
     workdir = tmp_path_factory.mktemp("autoencoder")
     config = shapes_tokenizer.get_config("debug,vq")
+    config.model.autoencoder.update(SIZES)
     config.model.critic = dict(widths=(4, 6))
-    config.optim = dict.fromkeys(("autoencoder", "critic"), dict(config.optim.autoencoder))
-    for spec in config.optim.values():
-        spec.decay = "constant"  # one program, however many the steps
-    config.loss.delay, config.log_every, config.batch_size = 1, 1, 4
+    config.optim.autoencoder.decay = "constant"  # one program, however many the steps
+    config.optim.critic = dict(config.optim.autoencoder)
+    config.loss = dict(delay=1, r1=0.0)  # whose second derivatives take long to compile
+    config.log_every, config.batch_size = 1, 4
     config.evaluators = dict(reconstruction=dict(data=HELD_OUT, batch_size=4))
     config.eval_every, config.best = 2, "reconstruction/psnr_objects"
     for config.steps in (1, 2):
@@ -402,7 +402,8 @@ def trained(tmp_path_factory):
 
 def test_a_run_trains_resumes_and_shows_reconstructions(trained):
     assert [row["step"] for row in runs.rows(trained)] == [1, 2]
-    (event,) = map(json.loads, (trained / "events.jsonl").read_text().splitlines())
+    events = [*map(json.loads, (trained / "events.jsonl").read_text().splitlines())]
+    event = max(events, key=lambda event: event["reconstruction/psnr_objects"])
     assert event["reconstruction/psnr"] > 0
     assert 0 < event["reconstruction/usage"] <= 1
     with Image.open(trained / "samples" / "step_00000002_reconstruction_grid.png") as grid:

@@ -140,7 +140,7 @@ class Family(NamedTuple):
         if moments.logvar_BHWC is not None:
             terms["kl"] = (options.kl, divergence(moments) / image_BHWC[0].size)
         if self.eye:
-            maps = [self.eye.maps(nets["eye"], x) for x in (drawn_BHWC, image_BHWC)]
+            maps = [self.eye.maps(nets[networks.FEATURES], x) for x in (drawn_BHWC, image_BHWC)]
             terms["perceptual"] = (options.perceptual, losses.map_error(*maps))
         if self.critic:
             fool = games.GAMES["nonsaturating"][1]
