@@ -20,7 +20,8 @@ def icons(package):
     """A package's drawings, of which Firefox's are larger and its names without dashes."""
     names = THINGS if package.style != "firefox" else [name.replace("-", "") for name in THINGS]
     found = {name: {"body": RED} for name in names}
-    found["wave-dark-skin-tone"] = found["gone"] = {"body": RED, "hidden": True}
+    toned = ("wave-dark-skin-tone", "baby-light", "baby-medium-dark", "baby-dark")
+    found |= {name: {"body": RED} for name in toned} | {"gone": {"body": RED, "hidden": True}}
     return {"icons": found, "width": 32, "height": 32}
 
 
@@ -58,6 +59,13 @@ def test_a_held_out_pair_has_its_thing_in_other_styles(sources):
         assert len(styles) == 1
         assert styles.isdisjoint(train[thing])
         assert len(train[thing] | styles) == len(emoji_tfds.PACKAGES)
+
+
+def test_a_light_is_no_skin_tone():
+    names = {"police-car", "police-car-light", "hand", "hand-light", "hand-dark"}
+    names |= {"hand-medium-dark", "wave-dark-skin-tone"}
+    toned = {name for name in names if emoji_tfds.has_tone(name, names)}
+    assert names - toned == {"police-car", "police-car-light", "hand"}
 
 
 def test_a_drawing_has_several_captions(sources):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pathlib
+import re
 import shutil
 import subprocess
 import tarfile
@@ -17,6 +18,7 @@ from t2i_jax import errors
 
 RES = 128
 TEST_SHARE = 0.05  # of the pairs of a thing and a style that could be held out
+TONE = re.compile("(.+?)-(medium-light|medium-dark|light|medium|dark)")
 LEAST = 3  # styles of a thing of which one may be held out
 
 
@@ -159,11 +161,21 @@ def read(folder: str = ""):
     dashed = {name.replace("-", ""): name for name in names}
     for package, icons in sets.items():
         for name, icon in icons["icons"].items():
-            if "skin-tone" in name or icon.get("hidden"):
+            if icon.get("hidden") or has_tone(name, icons["icons"]):
                 continue
             sides = [icon.get(side, icons.get(side, 16)) for side in ("width", "height")]
             thing = dashed.get(name, name).replace("-", " ")
             yield (thing, package.style), svg(icon["body"], *sides)
+
+
+def has_tone(name: str, names) -> bool:
+    """Whether a drawing has a skin tone: "waving-hand-dark-skin-tone", or "waving-hand-dark" where
+    there is a light one, too. A police car's light is none.
+    """
+    if "skin-tone" in name:
+        return True
+    toned = TONE.fullmatch(name)
+    return bool(toned) and all(f"{toned[1]}-{tone}" in names for tone in ("light", "dark"))
 
 
 def svg(body: str, width: int, height: int) -> str:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import errors, fields, losses, objective, plugins, randomness
+from t2i_jax import fields, losses, objective, plugins, randomness
 from t2i_jax.data import inputs
 from t2i_jax.models import patches, quantise
 from t2i_jax.models.types import Moments
@@ -79,30 +79,17 @@ def build(config) -> "Family":
     """The parts that a config describes, checked."""
     options = fields.build(Options, config.loss, where="config.loss")
     plugins.check_nets(config.model, NETS)
-    net, size = module(config), objective.size(config)
-    if rest := [side for side in size if side % net.factor]:
-        raise errors.ConfigError(
-            f"a side of {rest[0]} pixels is no multiple of {net.factor}",
-            where="config.size" if config.size else "config.res",
-            fix="set it to one, or give the autoencoder fewer widths",
-        )
     critic = None
     if CRITIC in config.model:
         where, sizes = f"config.model.{CRITIC}", config.model[CRITIC]
         critic = plugins.network(patches.Critic, where=where, options=sizes)
-        critic.check(size)
-    return Family(options, net, critic, networks.features(config))
-
-
-def module(config):
-    """The autoencoder that a config describes."""
-    sizes = {"res": max(objective.size(config)), **config.model.get(NET, {})}
-    return autoencoders.build(sizes)
+        critic.check(objective.size(config))
+    return Family(options, autoencoders.of_config(config), critic, networks.features(config))
 
 
 def diffusers(config):
     """The net that is written as a folder of diffusers, and its module; see `writer`."""
-    return NET, module(config)
+    return NET, autoencoders.of_config(config)
 
 
 class Family(NamedTuple):
@@ -224,9 +211,7 @@ class Family(NamedTuple):
 
     def moments(self, nets, batch, key):
         """Images' latents.   -> mean BhwC, and logvar BhwC where latents are drawn"""
-        mean_BhwC, logvar_BhwC = self.net.apply(nets[NET], batch["image"])
-        found = dict(mean=mean_BhwC, logvar=logvar_BhwC)
-        return {name: x for name, x in found.items() if x is not None}
+        return autoencoders.moments(self.net, nets, batch)
 
     def codes(self, nets, batch, key):
         """Images' codes.   -> int32 Bhw, 0 … K − 1"""
