@@ -238,7 +238,8 @@ class Run:
         config.cache names.
         """
         loaded = {net: self._frozen_digests[net] for net in self.frozen}
-        return cache.asked(self.config, self.predictor, self.frozen, self.source, name, loaded)
+        known = self.config, self.predictor, self.frozen, self.source
+        return cache.asked(*known, name, loaded, weights.mark)
 
     def measured(self, signals):
         """This start of the run with as many steps as fit into config.minutes."""

@@ -148,8 +148,9 @@ class Objective(NamedTuple):
       or `OfBatch`; without one it gives arrays with an entry for each example. Options may have
       rules, see `fields`.
     training_only: frozen nets that no prediction reads. A trained model is opened without them.
-    cached: the predictions that `config.cache` may name. Without any, it may name one of the text
-      alone that gives a `Cond`: batches then bring its "cond_seq" and "cond_pooled".
+    cached: the predictions that `config.cache` may name. Where none of them reads captions, it may
+      also name one of the text alone that gives a `Cond`: batches then bring its "cond_seq" and
+      "cond_pooled".
     inputs: what the batch holds; by default `data.inputs.picture_and_caption(config)`, which are
       "image", BHWC, and "text", `models.types.Tokens` or of several encoders name -> `Tokens`.
     stages: name of a prediction -> what it goes `through`, where it does.

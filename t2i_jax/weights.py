@@ -387,6 +387,19 @@ def load_net(source, name: str, target):
     return opener.load(source, target)
 
 
+def mark(source: str) -> str:
+    """A string that tells the weights at a source of `config.load` from others there: of a run, its
+    newest checkpoint's; else see `tensors.mark`.
+    """
+    if not is_ours(source):
+        return tensors.mark(hf.locate(source))
+    folder = locate(str(hf.split(source)[0]))
+    if (folder / EXPORTED).exists():
+        return tensors.mark(folder)
+    checkpoints = checkpoint.Checkpoints(folder, create=False)
+    return checkpoints.mark(checkpoints.choose())
+
+
 def _check_there(name: str, source) -> None:
     """Raises ConfigError for a path that is no folder, which may have been a run's."""
     for one in opener.each(source):

@@ -33,8 +33,9 @@ from array_record.python import array_record_data_source, array_record_module
 from t2i_jax import errors, images, sharding
 from t2i_jax.data import inputs, loader, transforms
 from t2i_jax.models.types import Cond, Tokens
-from t2i_jax.objective import Cached, Input
-from t2i_jax.pretrained import hf, opener, tensors, text_encoder
+from t2i_jax.objective import Cached, Input, OfBatch, Texts
+from t2i_jax.objective import Pictures as Drawn
+from t2i_jax.pretrained import opener, text_encoder
 from t2i_jax.run import compile_cache, distributed, failpoints, fingerprint
 from t2i_jax.text import tokenize
 
@@ -66,8 +67,10 @@ def named(config, family) -> dict[str, Cached]:
     """
     found = {}
     for name in filter(None, config.cache.split(",")):
-        if family.cached:
-            errors.check_known("prediction to be kept", name, family.cached, where="config.cache")
+        known = family.cached
+        if all(kept.reads != "caption" for kept in known.values()):
+            known = {*known, *filter(functools.partial(_may_give_states, family), family.predict)}
+        errors.check_known("prediction to be kept", name, known, where="config.cache")
         found[name] = kept = family.cached.get(name, Cached("caption"))
         if learning := [n for n in kept.nets if n in family.trained or n in config.lora]:
             raise errors.ConfigError(
@@ -76,6 +79,10 @@ def named(config, family) -> dict[str, Cached]:
                 fix="set --config.cache= (nothing)",
             )
     return found
+
+
+def _may_give_states(family, name: str) -> bool:
+    return family.predict[name].__annotations__.get("return") not in (Drawn, Texts, OfBatch)
 
 
 def without_pictures(read) -> tuple[Input, ...]:
@@ -100,7 +107,7 @@ class Captioned:
         return self._source.where(index) if hasattr(self._source, "where") else f"record {index}"
 
 
-def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT) -> dict:
+def identity(config, name, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT) -> dict:
     """What caption states depend on: encoder, tokenizer and data by hashes, and the text length.
 
     nets: all that are frozen; the encoder is the module that `config` describes, with its sizes.
@@ -111,7 +118,7 @@ def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT)
     return {
         "sums": sums,
         "format": FORMAT,
-        "prediction": config.cache,
+        "prediction": name,
         "encoder": hashlib.sha256(text.encode()).hexdigest(),
         "tokenizer": tokenize.fingerprint(tokenizer),
         "data": source.fingerprint,
@@ -119,11 +126,13 @@ def identity(config, nets, source, tokenizer, *, sums: int = fingerprint.FORMAT)
     }
 
 
-def declared(config, name, kept, digests, source, tokenizer, *, sums=fingerprint.FORMAT) -> dict:
+def declared(
+    config, name, kept, digests, mark, source, tokenizer, *, sums=fingerprint.FORMAT
+) -> dict:
     """What arrays depend on that a family declares: nets, how they are used, and what they read.
 
     digests: net -> that of its variables. Nets that are not loaded are known by their sources, and
-      by marks of the files there.
+      by the `mark` of what is there.
     """
     config = config.to_dict()
     own = {"objective": config["objective"], "text": config["text"]}
@@ -136,23 +145,19 @@ def declared(config, name, kept, digests, source, tokenizer, *, sums=fingerprint
         own |= {key: config[key] for key in ("augment", "res", "size")}
         own["source"] = {k: v for k, v in config["data"].items() if k not in lies}
     known = {"sums": sums, "format": FORMAT, "prediction": name, "data": source.fingerprint, **own}
-    known["sources"] = {net: _sources(config["load"].get(net)) for net in kept.nets}
+    sources = {net: opener.each(opener.parse(config["load"].get(net))) for net in kept.nets}
+    known["sources"] = {net: [[one, mark(one)] for one in each] for net, each in sources.items()}
     in_eight_bits = {name.strip() for name in config["int8"].split(",")}
     known["int8"] = [net for net in kept.nets if net in in_eight_bits]
     known["nets"] = {net: digests[net] for net in kept.nets if net in digests}
     return json.loads(json.dumps(known))  # as the manifest is read: tuples become lists
 
 
-def _sources(given) -> list:
-    """What `config.load` names of a net, each with the mark of the files there."""
-    each = opener.each(opener.parse(given))
-    return [[source, tensors.mark(hf.locate(source))] for source in each]
-
-
-def asked(config, predictor, frozen, source, name: str = "", digests=None):
+def asked(config, predictor, frozen, source, name: str, digests, mark):
     """What `states` and `write` ask for after the folder, for a prediction config.cache names.
 
     frozen: the nets, or those of them that are loaded.   digests: net -> that of its variables.
+    mark: source of a net -> a string that tells other weights there apart.
     """
     family = predictor.objective
     if not config.cache:
@@ -177,9 +182,9 @@ def asked(config, predictor, frozen, source, name: str = "", digests=None):
     else:
         rows = Captions(source, tokenizer, whole=name in family.cached)
     if name in family.cached:
-        known = functools.partial(declared, config, name, kept, digests, source, tokenizer)
+        known = functools.partial(declared, config, name, kept, digests, mark, source, tokenizer)
     else:
-        known = functools.partial(identity, config, frozen, source, tokenizer)
+        known = functools.partial(identity, config, name, frozen, source, tokenizer)
     return run, rows, known
 
 

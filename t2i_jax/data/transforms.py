@@ -25,11 +25,13 @@ def decode(data: bytes, res: int = SIDE_LIMIT) -> np.ndarray:
     return decode_scaled(data, res)[0]
 
 
-def decode_scaled(data: bytes, res: int = SIDE_LIMIT) -> tuple[np.ndarray, float]:
+def decode_scaled(
+    data: bytes, res: int = SIDE_LIMIT, background="white"
+) -> tuple[np.ndarray, float]:
     """PNG, JPEG or WebP -> uint8 RGB HWC, and how much larger its sides are in the file.
 
     - Of an animation the first frame is taken. EXIF's orientation is applied.
-    - Transparency is composited over white. Grey, palettes and CMYK become RGB.
+    - Transparency is composited over the background. Grey, palettes and CMYK become RGB.
     - 16-bit grey is divided by 257 and rounded. 16-bit colours keep their upper byte.
     - Colour profiles are ignored.
 
@@ -52,7 +54,7 @@ def decode_scaled(data: bytes, res: int = SIDE_LIMIT) -> tuple[np.ndarray, float
             # Only JPEG has drafts, and other formats ignore it. The default `res` reduces nothing,
             # as no side may be that long.
             image.draft(None, (2 * res, 2 * res))
-            return _rgb(ImageOps.exif_transpose(image)), max(w, h) / max(image.size)
+            return _rgb(ImageOps.exif_transpose(image), background), max(w, h) / max(image.size)
     # A BadExample is an Exception, too, and the last clause would rename it.
     except BadExample:
         raise
@@ -64,7 +66,7 @@ def decode_scaled(data: bytes, res: int = SIDE_LIMIT) -> tuple[np.ndarray, float
         raise BadExample(f"broken picture: {type(e).__name__} {e}") from e
 
 
-def _rgb(image: Image.Image) -> np.ndarray:
+def _rgb(image: Image.Image, background) -> np.ndarray:
     # Pillow's own conversion of 16-bit grey clips it at 255.
     # The factor: 65,535 / 257 = 255.
     if image.mode.startswith("I"):
@@ -72,7 +74,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
         return np.repeat(grey_HW1, 3, axis=-1)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return np.asarray(image.convert("RGB"))
 
 

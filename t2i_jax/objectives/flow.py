@@ -15,13 +15,14 @@ import jax.numpy as jnp
 from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax import space as spaces
 from t2i_jax.models import backbone
-from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
+from t2i_jax.objective import Aux, Cached, Loss, Objective, OfBatch, Pictures
+from t2i_jax.objectives.parts import autoencoders
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import ode
 from t2i_jax.sampling import path as paths
 from t2i_jax.text import condition, conditioner
 
-NETS = ("model",)  # that config.model describes
+NETS = ("model", autoencoders.NET)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 
@@ -71,14 +72,22 @@ def make(config, space: spaces.Space | None = None) -> Objective:
     predictions sample, img2img, encode, loss_at_times.
 
     `config.model.model`: `backbone`, a file of `t2i_jax/models/`, and its sizes.
+    `config.model.autoencoder`: that of the latents to work in, see `parts.autoencoders`; a frozen
+      net, of which config.cache may keep the "moments". Without it, the model works in pixels.
 
-    space: by default images of config.res pixels a side.
+    space: another one to work in.
     """
+    cached, more = {}, {}
+    if autoencoders.NET in config.model:
+        net = autoencoders.of_config(config)
+        space = autoencoders.latents(net, (config.res, config.res))
+        cached["moments"] = Cached("image", (autoencoders.NET,))
+        more["moments"] = lambda nets, batch, key: autoencoders.moments(net, nets, batch)
     flow = Flow(config, space or spaces.pixels(config.res))
     predict = {"sample": flow.sample, "img2img": flow.img2img, "encode": flow.text.encode}
-    predict["loss_at_times"] = flow.loss_at_times
+    predict |= {"loss_at_times": flow.loss_at_times, **more}
     trained = ("model", "text") if flow.options.train_text else ("model",)
-    return Objective(flow.init, (Loss(trained, flow.loss),), predict)
+    return Objective(flow.init, (Loss(trained, flow.loss),), predict, cached=cached)
 
 
 class Flow:

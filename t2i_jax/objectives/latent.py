@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from t2i_jax import errors, fields, losses, objective, plugins, randomness, weights
-from t2i_jax import space as spaces
 from t2i_jax.data import inputs
 from t2i_jax.models.types import Cond, Moments, Output
 from t2i_jax.objective import Aux, Cached, Loss, Objective, OfBatch, Pictures, Stage, through
+from t2i_jax.objectives.parts import autoencoders
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import opener
 from t2i_jax.sampling import guidance as guide
@@ -74,41 +74,6 @@ def make(config) -> Objective:
     return Objective(family.init, (Loss(trained, family.loss),), predict, **more)
 
 
-def latents(vae, size) -> spaces.Space:
-    """The latents that an autoencoder's module, which is the net "vae", makes of images of a height
-    and width; scaled as denoisers learn them, z = (latent − shift)·scale (arXiv:2112.10752,
-    appendix G).
-    """
-
-    # `by` applies a network, perhaps to a part at a time. Without it, all is encoded at once.
-    def encode(nets, batch, keys_B, by=lambda net, image_BHWC: net(image_BHWC)):
-        def moments(image_BHWC):
-            found = vae.apply(nets[folders.AUTOENCODER], image_BHWC)
-            return jnp.concatenate([x for x in found if x is not None], -1)
-
-        if "mean" in batch:  # from a cache, as float16
-            kept = lambda name: batch[name].astype(jnp.float32) if name in batch else None
-            mean_BhwC, logvar_BhwC = kept("mean"), kept("logvar")
-        else:
-            moments_BhwC = by(moments, batch["image"])
-            mean_BhwC, logvar_BhwC = jnp.split(moments_BhwC, [vae.latent_channels], -1)
-        if logvar_BhwC is not None and logvar_BhwC.size:
-            noise = randomness.normal_each(keys_B, mean_BhwC.shape[1:])
-            mean_BhwC += jnp.exp(0.5 * logvar_BhwC) * noise
-        return (mean_BhwC - vae.shift_factor) * vae.scaling_factor
-
-    def decode(nets, z_BhwC, by=lambda net, latent_BhwC: net(latent_BhwC)):
-        latent_BhwC = z_BhwC / vae.scaling_factor + vae.shift_factor
-        decode = lambda z: vae.apply(nets[folders.AUTOENCODER], z, method="decode")
-        return by(decode, latent_BhwC)
-
-    def init(key, batch):
-        return vae.init(key, jnp.zeros((1, *size, 3)))
-
-    shape = (*(side // vae.factor for side in size), vae.latent_channels)
-    return spaces.Space(shape, encode, decode, {folders.AUTOENCODER: init})
-
-
 class Latent:
     """The parts of the objective, and what is made of them."""
 
@@ -138,7 +103,7 @@ class Latent:
                 where="config.load.vae",
                 fix="load one that the denoiser was trained with",
             )
-        self.space = latents(self.vae, self.pixels)
+        self.space = autoencoders.latents(self.vae, self.pixels, folders.AUTOENCODER)
         for option in config.text:
             errors.check_known("option", option, ("dtype",), where="config.text")
         self.captions = folders.Captions(
@@ -250,9 +215,8 @@ class Latent:
 
         -> mean and logvar BhwC, the latter where latents are drawn; "origin" of `inputs.origin`.
         """
-        mean_BhwC, logvar_BhwC = self.vae.apply(nets[folders.AUTOENCODER], batch["image"])
-        found = dict(mean=mean_BhwC, logvar=logvar_BhwC, origin=batch.get("origin"))
-        return {name: x for name, x in found.items() if x is not None}
+        found = autoencoders.moments(self.vae, nets, batch, folders.AUTOENCODER)
+        return found | {key: batch[key] for key in ("origin",) if key in batch}
 
     def of_captions(self, nets, batch, dropped_B):
         """The states of a batch's captions, dropped ones being empty: encoded, or from a cache."""

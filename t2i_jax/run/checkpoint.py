@@ -194,6 +194,10 @@ class Checkpoints:
         self._verify(step)
         return self._read(step, meta=ocp.args.JsonRestore())["meta"]
 
+    def mark(self, step: int) -> str:
+        """A hash that tells the state of a step from others. Raises as `restore` does."""
+        return _hash_of(self._verify(step))
+
     def restore(self, step: int, target: State) -> State:
         """The state of a step, with the shapes, types and shardings of `target`.
 
