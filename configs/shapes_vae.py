@@ -12,7 +12,7 @@ def get_config(arg=None):
     arg = common.parse_arg(arg, debug=False)
     config = shapes_flow.get_config()
     config.objective = "vae"
-    config.model = dict(model=dict(width=128, depth=2, heads=4, latents=8))
+    config.model = dict(model=dict(width=96, depth=2, heads=4, latents=8))
     config.loss = dict(free_bits=0.1, text_dropout=0.1)
     config.sample = dict(temperature=0.8, guidance=1.0)
     config.evaluators.held_out_loss = dict(prediction="bits")

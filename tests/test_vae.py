@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import expit
 
@@ -15,7 +16,7 @@ from t2i_jax.models.types import Tokens
 from tests import runs
 
 COUNT = 4  # examples of a batch
-SIDE, GROUPS = 8, 2
+SIDE, GROUPS = 16, 2
 VALUES = 3 * SIDE**2
 
 
@@ -86,7 +87,7 @@ def test_the_chances_of_all_values_sum_to_one(log_scale):
 
 def test_a_far_value_and_a_narrow_scale_have_finite_gradients():
     far = jax.grad(lambda mean, scale: losses.log_logistic(1.0, mean, scale), (0, 1))
-    assert np.isfinite(far(-1.0, -30.0)).all()
+    assert np.isfinite(far(-1.0, -120.0)).all()  # float32 knows no such number
     assert far(-1.0, -2.0)[0] > 0  # towards the value
 
 
@@ -213,18 +214,40 @@ def test_guidance_of_one_is_none_and_of_zero_forgets_the_caption(config, family,
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_learns_resumes_and_is_judged_by_its_bits(tmp_path):
-    config = make_config(steps=4, save_every=4)
-    config.data.size = config.batch_size  # each step has the same examples
-    config.model.model.depth = 1  # compiles faster
-    config.optim = dict(model=dict(name="adamw", learning_rate=1e-2))
+def test_steps_on_one_batch_learn_it(config, family, nets):
+    assert learned(family, nets, batch(config), steps=10) > 0.1
+
+
+def learned(family, nets, one, steps):
+    """How many bits the loss of a batch falls by, in steps of Adam."""
+    adam = optax.adam(3e-3)
+
+    @jax.jit
+    def step(params, state):
+        of = lambda p: family.losses[0].fn(nets | {"model": p}, one, jax.random.key(0), 0)[0]
+        value, slope = jax.value_and_grad(of)(params)
+        updates, state = adam.update(slope, state)
+        return optax.apply_updates(params, updates), state, value
+
+    params, values = nets["model"], []
+    state = adam.init(params)
+    for _ in range(steps):
+        params, state, value = step(params, state)
+        values.append(float(value))
+    return values[0] - values[-1]
+
+
+@pytest.mark.slow
+def test_a_run_resumes_draws_and_is_judged_by_its_bits(tmp_path):
+    config = make_config(steps=3, save_every=3, log_every=1)
+    config.optim = dict(model=dict(name="adamw", learning_rate=1e-3))  # compiles faster than Muon
     loop.train(config, tmp_path)
-    config.steps = 8
+    config.steps = 6
     loop.train(config, tmp_path)
     rows = runs.rows(tmp_path)
-    assert rows[-1]["step"] == 8
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["model/rate"] == 0  # a new posterior is the prior
-    assert rows[-1]["model/loss"] < rows[0]["model/loss"] - 0.1
+    assert rows[-1]["model/loss"] < rows[0]["model/loss"]
     pipe = pipeline.Pipeline.load(str(tmp_path))
     assert pipe("a red circle").shape == (1, SIDE, SIDE, 3)
     held_out = dict(prediction="bits", num_images=4, batch_size=4)
@@ -234,7 +257,7 @@ def test_a_run_learns_resumes_and_is_judged_by_its_bits(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(res=12), "res is 12"),
+        (dict(res=8), "res is 8"),
         (dict(model=dict(model=dict(width=10, heads=4))), "no multiple of heads"),
         (dict(model=dict(ladder={})), "did you mean 'model'|unknown net"),
         (dict(loss=dict(free_bits=-1.0)), "0 or more"),

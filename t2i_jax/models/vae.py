@@ -1,8 +1,9 @@
 """A ladder of latents: a picture is drawn from coarse to fine, and each size has latents.
 
 The form is that of ladder VAEs (arXiv:1602.02282) and of the very deep VAE (arXiv:2011.10650): the
-path downward serves prior and posterior alike. All sizes below the picture's have latents. The
-caption modulates every block, and at 4 and 8 pixels its words are read by attention.
+path downward serves prior and posterior alike. Maps have 4, 8, … places a side, up to half of the
+picture's pixels. All but the largest have latents: there, these would be grain. The caption
+modulates every block, and at 4 and 8 places its words are read by attention.
 
 B batch · H W pixels · C channels · S text tokens · D width · Z latents of a place · G groups
 """
@@ -77,8 +78,8 @@ def guided(mean_2BHWZ, log_std_2BHWZ, scale):
 class Ladder(nn.Module):
     """(noise, cond, image_BHWC) -> Drawn; without an image the latents are those of the prior.
 
-    res: pixels a side, 4 times a power of two.
-    width: channels at 8 pixels a side. Each doubling of the side halves them.
+    res: pixels a side, a power of two from 16 on.
+    width: channels at 8 places a side. Each doubling of the side halves them.
     least: the smallest number of channels.
     depth: groups of latents at each size, each after a block.
     heads: of the attention to the words.
@@ -86,16 +87,16 @@ class Ladder(nn.Module):
     """
 
     res: fields.Size = 32
-    width: fields.Size = 128
+    width: fields.Size = 96
     least: fields.Size = 32
     depth: fields.Size = 2
     heads: fields.Size = 2
     latents: fields.Size = 8
 
     def setup(self):
-        sizes = pyramid.widths(self.res, self.width, self.least)
+        sizes = pyramid.widths(self.res // 2, self.width, self.least)
         self.enter = unet.Conv(sizes[-1])
-        self.seers = [pyramid.Plain() for _ in sizes for _ in range(self.depth)]
+        self.upward = [pyramid.Plain() for _ in sizes]
         self.shrink = [pyramid.Shrink(d) for d in sizes[:-1]]
         self.text = layers.TextTokens(self.width)
         self.pooled_norm, self.pooled = layers.RMSNorm(), layers.Dense(self.width)
@@ -107,24 +108,22 @@ class Ladder(nn.Module):
         ]
         self.groups = [Group(self.latents) for _ in self.noise_shapes]
         self.grow = [layers.Dense(4 * d) for d in sizes[1:]]
-        self.leave_norm, self.leave = layers.RMSNorm(), unet.Conv(3)
+        self.leave_norm, self.leave = layers.RMSNorm(), unet.Conv(12)
         self.log_scale = blocks.Value((3,), nn.initializers.constant(-1.0))
 
     @property
     def noise_shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Of the noise of an example, group by group, from coarse to fine."""
-        sides = [pyramid.BASE * 2**i for i in range((self.res // pyramid.BASE).bit_length() - 1)]
+        sides = [pyramid.BASE * 2**i for i in range((self.res // pyramid.BASE).bit_length() - 2)]
         return tuple((side, side, self.latents) for side in sides for _ in range(self.depth))
 
     def see(self, image_BHWC):
-        """Features of a picture at each size with latents, from coarse to fine."""
-        x, maps = self.enter(image_BHWC), []
-        for i in reversed(range(len(self.shrink) + 1)):
-            for block in self.seers[i * self.depth : (i + 1) * self.depth]:
-                x = block(x)
+        """Features of a picture at each size with latents, from coarse to fine: BHWD each."""
+        x, maps = self.upward[-1](self.enter(layers.space_to_depth(image_BHWC))), []
+        for shrink, block in zip(self.shrink[::-1], self.upward[-2::-1], strict=True):
+            x = block(shrink(x))
             maps.append(x)
-            x = self.shrink[i - 1](x) if i else x
-        return maps[:0:-1]
+        return maps[::-1]
 
     def __call__(self, noise, cond: Cond, image_BHWC=None, guidance=None) -> Drawn:
         """A picture drawn from coarse to fine.
@@ -146,5 +145,5 @@ class Ladder(nn.Module):
                 own = None if seen is None else seen[size]
                 h, rate_B = self.groups[i](h, noise[i], own, guidance)
                 rates.append(rate_B)
-        mean_BHWC = self.leave(nn.silu(self.leave_norm(h)))
+        mean_BHWC = layers.depth_to_space(self.leave(nn.silu(self.leave_norm(h))))
         return Drawn(mean_BHWC, self.log_scale(), jnp.stack(rates, 1))

@@ -18,8 +18,8 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from t2i_jax import fields, losses, plugins, randomness
-from t2i_jax.models import pyramid, vae
+from t2i_jax import errors, fields, losses, plugins, randomness
+from t2i_jax.models import vae
 from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.text import condition, conditioner
@@ -50,7 +50,10 @@ def make(config) -> Objective:
     """
     options = fields.build(Options, config.loss, where="config.loss")
     plugins.check_nets(config.model, NETS)
-    pyramid.check(config.res)
+    if config.res < 16 or config.res & (config.res - 1):
+        raise errors.ConfigError(
+            f"res is {config.res}", where="config.res", fix="use 16, 32, 64, 128, …"
+        )
     sizes = {"res": config.res, **config.model.get("model", {})}
     ladder = plugins.network(vae.Ladder, where="config.model.model", options=sizes)
     text = conditioner.Conditioner(config, text_dropout=options.text_dropout)
