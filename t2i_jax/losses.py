@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 ANGLE_MARGIN = 1e-4  # of a cosine from ±1
+LEAST_SCALE = 1e-3  # of a logistic: an eighth of the step between two values of 8 bits
 
 
 def squared_error(a_BHWC, b_BHWC):
@@ -22,6 +23,30 @@ def map_error(maps, others):
     pairs = zip(maps, others, strict=True)
     errors_MB = [squared_error(scaled(a), scaled(b)) for a, b in pairs]
     return sum(errors_MB) / len(errors_MB)
+
+
+def log_logistic(x, mean, log_scale):
+    """The log-probability of each 8-bit value under a logistic, in nats, in the broadcast shape.
+
+    It is that of the interval of 2/255 round the value; those of the darkest and the brightest are
+    open (PixelCNN++, arXiv:1701.05517, section 2.1).
+
+    Args:
+      x: values k/127.5 − 1 for whole k from 0 to 255.
+      mean, log_scale: of the logistic, in the same units. Scales below LEAST_SCALE count as that.
+    """
+    scale = jnp.maximum(jnp.exp(log_scale), LEAST_SCALE)
+    upper, lower = ((x + half - mean) / scale for half in (1 / 255, -1 / 255))
+    below = jnp.where(x > 1 - 1 / 255, 0.0, jax.nn.log_sigmoid(upper))
+    above = jnp.where(x < -1 + 1 / 255, 0.0, jax.nn.log_sigmoid(-lower))
+    # σ(u) − σ(l) = σ(u)·σ(−l)·(1 − exp(l − u)) needs no difference of nearly equal numbers.
+    inner = jnp.abs(x) < 1 - 1 / 255
+    return below + above + jnp.where(inner, jnp.log(-jnp.expm1(-2 / 255 / scale)), 0.0)
+
+
+def psnr(a_BHWC, b_BHWC):
+    """The peak signal-to-noise ratio of images in [-1, 1], in decibels.   -> B"""
+    return 10 * jnp.log10(4 / jnp.maximum(squared_error(a_BHWC, b_BHWC), 1e-10))
 
 
 def weighted_mean(value_B, weight_B):
