@@ -25,6 +25,18 @@ def cross_entropy(logits_BNK, token_BN, smoothing=0.0):
     return -(1 - smoothing) * own_BN - smoothing * log_BNK.mean(-1)
 
 
+def map_error(maps, others):
+    """Mean squared difference of feature maps, each place scaled to unit mean square.   -> B
+
+    maps, others: of the same network, each BHWC.
+    """
+    # Unscaled, layers and places with the largest numbers would decide alone.
+    scaled = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+    pairs = zip(maps, others, strict=True)
+    errors_MB = [squared_error(scaled(a), scaled(b)) for a, b in pairs]
+    return sum(errors_MB) / len(errors_MB)
+
+
 def weighted_mean(value_B, weight_B):
     """Σ weight·value over the number of examples that count; 0 where none does.   -> scalar
 

@@ -26,7 +26,8 @@ LAYERS = (  # from bottom to top; a module has its own entry or that of its fold
 )
 CORE = ("loop", "step", "optim", "sharding", "run.checkpoint", "pipeline", "commands.plan")
 BY_NAME = ("objectives", "models", "evaluators")  # folders whose modules a config names
-ORDINARY = ("clip",)  # families whose name is a word of others: values and gradients are clipped
+# Families whose name is a word of others: gradients are clipped, a pipeline has an autoencoder.
+ORDINARY = ("autoencoder", "clip")
 
 
 def names(package) -> dict[str, pathlib.Path]:

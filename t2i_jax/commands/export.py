@@ -1,7 +1,8 @@
 """Exports a run.   python -m t2i_jax export --workdir=runs/flow --output=models/flow
 
 --format=diffusers writes a run that began with a diffusers folder as such a folder again; of
-adapters pytorch_lora_weights.safetensors alone, or with --merge the whole folder.
+adapters pytorch_lora_weights.safetensors alone, or with --merge the whole folder. It writes a
+trained autoencoder as the folder of one.
 """
 
 import pathlib
@@ -54,9 +55,13 @@ def main():
 
 
 def _to_diffusers(output, nets, config) -> None:
-    from t2i_jax import errors, lora, objective, weights
+    from t2i_jax import errors, lora, objective, plugins, weights
     from t2i_jax.pretrained import lora_files, opener, writer
 
+    family = plugins.load("objectives", config.objective)
+    if hasattr(family, "diffusers"):
+        name, module = family.diffusers(config)
+        return writer.autoencoder(module, nets[name]["params"], output, DTYPE.value)
     opened = writer.of_run(config)
     params = {name.removesuffix(lora.SUFFIX): net["params"] for name, net in nets.items()}
     if not config.lora:

@@ -1,17 +1,16 @@
-"""The autoencoders of latent diffusion (arXiv:2112.10752): of Stable Diffusion, XL, 3 and Flux, and
-those with a codebook.
+"""The autoencoders of latent diffusion (arXiv:2112.10752): of Stable Diffusion, XL, 3 and Flux,
+those with a codebook, and those whose latents are rounded.
 
 B pictures · H W pixels, or places of a map · C channels · T = H·W · K codebook entries
 """
 
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, fields
-from t2i_jax.models import attention
+from t2i_jax.models import attention, quantise
 from t2i_jax.models.types import Moments
 from t2i_jax.pretrained import hf, residual, tensors
 
@@ -182,17 +181,17 @@ class Autoencoder(nn.Module):
     quant, post_quant: whether a 1 × 1 convolution stands behind the encoder, before the decoder.
     """
 
-    widths: tuple[int, ...] = (64,)
-    depth: int = 1
-    channels: int = 4
-    groups: int = 32
-    res: int = 32
+    widths: Annotated[tuple[int, ...], fields.at_least(1)] = (64,)
+    depth: fields.Size = 1
+    channels: fields.Size = 4
+    groups: fields.Size = 32
+    res: fields.Size = 32
     scaling_factor: float = 0.18215
     shift_factor: float = 0.0
     attends: bool = True
     quant: bool = True
     post_quant: bool = True
-    dtype: str = "float32"
+    dtype: fields.Dtype = "float32"
 
     @property
     def factor(self) -> int:
@@ -202,6 +201,11 @@ class Autoencoder(nn.Module):
     @property
     def latent_channels(self) -> int:
         return self.channels
+
+    @property
+    def num_codes(self) -> int:
+        """How many codes a place has; 0 where latents are numbers."""
+        return 0
 
     @property
     def tile(self) -> int:
@@ -247,19 +251,10 @@ class Autoencoder(nn.Module):
         return self.decoder(x_BHWC).astype(jnp.float32)
 
 
-class Quantised(Autoencoder):
-    """An autoencoder with a codebook (arXiv:2012.09841). Its latents are those before the codebook.
-
-    entries: of the codebook.
-    entry_channels: of an entry, and of the latents.
+class Discrete(Autoencoder):
+    """An autoencoder whose places are one of `num_codes` codes each. Its latents are those before
+    they are quantised, which `decode` does.
     """
-
-    entries: int = 256
-    entry_channels: int = 4
-
-    @property
-    def latent_channels(self) -> int:
-        return self.entry_channels
 
     @property
     def encoded(self) -> int:
@@ -269,29 +264,124 @@ class Quantised(Autoencoder):
     def quantised(self) -> int:
         return self.latent_channels
 
-    def setup(self):
-        super().setup()
-        self.codebook = nn.Embed(self.entries, self.latent_channels)
-
     def __call__(self, image_BHWC) -> Moments:
         """The latents of pictures in [-1, 1], float32, as `mean_BHWC`."""
         return Moments(self._encode(image_BHWC))
 
     def decode(self, latent_BHWC):
-        """Pictures of the codebook's nearest entries, float32, about in [-1, 1].
+        """Pictures of the nearest codes, float32, about in [-1, 1].
 
-        The gradient goes past the choice of entries, as if the latents had been theirs.
+        The gradient goes past the choice of codes, as if the latents had been theirs.
         """
-        latent_NC = latent_BHWC.astype(jnp.float32).reshape(-1, self.latent_channels)
+        latent_BHWC = latent_BHWC.astype(jnp.float32)
+        nearest_BHWC = self.quantise(latent_BHWC)
+        return super().decode(quantise.straight_through(latent_BHWC, nearest_BHWC))
+
+    def quantise(self, latent_BHWC):
+        """The values of the nearest codes.   -> float32 BHWC"""
+        return self.values(self.nearest(latent_BHWC))
+
+    def codes(self, image_BHWC):
+        """The codes of pictures in [-1, 1].   -> int32 BHW, 0 … num_codes − 1"""
+        return self.nearest(self(image_BHWC).mean_BHWC)
+
+    def of_codes(self, code_BHW):
+        """The pictures of codes, float32, about in [-1, 1].   -> image_BHWC"""
+        return super().decode(self.values(code_BHW))
+
+
+class Quantised(Discrete):
+    """An autoencoder with a codebook (arXiv:2012.09841).
+
+    entries: of the codebook.
+    entry_channels: of an entry, and of the latents.
+    """
+
+    entries: fields.Size = 256
+    entry_channels: fields.Size = 4
+
+    @property
+    def latent_channels(self) -> int:
+        return self.entry_channels
+
+    @property
+    def num_codes(self) -> int:
+        return self.entries
+
+    def setup(self):
+        super().setup()
+        self.codebook = nn.Embed(self.entries, self.latent_channels)
+
+    def nearest(self, latent_BHWC):
+        """The codes of the nearest entries.   -> int32 BHW"""
         # Distances of half precision would choose other entries.
         entry_KC = jnp.asarray(self.codebook.embedding, jnp.float32)
-        # |latent − entry|² without the latent's square, which is the same for all entries.
-        # Accelerators round factors to bfloat16 or TF32 by default. Another entry might then win.
-        product_NK = jnp.matmul(latent_NC, entry_KC.T, precision="highest")
-        nearest_N = jnp.argmin(jnp.square(entry_KC).sum(-1) - 2 * product_NK, axis=-1)
-        # The sum of both is the entry's value with the latent's gradient.
-        change_NC = jax.lax.stop_gradient(entry_KC[nearest_N] - latent_NC)
-        return super().decode((latent_NC + change_NC).reshape(latent_BHWC.shape))
+        latent_NC = latent_BHWC.reshape(-1, self.latent_channels)
+        nearest_N = jnp.argmin(quantise.distances(latent_NC, entry_KC), axis=-1)
+        return nearest_N.reshape(latent_BHWC.shape[:-1]).astype(jnp.int32)
+
+    def values(self, code_BHW):
+        """The entries of codes.   -> float32 BHWC"""
+        return jnp.asarray(self.codebook.embedding, jnp.float32)[code_BHW]
+
+
+class FiniteScalar(Discrete):
+    """An autoencoder whose latents' channels are rounded to levels; it needs no codebook (finite
+    scalar quantisation, arXiv:2309.15505).
+
+    levels: of each channel of the latents, which lie between −1 and 1.
+    """
+
+    levels: Annotated[tuple[int, ...], fields.at_least(2)] = (8, 5, 5, 5)
+
+    @property
+    def latent_channels(self) -> int:
+        return len(self.levels)
+
+    @property
+    def num_codes(self) -> int:
+        return quantise.count(self.levels)
+
+    def __call__(self, image_BHWC) -> Moments:
+        """The latents of pictures in [-1, 1], float32, between −1 and 1, as `mean_BHWC`."""
+        return Moments(jnp.tanh(self._encode(image_BHWC)))
+
+    def nearest(self, latent_BHWC):
+        """The codes of the nearest levels.   -> int32 BHW"""
+        return quantise.number_of(quantise.digits(latent_BHWC, self.levels), self.levels)
+
+    def values(self, code_BHW):
+        """The values of codes' levels.   -> float32 BHWC"""
+        return quantise.value_of(quantise.digits_of(code_BHW, self.levels), self.levels)
+
+
+def to_config(net: Autoencoder) -> dict:
+    """The config.json by which diffusers opens a network, and `from_config` here.
+
+    Raises:
+      ConfigError: diffusers has no network of this kind.
+    """
+    kind, fields_of = _kind(net)
+    config = {theirs: getattr(net, ours) for theirs, ours in fields_of.items()}
+    levels = len(net.widths)
+    config |= {field: [block] * levels for field, block in _BLOCKS.items()}
+    config |= {k: v for k, v in _IMPLEMENTED.items() if k != "norm_type" and v is not None}
+    if kind == "AutoencoderKL":  # the other has no such field
+        config["shift_factor"] = net.shift_factor
+    return {"_class_name": kind, **config, "force_upcast": False}
+
+
+def _kind(net) -> tuple[str, dict[str, str]]:
+    """Of a network, diffusers' class, and the class' fields -> ours."""
+    if type(net) is Autoencoder:
+        return "AutoencoderKL", _FIELDS | _KL_FIELDS
+    if type(net) is Quantised and net.quant and net.post_quant and not net.shift_factor:
+        return "VQModel", _FIELDS | _VQ_FIELDS
+    raise errors.ConfigError(
+        "diffusers has no autoencoder with such latents",
+        where="config.model.autoencoder",
+        fix="train kind kl, or kind vq with both 1 × 1 convolutions and shift_factor 0",
+    )
 
 
 def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Autoencoder | Quantised:

@@ -1,4 +1,6 @@
-"""Writes pipelines back as diffusers' folders: what was trained anew, all else as it was."""
+"""Writes pipelines back as diffusers' folders: what was trained anew, all else as it was. Writes
+autoencoders of our own as such.
+"""
 
 import json
 import pathlib
@@ -10,6 +12,7 @@ import safetensors.numpy
 from flax import traverse_util
 
 from t2i_jax import errors, images
+from t2i_jax.pretrained import autoencoder as autoencoders
 from t2i_jax.pretrained import folder as folders
 from t2i_jax.pretrained import hf, opener, tensors
 
@@ -84,6 +87,29 @@ def component(source: str, params, output: pathlib.Path, dtype: str) -> None:
             output / _plain(file.name), safetensors.numpy.save(arrays, {"format": "pt"})
         )
     _write_index(hf.weights(checkpoint.folder), output)
+
+
+def autoencoder(net, params, output: pathlib.Path, dtype: str) -> None:
+    """Writes an autoencoder of our own as a folder of diffusers.
+
+    Args:
+      net: its module, of `pretrained.autoencoder`.
+      output: an empty or a new folder.
+    Raises:
+      ConfigError: diffusers has none of its kind, or `dtype` has no room for a value.
+    """
+    config = autoencoders.to_config(net)
+    flat = traverse_util.flatten_dict(params, sep="/")
+    tensors.check_room(flat, dtype)
+    new = {}
+    for path, one in tensors.wanted(params, autoencoders.names(config)).items():
+        for name, value in zip(one.tensors, one.apart(np.asarray(flat[path])), strict=True):
+            new[name] = value.astype(dtype)
+    output.mkdir(parents=True, exist_ok=True)
+    file = output / "diffusion_pytorch_model.safetensors"
+    images.write_whole(file, safetensors.numpy.save(new, {"format": "pt"}))
+    # It comes last: without it, a folder that was cut short is no network.
+    images.write_whole(output / hf.CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _write_index(index: pathlib.Path, output: pathlib.Path) -> None:

@@ -6,7 +6,6 @@ B batch · H W pixels · C channels · M feature maps
 import copy
 
 import jax
-import jax.numpy as jnp
 
 from t2i_jax import errors, fields, losses
 from t2i_jax.objectives import flow
@@ -70,11 +69,7 @@ def perceptual_error(a_BHWC, b_BHWC, maps=None):
     error_B = losses.squared_error(a_BHWC, b_BHWC)
     if maps is None:
         return error_B
-    pairs = zip(maps(a_BHWC), maps(b_BHWC), strict=True)
-    # Unscaled, layers and places with the largest numbers would decide alone.
-    scaled = lambda x: x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-    errors_MB = [losses.squared_error(scaled(a), scaled(b)) for a, b in pairs]
-    return error_B + sum(errors_MB) / len(errors_MB)
+    return error_B + losses.map_error(maps(a_BHWC), maps(b_BHWC))
 
 
 def teacher(config):
