@@ -21,8 +21,7 @@ def get_config(arg=None):
     config.model = dict(model=dict(width=192, depth=6, heads=6))
     config.loss = dict(text_dropout=0.1)
     config.sample = dict(guidance=3.0, temperature=1.0)
-    judges = dict(held_out_loss=dict(prediction="loss_by_row"))
-    config.evaluators = dict(config.evaluators, **judges)
+    config.evaluators.held_out_loss = dict(prediction="loss_by_row")
     if arg.joint:
         _join(config)
     config = common.shrink(config) if arg.debug else config

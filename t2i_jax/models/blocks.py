@@ -131,14 +131,14 @@ def _written(cache, new, place):
     """
     (b, length), places = new[0].shape[:2], cache[0].shape[1]
     if jnp.ndim(place):
-        row_B1 = jnp.arange(b)[:, None]
+        place_BL, row_B1 = place, jnp.arange(b)[:, None]
         write = lambda old, new: old.at[row_B1, place].set(new)
     else:
+        place_BL = jnp.broadcast_to(place + jnp.arange(length), (b, length))
         # Next to each other in all rows, they are one piece, which is written much faster.
         write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1)
-        place = jnp.broadcast_to(place + jnp.arange(length), (b, length))
     cache = tuple(write(*pair) for pair in zip(cache, new, strict=True))
-    return cache, jnp.arange(places) <= place[..., None]
+    return cache, jnp.arange(places) <= place_BL[..., None]
 
 
 class Attention(nn.Module):
