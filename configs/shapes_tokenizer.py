@@ -23,8 +23,8 @@ def get_config(arg=None):
     config = common.base()
     config.objective = "autoencoder"
     config.data = dict(source="shapes", size=32768)
-    config.steps, config.batch_size = 4000, 64
-    sizes = dict(widths=(32, 64, 128), depth=1, groups=8, attends=False)
+    config.steps, config.batch_size = 4000, 32
+    sizes = dict(widths=(16, 32, 64), depth=1, groups=8, attends=False)
     config.model = dict(autoencoder=dict(kind=kind, **sizes, **KINDS[kind]))
     config.loss = dict()
     config.optim = dict(
@@ -38,7 +38,7 @@ def get_config(arg=None):
             clip=1.0,
         )
     )
-    config.ema = dict(autoencoder=0.998)
+    config.ema = dict(autoencoder=0.99)
     held_out = dict(source="shapes", split="test", size=1024)
     config.evaluators = dict(reconstruction=dict(data=held_out, num_images=1024))
     config.eval_every, config.sample_every = 500, 0

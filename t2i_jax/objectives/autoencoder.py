@@ -54,7 +54,8 @@ class Options(NamedTuple):
 
 def make(config) -> Objective:
     """Nets "autoencoder", perhaps "critic" and the frozen "eye"; predictions reconstruct, moments,
-    and where there are codes codes, code_shares.
+    and where there are codes codes, code_shares. The metric "latent_rms" says how large latents of
+    "kl" are; `scaling_factor` 1/it makes them as large as noise.
 
     `config.model`: `autoencoder`, see `parts.autoencoders`; `critic`, the sizes of
     `models.patches.Critic`, without which there is none; `eye`, a frozen image network, see
@@ -85,8 +86,9 @@ def build(config) -> "Family":
             fix="set it to one, or give the autoencoder fewer widths",
         )
     critic = None
-    if sizes := config.model.get(CRITIC):
-        critic = plugins.network(patches.Critic, where=f"config.model.{CRITIC}", options=sizes)
+    if CRITIC in config.model:
+        where, sizes = f"config.model.{CRITIC}", config.model[CRITIC]
+        critic = plugins.network(patches.Critic, where=where, options=sizes)
         critic.check(size)
     return Family(options, net, critic, networks.features(config))
 
@@ -140,7 +142,7 @@ class Family(NamedTuple):
         if moments.logvar_BHWC is not None:
             terms["kl"] = (options.kl, divergence(moments) / image_BHWC[0].size)
         if self.eye:
-            maps = [self.eye.maps(nets["eye"], x) for x in (drawn_BHWC, image_BHWC)]
+            maps = [self.eye.maps(nets[networks.FEATURES], x) for x in (drawn_BHWC, image_BHWC)]
             terms["perceptual"] = (options.perceptual, losses.map_error(*maps))
         if self.critic:
             fool = games.GAMES["nonsaturating"][1]
@@ -153,6 +155,9 @@ class Family(NamedTuple):
         if self.entries:
             added, found = self.batch_terms(nets, latent_BhwC, weight_B)
             value, means = value + added, means | found
+        if moments.logvar_BHWC is not None:
+            power_B = jnp.square(latent_BhwC).mean((1, 2, 3))
+            means["latent_rms"] = jnp.sqrt(losses.weighted_mean(power_B, weight_B))
         # Images span 2. The least is for a batch in which nothing counts.
         means["psnr"] = -10 * jnp.log10(jnp.maximum(means["squared"], 1e-9) / 4)
         return value, Aux(means)
