@@ -27,7 +27,8 @@ TEMPERATURE = 0.01  # of squared distances, where codes are drawn softly (arXiv:
 
 
 class Options(NamedTuple):
-    """config.loss. Each weight counts where there is what it weighs.
+    """config.loss. A weight counts where there is what it weighs: `kl` where latents are a normal,
+    `commitment`, `entropy` and `revival` where there is a codebook.
 
     The error of pixels is the mean of |x| plus that of x². Absolute errors keep edges sharp, and
     squared ones forbid that small things are lost.
