@@ -1,4 +1,7 @@
-"""Losses as pure functions, one value per example.   B batch · H W pixels · C channels · P width"""
+"""Losses as pure functions, one value per example.
+
+B batch · H W pixels · C channels · P width · N tokens · K kinds of them
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,16 @@ def squared_error(a_BHWC, b_BHWC):
     """Mean squared difference of each example, in float32.   -> B"""
     difference = a_BHWC.astype(jnp.float32) - b_BHWC.astype(jnp.float32)
     return jnp.square(difference).mean(axis=range(1, difference.ndim))
+
+
+def cross_entropy(logits_BNK, token_BN, smoothing=0.0):
+    """−log p of each token, in nats and float32.   -> BN
+
+    smoothing: share of the target that all tokens have alike (arXiv:1512.00567, section 7).
+    """
+    log_BNK = jax.nn.log_softmax(logits_BNK.astype(jnp.float32))
+    own_BN = jnp.take_along_axis(log_BNK, token_BN[..., None], axis=-1)[..., 0]
+    return -(1 - smoothing) * own_BN - smoothing * log_BNK.mean(-1)
 
 
 def map_error(maps, others):

@@ -44,6 +44,7 @@ class Layer(nn.Module):
     gated: `up` makes two halves. The activated first one multiplies the second, as in SwiGLU
       (arXiv:2002.05202).
     scaled: the outputs of attention and MLP have a learned scale per channel (arXiv:2103.17239).
+    qk_norm: queries and keys are normalised (arXiv:2302.05442).
     """
 
     heads: int
@@ -55,15 +56,17 @@ class Layer(nn.Module):
     causal: bool = False
     gated: bool = False
     scaled: bool = False
+    qk_norm: bool = False
 
     @nn.compact
-    def __call__(self, x_ND, mask_BL, cache=None, place_BL=None):
+    def __call__(self, x_ND, mask_BL, cache=None, place=None):
         """The tokens after the layer; with a cache also the new cache.
 
         Args:
-          mask_BL: True for real tokens; read without a cache alone.
+          mask_BL: True for real tokens; with a cache BS, for all its places.
           cache: keys and values of earlier tokens, each BSNH, S places.
-          place_BL: the places of these tokens in the cache. A token sees no later place.
+          place: where these tokens lie in the cache: BL, or the first one's place in all rows. A
+            token sees no later place.
         """
         dense = functools.partial(nn.Dense, dtype=self.dtype)
         # Flax's fast variance, mean of squares minus squared mean, loses digits where the mean is
@@ -75,22 +78,20 @@ class Layer(nn.Module):
         before = self.normed == "before"
         width = x_ND.shape[-1]
         h_ND = attention_norm(x_ND) if before else x_ND
-        qkv = dense(3 * width, name="qkv")(h_ND).reshape(*mask_BL.shape, 3, self.heads, -1)
+        split = (len(mask_BL), -1, 3, self.heads, width // self.heads)
+        qkv = dense(3 * width, name="qkv")(h_ND).reshape(split)
         q_BLNH, k_BLNH, v_BLNH = (qkv[:, :, i] for i in range(3))
+        if self.qk_norm:
+            q_BLNH = layers.RMSNorm(name="q_norm")(q_BLNH)
+            k_BLNH = layers.RMSNorm(name="k_norm")(k_BLNH)
         if cache is None:
             seen_BLNH = attention.attention(
                 *(q_BLNH, k_BLNH, v_BLNH), mask_BS=mask_BL, causal=self.causal
             )
         else:
-            # The cache has room for all places from the start. So its shape never changes, and one
-            # program serves every token. Places that are not written yet are masked.
-            row_B1 = jnp.arange(mask_BL.shape[0])[:, None]
-            cache = tuple(
-                old.at[row_B1, place_BL].set(new)
-                for old, new in zip(cache, (k_BLNH, v_BLNH), strict=True)
-            )
-            seen_BLS = jnp.arange(cache[0].shape[1]) <= place_BL[..., None]
-            seen_BLNH = attention.attention(q_BLNH, *cache, mask_BTS=seen_BLS)
+            cache, seen_BLS = _written(cache, (k_BLNH, v_BLNH), place)
+            mask_BLS = seen_BLS & mask_BL[:, None]
+            seen_BLNH = attention.attention(q_BLNH, *cache, mask_BTS=mask_BLS)
         out_ND = dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
         x_ND = x_ND + self._scale(out_ND, "attention_scale")
         x_ND = x_ND if before else attention_norm(x_ND)
@@ -112,6 +113,32 @@ class Layer(nn.Module):
             return x_ND
         # The parameter is float32 and would widen tokens of half precision.
         return x_ND * Value(x_ND.shape[-1:], nn.initializers.ones, name=name)().astype(x_ND.dtype)
+
+
+def empty_cache(net, batch: int, length: int):
+    """Keys and values of `length` tokens for each layer, of a network with `depth`, `heads`,
+    `width` and `dtype`.
+    """
+    shape = (batch, length, net.heads, net.width // net.heads)
+    return tuple((jnp.zeros(shape, net.dtype),) * 2 for _ in range(net.depth))
+
+
+def _written(cache, new, place):
+    """A layer's cache with new keys and values, and which places their tokens see, BLS.
+
+    The cache has room for all places from the start. So its shape never changes, and one program
+    serves every token. Places that are not written yet are not seen.
+    """
+    (b, length), places = new[0].shape[:2], cache[0].shape[1]
+    if jnp.ndim(place):
+        place_BL, row_B1 = place, jnp.arange(b)[:, None]
+        write = lambda old, new: old.at[row_B1, place].set(new)
+    else:
+        place_BL = jnp.broadcast_to(place + jnp.arange(length), (b, length))
+        # Next to each other in all rows, they are one piece, which is written much faster.
+        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1)
+    cache = tuple(write(*pair) for pair in zip(cache, new, strict=True))
+    return cache, jnp.arange(places) <= place_BL[..., None]
 
 
 class Attention(nn.Module):
@@ -181,13 +208,29 @@ class Causal(nn.Module):
 
         These are not normed. One more entry at the end is the last of them, normed.
         """
-        place_L = positions(text_BL, self.max_length)
-        x_BLD = self.word(text_BL) + self.position(place_L)
+        x_BLD = self.embed(text_BL, positions(text_BL, self.max_length))
         states = [x_BLD.reshape(-1, self.width)]
         for layer in self.layer:
             states.append(layer(states[-1], mask_BL))
         states.append(self.norm(states[-1]))
         return [x_ND.reshape(x_BLD.shape) for x_ND in states]
+
+    def embed(self, text_BL, place):
+        """Words and their places, as the first layer reads them.   -> BLD"""
+        return self.word(text_BL) + self.position(place)
+
+    def through(self, x_BLD, mask_BL, cache=None, place=None):
+        """Embedded tokens, perhaps others than words, after all layers, normed.   -> BLD, cache
+
+        Args: as of `Layer`, with a cache for each of them; None remains None.
+        """
+        x_ND, grown = x_BLD.reshape(-1, self.width), []
+        for layer, old in zip(self.layer, cache or [None] * self.depth, strict=True):
+            x_ND = layer(x_ND, mask_BL, old, place)
+            if cache is not None:
+                x_ND, new = x_ND
+                grown.append(new)
+        return self.norm(x_ND).reshape(x_BLD.shape), cache and tuple(grown)
 
 
 def positions(text_BL, max_length: int):

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 
 from t2i_jax import errors, fields
-from t2i_jax.models import blocks
+from t2i_jax.models import blocks, layers
 from t2i_jax.models.types import Cond
 from t2i_jax.pretrained import hf, tensors
+from t2i_jax.sampling import tokens
 from t2i_jax.text import condition
 
 _FIELDS = {
@@ -86,22 +87,16 @@ class Gpt2(blocks.Causal):
     def extend(self, text_BL, place_BL, cache):
         """Logits after each token (BLV, float32) and the cache with these tokens at their places.
 
-        cache: keys and values of every layer, see `empty_cache`.
+        cache: keys and values of every layer, see `blocks.empty_cache`.
         """
-        x_BLD = self.word(text_BL) + self.position(place_BL)
-        x_ND, grown = x_BLD.reshape(-1, self.width), []
-        for layer, old in zip(self.layer, cache, strict=True):
-            # With a cache a layer reads of the mask only its shape.
-            x_ND, new = layer(x_ND, jnp.ones(text_BL.shape, bool), old, place_BL)
-            grown.append(new)
-        words = self.head if self.logits == "head" else self.word
-        logits = words.attend(self.norm(x_ND)).astype(jnp.float32)
-        return logits.reshape(*text_BL.shape, -1), tuple(grown)
+        seen_BS = jnp.ones(cache[0][0].shape[:2], bool)
+        h_BLD, cache = self.through(self.embed(text_BL, place_BL), seen_BS, cache, place_BL)
+        return self.speak(h_BLD), cache
 
-    def empty_cache(self, batch: int, length: int):
-        """Keys and values of `length` tokens, for `extend`."""
-        shape = (batch, length, self.heads, self.width // self.heads)
-        return tuple((jnp.zeros(shape, self.dtype),) * 2 for _ in range(self.depth))
+    def speak(self, h_BLD):
+        """Logits of the words behind each token, of its normed state.   -> BLV, float32"""
+        words = self.head if self.logits == "head" else self.word
+        return layers.flat(words.attend, h_BLD).astype(jnp.float32)
 
     def __call__(self, text_BL, mask_BL) -> Cond:
         """The last layer's states, zero where the mask is False, and their mean."""
@@ -156,21 +151,17 @@ def generate(
     extend = functools.partial(net.apply, variables, method="extend")
     # Padding is written to the cache behind its row, where new tokens replace it before any look.
     place_BL = jnp.broadcast_to(jnp.arange(length), text_BL.shape)
-    logits_BLV, cache = extend(text_BL, place_BL, net.empty_cache(b, length + new))
+    logits_BLV, cache = extend(text_BL, place_BL, blocks.empty_cache(net, b, length + new))
     last_B = mask_BL.sum(1) - 1
     logits_BV = jnp.take_along_axis(logits_BLV, last_B[:, None, None], axis=1)[:, 0]
     keys_B = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(b))
 
     def step(carry, i):
         logits_BV, cache, alive_B = carry
-        if temperature == 0:
-            token_B = logits_BV.argmax(-1)
-        else:
-            logits_BV = _keep(logits_BV / temperature, top_k, top_p)
-            draw = lambda k, logits: jax.random.categorical(jax.random.fold_in(k, i), logits)
-            token_B = jax.vmap(draw)(keys_B, logits_BV)
+        step_keys_B = jax.vmap(lambda key: jax.random.fold_in(key, i))(keys_B)
+        token_B = tokens.draw(logits_BV, step_keys_B, temperature, top_k, top_p)
         alive_B &= token_B != end
-        token_B = jnp.where(alive_B, token_B, end).astype(jnp.int32)
+        token_B = jnp.where(alive_B, token_B, end)
         logits_B1V, cache = extend(token_B[:, None], (last_B + 1 + i)[:, None], cache)
         return (logits_B1V[:, 0], cache, alive_B), (token_B, alive_B)
 
@@ -178,21 +169,6 @@ def generate(
     start = (logits_BV, cache, mask_BL.any(1))
     _, (text_NB, mask_NB) = jax.lax.scan(step, start, jnp.arange(new))
     return text_NB.T, mask_NB.T
-
-
-def _keep(logits_BV, top_k: int, top_p: float):
-    """The logits of tokens that may be drawn, −∞ for all others."""
-    sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
-    floor_B1 = jnp.full((logits_BV.shape[0], 1), -jnp.inf)
-    if top_k:
-        last = min(top_k, sorted_BV.shape[1])
-        floor_B1 = sorted_BV[:, last - 1 : last]
-    probability_BV = jax.nn.softmax(jnp.where(sorted_BV >= floor_B1, sorted_BV, -jnp.inf))
-    before_BV = jnp.cumsum(probability_BV, -1) - probability_BV
-    # A token is kept while those before it fall short of top_p, the likeliest even at 0.
-    kept_B1 = jnp.maximum((before_BV < top_p).sum(-1, keepdims=True), 1)
-    nucleus_B1 = jnp.take_along_axis(sorted_BV, kept_B1 - 1, axis=-1)
-    return jnp.where(logits_BV >= jnp.maximum(floor_B1, nucleus_B1), logits_BV, -jnp.inf)
 
 
 def from_config(config: dict, *, dtype: fields.Dtype = "float32") -> Gpt2:

@@ -31,10 +31,7 @@ def cfg(pair, alone, scale, interval):
 
     def guided(x_BHWC, t):
         both_2BHWC = interleave(x_BHWC, x_BHWC)
-        v_2BHWC = pair(both_2BHWC, jnp.full(both_2BHWC.shape[:1], t))
-        v_B2HWC = v_2BHWC.reshape(-1, 2, *v_2BHWC.shape[1:])
-        conditioned_BHWC, null_BHWC = v_B2HWC[:, 0], v_B2HWC[:, 1]
-        return null_BHWC + scale * (conditioned_BHWC - null_BHWC)
+        return mixed(pair(both_2BHWC, jnp.full(both_2BHWC.shape[:1], t)), scale)
 
     def unguided(x_BHWC, t):
         return alone(x_BHWC, jnp.full(x_BHWC.shape[:1], t))
@@ -47,6 +44,13 @@ def cfg(pair, alone, scale, interval):
         return unguided
     # A traced scale of 1 costs the null condition there, but gives the same velocity.
     return guided if _known(interval) and tuple(interval) == ALWAYS else either
+
+
+def mixed(both_2BX, scale):
+    """null + scale · (conditioned − null), of rows as `interleave` orders them.   -> BX"""
+    both_B2X = both_2BX.reshape(-1, 2, *both_2BX.shape[1:])
+    conditioned_BX, null_BX = both_B2X[:, 0], both_B2X[:, 1]
+    return null_BX + scale * (conditioned_BX - null_BX)
 
 
 def interleave(a_BX, b_BX):
