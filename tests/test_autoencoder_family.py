@@ -399,6 +399,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_shows_reconstructions(trained):
     assert [row["step"] for row in runs.rows(trained)] == [1, 2]
     (event,) = map(json.loads, (trained / "events.jsonl").read_text().splitlines())
