@@ -242,6 +242,7 @@ def test_an_edit_keeps_what_it_is_given_and_paints_the_rest(config, nets, edit, 
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_on_one_batch_learn_it(config, family, nets):
     assert test_vae.learned(family, nets, batch(config), steps=10) > 0.1
 

@@ -441,9 +441,8 @@ def test_a_hole_is_drawn_and_pixels_beyond_it_stay(monkeypatch):
 # --- training -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name", ["masked", *(pytest.param(name, marks=pytest.mark.slow) for name in WRITERS)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["masked", *WRITERS])
 def test_a_config_trains_resumes_and_draws(name, tmp_path):
     """With codes and captions from a cache, and its loss judged by row or time."""
     ours = CONFIGS[name]()

@@ -214,6 +214,7 @@ def test_guidance_of_one_is_none_and_of_zero_forgets_the_caption(config, family,
 # --- a run ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_on_one_batch_learn_it(config, family, nets):
     assert learned(family, nets, batch(config), steps=10) > 0.1
 

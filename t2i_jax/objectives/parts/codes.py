@@ -22,19 +22,12 @@ def tokenizer(config):
     Raises:
       ConfigError: it has no codes, or pictures are no whole number of them.
     """
-    where = f"config.model.{NET}"
-    net = autoencoders.build(config.model.get(NET, {}), where=where)
+    net = autoencoders.of_config(config)
     if not net.num_codes:
         raise errors.ConfigError(
-            "its latents are no codes", where=f"{where}.kind", fix='set it to "fsq" or "vq"'
-        )
-    side, rest = divmod(config.res, net.factor)
-    if rest or not side:
-        near = max(side, 1) * net.factor
-        raise errors.ConfigError(
-            f"res is {config.res}, which is no multiple of {net.factor}",
-            where="config.res",
-            fix=f"use {near} or {near + net.factor}",
+            "its latents are no codes",
+            where=f"config.model.{NET}.kind",
+            fix='set it to "fsq" or "vq"',
         )
 
     def encode(nets, batch, keys_B=None):
@@ -48,6 +41,7 @@ def tokenizer(config):
     def init(key, batch):
         return net.init(key, jnp.zeros((1, config.res, config.res, 3)))
 
+    side = config.res // net.factor
     return net, space.Space((side, side), encode, decode, {NET: init})
 
 
