@@ -2,7 +2,7 @@
 
 python train.py --config=configs/shapes_recurrent.py --workdir=runs/recurrent   (:debug for seconds)
 
-Hardware: 2 CPU cores. Expected: TODO
+Hardware: 2 CPU cores. Expected: not measured yet.
 """
 
 from configs import common, shapes_flow

@@ -255,7 +255,6 @@ def test_a_run_resumes_and_edits(tmp_path):
     loop.train(config, tmp_path)
     rows = runs.rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    assert rows[-1]["model/loss"] < rows[0]["model/loss"]
     pipe = pipeline.Pipeline.load(str(tmp_path))
     picture = np.zeros((SIDE, SIDE, 3), np.uint8)
     examples = {"image": [picture], "caption": ["a red circle"]}

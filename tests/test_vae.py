@@ -248,7 +248,6 @@ def test_a_run_resumes_draws_and_is_judged_by_its_bits(tmp_path):
     rows = runs.rows(tmp_path)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["model/rate"] == 0  # a new posterior is the prior
-    assert rows[-1]["model/loss"] < rows[0]["model/loss"]
     pipe = pipeline.Pipeline.load(str(tmp_path))
     assert pipe("a red circle").shape == (1, SIDE, SIDE, 3)
     held_out = dict(prediction="bits", num_images=4, batch_size=4)
