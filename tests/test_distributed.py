@@ -38,7 +38,7 @@ cli.run(main, argv=["program"])
 
 
 def ended(first: str):
-    """Exit codes and last lines of two processes, of which the first works for longer or dies."""
+    """Exit codes and logs of two processes, of which the first works for longer or dies."""
     command = [sys.executable, "-c", PROGRAM]
     rest = [f"127.0.0.1:{port()}", first]
     processes = [
@@ -46,7 +46,7 @@ def ended(first: str):
         for i in range(2)
     ]
     logs = [process.communicate(timeout=120)[1] for process in processes]
-    return [(p.returncode, log[-500:]) for p, log in zip(processes, logs, strict=True)]
+    return [(p.returncode, log) for p, log in zip(processes, logs, strict=True)]
 
 
 def test_all_wait_at_the_end_for_what_the_first_does_alone():
