@@ -5,7 +5,9 @@ python train.py --config=configs/shapes_tokenizer.py --workdir=runs/tokenizer   
 :vq learns a codebook of 1,024 entries, :kl four numbers a place. Either is written as diffusers has
 it by `t2i_jax export --workdir=… --output=… --format=diffusers`.
 
-Hardware: 2 CPU cores. Expected: not measured yet.
+Hardware: 2 CPU cores. Expected: not trained to its end yet. A schedule of 900 steps, stopped after
+475, had reached at 400 a PSNR of 23.4 dB on held-out pictures, 14.6 dB where objects are, with 56 %
+of the codes in use. A picture is 64 codes, or 638 bits.
 """
 
 from configs import common

@@ -399,6 +399,7 @@ def trained(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_shows_reconstructions(trained):
     assert [row["step"] for row in runs.rows(trained)] == [1, 2]
     (event,) = map(json.loads, (trained / "events.jsonl").read_text().splitlines())
@@ -451,6 +452,20 @@ def test_diffusers_reconstructs_the_same(made, kind, tmp_path):
         checkpoint.load(jax.eval_shape(lambda: nets["autoencoder"])),
         nets["autoencoder"],
     )
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(kind="kl", channels=5, depth=2, quant=False, post_quant=False, shift_factor=0.1),
+        dict(kind="kl", widths=(6, 8, 4), groups=2, attends=False, scaling_factor=0.7, res=64),
+        dict(kind="vq", entries=7, entry_channels=2, channels=3, scaling_factor=0.5),
+    ],
+)
+def test_every_size_is_written_and_read_back(sizes):
+    net = autoencoders.build(dict(widths=(4, 6), groups=2) | sizes)
+    said = json.loads(json.dumps(autoencoder.to_config(net)))
+    assert autoencoder.from_config({"model_type": said["_class_name"]} | said) == net
 
 
 def test_what_diffusers_has_no_network_for_is_not_written(made, tmp_path):

@@ -23,6 +23,7 @@ from t2i_jax.objectives.parts.autoencoders import NET
 
 CRITIC = "critic"
 NETS = (NET, CRITIC, networks.FEATURES)  # that config.model describes
+GAME = "nonsaturating"  # its generator needs no real picture, and it is stable with the penalty
 TEMPERATURE = 0.01  # of squared distances, where codes are drawn softly (arXiv:2310.05737)
 
 
@@ -133,22 +134,11 @@ class Family(NamedTuple):
 
     def loss(self, nets, batch, key, step):
         """What is lost of pictures, and what their latents cost."""
-        options, image_BHWC, weight_B = self.options, batch["image"], batch["weight"]
-        moments = self.net.apply(nets[NET], image_BHWC)
-        latent_BhwC = drawn(moments, randomness.per_example(key, batch["index"]))
-        drawn_BHWC = self.decode(nets, latent_BhwC)
-        error_B = losses.squared_error(drawn_BHWC, image_BHWC)
-        terms = {"squared": (1.0, error_B)}
-        terms["absolute"] = (1.0, jnp.abs(drawn_BHWC - image_BHWC).mean((1, 2, 3)))
+        image_BHWC, weight_B = batch["image"], batch["weight"]
+        moments, latent_BhwC, drawn_BHWC = self.through(nets, batch, key)
+        terms = self.picture_terms(nets, drawn_BHWC, image_BHWC, step)
         if moments.logvar_BHWC is not None:
-            terms["kl"] = (options.kl, divergence(moments) / image_BHWC[0].size)
-        if self.eye:
-            maps = [self.eye.maps(nets[networks.FEATURES], x) for x in (drawn_BHWC, image_BHWC)]
-            terms["perceptual"] = (options.perceptual, losses.map_error(*maps))
-        if self.critic:
-            fool = games.GAMES["nonsaturating"][1]
-            value_B = fool(None, self.judged(nets, drawn_BHWC)).mean((1, 2))
-            terms["adversarial"] = (options.adversarial * (step >= options.delay), value_B)
+            terms["kl"] = (self.options.kl, divergence(moments) / image_BHWC[0].size)
         if self.entries:
             terms |= self.codebook_terms(nets, latent_BhwC)
         means = {name: losses.weighted_mean(x, weight_B) for name, (_, x) in terms.items()}
@@ -163,8 +153,28 @@ class Family(NamedTuple):
         means["psnr"] = -10 * jnp.log10(jnp.maximum(means["squared"], 1e-9) / 4)
         return value, Aux(means)
 
+    def through(self, nets, batch, key):
+        """The latents' moments, latents drawn from them, and the images that these make."""
+        moments = self.net.apply(nets[NET], batch["image"])
+        latent_BhwC = drawn(moments, randomness.per_example(key, batch["index"]))
+        return moments, latent_BhwC, self.decode(nets, latent_BhwC)
+
+    def picture_terms(self, nets, drawn_BHWC, image_BHWC, step):
+        """Name -> (weight, value_B) of what compares images or judges them."""
+        options = self.options
+        terms = {"squared": (1.0, losses.squared_error(drawn_BHWC, image_BHWC))}
+        terms["absolute"] = (1.0, jnp.abs(drawn_BHWC - image_BHWC).mean((1, 2, 3)))
+        if self.eye:
+            maps = [self.eye.maps(nets[networks.FEATURES], x) for x in (drawn_BHWC, image_BHWC)]
+            terms["perceptual"] = (options.perceptual, losses.map_error(*maps))
+        if self.critic:
+            fool = games.GAMES[GAME][1]
+            value_B = fool(None, self.judged(nets, drawn_BHWC)).mean((1, 2))
+            terms["adversarial"] = (options.adversarial * (step >= options.delay), value_B)
+        return terms
+
     def codebook_terms(self, nets, latent_BhwC):
-        """The pulls of entries and latents to each other (arXiv:1711.00937, eq. 3)."""
+        """The same of the pulls of entries and latents to each other (arXiv:1711.00937, eq. 3)."""
         entry_BhwC = self.net.apply(nets[NET], latent_BhwC, method="quantise")
         still = jax.lax.stop_gradient
         codebook_B = losses.squared_error(still(latent_BhwC), entry_BhwC)
@@ -192,12 +202,9 @@ class Family(NamedTuple):
 
     def critic_loss(self, nets, batch, key, step):
         """The game against the autoencoder, patch by patch, and the penalty."""
-        options = self.options
-        game = games.GAMES["nonsaturating"][0]
-        moments = self.net.apply(nets[NET], batch["image"])
-        latent_BhwC = drawn(moments, randomness.per_example(key, batch["index"]))
-        fake_Bhw = self.judged(nets, self.decode(nets, latent_BhwC))
-        real_Bhw = self.judged(nets, batch["image"])
+        options, (game, _) = self.options, games.GAMES[GAME]
+        _, _, drawn_BHWC = self.through(nets, batch, key)
+        real_Bhw, fake_Bhw = (self.judged(nets, x) for x in (batch["image"], drawn_BHWC))
         value_B = game(real_Bhw, fake_Bhw).mean((1, 2))
         mean = lambda value_B: losses.weighted_mean(value_B, batch["weight"])
         metrics = {"gap": mean((real_Bhw - fake_Bhw).mean((1, 2)))}
