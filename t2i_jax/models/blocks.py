@@ -64,7 +64,7 @@ class Layer(nn.Module):
 
         Args:
           mask_BL: True for real tokens; with a cache BS, for all its places.
-          cache: keys and values of earlier tokens, each BSNH, S places.
+          cache: keys and values of earlier tokens, each BNSH, S places.
           place: where these tokens lie in the cache: BL, or the first one's place in all rows. A
             token sees no later place.
         """
@@ -91,7 +91,9 @@ class Layer(nn.Module):
         else:
             cache, seen_BLS = _written(cache, (k_BLNH, v_BLNH), place)
             mask_BLS = seen_BLS & mask_BL[:, None]
-            seen_BLNH = attention.attention(q_BLNH, *cache, mask_BTS=mask_BLS)
+            # Heads come first in a cache, as products want them: no step copies all of it.
+            kv_BSNH = (x_BNSH.swapaxes(1, 2) for x_BNSH in cache)
+            seen_BLNH = attention.attention(q_BLNH, *kv_BSNH, mask_BTS=mask_BLS)
         out_ND = dense(width, name="out")(seen_BLNH.reshape(x_ND.shape))
         x_ND = x_ND + self._scale(out_ND, "attention_scale")
         x_ND = x_ND if before else attention_norm(x_ND)
@@ -116,27 +118,34 @@ class Layer(nn.Module):
 
 
 def empty_cache(net, batch: int, length: int):
-    """Keys and values of `length` tokens for each layer, of a network with `depth`, `heads`,
-    `width` and `dtype`.
+    """Keys and values of `length` tokens for each layer, BNSH both, of a network with `depth`,
+    `heads`, `width` and `dtype`.
     """
-    shape = (batch, length, net.heads, net.width // net.heads)
+    shape = (batch, net.heads, length, net.width // net.heads)
     return tuple((jnp.zeros(shape, net.dtype),) * 2 for _ in range(net.depth))
 
 
+def all_places(cache):
+    """The mask of a cache in which no token that was written is hidden.   -> bool BS"""
+    b, _, places, _ = cache[0][0].shape
+    return jnp.ones((b, places), bool)
+
+
 def _written(cache, new, place):
-    """A layer's cache with new keys and values, and which places their tokens see, BLS.
+    """A layer's cache with new keys and values, BLNH, and which places their tokens see, BLS.
 
     The cache has room for all places from the start. So its shape never changes, and one program
     serves every token. Places that are not written yet are not seen.
     """
-    (b, length), places = new[0].shape[:2], cache[0].shape[1]
+    (b, length), places = new[0].shape[:2], cache[0].shape[2]
     if jnp.ndim(place):
         place_BL, row_B1 = place, jnp.arange(b)[:, None]
-        write = lambda old, new: old.at[row_B1, place].set(new)
+        write = lambda old, new: old.at[row_B1, :, place].set(new)
     else:
         place_BL = jnp.broadcast_to(place + jnp.arange(length), (b, length))
         # Next to each other in all rows, they are one piece, which is written much faster.
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new, place, axis=1)
+        piece = jax.lax.dynamic_update_slice_in_dim
+        write = lambda old, new: piece(old, new.swapaxes(1, 2), place, axis=2)
     cache = tuple(write(*pair) for pair in zip(cache, new, strict=True))
     return cache, jnp.arange(places) <= place_BL[..., None]
 

@@ -113,8 +113,8 @@ class Network(nn.Module):
     def _through(self, code_BT, prepared, cache=None, place=0):
         kvs, text_mask_BS = prepared
         x_BTD = self.codes.embed(code_BT, place)
-        shape = code_BT.shape if cache is None else cache[0][0].shape[:2]
-        mask, grown = jnp.ones(shape, bool), []
+        mask = jnp.ones(code_BT.shape, bool) if cache is None else blocks.all_places(cache)
+        grown = []
         for i, (cross, layer) in enumerate(zip(self.attentions, self.layer, strict=True)):
             x_ND = cross(x_BTD, kvs[i], text_mask_BS).reshape(-1, self.width)
             if cache is None:

@@ -158,8 +158,7 @@ class Joint:
         rows, length = text.ids_BL.shape
 
         def through(x_RTD, place, cache):
-            more = cache[0][0].shape[1] - length
-            mask_RS = jnp.pad(text.mask_BL, ((0, 0), (0, more)), constant_values=True)
+            mask_RS = blocks.all_places(cache).at[:, :length].set(text.mask_BL)
             given = x_RTD, mask_RS, cache, place
             return self.speaker.apply(nets["text"], *given, method="through")
 

@@ -89,8 +89,8 @@ class Gpt2(blocks.Causal):
 
         cache: keys and values of every layer, see `blocks.empty_cache`.
         """
-        seen_BS = jnp.ones(cache[0][0].shape[:2], bool)
-        h_BLD, cache = self.through(self.embed(text_BL, place_BL), seen_BS, cache, place_BL)
+        mask_BS, x_BLD = blocks.all_places(cache), self.embed(text_BL, place_BL)
+        h_BLD, cache = self.through(x_BLD, mask_BS, cache, place_BL)
         return self.speak(h_BLD), cache
 
     def speak(self, h_BLD):

@@ -68,8 +68,7 @@ def go_on(extend, choose, row_BN, cache, n: int):
       extend: (token_B, i, cache) -> (logits_BK of token i, cache), where token i − 1 is given.
       choose: (logits_BK, i) -> token_B.
       row_BN: its tokens before n are given, one at least.
-      cache: of the tokens that the network has read: a tree of arrays whose second axis is that of
-        places, of which the last N − n are still missing.
+      cache: keys and values BNSH of the tokens that the network has read, N heads and S places.
     """
     total = row_BN.shape[1]
 
@@ -88,5 +87,5 @@ def go_on(extend, choose, row_BN, cache, n: int):
 
 def longer(cache, more: int):
     """A cache with room for more tokens behind those that it has."""
-    wider = lambda x: [(0, more if axis == 1 else 0) for axis in range(x.ndim)]
-    return jax.tree.map(lambda x: jnp.pad(x, wider(x)), cache)
+    wider = ((0, 0), (0, 0), (0, more), (0, 0))
+    return jax.tree.map(lambda x_BNSH: jnp.pad(x_BNSH, wider), cache)
