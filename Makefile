@@ -56,6 +56,7 @@ bench-check: parity
 	$(PY) -m benchmarks
 
 bench: parity
+	$(PY) -m benchmarks.tokens
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.sampler
 	$(PY) -m benchmarks.checkpoint
