@@ -1,8 +1,9 @@
-"""A variational autoencoder on shapes, 32 px, whose latents the caption foresees.
+"""A variational autoencoder on shapes, 32 px, whose prior reads the caption.
 
 python train.py --config=configs/shapes_vae.py --workdir=runs/vae   (:debug for seconds)
 
-Hardware: 2 CPU cores. Expected: not measured yet.
+Hardware: 2 CPU cores. Expected: after 350 steps of 64, reconstructions of PSNR 26. Of 256 pictures
+all backgrounds are right, colours are right in an eighth, and full_match is 0.
 """
 
 from configs import common, shapes_flow

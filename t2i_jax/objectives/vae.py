@@ -1,13 +1,15 @@
-"""A variational autoencoder whose prior reads the caption, so that it draws.
+"""A variational autoencoder whose prior reads the caption.
 
 Latents z₁, z₂, … lie on a ladder of sizes, see `models.vae`. The loss is the negative evidence
 bound, the distortion E_q[−log p(x | z, text)] and the rate Σₗ KL(q(zₗ | z₍<l₎, x, text) ‖
 p(zₗ | z₍<l₎, text)), in bits of each value of the picture (arXiv:1312.6114, eq. 3; 1711.00464).
 
 The likelihood is a discretised logistic of one learned scale for each channel. That scale weighs
-distortion against rate by itself (arXiv:2006.13202), so there is no β to choose. At first it is
-wide: what captions say is learned before the latents say more. A scale of each pixel would let
-edges stay blurred, and pictures drawn from it are grainy. So pictures are its means.
+distortion against rate (arXiv:2006.13202). A scale of each pixel would let edges stay blurred, and
+pictures drawn from it are grainy. So pictures are its means.
+
+So far latents learn colours from the picture long before the prior learns them from the caption.
+Then reconstructions are right, and drawn objects do not follow their captions.
 
 B batch · H W pixels · C channels · G groups of latents
 """
