@@ -143,7 +143,7 @@ class Family(NamedTuple):
     def through(self, nets, batch, key):
         """The latents' moments, latents drawn from them, and the images that these make."""
         moments = self.net.apply(nets[NET], batch["image"])
-        latent_BhwC = drawn(moments, randomness.per_example(key, batch["index"]))
+        latent_BhwC = autoencoders.drawn(moments, randomness.per_example(key, batch["index"]))
         return moments, latent_BhwC, self.decode(nets, latent_BhwC)
 
     def picture_terms(self, nets, drawn_BHWC, image_BHWC, step):
@@ -229,14 +229,6 @@ class Family(NamedTuple):
         code_Bhw = self.codes(nets, batch, key)
         weight_Bhw = jnp.broadcast_to(batch["weight"][:, None, None], code_Bhw.shape)
         return quantise.shares(code_Bhw, weight_Bhw, self.net.num_codes)
-
-
-def drawn(moments: Moments, keys_B):
-    """Latents, drawn by the examples' keys where they are a normal.   -> BhwC"""
-    if moments.logvar_BHWC is None:
-        return moments.mean_BHWC
-    noise_BhwC = randomness.normal_each(keys_B, moments.mean_BHWC.shape[1:])
-    return moments.mean_BHWC + jnp.exp(0.5 * moments.logvar_BHWC) * noise_BhwC
 
 
 def divergence(moments: Moments):

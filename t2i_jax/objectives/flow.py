@@ -75,17 +75,17 @@ def make(config, space: spaces.Space | None = None) -> Objective:
     `config.model.autoencoder`: that of the latents to work in, see `parts.autoencoders`; a frozen
       net, of which config.cache may keep the "moments". Without it, the model works in pixels.
 
-    space: another one to work in.
+    space: what to work in where the config describes no autoencoder; by default pixels.
     """
-    cached, more = {}, {}
+    predict, cached = {}, {}
     if autoencoders.NET in config.model:
         net = autoencoders.of_config(config)
         space = autoencoders.latents(net, (config.res, config.res))
+        predict["moments"] = lambda nets, batch, key: autoencoders.moments(net, nets, batch)
         cached["moments"] = Cached("image", (autoencoders.NET,))
-        more["moments"] = lambda nets, batch, key: autoencoders.moments(net, nets, batch)
     flow = Flow(config, space or spaces.pixels(config.res))
-    predict = {"sample": flow.sample, "img2img": flow.img2img, "encode": flow.text.encode}
-    predict |= {"loss_at_times": flow.loss_at_times, **more}
+    predict |= {"sample": flow.sample, "img2img": flow.img2img, "encode": flow.text.encode}
+    predict["loss_at_times"] = flow.loss_at_times
     trained = ("model", "text") if flow.options.train_text else ("model",)
     return Objective(flow.init, (Loss(trained, flow.loss),), predict, cached=cached)
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from t2i_jax import fields, losses, plugins, randomness
 from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
-from t2i_jax.objectives.parts import codes
+from t2i_jax.objectives.parts import boxes, codes
 from t2i_jax.sampling import guidance as guide
 from t2i_jax.sampling import tokens
 from t2i_jax.text import condition, conditioner
@@ -22,7 +22,6 @@ NETS = ("model", codes.NET)  # that config.model describes
 HELD_OUT_TIMES = tuple((i + 0.5) / 8 for i in range(8))
 
 Steps = Annotated[int, fields.count()]
-Box = Annotated[tuple[float, float, float, float], fields.between(0, 1)]
 
 
 class Options(NamedTuple):
@@ -154,7 +153,7 @@ class Masked:
         batch,
         key,
         *,
-        box: Box = (0.25, 0.25, 0.75, 0.75),
+        box: boxes.Box = (0.25, 0.25, 0.75, 0.75),
         guidance: tokens.Guidance = 3.0,
         steps: Steps = 12,
         temperature: tokens.Temperature = 4.5,
@@ -168,7 +167,7 @@ class Masked:
             "hole", bool BHW1, has its own.
           guidance, steps, temperature: as of `sample`.
         """
-        hole_BHW1 = batch["hole"] if "hole" in batch else _box(batch["image"], box)
+        hole_BHW1 = batch["hole"] if "hole" in batch else boxes.inside(batch["image"], box)
         how = dict(guidance=guidance, steps=steps, temperature=temperature)
         return self._filled(nets, batch, key, hole_BHW1, **how)
 
@@ -178,7 +177,7 @@ class Masked:
         batch,
         key,
         *,
-        box: Box = (0.25, 0.25, 0.75, 0.75),
+        box: boxes.Box = (0.25, 0.25, 0.75, 0.75),
         guidance: tokens.Guidance = 3.0,
         steps: Steps = 12,
         temperature: tokens.Temperature = 4.5,
@@ -190,7 +189,7 @@ class Masked:
           guidance, steps, temperature: as of `sample`.
         """
         how = dict(guidance=guidance, steps=steps, temperature=temperature)
-        return self._filled(nets, batch, key, ~_box(batch["image"], box), **how)
+        return self._filled(nets, batch, key, ~boxes.inside(batch["image"], box), **how)
 
     def _filled(self, nets, batch, key, hole_BHW1, **how):
         """The batch's images, drawn within the hole."""
@@ -247,14 +246,3 @@ def _lowest(score_BN, many_B):
     """Where the `many_B` lowest scores of each row are.   -> bool BN"""
     rank_BN = jnp.argsort(jnp.argsort(score_BN, axis=1), axis=1)
     return rank_BN < many_B[:, None]
-
-
-def _box(image_BHWC, box):
-    """True inside a box of shares of an image's sides.   -> bool BHW1"""
-    b, h, w, _ = image_BHWC.shape
-    top, left, bottom, right = box
-    row_H, column_W = (jnp.arange(n) + 0.5 for n in (h, w))
-    inside_H = (top * h <= row_H) & (row_H < bottom * h)
-    inside_W = (left * w <= column_W) & (column_W < right * w)
-    inside_HW = inside_H[:, None] & inside_W
-    return jnp.broadcast_to(inside_HW[..., None], (b, h, w, 1))

@@ -13,7 +13,7 @@ B batch · H W pixels · C channels · T strips · P values of a strip · K choi
 """
 
 import math
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,11 @@ from t2i_jax import errors, fields, losses, plugins, randomness
 from t2i_jax.data import inputs
 from t2i_jax.models import recurrent
 from t2i_jax.objective import Aux, Loss, Objective, OfBatch, Pictures
+from t2i_jax.objectives.parts import boxes
 from t2i_jax.text import conditioner
 
 NETS = ("model",)  # that config.model describes
 BIT = math.log(2)  # nats
-
-Rectangle = Annotated[tuple[float, float, float, float], fields.between(0, 1)]
 
 
 class Options(NamedTuple):
@@ -103,7 +102,7 @@ class Recurrent(NamedTuple):
         batch,
         key,
         *,
-        hole: Rectangle = (0.0, 0.0, 1.0, 0.5),
+        hole: boxes.Box = (0.0, 0.0, 1.0, 0.5),
         temperature: fields.Weight = 1.0,
     ) -> Pictures:
         """Given images with a rectangle painted anew, after the caption.   -> image_BHWC in [-1, 1]
@@ -112,12 +111,7 @@ class Recurrent(NamedTuple):
           hole: top, left, bottom and right of the rectangle, as shares of the sides.
           temperature: as of `sample`.
         """
-        top, left, bottom, right = hole
-        place = (jnp.arange(self.painter.res) + 0.5) / self.painter.res
-        rows, columns = (top <= place) & (place < bottom), (left <= place) & (place < right)
-        open_BHW1 = jnp.broadcast_to(
-            (rows[:, None] & columns)[..., None], (*batch["image"].shape[:3], 1)
-        )
+        open_BHW1 = boxes.inside(batch["image"], hole)
         return self._paint(nets, batch, key, batch["image"], open_BHW1, temperature)
 
     def bits(self, nets, batch, key) -> OfBatch:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from t2i_jax import errors, objective, plugins, randomness
 from t2i_jax import space as spaces
+from t2i_jax.models.types import Moments
 from t2i_jax.pretrained import autoencoder
 
 NET = "autoencoder"
@@ -71,6 +72,14 @@ def moments(net, nets, batch, name: str = NET) -> dict:
     return {key: x for key, x in found.items() if x is not None}
 
 
+def drawn(moments: Moments, keys_B):
+    """Latents, drawn by the examples' keys where they are a normal.   -> BhwC"""
+    if moments.logvar_BHWC is None:
+        return moments.mean_BHWC
+    noise_BhwC = randomness.normal_each(keys_B, moments.mean_BHWC.shape[1:])
+    return moments.mean_BHWC + jnp.exp(0.5 * moments.logvar_BHWC) * noise_BhwC
+
+
 def latents(net, size, name: str = NET) -> spaces.Space:
     """The latents that an autoencoder makes of images of a height and width, scaled as what learns
     them sees them: z = (latent − shift_factor)·scaling_factor (arXiv:2112.10752, appendix G).
@@ -80,7 +89,7 @@ def latents(net, size, name: str = NET) -> spaces.Space:
 
     # `by` applies a network, perhaps to a part at a time. Without it, all is encoded at once.
     def encode(nets, batch, keys_B, by=lambda apply, image_BHWC: apply(image_BHWC)):
-        def moments(image_BHWC):
+        def encoded(image_BHWC):
             found = net.apply(nets[name], image_BHWC)
             return jnp.concatenate([x for x in found if x is not None], -1)
 
@@ -88,12 +97,11 @@ def latents(net, size, name: str = NET) -> spaces.Space:
             kept = lambda key: batch[key].astype(jnp.float32) if key in batch else None
             mean_BhwC, logvar_BhwC = kept("mean"), kept("logvar")
         else:
-            moments_BhwC = by(moments, batch["image"])
-            mean_BhwC, logvar_BhwC = jnp.split(moments_BhwC, [net.latent_channels], -1)
-        if logvar_BhwC is not None and logvar_BhwC.size:
-            noise = randomness.normal_each(keys_B, mean_BhwC.shape[1:])
-            mean_BhwC += jnp.exp(0.5 * logvar_BhwC) * noise
-        return (mean_BhwC - net.shift_factor) * net.scaling_factor
+            found_BhwC = by(encoded, batch["image"])
+            mean_BhwC, logvar_BhwC = jnp.split(found_BhwC, [net.latent_channels], -1)
+            logvar_BhwC = logvar_BhwC if logvar_BhwC.size else None
+        latent_BhwC = drawn(Moments(mean_BhwC, logvar_BhwC), keys_B)
+        return (latent_BhwC - net.shift_factor) * net.scaling_factor
 
     def decode(nets, z_BhwC, by=lambda apply, latent_BhwC: apply(latent_BhwC)):
         latent_BhwC = z_BhwC / net.scaling_factor + net.shift_factor
