@@ -19,6 +19,7 @@ from t2i_jax.models.types import Moments
 from t2i_jax.objectives import autoencoder as family_of
 from t2i_jax.objectives.parts import autoencoders
 from t2i_jax.pretrained import autoencoder, opener, writer
+from t2i_jax.quality import statistics
 from tests import runs
 
 LEVELS = (8, 5, 5, 5)
@@ -28,6 +29,7 @@ KINDS = {
     "vq": dict(channels=4, entries=11, entry_channels=3),
     "fsq": dict(channels=4, levels=(4, 3)),
 }
+SLOW_VQ = pytest.param("vq", marks=pytest.mark.slow)
 FLAT = dict(widths=(4,))  # which compiles faster
 HELD_OUT = dict(source="shapes", split="test", size=10, res=16)
 
@@ -148,7 +150,7 @@ def test_an_unused_entry_alone_moves_to_its_nearest_latent():
 # --- quantised autoencoders -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["vq", "fsq"])
+@pytest.mark.parametrize("kind", [SLOW_VQ, "fsq"])
 def test_pictures_of_codes_are_the_reconstructions(made, kind):
     family, nets, _ = made[kind]
     net = autoencoders.build(dict(kind=kind, **SIZES, **KINDS[kind]))
@@ -187,7 +189,7 @@ def test_pictures_of_codes_are_the_reconstructions(made, kind):
 # --- losses ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["kl", SLOW_VQ, "fsq"])
 def test_an_example_of_weight_zero_counts_nothing(made, kind):
     _, nets, loss = made[kind]
     batch = pictures()
@@ -380,6 +382,41 @@ def test_an_evaluation_counts_every_picture_once():
         reconstruction.make({}, data=HELD_OUT)
 
 
+def test_networks_compare_images_with_their_reconstructions(monkeypatch):
+    """The distances are those of the networks' columns, here of the images' mean colours."""
+
+    class Extractor:
+        def __init__(self, source):
+            assert source == "some network"
+
+        def __call__(self, pictures, wanted):
+            return {name: pictures.mean((1, 2)).astype(np.float32) for name in wanted}
+
+    class Perceptual(Extractor):
+        def distance(self, x_NHWC, y_NHWC):
+            return np.abs(x_NHWC.astype(float) - y_NHWC).mean((1, 2, 3))
+
+    monkeypatch.setattr(reconstruction.networks, "Extractor", Extractor)
+    monkeypatch.setattr(reconstruction.networks, "Perceptual", Perceptual)
+    predict = {
+        "batch": lambda images, captions: {"image": np.stack(images) / 127.5 - 1},
+        "reconstruct": lambda nets, batch: np.minimum(batch["image"] + nets, 1),
+    }
+    ask = dict(data=HELD_OUT, batch_size=4, extractor="some network", perceptual="some network")
+    run = reconstruction.make(predict, **ask)
+    equal, brighter = run(0.0, 0)(), run(20 / 127.5, 0)()
+    assert set(equal) == {*run.names, "grid"}
+    assert equal["fd"] == pytest.approx(0, abs=1e-6)
+    assert equal["lpips"] == 0
+    whole = np.stack([shapes.make(split="test", size=10, res=16)[i]["image"] for i in range(10)])
+    again = np.minimum(whole + 20.0, 255)
+    sets = [statistics.of(x.mean((1, 2))) for x in (whole, again)]
+    assert brighter["fd"] == pytest.approx(statistics.frechet(*sets), rel=1e-3)
+    assert brighter["lpips"] == pytest.approx((again - whole).mean(), rel=1e-6)
+    with pytest.raises(errors.ConfigError, match="one picture has no Fréchet distance"):
+        reconstruction.make(predict, **ask, num_images=1)
+
+
 # --- runs and files -------------------------------------------------------------------------------
 
 
@@ -428,7 +465,7 @@ def test_the_command_writes_a_run_as_a_folder_of_diffusers(trained, tmp_path):
     assert net.config.num_vq_embeddings == 1024
 
 
-@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("kind", ["kl", SLOW_VQ])
 def test_diffusers_reconstructs_the_same(made, kind, tmp_path):
     torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
     family, nets, _ = made[kind]

@@ -25,6 +25,7 @@ CONFIGS = {
     "masked": functools.partial(shapes_masked.get_config, "debug"),
 }
 WRITERS = ("across", "joint")
+JOINT = pytest.param("joint", marks=pytest.mark.slow)
 GREEDY = dict(guidance=1.0, temperature=0.0, top_k=0, top_p=1.0)
 KEY = jax.random.key(0)
 
@@ -135,7 +136,7 @@ def slopes(one, number_of_N):
     return np.abs(jax.jit(jax.jacrev(numbers))(place_ND)).max(-1)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["across", JOINT])
 def test_a_code_depends_on_no_later_place(name):
     one = made(name)
     read_BN = one.row_BN[:, :-1]
@@ -212,7 +213,7 @@ def test_cached_writing_equals_the_whole_row_at_once(name, monkeypatch):
     assert len(np.unique(written_BN)) > 3  # not one code for ever
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["across", JOINT, "masked"])
 def test_a_pictures_codes_depend_on_its_own_number_alone(name):
     one, scale = made(name), jnp.float32(2)
     ours = away(one, one.batch["text"])
@@ -225,7 +226,7 @@ def test_a_pictures_codes_depend_on_its_own_number_alone(name):
     assert (one.draw(ours, scale, seed=1) != together).any()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["across", JOINT, "masked"])
 def test_guidance_of_one_is_none_and_more_leads_away_from_the_negative(name):
     one = made(name)
     ids_BL, mask_BL = one.batch["text"]
@@ -240,7 +241,7 @@ def away(one, negative):
     return one.batch | {"negative_text": negative}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", ["across", JOINT])
 def test_a_completion_keeps_the_top_rows_and_goes_on_from_them(name):
     one = made(name)
     given_Bhw = np.asarray(one.batch["codes"])
@@ -321,7 +322,7 @@ def test_the_joint_loss_is_the_weighted_sum_of_its_parts():
     assert lighter["image"] == pytest.approx(image[[0, 2]].mean(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["across", JOINT, "masked"])
 def test_a_caption_dropped_for_certain_is_no_caption(name):
     one = made(name)
     ours = config(name)
@@ -469,6 +470,7 @@ def test_codes_from_a_cache_are_those_of_the_pictures():
     np.testing.assert_array_equal(one.family.space.encode(one.nets, kept), kept["codes"])
 
 
+@pytest.mark.slow
 def test_a_row_begins_with_the_layers_of_gpt2(tmp_path):
     torch = pytest.importorskip("torch")
     model = families.torch_model("gpt-2 with a head").eval()

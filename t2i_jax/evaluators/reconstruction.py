@@ -10,7 +10,8 @@ import numpy as np
 from t2i_jax import errors, fields, images, plugins
 from t2i_jax.data import loader
 from t2i_jax.models import quantise
-from t2i_jax.quality import pixels
+from t2i_jax.quality import extractor as networks
+from t2i_jax.quality import pixels, statistics
 
 WHERE = "evaluator reconstruction"
 PIXELS = ("psnr", "ssim", "psnr_objects", "num_images")
@@ -20,7 +21,15 @@ SHOWN = 16  # images of the grid, at most
 BEST = 10 * np.log10(12 * 255**2)
 
 
-def make(predict, *, data, num_images: fields.Size = 256, batch_size: fields.Size = 64):
+def make(
+    predict,
+    *,
+    data,
+    num_images: fields.Size = 256,
+    batch_size: fields.Size = 64,
+    extractor: str = "",
+    perceptual: str = "",
+):
     """The evaluator of reconstructions.
 
     Args:
@@ -30,6 +39,9 @@ def make(predict, *, data, num_images: fields.Size = 256, batch_size: fields.Siz
         "test" of the training data.
       num_images: how many images are tried, from the first. Broken ones are left out.
       batch_size: images at once.
+      extractor: an image network in whose pooled features images are compared, such as "inception"
+        or the folder of a CLIP checkpoint.
+      perceptual: "lpips", or a folder with that network.
     Returns:
       run(nets, step) -> a function that gives these metrics, means over images:
 
@@ -38,10 +50,14 @@ def make(predict, *, data, num_images: fields.Size = 256, batch_size: fields.Siz
           the ground of drawings. NaN where there are none.
         - "usage": the share of the codes that some place of the images has.
         - "perplexity": e to the entropy of the codes; K where all are used alike.
+        - "fd": the Fréchet distance of all images from all reconstructions in the extractor's
+          features. Few images make it larger, so compare numbers of as many.
+        - "lpips": the mean LPIPS distance (arXiv:1801.03924).
         - "num_images".
         - "grid": uint8 images, each above its reconstruction.
     Raises:
-      ConfigError: the family lacks the prediction, or there are no images.
+      ConfigError: the family lacks the prediction, a network is not there, or there are no images
+        (for the extractor: fewer than two).
       DataError: all images are broken. `run` raises it.
     """
     errors.check_known("prediction", "reconstruct", predict, where=WHERE, say="the family has no")
@@ -49,6 +65,19 @@ def make(predict, *, data, num_images: fields.Size = 256, batch_size: fields.Siz
     num_images = min(num_images, len(source))
     if not num_images:
         raise errors.ConfigError("there are no pictures", where=WHERE, fix="give another data")
+    if extractor and num_images < 2:
+        raise errors.ConfigError(
+            "one picture has no Fréchet distance", where=WHERE, fix="give more, or no extractor"
+        )
+    compare = {}  # metric -> host function of images and their reconstructions
+    if extractor:
+        features = networks.Extractor(extractor)
+        pooled = lambda x_NHWC: features(x_NHWC, ["pooled"])["pooled"].astype(np.float64)
+        gaussian = lambda x_NHWC: statistics.of(pooled(x_NHWC))
+        compare["fd"] = lambda x, y: statistics.frechet(gaussian(x), gaussian(y))
+    if perceptual:
+        distance = networks.Perceptual(perceptual).distance
+        compare["lpips"] = lambda x, y: distance(x, y).mean()
 
     def run(nets, step):
         whole, again, share_BK = [], [], []
@@ -63,9 +92,12 @@ def make(predict, *, data, num_images: fields.Size = 256, batch_size: fields.Siz
                 where=WHERE,
                 fix="mend them, or give another data",
             )
-        return lambda: measured(np.concatenate(whole), np.concatenate(again), share_BK)
+        whole, again = np.concatenate(whole), np.concatenate(again)
+        # Networks need all processes, and of what is returned the first alone has need.
+        found = {name: float(fn(whole, again)) for name, fn in compare.items()}
+        return lambda: measured(whole, again, share_BK) | found
 
-    run.names = PIXELS + (CODES if "code_shares" in predict else ())
+    run.names = PIXELS + (CODES if "code_shares" in predict else ()) + (*compare,)
     return run
 
 
