@@ -14,7 +14,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import digits_mlp_gan, finetune, finetune_lora, shapes_transformer
+from configs import (
+    digits_mlp_gan,
+    finetune,
+    finetune_lora,
+    shapes_ar,
+    shapes_masked,
+    shapes_recurrent,
+    shapes_tokenizer,
+    shapes_transformer,
+    shapes_vae,
+)
 from t2i_jax import loop, losses, objective, optim, pipeline, sharding, step, weights
 from t2i_jax.commands import plan
 from t2i_jax.models import attention
@@ -204,7 +214,7 @@ def main():
     if long:
         found |= _remat("fsdp ", strategy="fsdp") | _remat(mesh={"data": 1}, run=False)
         found |= _denoisers() | _scan() | _draw() | _pipeline() | _lora() | _features()
-        found |= _contrast() | _gan() | _finetune()
+        found |= _contrast() | _families() | _finetune()
         found |= _encoders("roberta", "t5 1.1", "clip, projected", "gpt-2")
     else:
         found |= _encoders("umt5") | _guided() | _attention()
@@ -335,16 +345,29 @@ def _contrast() -> dict:
     return {"contrast": {"difference": _difference(jax.device_get(all_), jax.device_get(one))}}
 
 
-def _gan() -> dict:
-    """Two steps of two nets with spectral norm: nets and vectors split over eight, and on one."""
-    config = digits_mlp_gan.get_config("debug")
+def _families() -> dict:
+    """Two steps of each family, split over eight devices, and on one."""
+    gan = digits_mlp_gan.get_config("debug")
+    gan.loss.update(game="relativistic", spectral_norm=True, penalty="exact", mismatch=0.5)
+    gan.loss.sentence = 0.0
+    configs = {"gan": gan, "vae": shapes_vae.get_config("debug")}
+    configs["recurrent"] = shapes_recurrent.get_config("debug")
+    for kind in ("kl", "vq"):
+        configs[kind] = shapes_tokenizer.get_config(f"debug,{kind}")
+    for name, option in (("ar", ""), ("joint", ",joint")):
+        configs[name] = shapes_ar.get_config(f"debug{option}")
+    configs["masked"] = shapes_masked.get_config("debug")
+    return {name: {"difference": _split(config)} for name, config in configs.items()}
+
+
+def _split(config) -> float:
+    """How far trained nets and averages are from one device's after two steps of fsdp."""
     config.batch_size = 16
-    config.loss.update(game="relativistic", spectral_norm=True, penalty="exact", mismatch=0.5)
-    config.loss.sentence = 0.0
     family, states = objective.make(config), []
     spec = dict(name="sgd", learning_rate=1e-2)
     optimisers = {name: optim.make(spec, steps=10, where="") for name in family.trained}
-    init = functools.partial(step.init, family, optimisers, {"gen": 0.9})
+    ema = dict.fromkeys(family.trained[:1], 0.9)
+    init = functools.partial(step.init, family, optimisers, ema)
     rng = np.random.default_rng(0)
     drawn = {"float32": lambda shape: rng.normal(size=shape), "bool": lambda shape: np.ones(shape)}
     drawn["int32"] = lambda shape: rng.integers(1, 200, shape)
@@ -354,19 +377,21 @@ def _gan() -> dict:
     )
     index = np.arange(16, dtype=np.int32)
     batch |= {"index": index, "weight": (index != 5).astype(np.float32)}
+    frozen = jax.device_get(weights.frozen(family, config))
     for layout in (
         sharding.Layout({"data": 1}, devices=jax.devices()[:1]),
         sharding.Layout({"data": -1}, "fsdp"),
     ):
         placed = layout.state(jax.eval_shape(init, jax.random.key(0), batch))
         state = jax.jit(init, out_shardings=placed)(jax.random.key(0), batch)
-        frozen = jax.device_put(_text(), layout.nets(_text()))
-        update = step.make_update(family, optimisers, ema={"gen": 0.9}, layout=layout)
+        nets = jax.device_put(frozen, layout.nets(frozen))
+        update = step.make_update(family, optimisers, ema=ema, layout=layout)
         update = jax.jit(update, out_shardings=(placed, layout.whole))
         for _ in range(2):
-            state, values = update(state, frozen, layout.place(batch))
-        states.append(jax.device_get((state.nets, state.ema, values["disc/loss"])))
-    return {"gan": {"difference": _difference(*states)}}
+            state, values = update(state, nets, layout.place(batch))
+        losses_ = [values[name] for name in sorted(values) if name.endswith("/loss")]
+        states.append(jax.device_get((state.nets, state.ema, losses_)))
+    return _difference(*states)
 
 
 def _finetune() -> dict:

@@ -102,8 +102,9 @@ def test_features_and_contrast_are_those_of_one_device(found):
 
 
 @SLOW
-def test_a_gan_trains_as_on_one_device(found):
-    assert found["gan"]["difference"] <= 1e-5
+@pytest.mark.parametrize("name", ["gan", "vae", "recurrent", "kl", "vq", "ar", "joint", "masked"])
+def test_a_family_trains_as_on_one_device(found, name):
+    assert found[name]["difference"] <= 1e-5
 
 
 def test_a_guided_draw_moves_nothing_between_devices_but_the_pictures(quick):
