@@ -60,6 +60,7 @@ bench: parity
 	$(PY) -m benchmarks.train_step
 	$(PY) -m benchmarks.sampler
 	$(PY) -m benchmarks.checkpoint
+	$(PY) -m benchmarks.autoencoder
 	$(PY) -m benchmarks.text_encoders
 	$(PY) -m benchmarks.fid
 	$(PY) -m benchmarks.extractors clip dino
