@@ -5,6 +5,7 @@ import gc
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -29,6 +30,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # a worker has what its parent set
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # two thirds of the time
 
 import pytest
+
+# A shell's background job ignores Ctrl-C, and so would every program that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from t2i_jax import loop
 from tests import runs
